@@ -1,0 +1,77 @@
+"""Time: one asyncio program, on wall-clock or on virtual time.
+
+All of `block` reads time through `now` and waits through `sleep`. Under ``run(main, virtual=True)`` the event loop never
+sleeps: when nothing is left to do at this instant it jumps to the next timer. A program that waits for something that no
+timer will bring fails with `SimulationStalled` instead of hanging.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class SimulationStalled(RuntimeError):
+    """The program waits, and no timer is left that could wake it."""
+
+
+def now() -> float:
+    """Seconds on the running loop's clock; only differences mean anything."""
+    return asyncio.get_running_loop().time()
+
+
+async def sleep(seconds: float) -> None:
+    """Wait for `seconds` of the running loop's time; zero or less yields once."""
+    await asyncio.sleep(max(seconds, 0.0))
+
+
+async def sleep_until(when: float) -> None:
+    """Wait until the clock reads `when`; returns at once, without yielding, if it already does."""
+    delay = when - now()
+    if delay > 0:
+        await asyncio.sleep(delay)
+
+
+def call_at(when: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
+    """Call `callback` when the clock reads `when`; the handle cancels it."""
+    return asyncio.get_running_loop().call_at(when, callback)
+
+
+def run(main: Coroutine[Any, Any, T], *, virtual: bool) -> T:
+    """Run `main` to its end and return its result, on virtual time (starting at 0) or on the wall clock."""
+    with asyncio.Runner(loop_factory=_VirtualLoop if virtual else None) as runner:
+        return runner.run(main)
+
+
+class _Jump(selectors.SelectSelector):
+    """A selector that advances the loop's clock where a real one would sleep."""
+
+    loop: _VirtualLoop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None:
+            raise SimulationStalled("simulation stalled: every task waits and no timer is set")
+        if timeout > 0:
+            self.loop.jump()
+        return []
+
+
+class _VirtualLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        selector = _Jump()
+        super().__init__(selector)
+        selector.loop = self
+        self._virtual_now = 0.0
+        self._clock_resolution = 0.0  # timers fire in exact order of their times
+
+    def time(self) -> float:
+        return self._virtual_now
+
+    def jump(self) -> None:
+        """Move the clock to the earliest timer."""
+        timers: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
+        self._virtual_now = max(self._virtual_now, timers[0].when())
