@@ -1,0 +1,106 @@
+"""What a run achieved: pure functions on the columns of its request table.
+
+TTFT = first token − arrival; E2E = last token − arrival; TPOT = (last token − first token) / (response tokens − 1), for
+responses of two tokens or more. Only requests with status "ok" count. A number that does not exist (no such request,
+nothing measured) is None, never NaN and never filled in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Columns = Mapping[str, NDArray[Any]]
+Summary = dict[str, float | int | None]
+
+
+def ttft(columns: Columns) -> NDArray[np.float64]:
+    """Seconds from arrival to the first token, a value per row."""
+    return np.asarray(columns["first_token"] - columns["arrival"], dtype=np.float64)
+
+
+def e2e(columns: Columns) -> NDArray[np.float64]:
+    """Seconds from arrival to the last token, a value per row."""
+    return np.asarray(columns["finished"] - columns["arrival"], dtype=np.float64)
+
+
+def tpot(columns: Columns) -> NDArray[np.float64]:
+    """Seconds per token after the first, a value per row with two response tokens or more (the others are left out)."""
+    more = columns["output_tokens"] > 1
+    seconds = columns["finished"][more] - columns["first_token"][more]
+    return np.asarray(seconds / (columns["output_tokens"][more] - 1), dtype=np.float64)
+
+
+def e2e_error(columns: Columns) -> NDArray[np.float64]:
+    """|forecast − actual| / actual of E2E, a value per row that carries a forecast (NaN: it carries none)."""
+    actual = e2e(columns)
+    forecast = columns["forecast_e2e"]
+    known = ~np.isnan(forecast) & (actual > 0)
+    return np.abs(forecast[known] - actual[known]) / actual[known]
+
+
+def only_ok(columns: Columns) -> dict[str, NDArray[Any]]:
+    """The rows with status "ok"."""
+    ok = np.asarray(columns["status"]) == "ok"
+    return {name: np.asarray(column)[ok] for name, column in columns.items()}
+
+
+def summarise(
+    columns: Columns,
+    *,
+    dispatch_overhead_s: ArrayLike | None = None,
+    forecast_us: ArrayLike | None = None,
+    wall_time_s: float | None = None,
+) -> Summary:
+    """The summary of a run, ready for JSON.
+
+    `columns` are those of the request table, arrays of one length: arrival, first_token, finished (seconds),
+    prompt_tokens, output_tokens, preemptions, forecast_e2e (seconds, NaN: none) and status.
+
+    Throughput counts ok requests from the first arrival to the last token; tokens are those of prompts and responses
+    together. The keyword arguments are measured by the caller: seconds that each dispatch took beside waiting for its
+    answer, microseconds that each forecast took, and wall-clock seconds of the run.
+
+    Raises ValueError if an ok request lacks one of its times.
+    """
+    ok = only_ok(columns)
+    for name in ("arrival", "first_token", "finished"):
+        lacking = int(np.count_nonzero(~np.isfinite(ok[name])))
+        if lacking:
+            raise ValueError(f"{lacking} requests have status 'ok' but no {name}")
+    count = len(ok["arrival"])
+    duration = float(ok["finished"].max() - ok["arrival"].min()) if count else 0.0
+    response_tokens = int(ok["output_tokens"].sum())
+    tokens = response_tokens + int(ok["prompt_tokens"].sum())
+    return {
+        **_stats("ttft", ttft(ok), "s", "mean", 50, 99),
+        **_stats("tpot", tpot(ok), "s", "mean", 50, 99),
+        **_stats("e2e", e2e(ok), "s", "mean", 50, 99),
+        "request_throughput_rps": count / duration if duration > 0 else None,
+        "token_throughput_tps": tokens / duration if duration > 0 else None,
+        "output_throughput_tps": response_tokens / duration if duration > 0 else None,
+        "preemptions": int(ok["preemptions"].sum()),
+        **_stats("e2e_error", e2e_error(ok), "", "mean", 50),
+        **_stats("dispatch_overhead", dispatch_overhead_s, "s", "mean", 99),
+        **_stats("forecast", forecast_us, "us", 50, 99),
+        "wall_time_s": None if wall_time_s is None else float(wall_time_s),
+    }
+
+
+def _stats(name: str, values: ArrayLike | None, unit: str, *which: str | int) -> Summary:
+    """The mean ("mean") and percentiles (a number) of `values`, keyed name_which_unit; None where there are none."""
+    array = np.empty(0) if values is None else np.asarray(values, dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: every value must be finite")
+    out: Summary = {}
+    for what in which:
+        label = what if isinstance(what, str) else f"p{what}"
+        key = f"{name}_{label}_{unit}" if unit else f"{name}_{label}"
+        if not array.size:
+            out[key] = None
+        else:
+            out[key] = float(array.mean() if isinstance(what, str) else np.percentile(array, what))
+    return out
