@@ -1,0 +1,185 @@
+"""Derive the tracked workload sketches from the public traces, and report how well they match.
+
+    python scripts/fit_workload.py                      every data set whose trace is in $BLOCK_DATA or ~/.cache/block
+    python scripts/fit_workload.py azure_conv           one of them
+    python scripts/fit_workload.py --csv my.csv my_chat   a sketch of one's own: then `workload.name=my_chat`
+
+BurstGPT's trace is too large to keep: without it, its sketch is made from published means and an assumed spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from block.arrivals import RateProfile
+from block.rng import stream
+from block.sketch import LengthSketch
+from block.traces import TRACES, Trace, TraceFile, find_data, read_trace
+from block.types import Floats, Ints
+from block.workload import CUSTOM, SKETCHES
+
+BIN_S = 10.0  # of the arrival-rate profile
+ORIGINS = {
+    "sharegpt": "ShareGPT, Llama-2 tokens: artifact of arXiv 2508.03611 (github.com/AKafakA/Block), MIT",
+    "arxiv": "arXiv summarization, Llama-2 tokens: github.com/microsoft/vidur, MIT",
+    "azure_conv": "Azure LLM inference trace 2023, conversation: github.com/Azure/AzurePublicDataset, CC-BY 4.0",
+    "azure_code": "Azure LLM inference trace 2023, code: github.com/Azure/AzurePublicDataset, CC-BY 4.0",
+    "burstgpt": "BurstGPT: github.com/HPMLL/BurstGPT, CC-BY 4.0",
+}
+# Mean request and response tokens as published; the spread and the independence of the two are assumptions.
+BURSTGPT_MEANS = (621.0, 126.0)
+BURSTGPT_CV = 1.0
+BURSTGPT_LONGEST = 4095
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How a sample of a sketch differs from its trace. Spreads: of the mean total tokens of a run, relative to it."""
+
+    ks_prompt: float
+    ks_output: float
+    ks_total: float
+    rank_correlation: tuple[float, float]  # trace, sample
+    spread: float
+    spread_independent: float
+
+
+def ks_distance(a: Ints, b: Ints) -> float:
+    """Greatest distance of the two samples' empirical distribution functions (Kolmogorov-Smirnov)."""
+    at = np.union1d(a, b)
+    gap = [np.searchsorted(np.sort(x), at, side="right") / len(x) for x in (a, b)]
+    return float(np.abs(gap[0] - gap[1]).max())
+
+
+def rank_correlation(a: Ints, b: Ints) -> float:
+    """Spearman's correlation; ties take their average rank."""
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: Ints) -> Floats:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place])
+
+
+def measure(sketch: LengthSketch, trace: Trace, run: int = 10_000, seeds: int = 20) -> Quality:
+    """Compare a sample as long as the trace with it; the spreads are over `seeds` runs of `run` requests."""
+    prompt, output = sketch.sample(len(trace.prompt), stream(0, "fit.quality"))
+    totals = trace.prompt + trace.output
+    means = [np.add(*sketch.sample(run, stream(seed, "fit.spread"))).mean() for seed in range(seeds)]
+    return Quality(
+        ks_distance(trace.prompt, prompt),
+        ks_distance(trace.output, output),
+        ks_distance(totals, prompt + output),
+        (rank_correlation(trace.prompt, trace.output), rank_correlation(prompt, output)),
+        float(np.std(means) / np.mean(means)),
+        float(totals.std() / np.sqrt(run) / totals.mean()),
+    )
+
+
+def fit(trace: Trace, origin: str, path: Path) -> tuple[LengthSketch, Quality]:
+    """The sketch of a trace, with its source and its quality written into it."""
+    sketch = LengthSketch.fit(trace.prompt, trace.output)
+    if trace.times is not None:
+        sketch = replace(sketch, profile=RateProfile.fit(trace.times, BIN_S))
+    quality = measure(sketch, trace)
+    source = {
+        "origin": origin,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "requests": len(trace.prompt),
+        "mean_prompt_tokens": round(float(trace.prompt.mean()), 2),
+        "mean_output_tokens": round(float(trace.output.mean()), 2),
+        "ks": [round(value, 4) for value in (quality.ks_prompt, quality.ks_output, quality.ks_total)],
+    }
+    return replace(sketch, source=source), quality
+
+
+def published_burstgpt() -> LengthSketch:
+    """BurstGPT without its trace: lognormal lengths with the published means."""
+    means = dict(zip(("mean_prompt_tokens", "mean_output_tokens"), BURSTGPT_MEANS, strict=True))
+    note = f"published means only; assumed: independent lognormal lengths, coefficient of variation {BURSTGPT_CV}"
+    sketch = LengthSketch.lognormal(BURSTGPT_MEANS[0], BURSTGPT_CV, BURSTGPT_MEANS[1], BURSTGPT_CV, BURSTGPT_LONGEST)
+    return replace(sketch, source={"origin": ORIGINS["burstgpt"], "note": note, **means})
+
+
+def report(name: str, sketch: LengthSketch, trace: Trace, quality: Quality) -> Table:
+    """Original against sampled: means, quantiles, distances, rank correlation, seed-to-seed spread."""
+    prompt, output = sketch.sample(len(trace.prompt), stream(0, "fit.quality"))
+    table = Table(title=f"{name}: {len(trace.prompt):,} requests", title_justify="left")
+    for column in ("tokens", "", "mean", "P1", "P10", "P50", "P90", "P99", "KS distance"):
+        table.add_column(column, justify="left" if column in ("tokens", "") else "right")
+    rows = (
+        ("prompt", trace.prompt, prompt, quality.ks_prompt),
+        ("response", trace.output, output, quality.ks_output),
+        ("total", trace.prompt + trace.output, prompt + output, quality.ks_total),
+    )
+    for label, original, sampled, distance in rows:
+        for kind, values, ks in (("trace", original, ""), ("sketch", sampled, f"{distance:.4f}")):
+            quantiles = [f"{value:,.0f}" for value in np.quantile(values, (0.01, 0.1, 0.5, 0.9, 0.99))]
+            table.add_row(label if kind == "trace" else "", kind, f"{values.mean():,.1f}", *quantiles, ks)
+    table.caption = (
+        f"rank correlation {quality.rank_correlation[0]:+.3f} (trace), {quality.rank_correlation[1]:+.3f} (sketch); "
+        f"mean total of 10,000 requests, seed to seed: ±{quality.spread:.3%} (independent draws: "
+        f"±{quality.spread_independent:.2%})"
+    )
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; exit code 2 and one line on standard error if a trace is missing or malformed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"data sets: {', '.join(TRACES)}; with --csv one name of your own")
+    parser.add_argument("--csv", type=Path, help="a trace of your own")
+    parser.add_argument("--prompt-column", default=CUSTOM.prompt, help="with --csv (default: %(default)s)")
+    parser.add_argument("--output-column", default=CUSTOM.output, help="with --csv (default: %(default)s)")
+    parser.add_argument("--time-column", help="with --csv: seconds or timestamps; keeps the arrival-rate profile")
+    parser.add_argument("--out", type=Path, default=SKETCHES, help="directory (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    console = Console()
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        for name in _names(options):
+            if options.csv:
+                columns = TraceFile(str(options.csv), options.prompt_column, options.output_column, options.time_column)
+                path, origin = options.csv, str(options.csv.name)
+            else:
+                columns, origin = TRACES[name], ORIGINS[name]
+                try:
+                    path = find_data(columns.path, f"get it with `python scripts/fetch_data.py {name}`")
+                except FileNotFoundError:
+                    if name != "burstgpt":
+                        raise
+                    sketch = published_burstgpt()
+                    sketch.save(options.out / "burstgpt.json")
+                    console.print(f"burstgpt: {sketch.source['note']} -> {options.out / 'burstgpt.json'}")
+                    continue
+            trace = read_trace(path, columns.prompt, columns.output, columns.time)
+            sketch, quality = fit(trace, origin, path)
+            sketch.save(options.out / f"{name}.json")
+            console.print(report(name, sketch, trace, quality), f"-> {options.out / f'{name}.json'}")
+    except (OSError, ValueError) as error:
+        print(f"fit_workload: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _names(options: argparse.Namespace) -> list[str]:
+    if options.csv:
+        if len(options.names) != 1:
+            raise ValueError(f"--csv {options.csv}: give exactly one name for its sketch, not {len(options.names)}")
+        return list(options.names)
+    for name in options.names:
+        if name not in TRACES:
+            raise ValueError(f"name={name!r}: choose from {', '.join(TRACES)}, or give --csv FILE.csv")
+    return list(options.names or TRACES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
