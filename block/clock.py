@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ class SimulationStalled(RuntimeError):
 
 
 def now() -> float:
-    """Seconds on the running loop's clock; only differences mean anything."""
+    """Seconds since `run` began."""
     return asyncio.get_running_loop().time()
 
 
@@ -42,9 +43,18 @@ def call_at(when: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
 
 
 def run(main: Coroutine[Any, Any, T], *, virtual: bool) -> T:
-    """Run `main` to its end and return its result, on virtual time (starting at 0) or on the wall clock."""
-    with asyncio.Runner(loop_factory=_VirtualLoop if virtual else None) as runner:
+    """Run `main` to its end and return its result, on virtual time or on the wall clock; both start at 0."""
+    with asyncio.Runner(loop_factory=_VirtualLoop if virtual else _WallLoop) as runner:
         return runner.run(main)
+
+
+class _WallLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        super().__init__()
+        self._origin = time.monotonic()
+
+    def time(self) -> float:
+        return time.monotonic() - self._origin
 
 
 class _Jump(selectors.SelectSelector):

@@ -8,7 +8,7 @@ predictor share this layout, so a snapshot is a slice of an engine and a forecas
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -21,13 +21,15 @@ Floats = NDArray[np.float64]
 ID = 0  # the request's number in its run
 PROMPT = 1  # prompt tokens
 OUTPUT = 2  # response tokens generated so far
-TARGET = 3  # response length: the true one in an engine, the expected one in a snapshot
-COMPUTED = 4  # tokens whose KV is computed, those of the step in flight included
-BLOCKS = 5  # KV blocks held
-CHUNK = 6  # tokens scheduled in the step in flight
-PREEMPTED = 7  # times preempted
-EXPECTED = 8  # response length that the request was tagged with
-FIELDS = 9
+TARGET = 3  # response tokens at which it finishes; only the engine that runs it knows
+EXPECTED = 4  # response tokens that the request was tagged with
+COMPUTED = 5  # tokens whose KV is computed, those of the steps in flight included
+BLOCKS = 6  # KV blocks held
+CHUNK = 7  # tokens scheduled in the step in flight
+NEXT = 8  # tokens scheduled in the step queued behind it (asynchronous scheduling)
+PENDING = 9  # sampled tokens still in flight: 0, 1, or 2 when the queued step samples too
+PREEMPTED = 10  # times preempted
+FIELDS = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +46,18 @@ class Request:
 class Snapshot(NamedTuple):
     """What one instance publishes at the end of its scheduler's `schedule()`.
 
-    `seqs` is int64[FIELDS, n], its first `running` columns the running sequences. TARGET holds the expected length:
-    the tag, or tokens decoded so far + 10 once the sequence has outrun it. The array may be a view of a live engine:
-    valid until the next await.
+    `seqs` is int64[FIELDS, n], its first `running` columns the running sequences; it may be a view of a live engine, valid
+    until the next await. TARGET is not for schedulers to read. `step_started` is when the step in flight began, NaN when
+    the engine is idle. `stale` running-then-preempted sequences, the first of the waiting ones, still have a token in flight.
     """
 
     instance_id: int
     taken_at: float
     step_started: float
     running: int
+    stale: int
     free_blocks: int
+    preemptions: int
     seqs: Ints
 
 
@@ -64,8 +68,23 @@ class Forecast(NamedTuple):
     e2e: float
 
 
+class InstanceView(NamedTuple):
+    """What a policy may know of one instance.
+
+    underway: requests placed there that the snapshot does not show; outstanding: requests placed there and not finished;
+    recent: requests placed there in the last 60 s. `snapshot` and `forecast` are there if the policy needs them.
+    """
+
+    instance_id: int
+    underway: Sequence[Request]
+    outstanding: int
+    recent: int
+    snapshot: Snapshot | None
+    forecast: Forecast | None
+
+
 class Decision(NamedTuple):
-    """Where a request goes, and why: `scores[i]` belongs to `candidates[i]`; the policy's best is chosen.
+    """Where a request goes, and why: `scores[i]` belongs to `candidates[i]`, and the least one is chosen.
 
     `fallback` names the reason when the policy's own rule could not be applied.
     """
@@ -78,7 +97,7 @@ class Decision(NamedTuple):
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What happened to one request. Times are on the run's clock; NaN until they happen."""
+    """What happened to one request; status is pending, ok or failed. Times are on the run's clock; NaN until they happen."""
 
     request: Request
     instance_id: int = -1
@@ -88,4 +107,4 @@ class RequestRecord:
     forecast: Forecast | None = None
     status: str = "pending"
     preemptions: int = 0
-    output_tokens: int = field(default=0)
+    output_tokens: int = 0

@@ -1,0 +1,159 @@
+"""Dispatcher: one request in, one instance chosen, one record out.
+
+snapshots → requests underway → forecasts → policy → ledger → (dispatch delay) → generate → record
+
+Between the choice of an instance and the first snapshot that shows the request there, every other decision would be blind
+to it, and requests would herd to the instance that looks emptiest. The *ledger* closes that gap: it lists what was placed
+and is not yet visible, and views and forecasts count it in. The paper's artifact has none; ``ledger=False`` is that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random as Stream
+
+from block import clock
+from block.instances.base import Instance, InstanceFailed
+from block.policies import Needs, Policy
+from block.predictor import Predictor
+from block.types import ID, Decision, Forecast, InstanceView, Request, RequestRecord, Snapshot
+
+RECENT_S = 60.0
+"""Window of `InstanceView.recent`."""
+
+
+@dataclass(frozen=True)
+class DispatchConfig:
+    """How requests get to instances (one Hydra node).
+
+    ledger: count in requests that were placed and are not yet visible in a snapshot.
+    delay_s: seconds from a request's arrival to its arrival at the instance chosen (probing, forecasting, forwarding).
+    snapshot_interval_s: a snapshot is used again until it is this old; 0 takes a fresh one for every decision.
+    """
+
+    ledger: bool = True
+    delay_s: float = 0.0
+    snapshot_interval_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("delay_s", "snapshot_interval_s"):
+            value = getattr(self, key)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"dispatch.{key}={value}: must be 0 or more seconds")
+
+
+@dataclass(slots=True)
+class _Books:
+    """What the dispatcher knows of one instance without asking it."""
+
+    ledger: list[Request]
+    outstanding: int
+    recent: deque[float]
+    snapshot: Snapshot | None
+
+
+class Dispatcher:
+    """Places requests on instances by a policy. `predictor` may be None if the policy needs no forecasts.
+
+    Keeps what it did: `records`, one per request, and `decisions`, (time, request id, Decision).
+    forecast_s: wall-clock seconds that each batch of forecasts took, divided by its number of forecasts.
+    """
+
+    def __init__(
+        self,
+        instances: Sequence[Instance],
+        policy: Policy,
+        predictor: Predictor | None,
+        config: DispatchConfig,
+        stream: Stream,
+    ) -> None:
+        if policy.needs is Needs.FORECAST and predictor is None:
+            raise ValueError(f"policy {type(policy).__name__} needs a predictor")
+        self._instances = instances
+        self._policy = policy
+        self._predictor = predictor
+        self._config = config
+        self._stream = stream
+        self._books = [_Books([], 0, deque(), None) for _ in instances]
+        self.records: list[RequestRecord] = []
+        self.decisions: list[tuple[float, int, Decision]] = []
+        self.forecast_s: list[float] = []
+
+    async def submit(self, request: Request) -> RequestRecord:
+        """Place `request`, have it served and return its record; status "failed" if the instance failed."""
+        record = RequestRecord(request)
+        self.records.append(record)
+        chosen = self._place(request, record)
+        books = self._books[chosen]
+        try:
+            if self._config.delay_s > 0:
+                await clock.sleep(self._config.delay_s)
+            record.dispatched = clock.now()
+            await self._instances[chosen].generate(request, record)
+            record.status = "ok"
+        except InstanceFailed:
+            record.status = "failed"
+        finally:
+            books.outstanding -= 1
+            if request in books.ledger:
+                books.ledger.remove(request)
+        return record
+
+    def _place(self, request: Request, record: RequestRecord) -> int:
+        """Decide where `request` goes and enter it in the books."""
+        now = clock.now()
+        candidates = self._policy.candidates(len(self._instances), len(self.decisions), self._stream)
+        views = self._views(candidates, request, now)
+        decision = self._policy.choose(request, views, self._stream)
+        chosen = decision.instance_id
+        record.instance_id = chosen
+        for view in views:
+            if view.instance_id == chosen and view.forecast is not None:
+                delay = self._config.delay_s
+                record.forecast = Forecast(view.forecast.ttft + delay, view.forecast.e2e + delay)
+        self.decisions.append((now, request.id, decision))
+        books = self._books[chosen]
+        books.outstanding += 1
+        books.recent.append(now)
+        if self._config.ledger:
+            books.ledger.append(request)
+        return chosen
+
+    def _views(self, candidates: Sequence[int], request: Request, now: float) -> list[InstanceView]:
+        needs = self._policy.needs
+        snapshots: list[Snapshot | None] = [None] * len(candidates)
+        forecasts: list[Forecast | None] = [None] * len(candidates)
+        if needs is not Needs.COUNTS:
+            seen = [self._look(candidate, now) for candidate in candidates]
+            snapshots = list(seen)
+            if needs is Needs.FORECAST and self._predictor is not None:
+                underway = [self._books[candidate].ledger for candidate in candidates]
+                began = time.perf_counter()
+                forecasts = list(self._predictor.forecasts(seen, underway, request, now))
+                self.forecast_s.append((time.perf_counter() - began) / len(candidates))
+        views = []
+        for candidate, snapshot, forecast in zip(candidates, snapshots, forecasts, strict=True):
+            books = self._books[candidate]
+            recent = books.recent
+            while recent and recent[0] <= now - RECENT_S:
+                recent.popleft()
+            views.append(InstanceView(candidate, books.ledger, books.outstanding, len(recent), snapshot, forecast))
+        return views
+
+    def _look(self, candidate: int, now: float) -> Snapshot:
+        """The snapshot of an instance to decide by; what it shows leaves the ledger."""
+        books = self._books[candidate]
+        interval = self._config.snapshot_interval_s
+        if books.snapshot is not None and now - books.snapshot.taken_at < interval:
+            return books.snapshot
+        snapshot = self._instances[candidate].snapshot()
+        if interval > 0:
+            snapshot = snapshot._replace(seqs=snapshot.seqs.copy())  # it will outlive this instant
+            books.snapshot = snapshot
+        if books.ledger:
+            visible = set(snapshot.seqs[ID].tolist())
+            books.ledger = [request for request in books.ledger if request.id not in visible]
+        return snapshot

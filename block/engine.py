@@ -1,0 +1,242 @@
+"""One engine of the simulated testbed: the scheduler twin, its arrays, and the passing of time.
+
+The engine is lazy. It knows the step in flight and when it ends; `advance` completes the steps that ended since it was
+last looked at, and `next_finish` looks ahead on a copy for the next moment that anyone outside would notice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from block import scheduler as s
+from block.compiled import compiled
+from block.latency import LatencyModel
+from block.types import EXPECTED, FIELDS, ID, PROMPT, TARGET, Floats, Ints, Request, Snapshot
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The scheduler's settings, by vLLM's names. ``version`` "v0" is vLLM 0.7.2 (the paper's), "v1" the current one.
+
+    watermark: share of the KV blocks that admission leaves free (vLLM: 0.01 in V0, 0.0 in V1).
+    num_gpu_blocks: KV blocks of an instance; None takes the published count, or computes one from the GPU's memory.
+    ValueError names the key, the value and the choices.
+    """
+
+    version: str = "v0"
+    max_num_seqs: int = 48
+    max_num_batched_tokens: int = 512
+    max_model_len: int = 4096
+    block_size: int = 16
+    watermark: float = 0.01
+    num_gpu_blocks: int | None = None
+    gpu_memory_utilization: float = 0.9
+    async_scheduling: bool = False
+    long_prefill_token_threshold: int = 0
+    scheduler_reserve_full_isl: bool = True
+
+    def __post_init__(self) -> None:
+        if self.version not in ("v0", "v1"):
+            raise ValueError(f"engine.version={self.version}: choose v0 or v1")
+        for key in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size", "num_gpu_blocks"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"engine.{key}={value}: must be at least 1")
+        if self.max_model_len < 2:
+            raise ValueError(f"engine.max_model_len={self.max_model_len}: must be at least 2 (a prompt and a response token)")
+        if self.long_prefill_token_threshold < 0:
+            raise ValueError(f"engine.long_prefill_token_threshold={self.long_prefill_token_threshold}: must be 0 or more")
+        if not 0 <= self.watermark < 1:
+            raise ValueError(f"engine.watermark={self.watermark}: must be at least 0 and less than 1")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"engine.gpu_memory_utilization={self.gpu_memory_utilization}: must be in (0, 1]")
+        if self.async_scheduling and self.version == "v0":
+            raise ValueError("engine.async_scheduling=True: only engine.version=v1 schedules asynchronously")
+
+    def limits(self, total_blocks: int) -> Ints:
+        """The settings as the array that the compiled scheduler reads, for an engine with `total_blocks` usable blocks."""
+        watermark = int(self.watermark * total_blocks)
+        needed = -(-self.max_model_len // self.block_size) + watermark
+        if needed > total_blocks:
+            raise ValueError(
+                f"engine.num_gpu_blocks={total_blocks}: a sequence of engine.max_model_len={self.max_model_len} tokens "
+                f"needs {needed} KV blocks; raise the one or lower the other"
+            )
+        limits = np.zeros(s.LIMITS, dtype=np.int64)
+        limits[s.V1] = self.version == "v1"
+        limits[s.ASYNC] = self.async_scheduling
+        limits[s.MAX_NUM_SEQS] = self.max_num_seqs
+        limits[s.MAX_NUM_BATCHED_TOKENS] = self.max_num_batched_tokens
+        limits[s.MAX_MODEL_LEN] = self.max_model_len
+        limits[s.BLOCK_SIZE] = self.block_size
+        limits[s.WATERMARK] = watermark
+        limits[s.LONG_PREFILL] = self.long_prefill_token_threshold
+        limits[s.RESERVE_FULL] = self.scheduler_reserve_full_isl
+        return limits
+
+
+class Finished(NamedTuple):
+    """A sequence that an engine has finished; times on the engine's clock."""
+
+    id: int
+    first_token: float
+    finished: float
+    preemptions: int
+    output_tokens: int
+
+
+class Engine:
+    """A simulated vLLM engine. Calls must come with times that never go back.
+
+    total_blocks: usable KV blocks (vLLM V1 keeps one of `num_gpu_blocks` for itself).
+    noise: float[n], factors on the durations of steps, repeated; defaults to none.
+    """
+
+    def __init__(
+        self, config: EngineConfig, latency: LatencyModel, total_blocks: int, noise: Floats | None = None
+    ) -> None:
+        self.total_blocks = total_blocks
+        self._limits = config.limits(total_blocks)
+        self._packed = latency.pack()
+        self._noise = np.ones(1) if noise is None else noise
+        self._state = np.zeros(s.STATE, dtype=np.int64)
+        self._state[s.FREE] = total_blocks
+        self._times = np.array([math.nan, math.inf, 0.0])
+        self._allocate(64)
+
+    def _allocate(self, capacity: int) -> None:
+        self._seqs: Ints = np.zeros((FIELDS, capacity), dtype=np.int64)
+        self._firsts: Floats = np.zeros(capacity)
+        self._done: Floats = np.zeros((s.DONE, capacity))
+        self._scratch = (np.zeros_like(self._seqs), np.zeros_like(self._firsts), np.zeros_like(self._done))
+
+    def add(self, request: Request, now: float) -> None:
+        """Receive `request` at time `now`, to which the engine must have been advanced."""
+        state = self._state
+        if state[s.TAIL] == self._seqs.shape[1]:
+            self._make_room()
+        column = state[s.TAIL]
+        self._seqs[:, column] = 0
+        self._seqs[ID, column] = request.id
+        self._seqs[PROMPT, column] = request.prompt_tokens
+        self._seqs[TARGET, column] = request.output_tokens
+        self._seqs[EXPECTED, column] = request.predicted_output_tokens
+        self._firsts[column] = math.nan
+        state[s.TAIL] = column + 1
+        if self._times[s.ENDS] == math.inf:
+            s.begin_step(self._seqs, self._firsts, state, self._times, self._limits, self._packed, self._noise, now)
+
+    def _make_room(self) -> None:
+        """Move the live columns to the front of arrays with room for as many again."""
+        head, tail = int(self._state[s.HEAD]), int(self._state[s.TAIL])
+        seqs, firsts = self._seqs[:, head:tail].copy(), self._firsts[head:tail].copy()
+        if 2 * (tail - head) > self._seqs.shape[1]:
+            self._allocate(2 * self._seqs.shape[1])
+        self._seqs[:, : tail - head] = seqs
+        self._firsts[: tail - head] = firsts
+        self._state[[s.HEAD, s.TAIL, s.VISIBLE]] -= head
+
+    def advance(self, now: float) -> Iterator[Finished]:
+        """Complete the steps that end by `now`; yields the sequences that finished, in order of time."""
+        if self._times[s.ENDS] > now:
+            return
+        found = _advance(
+            self._seqs,
+            self._firsts,
+            self._state,
+            self._times,
+            self._limits,
+            self._packed,
+            self._noise,
+            self._done,
+            now,
+        )
+        done = self._done
+        for i in range(found):
+            id_, first, at, preempted, output = done[:, i].tolist()
+            yield Finished(int(id_), first, at, int(preempted), int(output))
+
+    def next_finish(self) -> float:
+        """When the next sequence will finish if nothing more arrives; inf if none will."""
+        if self._times[s.ENDS] == math.inf:
+            return math.inf
+        seqs, firsts, done = self._scratch
+        return _next_finish(
+            self._seqs,
+            self._firsts,
+            self._state,
+            self._times,
+            self._limits,
+            self._packed,
+            self._noise,
+            seqs,
+            firsts,
+            done,
+        )
+
+    def snapshot(self, instance_id: int, now: float) -> Snapshot:
+        """What the scheduler published when it last ran; a view, valid until the engine changes."""
+        state = self._state.tolist()
+        started = float(self._times[s.STARTED]) if self._times[s.ENDS] != math.inf else math.nan
+        return Snapshot(
+            instance_id,
+            now,
+            started,
+            state[s.RUNNING],
+            state[s.STALE],
+            state[s.FREE],
+            state[s.PREEMPTIONS],
+            self._seqs[:, state[s.HEAD] : state[s.VISIBLE]],
+        )
+
+
+@compiled
+def _advance(
+    seqs: Ints,
+    firsts: Floats,
+    state: Ints,
+    times: Floats,
+    limits: Ints,
+    packed: Floats,
+    noise: Floats,
+    done: Floats,
+    now: float,
+) -> int:
+    found = 0
+    while times[s.ENDS] <= now:
+        found = s.complete_step(seqs, firsts, state, times, limits, packed, noise, done, found)
+    return found
+
+
+@compiled
+def _next_finish(
+    live_seqs: Ints,
+    live_firsts: Floats,
+    live_state: Ints,
+    live_times: Floats,
+    limits: Ints,
+    packed: Floats,
+    noise: Floats,
+    seqs: Ints,
+    firsts: Floats,
+    done: Floats,
+) -> float:
+    head = live_state[s.HEAD]
+    tail = live_state[s.TAIL]
+    for row in range(FIELDS):
+        for column in range(head, tail):
+            seqs[row, column] = live_seqs[row, column]
+    for column in range(head, tail):
+        firsts[column] = live_firsts[column]
+    state = live_state.copy()
+    times = live_times.copy()
+    while times[s.ENDS] < np.inf:
+        ends = times[s.ENDS]
+        if s.complete_step(seqs, firsts, state, times, limits, packed, noise, done, 0) > 0:
+            return float(ends)
+    return float(np.inf)

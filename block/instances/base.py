@@ -1,0 +1,28 @@
+"""What the dispatcher asks of an instance, whatever it is made of."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from block.types import Request, RequestRecord, Snapshot
+
+
+class InstanceFailed(RuntimeError):
+    """The instance could not finish a request; the message says why."""
+
+
+class Instance(Protocol):
+    """One model server."""
+
+    instance_id: int
+
+    def snapshot(self) -> Snapshot:
+        """The state its scheduler last published. Does not wait: it is there already, in memory."""
+        ...
+
+    async def generate(self, request: Request, record: RequestRecord) -> None:
+        """Serve `request` to its last token and fill `record`'s times, tokens and preemptions.
+
+        Raises InstanceFailed if it cannot.
+        """
+        ...

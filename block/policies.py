@@ -1,0 +1,238 @@
+"""Policies: which of the instances should take this request?
+
+A policy is a small frozen dataclass whose fields are its Hydra options. It is pure: views and a random stream in, a
+Decision out; what it may look at is declared by `needs`, so that no policy pays for probes that it does not use. Lower
+scores are better, and ties are broken at random.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random as Stream
+from typing import ClassVar, Protocol, final
+
+from block.types import (
+    COMPUTED,
+    EXPECTED,
+    OUTPUT,
+    PROMPT,
+    Decision,
+    InstanceView,
+    Request,
+    Snapshot,
+)
+
+
+class Needs(enum.Enum):
+    """What a policy must be shown: the dispatcher's own counts, a snapshot of each candidate, or also a forecast."""
+
+    COUNTS = "counts"
+    SNAPSHOT = "snapshot"
+    FORECAST = "forecast"
+
+
+class Policy(Protocol):
+    """What the dispatcher asks of a policy."""
+
+    needs: ClassVar[Needs]
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """Which of instances 0 … `instances` − 1 to look at for the `turn`-th request."""
+        ...
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """Choose among the views of the candidates, of which there is at least one."""
+        ...
+
+
+def least(views: Sequence[InstanceView], scores: Sequence[float], stream: Stream, fallback: str | None = None) -> Decision:
+    """The decision for the least of `scores`; one of the ties at random."""
+    best = min(scores)
+    ties = [view.instance_id for view, score in zip(views, scores, strict=True) if score == best]
+    chosen = ties[0] if len(ties) == 1 else stream.choice(ties)
+    return Decision(chosen, [view.instance_id for view in views], scores, fallback)
+
+
+def sample(instances: int, k: int | None, stream: Stream) -> Sequence[int]:
+    """`k` different instances at random; all of them, in order, if k is None or no smaller than their number."""
+    if k is None or k >= instances:
+        return range(instances)
+    return stream.sample(range(instances), k)
+
+
+@final
+@dataclass(frozen=True)
+class Random:
+    """Any instance, with equal probability."""
+
+    needs: ClassVar[Needs] = Needs.COUNTS
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """One at random."""
+        return sample(instances, 1, stream)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """The one candidate."""
+        return least(views, [0.0], stream)
+
+
+@final
+@dataclass(frozen=True)
+class RoundRobin:
+    """Each instance in turn."""
+
+    needs: ClassVar[Needs] = Needs.COUNTS
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """The one whose turn it is."""
+        return [turn % instances]
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """The one candidate."""
+        return least(views, [0.0], stream)
+
+
+@final
+@dataclass(frozen=True)
+class MinQPM:
+    """Fewest requests sent in the last 60 s."""
+
+    needs: ClassVar[Needs] = Needs.COUNTS
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """All."""
+        return range(instances)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """Scores: requests in the last minute."""
+        return least(views, [float(view.recent) for view in views], stream)
+
+
+@final
+@dataclass(frozen=True)
+class LeastRequests:
+    """Fewest outstanding requests, counted by the dispatcher, as most routers do. `k`: among that many at random."""
+
+    k: int | None = None
+    needs: ClassVar[Needs] = Needs.COUNTS
+
+    def __post_init__(self) -> None:
+        _check_k(self.k)
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """All, or `k` at random."""
+        return sample(instances, self.k, stream)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """Scores: outstanding requests."""
+        return least(views, [float(view.outstanding) for view in views], stream)
+
+
+@final
+@dataclass(frozen=True)
+class INFaaS:
+    """INFaaS++: most free KV blocks for each running request."""
+
+    needs: ClassVar[Needs] = Needs.SNAPSHOT
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """All."""
+        return range(instances)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """Scores: minus free blocks over running requests."""
+        scores = []
+        for view in views:
+            snapshot = _snapshot(view)
+            scores.append(-snapshot.free_blocks / max(snapshot.running, 1))
+        return least(views, scores, stream)
+
+
+@final
+@dataclass(frozen=True)
+class LlumnixMinus:
+    """Llumnix's dispatcher without migration: most freeness = (free − wanted by waiting requests) / running requests."""
+
+    block_size: int = 16
+    needs: ClassVar[Needs] = Needs.SNAPSHOT
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """All."""
+        return range(instances)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """Scores: minus freeness, in KV blocks."""
+        scores = []
+        size = self.block_size
+        for view in views:
+            snapshot = _snapshot(view)
+            wanted = sum(-(-other.prompt_tokens // size) for other in view.underway)
+            if snapshot.seqs.shape[1] > snapshot.running:
+                waiting = snapshot.seqs[:, snapshot.running :]
+                wanted += int((-(-(waiting[PROMPT] + waiting[OUTPUT]) // size)).sum())
+            scores.append(-(snapshot.free_blocks - wanted) / max(snapshot.running, 1))
+        return least(views, scores, stream)
+
+
+@final
+@dataclass(frozen=True)
+class LeastTokens:
+    """Fewest tokens left to process, prompt and expected response: Block's knowledge without its simulation."""
+
+    needs: ClassVar[Needs] = Needs.SNAPSHOT
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """All."""
+        return range(instances)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """Scores: tokens."""
+        scores = []
+        for view in views:
+            seqs = _snapshot(view).seqs
+            left = seqs[PROMPT] + seqs[EXPECTED] - seqs[COMPUTED]
+            tokens = int(left[left > 0].sum())
+            tokens += sum(other.prompt_tokens + other.predicted_output_tokens for other in view.underway)
+            scores.append(float(tokens))
+        return least(views, scores, stream)
+
+
+@final
+@dataclass(frozen=True)
+class Block:
+    """Least predicted end-to-end latency of the request. `k`: ask that many instances at random (power of k), not all.
+
+    With true response lengths this is the paper's Block, with estimated ones its Block*. An instance without a forecast
+    is not chosen while another has one; if none has, the choice is random and recorded as a fallback.
+    """
+
+    k: int | None = None
+    needs: ClassVar[Needs] = Needs.FORECAST
+
+    def __post_init__(self) -> None:
+        _check_k(self.k)
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """All, or `k` at random."""
+        return sample(instances, self.k, stream)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """Scores: predicted seconds from now to the last token; inf without a forecast."""
+        scores = []
+        for view in views:
+            e2e = math.inf if view.forecast is None else view.forecast.e2e
+            scores.append(math.inf if math.isnan(e2e) else e2e)
+        return least(views, scores, stream, "no forecast" if math.isinf(min(scores)) else None)
+
+
+def _snapshot(view: InstanceView) -> Snapshot:
+    assert view.snapshot is not None, "the dispatcher shows a snapshot to a policy that needs one"
+    return view.snapshot
+
+
+def _check_k(k: int | None) -> None:
+    if k is not None and k < 1:
+        raise ValueError(f"scheduler.k={k}: must be at least 1, or null for all instances")

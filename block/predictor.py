@@ -1,0 +1,182 @@
+"""Predictor: "if this request went to that instance, when would it finish?"
+
+A forecast copies the instance's snapshot, adds the requests that are on their way to it and the candidate, and runs the
+scheduler twin forward with the instance's latency model until the candidate's last token. Between two events (a finish,
+an admission, a prefill chunk, exhaustion of blocks) nothing but decoding happens, and such runs of steps are skipped in
+closed form; ``compressed=False`` steps through them one by one and is the oracle for the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from block import scheduler as s
+from block.compiled import compiled
+from block.engine import EngineConfig
+from block.latency import LatencyModel
+from block.types import (
+    CHUNK,
+    EXPECTED,
+    FIELDS,
+    ID,
+    NEXT,
+    OUTPUT,
+    PROMPT,
+    TARGET,
+    Floats,
+    Forecast,
+    Ints,
+    Request,
+    Snapshot,
+)
+
+OUTRUN_MARGIN = 10
+"""An estimate that a response has outrun becomes tokens decoded so far plus this many (as in the paper)."""
+
+_CANDIDATE = -1  # ID of the candidate among the sequences of a forecast
+
+# Entries of a row of `heads`.
+_COLUMNS = 0
+_RUNNING = 1
+_STALE = 2
+_FREE = 3
+_HEADS = 4
+
+
+class Predictor:
+    """Forecasts for instances that share engine settings, KV blocks and latency model.
+
+    compressed: skip runs of decode steps in closed form; the forecasts are the same up to rounding.
+    """
+
+    def __init__(
+        self, config: EngineConfig, latency: LatencyModel, total_blocks: int, *, compressed: bool = True
+    ) -> None:
+        self._limits = config.limits(total_blocks)
+        self._packed = latency.pack()
+        self._compressed = compressed
+        self._allocate(1, 64)
+
+    def _allocate(self, instances: int, columns: int) -> None:
+        self._seqs: Ints = np.zeros((instances, FIELDS, columns), dtype=np.int64)
+        self._heads: Ints = np.zeros((instances, _HEADS), dtype=np.int64)
+        self._started: Floats = np.zeros(instances)
+        self._firsts: Floats = np.zeros(columns)
+        self._done: Floats = np.zeros((s.DONE, columns))
+        self._out: Floats = np.zeros((instances, 2))
+
+    def forecasts(
+        self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
+    ) -> list[Forecast]:
+        """One forecast for each snapshot, in one compiled call.
+
+        underway[i]: requests on their way to instance i that its snapshot does not show, in order.
+        """
+        count = len(snapshots)
+        widest = max(snapshot.seqs.shape[1] + len(extra) for snapshot, extra in zip(snapshots, underway, strict=True))
+        if count > self._seqs.shape[0] or widest + 1 > self._seqs.shape[2]:
+            self._allocate(max(count, self._seqs.shape[0]), max(2 * widest + 1, self._seqs.shape[2]))
+        seqs = self._seqs
+        for i, (snapshot, extra) in enumerate(zip(snapshots, underway, strict=True)):
+            columns = snapshot.seqs.shape[1]
+            seqs[i, :, :columns] = snapshot.seqs
+            for other in extra:
+                _append(seqs[i], columns, other, other.id)
+                columns += 1
+            _append(seqs[i], columns, request, _CANDIDATE)
+            self._heads[i] = (columns + 1, snapshot.running, snapshot.stale, snapshot.free_blocks)
+            self._started[i] = snapshot.step_started
+        _forecasts(
+            seqs,
+            self._heads,
+            self._started,
+            self._firsts,
+            self._limits,
+            self._packed,
+            self._done,
+            self._out,
+            count,
+            now,
+            self._compressed,
+        )
+        return [Forecast(ttft, e2e) for ttft, e2e in self._out[:count].tolist()]
+
+
+def _append(seqs: Ints, column: int, request: Request, id_: int) -> None:
+    seqs[:, column] = 0
+    seqs[ID, column] = id_
+    seqs[PROMPT, column] = request.prompt_tokens
+    seqs[EXPECTED, column] = request.predicted_output_tokens
+
+
+@compiled
+def _forecasts(
+    seqs: Ints,
+    heads: Ints,
+    started: Floats,
+    firsts: Floats,
+    limits: Ints,
+    packed: Floats,
+    done: Floats,
+    out: Floats,
+    count: int,
+    now: float,
+    compressed: bool,
+) -> None:
+    state = np.zeros(s.STATE, dtype=np.int64)
+    times = np.zeros(s.TIMES)
+    noise = np.ones(1)
+    for i in range(count):
+        _forecast(seqs[i], heads[i], started[i], firsts, state, times, limits, packed, noise, done, now, compressed)
+        out[i, 0] = done[s.DONE_FIRST, 0] - now
+        out[i, 1] = done[s.DONE_AT, 0] - now
+
+
+@compiled
+def _forecast(
+    seqs: Ints,
+    heads: Ints,
+    started: float,
+    firsts: Floats,
+    state: Ints,
+    times: Floats,
+    limits: Ints,
+    packed: Floats,
+    noise: Floats,
+    done: Floats,
+    now: float,
+    compressed: bool,
+) -> None:
+    """Run the twin from a loaded snapshot until the candidate finishes; its times end up in column 0 of `done`."""
+    in_flight = heads[_RUNNING] + heads[_STALE]
+    state[:] = 0
+    state[s.RUNNING] = heads[_RUNNING]
+    state[s.STALE] = heads[_STALE]
+    state[s.TAIL] = heads[_COLUMNS]
+    state[s.FREE] = heads[_FREE]
+    for column in range(heads[_COLUMNS]):
+        output = seqs[OUTPUT, column]
+        expected = max(seqs[EXPECTED, column], 1)
+        seqs[TARGET, column] = expected if expected > output else output + OUTRUN_MARGIN
+        firsts[column] = np.nan if output == 0 else now
+    # A step whose modelled end has passed is about to end.
+    duration = s.step_time(seqs, 0, in_flight, CHUNK, packed)
+    if duration > 0.0:
+        times[s.ENDS] = max(started + duration, now)
+        times[s.QUEUED_FOR] = s.step_time(seqs, 0, in_flight, NEXT, packed)
+        state[s.QUEUED] = 1 if times[s.QUEUED_FOR] > 0.0 else 0
+    else:
+        s.begin_step(seqs, firsts, state, times, limits, packed, noise, now)
+    while times[s.ENDS] < np.inf:
+        if compressed:
+            s.skip_quiet_steps(seqs, state, times, limits, packed)
+        found = s.complete_step(seqs, firsts, state, times, limits, packed, noise, done, 0)
+        for column in range(found):
+            if done[s.DONE_ID, column] == _CANDIDATE:
+                done[s.DONE_FIRST, 0] = done[s.DONE_FIRST, column]
+                done[s.DONE_AT, 0] = done[s.DONE_AT, column]
+                return
+    done[s.DONE_FIRST, 0] = np.nan  # the twin stalled; `EngineConfig.limits` makes this impossible
+    done[s.DONE_AT, 0] = np.nan
