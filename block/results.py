@@ -273,14 +273,14 @@ class Run:
         return _read_table(self.path / "instances.parquet")
 
 
-def runs(*, root: str | Path = DEFAULT_ROOT, status: str | None = "ok", **where: Any) -> list[Run]:
+def runs(*, root: str | Path = DEFAULT_ROOT, status: str | Iterable[str] | None = "ok", **where: Any) -> list[Run]:
     """The stored runs that match, oldest first; `status=None` returns the failed and interrupted ones too.
 
     A keyword is a key of `Run.get`: ``runs(scheduler="block", **{"workload.qps": 30})``. A list, tuple or set matches
     any of its members. A folder whose run.json cannot be read is skipped with a warning; without one it is no run.
     """
     found = [run for path in sorted(Path(root).glob("*/run.json")) if (run := read_run(path.parent)) is not None]
-    found = [run for run in found if status is None or run.status == status]
+    found = [run for run in found if status is None or _matches(run.status, status)]
     matching = [run for run in found if all(_matches(run.get(key, _ABSENT), want) for key, want in where.items())]
     return sorted(matching, key=lambda run: (str(run.document["created"]), run.id))
 

@@ -1,0 +1,209 @@
+"""Weights & Biases as a mirror of stored runs: it shows what `block.results` holds, and nothing is ever read from it.
+
+Without an API key (WANDB_API_KEY or netrc) nothing is asked and no network is touched: the files lie in
+``<run>/wandb/offline-run-…``, for ``wandb sync`` or for good.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import netrc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from block import metrics
+from block.results import Run, read_run, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MODES = ("auto", "online", "offline", "disabled")
+POINTS = 100  # of a chart's line
+_PROVENANCE = ("choices", "config_hash", "hashes", "git", "hardware", "packages")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """What goes to W&B, and how. `mode` "auto" is online when an API key is set, offline otherwise.
+
+    `group` defaults to the run's experiment. The request table is thinned evenly to `table_rows` rows; 0 leaves it out.
+    """
+
+    mode: str = "auto"
+    project: str = "block"
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    table_rows: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"tracking.mode={self.mode!r}: choose from {', '.join(MODES)}")
+        if self.table_rows < 0:
+            raise ValueError(f"tracking.table_rows={self.table_rows}: must be 0 or more")
+        object.__setattr__(self, "tags", tuple(self.tags))  # Hydra passes a list
+
+    @property
+    def resolved_mode(self) -> str:
+        """`mode` with "auto" decided: WANDB_MODE if it is set to a mode, else by whether there is an API key."""
+        if self.mode != "auto":
+            return self.mode
+        wanted = os.environ.get("WANDB_MODE", "auto")
+        return wanted if wanted in MODES[1:] else "online" if _has_key() else "offline"
+
+
+def logged(path: str | Path) -> Path | None:
+    """The W&B folder of the stored run `path`, or None if it was never logged to the end."""
+    try:
+        return Path(path) / str(json.loads(_marker(Path(path)).read_bytes())["folder"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def log_run(path: str | Path, tracking: Tracking) -> Path | None:
+    """Log the stored run `path` once, and return its W&B folder; None if tracking is disabled or W&B failed.
+
+    A run that is logged already is left as it is. Whatever W&B raises becomes one warning: the run itself is safe on
+    disk, and can be logged again later.
+    """
+    if tracking.resolved_mode == "disabled":
+        return None
+    if (folder := logged(path)) is not None:
+        return folder
+    if (run := read_run(path)) is None:
+        return None
+    try:
+        folder = _log(run, tracking)
+        write_json(
+            _marker(run.path), {"folder": str(folder.relative_to(run.path.resolve())), "mode": tracking.resolved_mode}
+        )
+    except Exception as error:  # W&B has no common base class, and no failure of a mirror may cost a run
+        log.warning("W&B: %s is stored but was not logged: %s: %s", run.path, type(error).__name__, error)
+        return None
+    return run.path / folder.relative_to(run.path.resolve())
+
+
+def _marker(path: Path) -> Path:
+    return path / "wandb" / "logged.json"
+
+
+def _log(run: Run, tracking: Tracking) -> Path:
+    wandb: Any = import_module("wandb")  # half a second, and as much for its service: only tracked runs pay
+
+    home = run.path.resolve()
+    (home / "wandb").mkdir(exist_ok=True)  # W&B falls back to a temporary folder where this one is missing
+    settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, disable_git=True, init_timeout=30)
+    with _data_dir(home / "wandb" / "data"):
+        mirror = wandb.init(
+            id=run.id,
+            name=run.id,
+            project=tracking.project,
+            entity=tracking.entity,
+            group=tracking.group or run.get("experiment"),
+            tags=tracking.tags,
+            dir=home,
+            mode=tracking.resolved_mode,
+            config={**run.config, **{key: run.document.get(key) for key in _PROVENANCE}},
+            settings=settings,
+        )
+        with mirror:
+            if run.status == "ok":
+                _log_tables(wandb, mirror, run, tracking.table_rows)
+            numbers = {**run.summary, **(run.counts or {}), "status": run.status}
+            mirror.summary.update({key: value for key, value in numbers.items() if value is not None})
+        return Path(mirror.dir).resolve().parent
+
+
+def _log_tables(wandb: Any, mirror: Any, run: Run, table_rows: int) -> None:
+    requests = run.requests()
+    ok = metrics.only_ok({str(name): column.to_numpy() for name, column in requests.items()})
+    mirror.define_metric("time_s")
+    mirror.define_metric("*", step_metric="time_s")
+    for row in _over_time(ok, run.instances()):
+        mirror.log(row)
+    for name, values in (("ttft", metrics.ttft(ok)), ("e2e", metrics.e2e(ok))):
+        if values.size:
+            share = np.linspace(0, 1, POINTS + 1)
+            points = wandb.Table(
+                columns=[f"{name}_s", "share"], data=np.stack([np.quantile(values, share), share], axis=1).tolist()
+            )
+            mirror.log({f"{name}_cdf": wandb.plot.line(points, f"{name}_s", "share", title=f"CDF of {name} (s)")})
+    if table_rows and len(requests):
+        mirror.log({"requests": _table(wandb, requests, table_rows)})
+
+
+def _table(wandb: Any, frame: pd.DataFrame, limit: int) -> Any:
+    if len(frame) > limit:
+        frame = frame.iloc[np.linspace(0, len(frame) - 1, limit).astype(int)]
+    frame = frame.round(6)
+    columns = [[None if value != value else value for value in frame[name].tolist()] for name in frame]
+    table = wandb.Table(columns=list(frame), dtype=[str if name == "status" else float for name in frame])
+    # Table(data=…) infers the type of every cell anew, a second for 10,000 rows; the types are given above.
+    table.data.extend(map(list, zip(*columns, strict=True)))
+    return table
+
+
+def _over_time(ok: dict[str, NDArray[Any]], instances: pd.DataFrame) -> Iterator[dict[str, float]]:
+    """A row per interval: mean latency of the requests that arrived in it, mean state of each instance during it."""
+    lines: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {
+        "ttft_mean_s": (ok["arrival"], metrics.ttft(ok)),
+        "e2e_mean_s": (ok["arrival"], metrics.e2e(ok)),
+    }
+    if {"time", "instance_id"} <= set(instances.columns):
+        for instance, rows in instances.groupby("instance_id"):
+            for name in rows.select_dtypes("number").columns.difference(["time", "instance_id"]):
+                lines[f"{name}/instance_{instance}"] = (rows["time"].to_numpy(), rows[name].to_numpy(dtype=float))
+    end = max((times.max() for times, _ in lines.values() if times.size), default=0.0)
+    edges = np.linspace(0, max(end, 1e-9), POINTS + 1)
+    means = {name: _binned_mean(times, values, edges) for name, (times, values) in lines.items()}
+    for i in range(POINTS):
+        row = {name: float(mean[i]) for name, mean in means.items() if not np.isnan(mean[i])}
+        if row:
+            yield {"time_s": float(edges[i + 1]), **row}
+
+
+def _binned_mean(times: NDArray[Any], values: NDArray[Any], edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean of the values in each interval between `edges`; NaN where there is none."""
+    total, _ = np.histogram(times, edges, weights=values)
+    count, _ = np.histogram(times, edges)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+@contextmanager
+def _data_dir(path: Path) -> Iterator[None]:
+    """Have W&B stage its files in `path`: by default they pile up in the home directory, one copy per offline run."""
+    if "WANDB_DATA_DIR" in os.environ:
+        yield
+        return
+    os.environ["WANDB_DATA_DIR"] = str(path)
+    try:
+        yield
+    finally:
+        del os.environ["WANDB_DATA_DIR"]
+
+
+def _has_key() -> bool:
+    """Whether W&B would find credentials without asking."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    candidates = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    for path in [Path(name).expanduser() for name in candidates if name]:
+        try:
+            if path.exists():
+                return host in netrc.netrc(path).hosts
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False

@@ -1,0 +1,55 @@
+"""Log stored runs to W&B, each once: ``python scripts/log_runs.py [key=value …]``.
+
+A key is a config group or a dotted config key, as in ``scheduler=block,random workload.qps=30``; several values match
+any of them. Runs that were logged already, when they were made or by this script, are left as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from block.results import DEFAULT_ROOT, runs
+from block.tracking import MODES, Tracking, log_run, logged
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Log what matches; the exit status is 1 if W&B refused any."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("where", nargs="*", type=_condition, metavar="key=value", help="which runs; none: all")
+    parser.add_argument("--root", default=DEFAULT_ROOT, help="folder of the runs (%(default)s)")
+    parser.add_argument("--mode", default=Tracking.mode, choices=MODES[:-1], help="default: online with an API key")
+    parser.add_argument("--project", default=Tracking.project)
+    parser.add_argument("--entity")
+    parser.add_argument("--group", help="default: the run's experiment")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    tracking = Tracking(mode=options.mode, project=options.project, entity=options.entity, group=options.group)
+    found = runs(root=options.root, **dict(options.where))
+    todo = [run for run in found if logged(run.path) is None]
+    folders = [folder for run in todo if (folder := log_run(run.path, tracking)) is not None]
+    for folder in folders:
+        print(folder)
+    print(f"logged {len(folders)} of {len(todo)}; {len(found) - len(todo)} were logged before")
+    return int(len(folders) < len(todo))
+
+
+def _condition(text: str) -> tuple[str, list[Any]]:
+    key, equals, values = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+    return key, [_value(value) for value in values.split(",")]
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
