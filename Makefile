@@ -1,0 +1,56 @@
+# Needs git, make and Python 3.11 or newer; all else is installed into .venv, once and again when pyproject.toml changes.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+
+# Coverage does not see into compiled functions, so the tests of the engine run once more as plain Python.
+ENGINE_TESTS := tests/unit/test_engine.py tests/unit/test_predictor.py tests/unit/test_latency.py
+
+.PHONY: help run test lint fmt types bench clean
+
+help:
+	@echo "make run    one simulated run; e.g. make run ARGS='workload.qps=30 scheduler=round_robin'"
+	@echo "make test   lint, types, and the test suite with at least 90 % line coverage"
+	@echo "make lint   ruff and the import contracts      make fmt    let ruff rewrite"
+	@echo "make types  mypy                               make bench  run benchmarks/"
+	@echo "make clean  remove caches and build outputs; keeps .venv and artifacts/"
+
+run: .venv/.run
+	$(BIN)/python run.py scheduler=block model=llama2-7b $(ARGS)
+
+test: lint types
+	$(BIN)/pytest --cov=block --cov-report=
+	NUMBA_DISABLE_JIT=1 $(BIN)/pytest $(ENGINE_TESTS) \
+		--cov=block --cov-append --cov-report=term:skip-covered --cov-fail-under=90
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: .venv/.dev
+	$(BIN)/mypy
+
+fmt: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.dev
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+clean:
+	rm -rf build dist *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.run: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch .venv/.run $@
