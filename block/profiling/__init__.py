@@ -1,0 +1,1 @@
+"""Fit a latency model to operator profiles."""

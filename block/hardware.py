@@ -1,0 +1,231 @@
+"""GPUs and models by their published numbers, and what follows from them alone: step times by roofline, KV blocks.
+
+A pair of GPU and model that was profiled has a tracked fit under ``artifacts/latency``; `latency_model` prefers it. For
+any other pair `roofline` puts data sheet and Hugging Face config together (docs/latency.md says how well that does).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from block.latency import LatencyModel, table
+
+TRACKED = Path(__file__).parents[1] / "artifacts" / "latency"
+
+# Roofline: what a kernel reaches of the data sheet, rounded from the profiles of A30 and A100 (docs/latency.md).
+BANDWIDTH_EFFICIENCY = 0.80  # weights and activations
+COMPUTE_EFFICIENCY = 0.80  # dense matrix products, on top of (not overlapped with) reading the weights
+DECODE_EFFICIENCY = 0.90  # KV reads of decode attention: measured on the A30
+ATTENTION_EFFICIENCY = 0.42  # prefill attention, counting the masked half too: measured on the A30
+LINK_EFFICIENCY = 0.55  # ring all-reduce, of the link's one-way bandwidth: measured on the A100
+LINK_LATENCY = 20e-6  # one all-reduce of a few tokens: measured on the A100
+KERNEL = 7e-6  # the least a memory-bound kernel takes: 3 to 14 µs in the profiles
+KERNELS = 6  # such kernels a layer: two norms, rotary embedding, KV save, activation, residual add
+
+# Memory that vLLM gives neither to weights nor to KV (activations, driver; communication buffers), so that the three
+# published block counts are met within an eighth.
+RESERVED_GIB = 1.0
+RESERVED_PARALLEL_GIB = 2.0
+PUBLISHED_UTILIZATION = 0.9  # vLLM's default, with which the published block counts were measured
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One accelerator as its data sheet describes it.
+
+    memory_gib: GiB; bandwidth: GB/s; tflops: dense fp16 tensor-core TFLOP/s; link: GB/s one way to its peers.
+    """
+
+    name: str
+    memory_gib: float
+    bandwidth: float
+    tflops: float
+    link: float
+    source: str
+
+
+def _nvidia(name: str, memory: float, bandwidth: float, tflops: float, link: float, sheet: str) -> GPU:
+    return GPU(name, memory, bandwidth, tflops, link, f"NVIDIA {sheet} data sheet")
+
+
+# Tensor-core TFLOP/s that a sheet gives with sparsity are halved, and so is a link's bandwidth counted both ways.
+GPUS: dict[str, GPU] = {
+    gpu.name: gpu
+    for gpu in (
+        _nvidia("t4", 16, 320, 65, 16, "T4 (PCIe gen 3)"),
+        _nvidia("v100", 32, 900, 125, 150, "V100 SXM2 32 GB (NVLink 2)"),
+        _nvidia("a10", 24, 600, 125, 32, "A10 (PCIe gen 4)"),
+        _nvidia("a30", 24, 933, 165, 100, "A30 (NVLink bridge)"),
+        _nvidia("a40", 48, 696, 149.7, 56.25, "A40 (NVLink bridge)"),
+        _nvidia("a100-40gb", 40, 1555, 312, 300, "A100 SXM4 40 GB (NVLink 3)"),
+        _nvidia("a100-80gb", 80, 2039, 312, 300, "A100 SXM4 80 GB (NVLink 3)"),
+        _nvidia("l4", 24, 300, 121, 32, "L4 (PCIe gen 4)"),
+        _nvidia("l40s", 48, 864, 362, 32, "L40S (PCIe gen 4)"),
+        _nvidia("h100", 80, 3350, 989, 450, "H100 SXM5 (NVLink 4)"),
+        _nvidia("h100-pcie", 80, 2000, 756, 300, "H100 PCIe (NVLink bridge)"),
+        _nvidia("h200", 141, 4800, 989, 450, "H200 SXM (NVLink 4)"),
+        _nvidia("b200", 180, 8000, 2250, 900, "DGX B200, an eighth of the system (NVLink 5)"),
+        GPU("mi300x", 192, 5300, 1307, 448, "AMD Instinct MI300X data sheet (Infinity Fabric, 7 links)"),
+    )
+}
+
+
+def gpu_named(name: str) -> GPU:
+    """The catalogue's GPU of that name; ValueError lists the choices."""
+    if name not in GPUS:
+        raise ValueError(f"gpu={name!r} is unknown; choose from {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A dense decoder-only transformer by the numbers of its Hugging Face config, and how an instance holds it.
+
+    The `layers` (num_hidden_layers) have attention with `heads` (num_attention_heads) and `kv_heads`
+    (num_key_value_heads) of `head_dim`, and an MLP of `intermediate_size`, `gated_mlp` if it has a gate projection.
+    `tied_embeddings` is tie_word_embeddings. `tensor_parallel` GPUs share a copy, `dtype_bytes` a weight or KV element.
+    """
+
+    name: str
+    hf_id: str
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    gated_mlp: bool = True
+    tied_embeddings: bool = False
+    tensor_parallel: int = 1
+    dtype_bytes: int = 2
+
+    def __post_init__(self) -> None:
+        for key in ("layers", "hidden_size", "intermediate_size", "heads", "kv_heads", "head_dim", "vocab_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.{key}={getattr(self, key)}: want a positive integer")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"model.kv_heads={self.kv_heads}: choose a divisor of heads={self.heads}")
+        if self.tensor_parallel < 1 or self.heads % self.tensor_parallel:
+            raise ValueError(f"model.tensor_parallel={self.tensor_parallel}: choose a divisor of heads={self.heads}")
+        if self.dtype_bytes not in (1, 2, 4):
+            raise ValueError(f"model.dtype_bytes={self.dtype_bytes}: choose from 1, 2, 4")
+
+    @property
+    def projections(self) -> dict[str, float]:
+        """Weights (elements) per layer and GPU of each matrix product, by the profiler's operator names."""
+        query, kv = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
+        mlp = self.hidden_size * self.intermediate_size
+        whole = {
+            "attn_pre_proj": self.hidden_size * (query + kv),
+            "attn_post_proj": query * self.hidden_size,
+            "mlp_up_proj": mlp * (2 if self.gated_mlp else 1),
+            "mlp_down_proj": mlp,
+        }
+        return {operator: weights / self.tensor_parallel for operator, weights in whole.items()}
+
+    @property
+    def head_weights(self) -> float:
+        """Weights (elements) per GPU of the output projection over the vocabulary."""
+        return self.vocab_size * self.hidden_size / self.tensor_parallel
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of weights that each GPU holds; biases are left out (less than a thousandth)."""
+        embeddings = self.head_weights * (1 if self.tied_embeddings else 2)
+        norms = (2 * self.layers + 1) * self.hidden_size
+        return (self.layers * sum(self.projections.values()) + embeddings + norms) * self.dtype_bytes
+
+    @property
+    def kv_bytes(self) -> float:
+        """Bytes of KV cache per token and layer on each GPU; KV heads fewer than the GPUs are replicated."""
+        return 2 * max(1.0, self.kv_heads / self.tensor_parallel) * self.head_dim * self.dtype_bytes
+
+
+def roofline(gpu: GPU, model: Model, max_tokens: int = 8192) -> LatencyModel:
+    """Step times from data sheet and model config, nothing measured: docs/latency.md lists the assumptions."""
+    bandwidth = gpu.bandwidth * 1e9 * BANDWIDTH_EFFICIENCY
+    flops = gpu.tflops * 1e12 * COMPUTE_EFFICIENCY
+    size, shards = model.dtype_bytes, model.tensor_parallel
+    weights = sum(model.projections.values())
+    heads = model.heads * model.head_dim
+    # Elements that memory-bound kernels move per token: two norms and the residual add on every GPU, the rest shared.
+    moved = 7 * model.hidden_size + (3 * model.intermediate_size + 2 * heads) / shards + 2 * model.kv_bytes / size
+    fixed = weights * size / bandwidth + KERNELS * KERNEL
+    per_token = 2 * weights / flops + moved * size / bandwidth
+    if shards > 1:  # after the attention and after the MLP
+        fixed += 2 * LINK_LATENCY
+        sent = 2 * (shards - 1) / shards * model.hidden_size * size
+        per_token += 2 * sent / (gpu.link * 1e9 * LINK_EFFICIENCY)
+    tokens = np.array([1.0, max_tokens])
+    head = model.head_weights * size / bandwidth  # logits of the sampled tokens only: the weights' time
+
+    chunks = np.array([1, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192.0])
+    contexts = np.array([0, 8192.0])
+    attended = contexts + chunks[:, None]
+    attention_flops = gpu.tflops * 1e12 * ATTENTION_EFFICIENCY
+    kv_read = model.kv_bytes / (gpu.bandwidth * 1e9 * DECODE_EFFICIENCY)
+    prefill = 2 * KERNEL + 4 * chunks[:, None] * attended * heads / shards / attention_flops + attended * kv_read
+    return LatencyModel(
+        linear=table(tokens, model.layers * (fixed + per_token * tokens) + head),
+        decode_base=model.layers * 2 * KERNEL,
+        decode_per_sequence=0.0,
+        decode_per_kv=model.layers * kv_read,
+        prefill_chunks=chunks,
+        prefill_contexts=contexts,
+        prefill=model.layers * prefill,
+        source={
+            "gpu": gpu.name,
+            "model": model.name,
+            "tensor_parallel": shards,
+            "method": f"roofline: {gpu.source} and the config of {model.hf_id}",
+        },
+    )
+
+
+def latency_model(gpu_name: str, model: Model, tracked: Path = TRACKED) -> tuple[LatencyModel, bool]:
+    """The step times of `model` on a GPU of the catalogue, and whether they come from a profile (else: roofline).
+
+    ValueError for an unknown GPU and for a tracked file that cannot be read.
+    """
+    fit = _tracked(gpu_named(gpu_name), model, tracked)
+    return (fit, True) if fit is not None else (roofline(GPUS[gpu_name], model), False)
+
+
+def kv_blocks(
+    gpu: GPU,
+    model: Model,
+    block_size: int = 16,
+    gpu_memory_utilization: float = PUBLISHED_UTILIZATION,
+    tracked: Path = TRACKED,
+) -> int:
+    """KV blocks of `block_size` tokens an instance has: published where a tracked file says so, else from the memory.
+
+    A published count holds for vLLM's default utilization; for any other the memory decides. ValueError if the weights
+    leave no room.
+    """
+    fit = _tracked(gpu, model, tracked)
+    if fit is not None and "kv_tokens" in fit.source and gpu_memory_utilization == PUBLISHED_UTILIZATION:
+        return int(fit.source["kv_tokens"]) // block_size
+    reserved = RESERVED_GIB + (RESERVED_PARALLEL_GIB if model.tensor_parallel > 1 else 0.0)
+    room = (gpu.memory_gib * gpu_memory_utilization - reserved) * 2**30 - model.weight_bytes
+    blocks = int(room // (model.layers * model.kv_bytes * block_size))
+    if blocks < 1:
+        raise ValueError(
+            f"model={model.name} does not fit on gpu={gpu.name}: {model.weight_bytes / 2**30:.1f} GiB of weights and "
+            f"{reserved:.1f} GiB reserved per GPU, {gpu.memory_gib * gpu_memory_utilization:.1f} GiB usable; "
+            f"raise model.tensor_parallel={model.tensor_parallel} or choose from {', '.join(GPUS)}"
+        )
+    return blocks
+
+
+def _tracked(gpu: GPU, model: Model, directory: Path) -> LatencyModel | None:
+    """The tracked fit of this pair at this degree of tensor parallelism, if there is one."""
+    path = directory / f"{gpu.name}-{model.name}.json"
+    if not path.exists():
+        return None
+    fit = LatencyModel.load(path)
+    return fit if fit.source.get("tensor_parallel") == model.tensor_parallel else None
