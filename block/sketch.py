@@ -42,13 +42,18 @@ class LengthSketch:
 
     @classmethod
     def fit(cls, prompt: Ints, output: Ints, bins: int = BINS) -> LengthSketch:
-        """Sketch the requests with lengths `prompt[i]`, `output[i]` (int[n], n >= 4 * bins).
+        """Sketch the requests with lengths `prompt[i]`, `output[i]` (int[n]); fewer bins than `bins` for a short trace.
 
-        Ties in the prompt length keep their order in the trace.
+        Ties in the prompt length keep their order in the trace. ValueError if there are fewer than 4 requests.
         """
+        count = len(prompt)
+        if count < 4:
+            raise ValueError(f"{count} requests: a sketch needs at least 4")
+        bins = max(1, min(bins, count // 16))
+        segments = min(OUTPUT_SEGMENTS, count // bins // 2)
         order = np.argsort(prompt, kind="stable")
-        knots = _quantile_knots(prompt[order], bins * PROMPT_SEGMENTS)
-        rows = [_quantile_knots(np.sort(part), OUTPUT_SEGMENTS) for part in np.array_split(output[order], bins)]
+        knots = _quantile_knots(prompt[order], min(bins * PROMPT_SEGMENTS, count // 2))
+        rows = [_quantile_knots(np.sort(part), segments) for part in np.array_split(output[order], bins)]
         return cls(knots, np.array(rows))
 
     @classmethod
@@ -112,7 +117,6 @@ def _quantile_knots(ordered: Ints | Floats, segments: int) -> Floats:
     empirical quantiles does not (it loses what the heavy tail curves away inside the last segment).
     """
     n = len(ordered)
-    segments = min(segments, n // 2)
     place = (np.arange(n) + 0.5) / n * segments
     knot = np.minimum(place.astype(np.int64), segments - 1)
     hats = np.zeros((segments + 1, segments + 1))

@@ -63,12 +63,13 @@ class Workload:
         _choice("source", self.source, SOURCES)
         _at_least("num_requests", self.num_requests, 1)
         _at_least("max_total_tokens", self.max_total_tokens, 2)
-        for key in ("qps", "burst_shape", "prompt_cv", "output_cv"):
+        for key in ("qps", "burst_shape", "prompt_mean", "prompt_cv", "output_mean", "output_cv"):
             _positive(key, getattr(self, key))
-        for key in ("prompt_mean", "output_mean"):
-            mean = getattr(self, key)
-            if not 1 <= mean < self.max_total_tokens:
-                raise ValueError(f"workload.{key}={mean}: must be in [1, max_total_tokens={self.max_total_tokens})")
+        if self.source == "synthetic":
+            for key in ("prompt_mean", "output_mean"):
+                mean = getattr(self, key)
+                if not 1 <= mean < self.max_total_tokens:
+                    raise ValueError(f"workload.{key}={mean}: must be in [1, max_total_tokens={self.max_total_tokens})")
         if self.burst_shape != 1 and self.arrivals != "gamma":
             raise ValueError(f"workload.burst_shape={self.burst_shape}: needs arrivals=gamma, not {self.arrivals}")
         if self.source == "sketch":
@@ -144,7 +145,7 @@ def _gaps(workload: Workload, trace: Trace | None, rng: np.random.Generator) -> 
 def _trace(workload: Workload) -> Trace:
     columns = workload._columns()
     if workload.trace_path is None:
-        advice = f"get it with `python scripts/fetch_data.py {workload.name}`, or use workload.source=sketch"
+        advice = f"`python scripts/fetch_data.py {workload.name}` gets it, workload.source=sketch goes without"
         path = find_data(columns.path, advice)
     else:
         path = Path(workload.trace_path).expanduser()
@@ -164,7 +165,7 @@ def _choice(key: str, value: str, choices: tuple[str, ...], more: str = "") -> N
 
 
 def _at_least(key: str, value: int, least: int) -> None:
-    if value < least:
+    if not isinstance(value, int) or value < least:
         raise ValueError(f"workload.{key}={value}: must be an integer >= {least}")
 
 

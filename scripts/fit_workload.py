@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 columns, origin = TRACES[name], ORIGINS[name]
                 try:
-                    path = find_data(columns.path, f"get it with `python scripts/fetch_data.py {name}`")
+                    path = find_data(columns.path, f"`python scripts/fetch_data.py {name}` gets it")
                 except FileNotFoundError:
                     if name != "burstgpt":
                         raise
