@@ -127,14 +127,25 @@ def _quantile_knots(ordered: Ints | Floats, segments: int) -> Floats:
     np.add.at(hats, (knot + 1, knot + 1), right**2)
     target = np.bincount(knot, (1 - right) * ordered, segments + 1)
     target += np.bincount(knot + 1, right * ordered, segments + 1)
-    knots = np.clip(np.linalg.solve(hats, target), ordered[0], ordered[-1])
-    # A fit rings around a jump: halfway between the running maximum and minimum it is monotone with little change, and
-    # stretching what lies above the shortest length restores the mean.
-    knots = (np.maximum.accumulate(knots) + np.minimum.accumulate(knots[::-1])[::-1]) / 2
+    knots = np.clip(_increasing(np.linalg.solve(hats, target).tolist()), ordered[0], ordered[-1])
+    # Cutting what shoots past the extremes moves the mean a little: stretch what lies above the shortest length.
     above = ((knots[:-1] + knots[1:]) / 2).mean() - knots[0]
     if above > 0:
         knots = knots[0] + (knots - knots[0]) * (np.mean(ordered) - knots[0]) / above
     return np.asarray(knots, dtype=np.float64)
+
+
+def _increasing(knots: list[float]) -> Floats:
+    """The nearest increasing knots, of the same trapezoid mean: a fit rings around a jump (pool adjacent violators)."""
+    pools: list[tuple[float, float, int]] = []  # value, weight, knots
+    for place, knot in enumerate(knots):
+        value, weight, size = knot, 0.5 if place in (0, len(knots) - 1) else 1.0, 1
+        while pools and pools[-1][0] >= value:
+            before, mass, members = pools.pop()
+            value = (before * mass + value * weight) / (mass + weight)
+            weight, size = mass + weight, members + size
+        pools.append((value, weight, size))
+    return np.repeat([pool[0] for pool in pools], [pool[2] for pool in pools])
 
 
 def _lognormal_sample(mean: float, cv: float, longest: int, size: int = 20_000) -> Floats:

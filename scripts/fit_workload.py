@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -145,40 +146,45 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     options.out.mkdir(parents=True, exist_ok=True)
     try:
-        for name in _names(options):
-            if options.csv:
-                columns = TraceFile(str(options.csv), options.prompt_column, options.output_column, options.time_column)
-                path, origin = options.csv, str(options.csv.name)
-            else:
-                columns, origin = TRACES[name], ORIGINS[name]
-                try:
-                    path = find_data(columns.path, f"`python scripts/fetch_data.py {name}` gets it")
-                except FileNotFoundError:
-                    if name != "burstgpt":
-                        raise
-                    sketch = published_burstgpt()
-                    sketch.save(options.out / "burstgpt.json")
-                    console.print(f"burstgpt: {sketch.source['note']} -> {options.out / 'burstgpt.json'}")
-                    continue
-            trace = read_trace(path, columns.prompt, columns.output, columns.time)
-            sketch, quality = fit(trace, origin, path)
-            sketch.save(options.out / f"{name}.json")
-            console.print(report(name, sketch, trace, quality), f"-> {options.out / f'{name}.json'}")
+        for name, file, origin in _chosen(options):
+            target = options.out / f"{name}.json"
+            if file is None:
+                sketch = published_burstgpt()
+                sketch.save(target)
+                console.print(f"{name}: {sketch.source['note']} -> {target}", soft_wrap=True)
+                continue
+            trace = read_trace(Path(file.path), file.prompt, file.output, file.time)
+            sketch, quality = fit(trace, origin, Path(file.path))
+            sketch.save(target)
+            console.print(report(name, sketch, trace, quality), f"-> {target}", soft_wrap=True)
     except (OSError, ValueError) as error:
         print(f"fit_workload: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _names(options: argparse.Namespace) -> list[str]:
+def _chosen(options: argparse.Namespace) -> Iterator[tuple[str, TraceFile | None, str]]:
+    """Name, trace (None: BurstGPT without one) and origin of each sketch that the command line asks for."""
     if options.csv:
         if len(options.names) != 1:
             raise ValueError(f"--csv {options.csv}: give exactly one name for its sketch, not {len(options.names)}")
-        return list(options.names)
-    for name in options.names:
+        file = TraceFile(str(options.csv), options.prompt_column, options.output_column, options.time_column)
+        yield options.names[0], file, options.csv.name
+        return
+    for name in options.names or TRACES:
         if name not in TRACES:
             raise ValueError(f"name={name!r}: choose from {', '.join(TRACES)}, or give --csv FILE.csv")
-    return list(options.names or TRACES)
+        try:
+            path = find_data(TRACES[name].path, f"`python scripts/fetch_data.py {name}` gets it")
+        except FileNotFoundError as missing:
+            if name == "burstgpt":
+                yield name, None, ORIGINS[name]
+            elif options.names:
+                raise
+            else:
+                print(f"fit_workload: skipped {name}: {missing}", file=sys.stderr)
+        else:
+            yield name, replace(TRACES[name], path=str(path)), ORIGINS[name]
 
 
 if __name__ == "__main__":

@@ -154,6 +154,16 @@ def test_without_its_trace_burstgpt_is_marked_as_published_means(
     assert (prompt.mean(), output.mean()) == pytest.approx((621, 126), rel=2e-3)
 
 
+def test_traces_that_are_not_there_are_skipped_aloud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BLOCK_DATA", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fit_workload.main(["--out", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["burstgpt.json"]
+    assert [line.split()[2] for line in capsys.readouterr().err.splitlines()] == [f"{name}:" for name in MEASURED]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
