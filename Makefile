@@ -10,7 +10,7 @@ ENGINE_TESTS := tests/unit/test_engine.py tests/unit/test_predictor.py tests/uni
 .PHONY: help run test lint fmt types bench clean
 
 help:
-	@echo "make run    one simulated run; e.g. make run ARGS='workload.qps=30 scheduler=round_robin'"
+	@echo "make run    one simulated run; e.g. make run ARGS=workload.qps=30"
 	@echo "make test   lint, types, and the test suite with at least 90 % line coverage"
 	@echo "make lint   ruff and the import contracts      make fmt    let ruff rewrite"
 	@echo "make types  mypy                               make bench  run benchmarks/"

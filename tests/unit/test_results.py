@@ -1,0 +1,390 @@
+"""Stored runs: what goes in comes out, and whatever dies half-way is not a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from stored import CONFIG, DECISIONS, INSTANCES, RECORDS, store
+
+from block import provenance
+from block.results import RunWriter, frame, read_run, runs, write_json
+
+# ------------------------------------------------------------------------------------------------------- round trip
+
+
+def test_run_json_holds_what_the_run_was(tmp_path):
+    path = store(tmp_path, scheduler="block", **{"hydra/launcher": "joblib"})
+    document = json.loads((path / "run.json").read_text())
+    assert document["status"] == "ok"
+    assert document["schema_version"] == 1
+    assert document["id"] == path.name
+    assert document["config"] == {"seed": 1, "workload": {"qps": 30, "shape": None}, "threshold": ".inf"}
+    assert document["choices"] == {"scheduler": "block"}
+    assert document["counts"] == {"sent": 3, "ok": 2, "failed": 1, "fallback": 1, "preempted": 2}
+    # E2E 2 s and 4 s; TTFT 1 s and 2 s; the forecast of 3 s was off by half of the actual 2 s.
+    expected = {"e2e_mean_s": 3.0, "ttft_p50_s": 1.5, "e2e_error_p50": 0.5, "preemptions": 2, "forecast_p50_us": 20.0}
+    assert {key: document["summary"][key] for key in expected} == expected
+    assert document["summary"]["wall_time_s"] == 0.25
+    assert document["summary"]["dispatch_overhead_p99_s"] is None
+    assert document["packages"]["numpy"] == np.__version__
+    assert document["hardware"]["cores"] >= 1
+
+
+def test_tables_come_back_as_written(tmp_path):
+    run = read_run(store(tmp_path))
+    requests = run.requests()
+    assert list(requests) == [
+        "request_id",
+        "instance_id",
+        "arrival",
+        "dispatched",
+        "first_token",
+        "finished",
+        "prompt_tokens",
+        "output_tokens",
+        "predicted_output_tokens",
+        "forecast_ttft",
+        "forecast_e2e",
+        "status",
+        "preemptions",
+    ]
+    assert requests["status"].tolist() == ["ok", "ok", "failed"]
+    assert requests["finished"].tolist()[:2] == [2.0, 5.0]
+    assert math.isnan(requests["finished"][2])
+    assert requests["forecast_e2e"].isna().tolist() == [False, True, True]
+    assert requests["predicted_output_tokens"].tolist() == [12, 12, 12]
+    assert requests["instance_id"].tolist() == [0, 1, -1]
+    decisions = run.decisions()
+    assert [list(row) for row in decisions["candidates"]] == [[0, 1], [0, 1], []]
+    assert [list(row) for row in decisions["scores"]] == [[1.5, 2.5], [4.0, 3.0], []]
+    assert decisions["chosen"].tolist() == [0, 1, 1]
+    assert decisions["time"].tolist() == [0.0, 1.0, 2.0]
+    assert decisions["request_id"].tolist() == [0, 1, 2]
+    assert decisions["fallback"].isna().tolist() == [True, True, False]
+    assert decisions["fallback"][2] == "no forecast"
+    instances = run.instances()
+    assert instances["running"].tolist() == [1, 0, 2, 3]
+    assert instances["active"].tolist() == [True, False, True, True]
+
+
+def test_a_time_that_never_came_is_null(tmp_path):
+    table = pq.read_table(store(tmp_path) / "requests.parquet")
+    assert table["first_token"].null_count == 1
+    assert table["arrival"].null_count == 0
+
+
+def test_same_inputs_same_bytes(tmp_path):
+    first, second = store(tmp_path), store(tmp_path)
+    for name in ("requests.parquet", "decisions.parquet", "instances.parquet"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_an_empty_run_is_a_run(tmp_path):
+    with RunWriter({}, root=tmp_path) as writer:
+        writer.store([], [], {})
+    run = read_run(writer.path)
+    assert run.counts == {"sent": 0, "ok": 0, "failed": 0, "fallback": 0, "preempted": 0}
+    assert run.summary["e2e_p99_s"] is None
+    assert len(run.requests()) == len(run.decisions()) == 0
+
+
+def test_config_values_that_json_lacks(tmp_path):
+    class Colour(Enum):
+        RED = 1
+
+    config = {"path": Path("a/b"), "n": np.int64(3), "xs": (1, 2.5), "colour": Colour.RED, "none": float("nan")}
+    run = read_run(store(tmp_path, {**config, "low": -math.inf}))
+    assert run.config == {
+        "path": "a/b",
+        "n": 3,
+        "xs": [1, 2.5],
+        "colour": "RED",
+        "none": ".nan",
+        "low": "-.inf",
+    }
+
+
+def test_uneven_columns_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="column 'b' has 2 rows, the others 1"), RunWriter({}, root=tmp_path) as writer:
+        writer.store([], [], {"a": [1], "b": [1, 2]})
+    with pytest.raises(ValueError, match="one dimension"), RunWriter({}, root=tmp_path) as writer:
+        writer.store([], [], {"a": np.zeros((2, 2))})
+
+
+# ---------------------------------------------------------------------------------------------------------- finding
+
+
+def test_runs_match_choices_config_and_status(tmp_path):
+    a = store(tmp_path, {"workload": {"qps": 20}}, scheduler="block", experiment="main_sweep")
+    b = store(tmp_path, {"workload": {"qps": 30}}, scheduler="block", experiment="main_sweep")
+    c = store(tmp_path, {"workload": {"qps": 30}}, scheduler="random")
+    with pytest.raises(OSError, match="boom"), RunWriter({}, {"scheduler": "block"}, root=tmp_path) as d:
+        raise OSError("boom")
+
+    def found(**where):
+        return {run.path for run in runs(root=tmp_path, **where)}
+
+    assert found() == {a, b, c}
+    assert [run.path for run in runs(root=tmp_path)] == [a, b, c]  # oldest first
+    assert found(scheduler="block") == {a, b}
+    assert found(scheduler=["block", "random"], **{"workload.qps": 30}) == {b, c}
+    assert found(**{"workload.qps": 30.0}, experiment="main_sweep") == {b}
+    assert found(workload={"qps": 20}) == {a}
+    assert found(scheduler="nobody") == found(nonsense=1) == found(**{"workload.qps.deeper": 1}) == set()
+    assert found(status="failed") == {d.path}
+    assert found(status=None, scheduler="block") == {a, b, d.path}
+    assert found(status=("ok", "failed")) == {a, b, c, d.path}
+    assert found(config_hash=read_run(a).document["config_hash"]) == {a}
+    assert runs(root=tmp_path / "absent") == []
+
+
+def test_frame_has_a_row_per_run(tmp_path):
+    store(tmp_path, {"workload": {"qps": 20}}, scheduler="block")
+    store(tmp_path, {}, scheduler="random")
+    table = frame(runs(root=tmp_path), "scheduler", "workload.qps")
+    assert table["scheduler"].tolist() == ["block", "random"]
+    assert table["workload.qps"][0] == 20
+    assert table["workload.qps"].isna().tolist() == [False, True]
+    assert table["e2e_mean_s"].tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"schema_version": 1, "sta',
+        "[]",
+        "{}",
+        "\udcff",
+        '{"schema_version": 99, "created": "", "status": "ok", "config": {}, "choices": {}, "summary": {}}',
+        '{"schema_version": 1, "created": "", "status": "ok", "config": 7, "choices": {}, "summary": {}}',
+    ],
+    ids=["empty", "truncated", "list", "no keys", "not utf-8", "newer schema", "wrong type"],
+)
+def test_a_corrupt_run_is_skipped_with_a_warning(tmp_path, caplog, text):
+    good = store(tmp_path)
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "run.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert [run.path for run in runs(root=tmp_path, status=None)] == [good]
+    assert [str(bad / "run.json") in record.getMessage() for record in caplog.records] == [True]
+
+
+# --------------------------------------------------------------------------------------------------- failing halfway
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError("boom"), "failed"), (KeyboardInterrupt(), "interrupted"), (SystemExit(3), "interrupted")],
+)
+def test_an_exception_is_stored_and_goes_on(tmp_path, error, status):
+    with pytest.raises(type(error)), RunWriter(CONFIG, root=tmp_path) as writer:
+        raise error
+    run = read_run(writer.path)
+    assert run.status == status
+    assert run.summary == {}
+    assert run.document["error"].startswith(type(error).__name__)
+    assert "raise error" in (writer.path / "run.log").read_text()
+    assert runs(root=tmp_path) == []
+
+
+def test_what_a_failed_run_stored_stays_readable(tmp_path):
+    writer = RunWriter(CONFIG, root=tmp_path)
+    with pytest.raises(ValueError, match="late"), writer:  # noqa: PT012 - leaving the context is what is tested
+        writer.store(RECORDS, DECISIONS, INSTANCES)
+        raise ValueError("late")
+    run = read_run(writer.path)
+    assert (run.status, run.counts["sent"], len(run.requests())) == ("failed", 3, 3)
+
+
+def test_contradicting_records_fail_the_run_but_keep_its_table(tmp_path):
+    records = [*RECORDS[:2], replace(RECORDS[2], status="ok")]
+    with pytest.raises(ValueError, match="status 'ok' but no first_token"), RunWriter({}, root=tmp_path) as writer:
+        writer.store(records, DECISIONS, INSTANCES)
+    run = read_run(writer.path)
+    assert (run.status, len(run.requests())) == ("failed", 3)
+
+
+def test_forgetting_to_store_is_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match="without store"), RunWriter({}, root=tmp_path):
+        pass
+    assert runs(root=tmp_path) == []
+
+
+def test_the_log_goes_to_the_run_while_it_runs(tmp_path):
+    before = list(logging.getLogger().handlers)
+    with RunWriter({}, root=tmp_path) as writer:
+        logging.getLogger("block.somewhere").warning("slow: %d", 7)
+        writer.store([], [], {})
+        assert writer.summary == {**writer.summary, "preemptions": 0}
+        assert writer.counts["sent"] == 0
+    logging.getLogger("block.somewhere").warning("too late")
+    text = (writer.path / "run.log").read_text()
+    assert "WARNING block.somewhere: slow: 7" in text
+    assert "too late" not in text
+    assert logging.getLogger().handlers == before
+
+
+# A run in a process of its own, which stops at the stage named by its first argument.
+CHILD = """
+import os, sys, time
+from block.results import RunWriter
+from pathlib import Path
+from stored import *
+
+def halt(*_):
+    print("here", flush=True)
+    time.sleep(60)
+
+stage, root = sys.argv[1:]
+with RunWriter(CONFIG, {"scheduler": "block"}, root=Path(root)) as writer:
+    if stage == "running":
+        halt()
+    writer.store(RECORDS, DECISIONS, INSTANCES)
+    if stage == "stored":
+        halt()
+    os.fsync = halt  # run.json is written to its temporary file, and not yet renamed
+"""
+
+
+def child(code: str, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+@pytest.mark.parametrize("stage", ["running", "stored", "renaming"])
+def test_kill_9_leaves_earlier_runs_and_no_half_run(tmp_path, stage):
+    earlier = store(tmp_path)
+    with child(CHILD, stage, str(tmp_path)) as process:
+        assert process.stdout.readline() == "here\n", process.stderr.read()
+        process.send_signal(signal.SIGKILL)
+    assert len(list(tmp_path.iterdir())) == 2  # it had begun
+    (found,) = runs(root=tmp_path, status=None)
+    assert found.path == earlier
+    assert len(found.requests()) == 3
+
+
+FULL = """
+import resource, sys
+from block.results import RunWriter
+from pathlib import Path
+from stored import *
+
+limit, root = sys.argv[1:]
+records = [record(i, i / 7, i / 7 + 0.1, i / 3 + 9, preemptions=i * i) for i in range(5000)]
+writer = RunWriter(CONFIG, root=Path(root))
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+with writer:
+    writer.store(records, [], {})
+"""
+
+
+@pytest.mark.parametrize(("limit", "statuses"), [(20_000, ["failed", "ok"]), (200, ["ok"])])
+def test_a_full_disk_fails_the_run_and_no_other(tmp_path, limit, statuses):
+    earlier = store(tmp_path)
+    with child(FULL, str(limit), str(tmp_path)) as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "OSError" in errors
+    assert [run.path for run in runs(root=tmp_path)] == [earlier]
+    # Where even run.json did not fit the folder is no run, and no temporary file stays.
+    assert sorted(run.status for run in runs(root=tmp_path, status=None)) == statuses
+    assert not list(tmp_path.glob("*/.*"))
+
+
+def test_a_full_disk_at_the_very_end_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_json(tmp_path / "run.json", {"a": 1})
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    writer = RunWriter({}, root=tmp_path)
+    with pytest.raises(OSError, match="disk full"), writer:  # noqa: PT012 - leaving the context is what fails
+        writer.store([], [], {})
+        monkeypatch.setattr(os, "fsync", fail)
+    assert runs(root=tmp_path, status=None) == []
+
+
+def fail(_descriptor):
+    raise OSError("disk full")
+
+
+def test_write_json_replaces_whole_files_only(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_storing_a_run_does_not_import_pandas(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from stored import store
+store(Path(sys.argv[1]))
+assert not {"pandas", "wandb", "matplotlib"} & set(sys.modules)
+"""
+    with child(code, str(tmp_path)) as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+
+
+# ------------------------------------------------------------------------------------------------------- provenance
+
+
+def test_config_hash_is_of_the_values():
+    expected = hashlib.sha256(b'{"a":1,"b":{"c":[1,2],"d":null}}').hexdigest()[:16]
+    assert provenance.config_hash({"b": {"d": None, "c": [1, 2]}, "a": 1}) == expected
+    assert provenance.config_hash({"b": {"d": None, "c": [1, 2]}, "a": 2}) != expected
+
+
+def test_file_hash(tmp_path):
+    (tmp_path / "f").write_bytes(b"abc")
+    assert provenance.file_hash(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_git_knows_its_checkout_and_no_other(tmp_path):
+    def git(*arguments):
+        settings = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(
+            ["git", *settings, "-C", tmp_path / "repo", *arguments], check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    inner = tmp_path / "repo" / "inner"
+    inner.mkdir(parents=True)
+    git("init", "-q")
+    assert provenance.git.__wrapped__(tmp_path / "repo") is None  # no commit yet
+    (inner / "file").write_text("1")
+    git("add", "-A")
+    git("commit", "-qm", "one")
+    assert provenance.git.__wrapped__(tmp_path / "repo") == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    (inner / "file").write_text("2")
+    assert provenance.git.__wrapped__(tmp_path / "repo")["dirty"] is True
+    assert provenance.git.__wrapped__(inner) is None
+    assert provenance.git.__wrapped__(tmp_path) is None
+
+
+def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.git.__wrapped__() is None

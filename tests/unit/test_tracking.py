@@ -1,0 +1,266 @@
+"""The W&B mirror: what it is given, with a recording stand-in for the wandb module; and one real run of it, offline."""
+
+from __future__ import annotations
+
+import json
+import logging
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from stored import CONFIG, record, store
+
+from block.results import RunWriter, runs
+from block.tracking import Tracking, log_run, logged
+
+LOG_RUNS = Path(__file__).parents[2] / "scripts" / "log_runs.py"
+
+
+@pytest.fixture(autouse=True)
+def nobody(monkeypatch, tmp_path):
+    """No credentials, no W&B settings, and a home of its own."""
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "WANDB_MODE", "WANDB_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(home / "cache"))
+    return home
+
+
+class Recorder(SimpleNamespace):
+    """Stands in for the module `wandb` and for the run that it starts."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            logs=[], summary={}, inits=[], ended=0, plot=SimpleNamespace(line=lambda table, *_, **__: table)
+        )
+
+    def Settings(self, **settings):  # noqa: N802
+        return settings
+
+    def Table(self, columns, data=(), dtype=None):  # noqa: N802
+        return SimpleNamespace(columns=columns, data=list(data))
+
+    def init(self, **arguments):
+        self.inits.append(arguments)
+        self.dir = str(arguments["dir"] / "wandb" / "run-x" / "files")
+        return self
+
+    def define_metric(self, *_, **__):
+        pass
+
+    def log(self, row):
+        self.logs.append(row)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.ended += 1
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    module = Recorder()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+# ------------------------------------------------------------------------------------------------------------- mode
+
+
+def test_without_a_key_auto_is_offline():
+    assert Tracking().resolved_mode == "offline"
+
+
+@pytest.mark.parametrize("name", ["WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"])
+def test_with_a_key_auto_is_online(monkeypatch, name):
+    monkeypatch.setenv(name, "x" * 40)
+    assert Tracking().resolved_mode == "online"
+    assert Tracking(mode="offline").resolved_mode == "offline"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert Tracking().resolved_mode == "offline"
+
+
+def test_a_netrc_entry_of_the_server_is_a_key(monkeypatch, nobody):
+    (nobody / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert Tracking().resolved_mode == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080")
+    assert Tracking().resolved_mode == "offline"
+    (nobody / "netrc").write_text("machine wandb.example.org login user password secret\n")
+    assert Tracking().resolved_mode == "online"
+    (nobody / "netrc").write_text("no netrc at all")
+    assert Tracking().resolved_mode == "offline"
+
+
+def test_bad_settings_name_the_choices():
+    with pytest.raises(ValueError, match=r"tracking.mode='on': choose from auto, online, offline, disabled"):
+        Tracking(mode="on")
+    with pytest.raises(ValueError, match=r"tracking.table_rows=-1: must be 0 or more"):
+        Tracking(table_rows=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------- logging
+
+
+def test_disabled_touches_nothing(tmp_path, wandb):
+    path = store(tmp_path / "runs")
+    assert log_run(path, Tracking(mode="disabled")) is None
+    assert wandb.inits == []
+    assert not (path / "wandb").exists()
+
+
+def test_a_run_is_logged_once(tmp_path, wandb):
+    path = store(tmp_path / "runs", scheduler="block", experiment="main_sweep")
+    assert logged(path) is None
+    folder = log_run(path, Tracking(tags=["a"]))
+    assert folder == logged(path) == path / "wandb" / "run-x"
+    assert log_run(path, Tracking()) == folder
+    (started,) = wandb.inits
+    assert started["mode"] == "offline"
+    assert started["id"] == path.name
+    assert (started["group"], started["tags"]) == ("main_sweep", ("a",))
+    assert started["config"]["workload"] == {"qps": 30, "shape": None}
+    assert started["config"]["choices"] == {"scheduler": "block", "experiment": "main_sweep"}
+    assert wandb.summary["e2e_mean_s"] == 3.0
+    assert wandb.summary["sent"] == 3
+    assert "dispatch_overhead_p99_s" not in wandb.summary  # not measured
+    assert wandb.ended == 1
+
+
+def test_the_request_table_is_whole_or_thinned(tmp_path, wandb):
+    def rows(limit):
+        log_run(store(tmp_path / "runs"), Tracking(table_rows=limit))
+        return [log["requests"].data for log in wandb.logs if "requests" in log][-1:]
+
+    assert rows(0) == []
+    (table,) = rows(3)
+    assert table[0] == [0, 0, 0.0, 0.0, 1.0, 2.0, 100, 11, 12, 0.5, 3.0, "ok", 0]
+    assert table[2] == [2, -1, 2.0, 2.0, None, None, 100, 11, 12, None, None, "failed", 1]
+    (table,) = rows(2)
+    assert [row[0] for row in table] == [0, 2]
+
+
+def test_charts_show_latency_and_load_over_time(tmp_path, wandb):
+    # A request a second for 200 s, whose E2E is 1 s in the first half and 3 s in the second; 2 instances.
+    records = [record(i, float(i), i + 0.5, i + (1.0 if i < 100 else 3.0)) for i in range(201)]
+    load = {
+        "time": [t for t in range(201) for _ in "ab"],
+        "instance_id": [0, 1] * 201,
+        "running": [n for t in range(201) for n in (t // 2, 7)],
+    }
+    with RunWriter(CONFIG, root=tmp_path) as writer:
+        writer.store(records, [], load)
+    log_run(writer.path, Tracking())
+    rows = [log for log in wandb.logs if "time_s" in log]
+    # 100 intervals of 2 s.
+    assert [row["time_s"] for row in rows] == [2.0 * (i + 1) for i in range(100)]
+    assert [row["e2e_mean_s"] for row in rows] == [1.0] * 50 + [3.0] * 50
+    assert {row["ttft_mean_s"] for row in rows} == {0.5}
+    # The last interval also holds the instant at which it ends.
+    assert [row["running/instance_0"] for row in rows] == [*range(99), pytest.approx((99 + 99 + 100) / 3)]
+    assert {row["running/instance_1"] for row in rows} == {7.0}
+    (cdf,) = [log["e2e_cdf"] for log in wandb.logs if "e2e_cdf" in log]
+    shares = dict(reversed(row) for row in cdf.data)
+    assert (shares[0.0], shares[0.25], shares[0.75], shares[1.0]) == (1.0, 1.0, 3.0, 3.0)
+
+
+def test_a_run_with_nothing_in_it_is_logged(tmp_path, wandb):
+    with RunWriter({}, root=tmp_path) as writer:
+        writer.store([], [], {})
+    assert log_run(writer.path, Tracking()) is not None
+    assert wandb.logs == []
+
+
+def test_a_failed_run_is_logged_without_tables(tmp_path, wandb):
+    with pytest.raises(ValueError, match="boom"), RunWriter({}, root=tmp_path) as writer:
+        raise ValueError("boom")
+    assert log_run(writer.path, Tracking()) is not None
+    assert (wandb.logs, wandb.summary) == ([], {"status": "failed"})
+
+
+def test_what_w_and_b_raises_is_one_warning(tmp_path, wandb, caplog):
+    def init(**_):
+        raise TimeoutError("no answer")
+
+    wandb.init = init
+    path = store(tmp_path / "runs")
+    assert log_run(path, Tracking()) is None
+    (warning,) = caplog.records
+    assert warning.levelno == logging.WARNING
+    assert warning.getMessage() == f"W&B: {path} is stored but was not logged: TimeoutError: no answer"
+    assert [run.path for run in runs(root=tmp_path / "runs")] == [path]
+    assert logged(path) is None
+    del wandb.init  # the next attempt works
+    assert log_run(path, Tracking()) is not None
+
+
+def test_what_is_no_run_is_not_logged(tmp_path, wandb, caplog):
+    assert log_run(tmp_path / "absent", Tracking()) is None
+    assert "skipped" in caplog.text
+    assert wandb.inits == []
+
+
+def test_a_marker_that_cannot_be_read_counts_as_absent(tmp_path):
+    path = store(tmp_path / "runs")
+    (path / "wandb").mkdir()
+    (path / "wandb" / "logged.json").write_text("[]")
+    assert logged(path) is None
+
+
+def test_the_real_wandb_offline(tmp_path, nobody, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing answers there
+    monkeypatch.chdir(tmp_path)
+    path = store(Path("runs"), scheduler="block")
+    folder = log_run(path, Tracking())
+    assert folder is not None
+    assert folder.parent == path / "wandb"
+    assert folder.name.startswith("offline-run-")
+    (mirror,) = folder.glob("*.wandb")
+    assert b"e2e_p99_s" in mirror.read_bytes()
+    (table,) = folder.glob("files/media/table/requests_*.table.json")
+    stored = json.loads(table.read_text())
+    assert stored["columns"][0] == "request_id"
+    assert [row[stored["columns"].index("finished")] for row in stored["data"]] == [2.0, 5.0, None]
+    assert len(list(folder.glob("files/media/table/*_cdf*"))) == 2
+    # All of it lies within the run's folder.
+    assert not list(nobody.rglob("*.table.json")) + list(nobody.rglob("staging"))
+
+
+# -------------------------------------------------------------------------------------------------------- the script
+
+
+@pytest.fixture
+def main():
+    return runpy.run_path(str(LOG_RUNS))["main"]
+
+
+def test_logs_what_matches_once(tmp_path, wandb, main, capsys):
+    root = str(tmp_path / "runs")
+    first = store(tmp_path / "runs", {"workload": {"qps": 20}}, scheduler="block")
+    store(tmp_path / "runs", {"workload": {"qps": 30}}, scheduler="block")
+    third = store(tmp_path / "runs", {"workload": {"qps": 20}}, scheduler="random")
+    assert main(["--root", root, "scheduler=block,random", "workload.qps=20"]) == 0
+    assert [started["id"] for started in wandb.inits] == [first.name, third.name]
+    assert capsys.readouterr().out.splitlines()[-1] == "logged 2 of 2; 0 were logged before"
+    assert main(["--root", root, "--group", "mine"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "logged 1 of 1; 2 were logged before"
+    assert wandb.inits[-1]["group"] == "mine"
+
+
+def test_a_refusal_of_w_and_b_is_the_exit_status(tmp_path, wandb, main, capsys):
+    store(tmp_path / "runs")
+    wandb.init = None
+    assert main(["--root", str(tmp_path / "runs")]) == 1
+    assert capsys.readouterr().out == "logged 0 of 1; 0 were logged before\n"
+
+
+@pytest.mark.parametrize("argument", ["scheduler", "=block"])
+def test_a_condition_needs_a_key_and_a_value(main, capsys, argument):
+    with pytest.raises(SystemExit):
+        main([argument])
+    assert f"{argument!r} is not of the form key=value" in capsys.readouterr().err
