@@ -29,7 +29,7 @@ KERNELS = 6  # such kernels a layer: two norms, rotary embedding, KV save, activ
 # published block counts are met within an eighth.
 RESERVED_GIB = 1.0
 RESERVED_PARALLEL_GIB = 2.0
-PUBLISHED_UTILIZATION = 0.9  # vLLM's default, with which the published block counts were measured
+PUBLISHED_UTILIZATION = 0.9  # vLLM's default, at which the published block counts were measured
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ GPUS: dict[str, GPU] = {
 def gpu_named(name: str) -> GPU:
     """The catalogue's GPU of that name; ValueError lists the choices."""
     if name not in GPUS:
-        raise ValueError(f"gpu={name!r} is unknown; choose from {', '.join(GPUS)}")
+        raise ValueError(f"cluster.gpu={name}: choose from {', '.join(GPUS)}")
     return GPUS[name]
 
 
@@ -109,10 +109,16 @@ class Model:
                 raise ValueError(f"model.{key}={getattr(self, key)}: want a positive integer")
         if self.heads % self.kv_heads:
             raise ValueError(f"model.kv_heads={self.kv_heads}: choose a divisor of heads={self.heads}")
-        if self.tensor_parallel < 1 or self.heads % self.tensor_parallel:
-            raise ValueError(f"model.tensor_parallel={self.tensor_parallel}: choose a divisor of heads={self.heads}")
+        degrees = [n for n in range(1, self.heads + 1) if self._splits_over(n)]
+        if self.tensor_parallel not in degrees:
+            choices = ", ".join(map(str, degrees))
+            raise ValueError(f"model.tensor_parallel={self.tensor_parallel}: choose from {choices} for {self.name}")
         if self.dtype_bytes not in (1, 2, 4):
             raise ValueError(f"model.dtype_bytes={self.dtype_bytes}: choose from 1, 2, 4")
+
+    def _splits_over(self, gpus: int) -> bool:
+        """Whether every GPU gets as many heads as any other, and as many KV heads (or copies of one)."""
+        return self.heads % gpus == 0 and (self.kv_heads % gpus == 0 or gpus % self.kv_heads == 0)
 
     @property
     def projections(self) -> dict[str, float]:
@@ -204,22 +210,29 @@ def kv_blocks(
 ) -> int:
     """KV blocks of `block_size` tokens an instance has: published where a tracked file says so, else from the memory.
 
-    A published count holds for vLLM's default utilization; for any other the memory decides. ValueError if the weights
-    leave no room.
+    A published count was measured at vLLM's default utilization; for another one the memory gained or lost counts.
+    ValueError if the weights leave no room.
     """
+    blocks = _room(gpu, model, block_size, gpu_memory_utilization)
     fit = _tracked(gpu, model, tracked)
-    if fit is not None and "kv_tokens" in fit.source and gpu_memory_utilization == PUBLISHED_UTILIZATION:
-        return int(fit.source["kv_tokens"]) // block_size
-    reserved = RESERVED_GIB + (RESERVED_PARALLEL_GIB if model.tensor_parallel > 1 else 0.0)
-    room = (gpu.memory_gib * gpu_memory_utilization - reserved) * 2**30 - model.weight_bytes
-    blocks = int(room // (model.layers * model.kv_bytes * block_size))
+    if fit is not None and "kv_tokens" in fit.source:
+        published = int(fit.source["kv_tokens"]) // block_size
+        blocks += published - _room(gpu, model, block_size, PUBLISHED_UTILIZATION)
     if blocks < 1:
+        usable = gpu.memory_gib * gpu_memory_utilization
         raise ValueError(
-            f"model={model.name} does not fit on gpu={gpu.name}: {model.weight_bytes / 2**30:.1f} GiB of weights and "
-            f"{reserved:.1f} GiB reserved per GPU, {gpu.memory_gib * gpu_memory_utilization:.1f} GiB usable; "
-            f"raise model.tensor_parallel={model.tensor_parallel} or choose from {', '.join(GPUS)}"
+            f"model={model.name} does not fit on gpu={gpu.name}: {model.weight_bytes / 2**30:.1f} GiB of weights per "
+            f"GPU in {usable:.1f} GiB usable; raise model.tensor_parallel={model.tensor_parallel} or choose from "
+            f"{', '.join(GPUS)}"
         )
     return blocks
+
+
+def _room(gpu: GPU, model: Model, block_size: int, utilization: float) -> int:
+    """KV blocks that the memory leaves beside the weights and what vLLM keeps for itself; may be negative."""
+    reserved = RESERVED_GIB + (RESERVED_PARALLEL_GIB if model.tensor_parallel > 1 else 0.0)
+    free = (gpu.memory_gib * utilization - reserved) * 2**30 - model.weight_bytes
+    return int(free // (model.layers * model.kv_bytes * block_size))
 
 
 def _tracked(gpu: GPU, model: Model, directory: Path) -> LatencyModel | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from block.hardware import GPU, Model, roofline
+from block.hardware import BANDWIDTH_EFFICIENCY, GPU, KERNEL, Model, roofline
 from block.latency import LatencyModel, table
 from block.profiling.attention import LayerAttention, fit_attention, impossible_share
 from block.profiling.errors import Error, held_out, relative_error
@@ -82,12 +82,16 @@ def fit(profile: Profile) -> Fit:
     notes += said
     if attention is None:
         skeleton = roofline(gpu, model)
-        save = 2 * model.kv_bytes * tokens / (gpu.bandwidth * 1e9)  # the profile has none: written and read once
+        save = KERNEL + 2 * model.kv_bytes * tokens / (gpu.bandwidth * 1e9 * BANDWIDTH_EFFICIENCY)
     else:
         errors |= attention.errors
         skeleton = attention.model(np.zeros(3), model.layers)
         save = attention.save[0] + attention.save[1] * tokens
     total = model.layers * (layer + save) + embedding
+    head = model.head_weights * model.dtype_bytes / (gpu.bandwidth * 1e9 * BANDWIDTH_EFFICIENCY)
+    notes.append(
+        f"not profiled and not added: output projection ({head * 1e3:.1f} ms by roofline), sampling, scheduling"
+    )
     source = {
         "gpu": gpu.name,
         "model": model.name,

@@ -42,7 +42,7 @@ class Attention(NamedTuple):
 
 
 def read_operators(path: Path, tensor_parallel: int) -> tuple[Floats, dict[str, Floats]]:
-    """Token counts (increasing, float[n]) and at them the times of the operators of `LAYER` and `EMBEDDING`; NaN: none."""
+    """Increasing token counts, float[n], and each operator's times at them (`LAYER` and `EMBEDDING`; NaN: none)."""
     rows = _rows(path, [_median(name) for name in (*LAYER, EMBEDDING)] + ["num_tokens"], tensor_parallel)
     rows = rows.groupby("num_tokens").median(numeric_only=True)
     return _floats(rows.index), {name: _floats(rows[_median(name)]) * 1e-3 for name in (*LAYER, EMBEDDING)}
