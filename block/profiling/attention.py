@@ -48,14 +48,19 @@ class LayerAttention:
         )
 
 
-def impossible_share(profile: Attention, gpu: GPU, model: Model) -> float:
-    """The share of rows faster than the data sheet allows for reading the KV, or for the causal half's FLOPs."""
+def possible_rows(profile: Attention, gpu: GPU, model: Model) -> tuple[Attention, float]:
+    """The profile without the rows that cannot be true, and their share.
+
+    Those have no time, or are faster than the data sheet allows for reading the KV or for the causal half's FLOPs.
+    """
     bandwidth, flops = gpu.bandwidth * 1e9, gpu.tflops * 1e12
     width = model.heads * model.head_dim / model.tensor_parallel
     compute = 4 * profile.chunk * (profile.context + profile.chunk / 2) * width / flops
-    prefill = np.maximum(compute, (profile.context + profile.chunk) * model.kv_bytes / bandwidth)
-    decode = profile.batch * profile.kv * model.kv_bytes / bandwidth
-    return float(np.mean(np.concatenate([~(profile.prefill >= prefill), ~(profile.decode >= decode)])))
+    floor = np.maximum(compute, (profile.context + profile.chunk) * model.kv_bytes / bandwidth)
+    prefill = profile.prefill >= floor
+    decode = profile.decode >= profile.batch * profile.kv * model.kv_bytes / bandwidth
+    kept = Attention(*(column[prefill] for column in profile[:4]), *(column[decode] for column in profile[4:]))
+    return kept, float(1 - np.mean(np.concatenate([prefill, decode])))
 
 
 def fit_attention(profile: Attention) -> LayerAttention:

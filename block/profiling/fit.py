@@ -9,7 +9,7 @@ import numpy as np
 
 from block.hardware import BANDWIDTH_EFFICIENCY, GPU, KERNEL, Model, roofline
 from block.latency import LatencyModel, table
-from block.profiling.attention import LayerAttention, fit_attention, impossible_share
+from block.profiling.attention import LayerAttention, fit_attention, possible_rows
 from block.profiling.errors import Error, held_out, relative_error
 from block.profiling.profiles import EMBEDDING, LAYER, read_all_reduce, read_attention, read_operators
 from block.profiling.repair import Repair, impossible, operator_floor, repair
@@ -109,17 +109,17 @@ def _attention(profile: Profile) -> tuple[LayerAttention | None, list[str]]:
     """The attention of a layer, or None where only the roofline is left; and what to say about it."""
     gpu, model = profile.gpu, profile.model
     if profile.attention is not None:
-        rows = read_attention(profile.attention, model.tensor_parallel)
-        share = impossible_share(rows, gpu, model)
+        rows, share = possible_rows(read_attention(profile.attention, model.tensor_parallel), gpu, model)
         if share <= MOST_IMPOSSIBLE:
-            return fit_attention(rows), [f"attention: {share:.1%} of the profile's rows are impossible"]
+            return fit_attention(rows), [f"attention: {share:.1%} of the profile's rows are impossible and left out"]
         return None, [
             f"attention: {share:.1%} of the profile's rows are faster than the hardware allows, so that none is "
             "believed: decode, prefill and KV save are the roofline's"
         ]
     if profile.kin is None or profile.kin_attention is None or profile.points is None:
         raise ValueError(f"gpu={gpu.name} model={model.name}: no attention profile, and no kin and points in its place")
-    kin = fit_attention(read_attention(profile.kin_attention, profile.kin.tensor_parallel))
+    rows, _ = possible_rows(read_attention(profile.kin_attention, profile.kin.tensor_parallel), gpu, profile.kin)
+    kin = fit_attention(rows)
     said = f"attention: no profile; from {profile.kin.name} on the same GPU by heads and KV bytes, and from points"
     return transfer(kin, profile.kin, model, profile.points), [said, f"points: {profile.points.source}"]
 

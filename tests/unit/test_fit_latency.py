@@ -126,6 +126,20 @@ def test_an_attention_profile_that_beats_the_hardware_is_not_believed(tmp_path: 
     assert decode_time(fitted.model.pack(), 32, 50_000) > 50_000 * kv_bytes / 933e9
 
 
+def test_a_few_impossible_attention_rows_are_left_out(tmp_path: Path) -> None:
+    profile = write_profile(tmp_path)
+    clean = fit(profile).model.pack()
+    rows = pd.read_csv(tmp_path / "attention.csv")
+    rows.loc[rows.index[[4, 40, 90]], ["time_stats.attn_prefill.median", "time_stats.attn_decode.median"]] = [
+        0.0,
+        np.nan,
+    ]
+    rows.to_csv(tmp_path / "attention.csv", index=False)
+    fitted = fit(profile)
+    assert "2.0% of the profile's rows are impossible" in fitted.notes[0]  # 3 of 148
+    np.testing.assert_allclose(fitted.model.pack(), clean, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
