@@ -8,6 +8,7 @@ timer will bring fails with `SimulationStalled` instead of hanging.
 from __future__ import annotations
 
 import asyncio
+import math
 import selectors
 import time
 from collections.abc import Callable, Coroutine
@@ -76,7 +77,7 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
         super().__init__(selector)
         selector.loop = self
         self._virtual_now = 0.0
-        self._clock_resolution = 0.0  # timers fire in exact order of their times
+        self._clock_resolution = math.ulp(0.0)
 
     def time(self) -> float:
         return self._virtual_now
@@ -85,3 +86,4 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
         """Move the clock to the earliest timer."""
         timers: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
         self._virtual_now = max(self._virtual_now, timers[0].when())
+        self._clock_resolution = math.ulp(self._virtual_now)  # the loop fires what is due before now + resolution

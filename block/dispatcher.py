@@ -30,19 +30,15 @@ class DispatchConfig:
     """How requests get to instances (one Hydra node).
 
     ledger: count in requests that were placed and are not yet visible in a snapshot.
-    delay_s: seconds from a request's arrival to its arrival at the instance chosen (probing, forecasting, forwarding).
     snapshot_interval_s: a snapshot is used again until it is this old; 0 takes a fresh one for every decision.
     """
 
     ledger: bool = True
-    delay_s: float = 0.0
     snapshot_interval_s: float = 0.0
 
     def __post_init__(self) -> None:
-        for key in ("delay_s", "snapshot_interval_s"):
-            value = getattr(self, key)
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"dispatch.{key}={value}: must be 0 or more seconds")
+        if not 0 <= self.snapshot_interval_s < float("inf"):
+            raise ValueError(f"dispatch.snapshot_interval_s={self.snapshot_interval_s}: must be 0 or more seconds")
 
 
 @dataclass(slots=True)
@@ -58,7 +54,8 @@ class _Books:
 class Dispatcher:
     """Places requests on instances by a policy. `predictor` may be None if the policy needs no forecasts.
 
-    Keeps what it did: `records`, one per request, and `decisions`, (time, request id, Decision).
+    delay_s: modelled seconds from a request's arrival to its arrival at the instance; 0 where the delay is real.
+    Keeps what it did: `records`, one per request, and `decisions`, (time, Decision, request id).
     forecast_s: wall-clock seconds that each batch of forecasts took, divided by its number of forecasts.
     """
 
@@ -69,6 +66,8 @@ class Dispatcher:
         predictor: Predictor | None,
         config: DispatchConfig,
         stream: Stream,
+        *,
+        delay_s: float = 0.0,
     ) -> None:
         if policy.needs is Needs.FORECAST and predictor is None:
             raise ValueError(f"policy {type(policy).__name__} needs a predictor")
@@ -77,9 +76,10 @@ class Dispatcher:
         self._predictor = predictor
         self._config = config
         self._stream = stream
+        self._delay_s = delay_s
         self._books = [_Books([], 0, deque(), None) for _ in instances]
         self.records: list[RequestRecord] = []
-        self.decisions: list[tuple[float, int, Decision]] = []
+        self.decisions: list[tuple[float, Decision, int]] = []
         self.forecast_s: list[float] = []
 
     async def submit(self, request: Request) -> RequestRecord:
@@ -89,8 +89,8 @@ class Dispatcher:
         chosen = self._place(request, record)
         books = self._books[chosen]
         try:
-            if self._config.delay_s > 0:
-                await clock.sleep(self._config.delay_s)
+            if self._delay_s > 0:
+                await clock.sleep(self._delay_s)
             record.dispatched = clock.now()
             await self._instances[chosen].generate(request, record)
             record.status = "ok"
@@ -112,9 +112,8 @@ class Dispatcher:
         record.instance_id = chosen
         for view in views:
             if view.instance_id == chosen and view.forecast is not None:
-                delay = self._config.delay_s
-                record.forecast = Forecast(view.forecast.ttft + delay, view.forecast.e2e + delay)
-        self.decisions.append((now, request.id, decision))
+                record.forecast = Forecast(view.forecast.ttft + self._delay_s, view.forecast.e2e + self._delay_s)
+        self.decisions.append((now, decision, request.id))
         books = self._books[chosen]
         books.outstanding += 1
         books.recent.append(now)

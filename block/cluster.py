@@ -1,0 +1,158 @@
+"""The cluster: instances of one model on some GPUs, started and stopped as one.
+
+A *backend* makes instances. `Simulated` makes them of engine twins on virtual time; backends of real engines will sit
+beside it and differ in nothing that the dispatcher can see.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+from block.engine import Engine, EngineConfig
+from block.hardware import Model, gpu_named, kv_blocks, latency_model
+from block.instances.base import Instance
+from block.instances.simulated import SimulatedInstance
+from block.latency import LatencyModel
+from block.predictor import Predictor
+from block.rng import stream
+from block.types import Floats
+
+NOISE_STEPS = 4096  # an instance's noise repeats after so many steps
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """GPUs of one kind (one Hydra group). `gpu` names an entry of `block.hardware.GPUS`."""
+
+    gpu: str = "a30"
+    num_gpus: int = 12
+
+    def __post_init__(self) -> None:
+        gpu_named(self.gpu)
+        if self.num_gpus < 1:
+            raise ValueError(f"cluster.num_gpus={self.num_gpus}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class Testbed:
+    """What a backend is asked to bring up. ValueError if the model does not fit on the GPUs."""
+
+    model: Model
+    cluster: ClusterConfig
+    engine: EngineConfig
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.instances < 1:
+            raise ValueError(
+                f"cluster.num_gpus={self.cluster.num_gpus}: one instance of {self.model.name} needs "
+                f"model.tensor_parallel={self.model.tensor_parallel} GPUs"
+            )
+        self.engine.limits(self.total_blocks)
+
+    @property
+    def instances(self) -> int:
+        """Instances that the GPUs hold."""
+        return self.cluster.num_gpus // self.model.tensor_parallel
+
+    @property
+    def total_blocks(self) -> int:
+        """Usable KV blocks of an instance; vLLM V1 keeps one for itself."""
+        engine = self.engine
+        blocks = engine.num_gpu_blocks
+        if blocks is None:
+            blocks = kv_blocks(
+                gpu_named(self.cluster.gpu), self.model, engine.block_size, engine.gpu_memory_utilization
+            )
+        return blocks - (engine.version == "v1")
+
+
+class Fleet(NamedTuple):
+    """A running cluster, and the predictor that knows its engines."""
+
+    instances: Sequence[Instance]
+    predictor: Predictor
+
+
+class Backend(Protocol):
+    """Brings up a testbed. `virtual` says on which clock it lives, `dispatch_delay_s` what delay is to be modelled."""
+
+    virtual: ClassVar[bool]
+
+    @property
+    def dispatch_delay_s(self) -> float:
+        """Modelled seconds from a request's arrival to its arrival at an instance."""
+        ...
+
+    def latency(self, testbed: Testbed) -> LatencyModel:
+        """The step times of the testbed's engines, as the predictor knows them."""
+        ...
+
+    def start(self, testbed: Testbed) -> AbstractAsyncContextManager[Fleet]:
+        """A context in which the cluster runs."""
+        ...
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """Engine twins on virtual time.
+
+    step_time_factor, step_overhead_s: calibration: a step takes its modelled time × factor + overhead.
+    step_noise: standard deviation of the factor by which each step's duration differs from that; the predictor does not
+        know it. The factors are at least 0.5.
+    dispatch_delay_s: seconds from a request's arrival to its arrival at the instance chosen.
+    auto: real GPUs were asked for if there are enough.
+    """
+
+    step_time_factor: float = 1.0
+    step_overhead_s: float = 0.0
+    step_noise: float = 0.05
+    dispatch_delay_s: float = 0.0
+    auto: bool = False
+    virtual: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step_time_factor < math.inf:
+            raise ValueError(f"backend.step_time_factor={self.step_time_factor}: must be greater than 0")
+        if not 0 <= self.step_noise <= 1:
+            raise ValueError(f"backend.step_noise={self.step_noise}: must be between 0 and 1")
+        for key in ("step_overhead_s", "dispatch_delay_s"):
+            value = getattr(self, key)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"backend.{key}={value}: must be 0 or more seconds")
+
+    def latency(self, testbed: Testbed) -> LatencyModel:
+        """The profile of the GPU and model (or their roofline), calibrated."""
+        model, _ = latency_model(testbed.cluster.gpu, testbed.model)
+        return model.scaled(self.step_time_factor, self.step_overhead_s)
+
+    @asynccontextmanager
+    async def start(self, testbed: Testbed) -> AsyncIterator[Fleet]:
+        """Make the twins; there is nothing to stop."""
+        latency = self.latency(testbed)
+        blocks = testbed.total_blocks
+        instances = [
+            SimulatedInstance(i, Engine(testbed.engine, latency, blocks, self._noise(testbed.seed, i)))
+            for i in range(testbed.instances)
+        ]
+        yield Fleet(instances, Predictor(testbed.engine, latency, blocks))
+
+    def _noise(self, seed: int, instance_id: int) -> Floats | None:
+        if self.step_noise == 0:
+            return None
+        return stream(seed, f"noise/{instance_id}").normal(1.0, self.step_noise, NOISE_STEPS).clip(0.5)
+
+
+def visible_gpus() -> int:
+    """GPUs that this process may use; 0 without a driver."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    return len(found.stdout.split()) if found.returncode == 0 else 0

@@ -1,0 +1,197 @@
+"""RunConfig: what a run is made of, checked before anything starts.
+
+Each Hydra group is one frozen dataclass is one constructor; defaults and ranges live there and nowhere else. `register`
+shows those dataclasses to Hydra as ``schema/<group>[/<choice>]``, with the class as `_target_`, so that every key is
+known and typed; the yaml files under ``conf/`` add published and measured values only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from block import policies
+from block.cluster import Backend, ClusterConfig, Simulated, Testbed
+from block.dispatcher import DispatchConfig
+from block.engine import EngineConfig
+from block.hardware import Model
+from block.lengths import Lengths, Noisy, Oracle
+from block.tracking import Tracking
+from block.workload import Workload
+
+SCHEDULERS: dict[str, type] = {
+    "random": policies.Random,
+    "round_robin": policies.RoundRobin,
+    "min_qpm": policies.MinQPM,
+    "least_requests": policies.LeastRequests,
+    "infaas": policies.INFaaS,
+    "llumnix_minus": policies.LlumnixMinus,
+    "least_tokens": policies.LeastTokens,
+    "block": policies.Block,
+}
+LENGTHS: dict[str, type] = {"oracle": Oracle, "noisy": Noisy}
+BACKENDS: dict[str, type] = {"simulated": Simulated}
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message is one line that names key, value and choices."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, resolved and checked.
+
+    seed: of every random stream of the run. sample_every_s: interval of the instances' time series.
+    """
+
+    scheduler: policies.Policy
+    model: Model
+    cluster: ClusterConfig
+    engine: EngineConfig
+    workload: Workload
+    lengths: Lengths
+    backend: Backend
+    dispatch: DispatchConfig
+    tracking: Tracking
+    seed: int = 0
+    sample_every_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must be 0 or more")
+        if not 0 < self.sample_every_s < float("inf"):
+            raise ValueError(f"sample_every_s={self.sample_every_s}: must be greater than 0")
+        longest = self.workload.max_total_tokens
+        if longest > self.engine.max_model_len:
+            raise ValueError(
+                f"workload.max_total_tokens={longest}: exceeds engine.max_model_len={self.engine.max_model_len}; "
+                f"set both to the model's length"
+            )
+
+    @property
+    def testbed(self) -> Testbed:
+        """The testbed that the backend is to bring up; ValueError if the model does not fit."""
+        return Testbed(self.model, self.cluster, self.engine, self.seed)
+
+
+@dataclass
+class _Root:
+    """The keys of the config, and the types of those that are no group."""
+
+    scheduler: Any = None
+    model: Any = None
+    cluster: Any = None
+    engine: Any = None
+    workload: Any = None
+    lengths: Any = None
+    backend: Any = None
+    tracking: Any = None
+    dispatch: Any = field(default_factory=lambda: schema(DispatchConfig))
+    seed: int = 0
+    sample_every_s: float = 1.0
+    runs_dir: str = "artifacts/runs"
+
+
+def schema(cls: type) -> type:
+    """A mutable twin of the frozen dataclass `cls` for Hydra, with the class's own name as `_target_`."""
+    hints = get_type_hints(cls)
+    fields: list[tuple[str, Any, Any]] = [
+        (f.name, hints[f.name], field(default=f.default, default_factory=f.default_factory))  # type: ignore[call-overload]
+        for f in dataclasses.fields(cls)
+    ]
+    fields.append(("_target_", str, field(default=f"{cls.__module__}.{cls.__qualname__}")))
+    return dataclasses.make_dataclass(cls.__name__, fields, kw_only=True)
+
+
+def register() -> None:
+    """Show the dataclasses to Hydra."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=_Root)
+    for group, cls in (("model", Model), ("cluster", ClusterConfig), ("engine", EngineConfig), ("workload", Workload)):
+        store.store(group="schema", name=group, node=schema(cls))
+    store.store(group="schema", name="tracking", node=schema(Tracking))
+    for group, choices in (("scheduler", SCHEDULERS), ("lengths", LENGTHS), ("backend", BACKENDS)):
+        for name, cls in choices.items():
+            store.store(group=f"schema/{group}", name=name, node=schema(cls))
+
+
+def build(config: DictConfig) -> RunConfig:
+    """Construct what `config` describes; ConfigError if it cannot be."""
+    keys = [f.name for f in dataclasses.fields(RunConfig)]
+    try:
+        parts = {key: config[key] for key in keys}
+        groups = {key: instantiate(part, _convert_="all") for key, part in parts.items() if isinstance(part, DictConfig)}
+        run = RunConfig(**{**parts, **groups})
+        run.testbed  # noqa: B018 — raises if the model does not fit
+    except (ValueError, HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+    return run
+
+
+def explain(error: BaseException) -> str:
+    """What is wrong with a configuration, in one line: Hydra's and OmegaConf's many boiled down to key and choices."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        return explain(error.__cause__)
+    text = " ".join(str(error).split())
+    if isinstance(error, MissingConfigException):
+        missing = re.search(r"Could not find '(.+)/([^'/]*)' Available options in '[^']+': (.*?)(?: Config sear.*)?$", text)
+        if missing:
+            group, value, choices = missing.groups()
+            return f"{group}={value}: choose from {', '.join(choices.split())}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not of the form key=value"
+    override = re.search(r"(?:merging override|Could not override) '?([\w./@]+)(?:=(\S*))?", text)
+    cause = error.__cause__
+    if override and cause is not None:
+        key, value = override.group(1).rstrip("."), override.group(2)
+        known = _known_keys(cause)
+        if known:
+            near = get_close_matches(key.rpartition(".")[2], known, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            return f"{key}: no such key{hint}; choose from {', '.join(known)}"
+        return f"{key}={value}: {_first_line(cause)}"
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _known_keys(error: BaseException) -> list[str]:
+    """The keys of the config node that lacks the one asked for; empty if that is not the trouble."""
+    node = getattr(error, "parent_node", None)
+    if not isinstance(node, DictConfig) or getattr(error, "key", None) in node:
+        return []
+    return [str(key) for key in node if not str(key).startswith("_") and key != "hydra"]
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The resolved config in plain containers."""
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def guard(main: Callable[[], Any]) -> int:
+    """Run a Hydra `main` and return the exit code: 2 and one line for a wrong configuration, 130 for Ctrl-C."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through, so that they are told here and not by Hydra
+    try:
+        main()
+    except (ConfigError, HydraException, OmegaConfBaseException, FileNotFoundError) as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,27 @@
+"""Run one experiment, or a sweep of them: ``python run.py scheduler=block model=llama2-7b``.
+
+Groups: scheduler, model, cluster, engine, workload, lengths, backend, tracking, experiment (the folders of conf/). Sweep
+with ``-m``; ``--cfg job`` shows every key.
+"""
+
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from block import config, experiment
+
+config.register()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(settings: DictConfig) -> None:
+    """One job."""
+    job = HydraConfig.get()
+    experiment.execute(settings, job.runtime.choices, quiet=job.mode is RunMode.MULTIRUN)
+
+
+if __name__ == "__main__":
+    sys.exit(config.guard(main))
