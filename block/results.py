@@ -39,6 +39,7 @@ SCHEMA_VERSION = 1
 DEFAULT_ROOT = Path("artifacts/runs")  # relative to the current directory
 
 log = logging.getLogger(__name__)
+_package_log = logging.getLogger("block")
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -53,7 +54,7 @@ class RunWriter:
 
     The run's status is "ok" after `store`, "interrupted" after KeyboardInterrupt, SystemExit or a cancelled task, and
     "failed" after any other exception, which propagates. Leaving without `store` and without an exception raises
-    RuntimeError. Within the context, everything logged goes to run.log too.
+    RuntimeError. Within the context, warnings of all packages and what this one logs at level INFO go to run.log too.
 
     `config` is the resolved config in plain containers; `choices` names what was chosen of each config group.
     """
@@ -92,6 +93,9 @@ class RunWriter:
         self._handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(self._handler)
+        self._level = _package_log.level
+        _package_log.setLevel(self._level or logging.INFO)
+        log.info("run %s begins, config %s", self.id, self._document["config_hash"])
         return self
 
     @property
@@ -135,6 +139,7 @@ class RunWriter:
             columns, dispatch_overhead_s=dispatch_overhead_s, forecast_us=forecast_us, wall_time_s=wall_time_s
         )
         self._document["status"] = "ok"
+        log.info("stored %s", ", ".join(f"{count} {name}" for name, count in self._document["counts"].items()))
         return self.summary
 
     def __exit__(
@@ -152,6 +157,7 @@ class RunWriter:
                 )
                 self._handler.handle(record)
         finally:
+            _package_log.setLevel(self._level)
             logging.getLogger().removeHandler(self._handler)
             self._handler.close()
         try:

@@ -163,7 +163,7 @@ def _over_time(ok: dict[str, NDArray[Any]], instances: pd.DataFrame) -> Iterator
     }
     if {"time", "instance_id"} <= set(instances.columns):
         for instance, rows in instances.groupby("instance_id"):
-            for name in rows.select_dtypes("number").columns.difference(["time", "instance_id"]):
+            for name in rows.select_dtypes("number").columns.difference(["time", "instance_id", "request_id"]):
                 lines[f"{name}/instance_{instance}"] = (rows["time"].to_numpy(), rows[name].to_numpy(dtype=float))
     end = max((times.max() for times, _ in lines.values() if times.size), default=0.0)
     edges = np.linspace(0, max(end, 1e-9), POINTS + 1)

@@ -228,13 +228,17 @@ def test_the_log_goes_to_the_run_while_it_runs(tmp_path):
     before = list(logging.getLogger().handlers)
     with RunWriter({}, root=tmp_path) as writer:
         logging.getLogger("block.somewhere").warning("slow: %d", 7)
+        logging.getLogger("block.somewhere").info("and so on")
         writer.store([], [], {})
         assert writer.summary == {**writer.summary, "preemptions": 0}
         assert writer.counts["sent"] == 0
     logging.getLogger("block.somewhere").warning("too late")
     text = (writer.path / "run.log").read_text()
     assert "WARNING block.somewhere: slow: 7" in text
+    assert "INFO block.somewhere: and so on" in text
+    assert "stored 0 sent, 0 ok" in text
     assert "too late" not in text
+    assert logging.getLogger("block").level == logging.NOTSET
     assert logging.getLogger().handlers == before
 
 

@@ -151,12 +151,14 @@ def test_charts_show_latency_and_load_over_time(tmp_path, wandb):
     load = {
         "time": [t for t in range(201) for _ in "ab"],
         "instance_id": [0, 1] * 201,
+        "request_id": [0] * 402,
         "running": [n for t in range(201) for n in (t // 2, 7)],
     }
     with RunWriter(CONFIG, root=tmp_path) as writer:
         writer.store(records, [], load)
     log_run(writer.path, Tracking())
     rows = [log for log in wandb.logs if "time_s" in log]
+    assert set(rows[0]) == {"time_s", "ttft_mean_s", "e2e_mean_s", "running/instance_0", "running/instance_1"}
     # 100 intervals of 2 s.
     assert [row["time_s"] for row in rows] == [2.0 * (i + 1) for i in range(100)]
     assert [row["e2e_mean_s"] for row in rows] == [1.0] * 50 + [3.0] * 50
