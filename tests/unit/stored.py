@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from block.results import RunWriter
 from block.types import Decision, Forecast, Request, RequestRecord
@@ -66,3 +68,8 @@ def store(root: Path, config: dict[str, Any] = CONFIG, **choices: str) -> Path:
     with RunWriter(config, choices or {"scheduler": "block"}, root=root) as writer:
         writer.store(RECORDS, DECISIONS, INSTANCES, forecast_us=[10.0, 30.0], wall_time_s=0.25)
     return writer.path
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """What was logged at level WARNING or above."""
+    return [entry for entry in caplog.records if entry.levelno >= logging.WARNING]

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from stored import CONFIG, DECISIONS, INSTANCES, RECORDS, store
+from stored import CONFIG, DECISIONS, INSTANCES, RECORDS, store, warnings
 
 from block import provenance
 from block.results import RunWriter, frame, read_run, runs, write_json
@@ -180,7 +180,7 @@ def test_a_corrupt_run_is_skipped_with_a_warning(tmp_path, caplog, text):
     bad.mkdir()
     (bad / "run.json").write_bytes(text.encode(errors="surrogateescape"))
     assert [run.path for run in runs(root=tmp_path, status=None)] == [good]
-    assert [str(bad / "run.json") in record.getMessage() for record in caplog.records] == [True]
+    assert [str(bad / "run.json") in record.getMessage() for record in warnings(caplog)] == [True]
 
 
 # --------------------------------------------------------------------------------------------------- failing halfway

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from stored import CONFIG, record, store
+from stored import CONFIG, record, store, warnings
 
 from block.results import RunWriter, runs
 from block.tracking import Tracking, log_run, logged
@@ -192,8 +191,7 @@ def test_what_w_and_b_raises_is_one_warning(tmp_path, wandb, caplog):
     wandb.init = init
     path = store(tmp_path / "runs")
     assert log_run(path, Tracking()) is None
-    (warning,) = caplog.records
-    assert warning.levelno == logging.WARNING
+    (warning,) = warnings(caplog)
     assert warning.getMessage() == f"W&B: {path} is stored but was not logged: TimeoutError: no answer"
     assert [run.path for run in runs(root=tmp_path / "runs")] == [path]
     assert logged(path) is None
