@@ -47,6 +47,8 @@ class EngineConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"engine.{key}={value}: must be at least 1")
+        if self.block_size & (self.block_size - 1):
+            raise ValueError(f"engine.block_size={self.block_size}: must be a power of two, such as 16")
         if self.max_model_len < 2:
             raise ValueError(f"engine.max_model_len={self.max_model_len}: must be at least 2 (a prompt and a response token)")
         if self.long_prefill_token_threshold < 0:
@@ -74,6 +76,7 @@ class EngineConfig:
         limits[s.MAX_NUM_BATCHED_TOKENS] = self.max_num_batched_tokens
         limits[s.MAX_MODEL_LEN] = self.max_model_len
         limits[s.BLOCK_SIZE] = self.block_size
+        limits[s.BLOCK_SHIFT] = self.block_size.bit_length() - 1
         limits[s.WATERMARK] = watermark
         limits[s.LONG_PREFILL] = self.long_prefill_token_threshold
         limits[s.RESERVE_FULL] = self.scheduler_reserve_full_isl

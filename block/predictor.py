@@ -15,6 +15,7 @@ import numpy as np
 from block import scheduler as s
 from block.compiled import compiled
 from block.engine import EngineConfig
+from block.fastforward import FINISHED, GROUP, STOPPED, fast_forward
 from block.latency import LatencyModel
 from block.types import (
     CHUNK,
@@ -128,8 +129,10 @@ def _forecasts(
     state = np.zeros(s.STATE, dtype=np.int64)
     times = np.zeros(s.TIMES)
     noise = np.ones(1)
+    group = np.empty((GROUP, firsts.shape[0]), dtype=np.int64)
+    wanting = np.empty(limits[s.BLOCK_SIZE], dtype=np.int64)
     for i in range(count):
-        _forecast(seqs[i], heads[i], started[i], firsts, state, times, limits, packed, noise, done, now, compressed)
+        _forecast(seqs[i], heads[i], started[i], firsts, state, times, limits, packed, noise, done, group, wanting, now, compressed)
         out[i, 0] = done[s.DONE_FIRST, 0] - now
         out[i, 1] = done[s.DONE_AT, 0] - now
 
@@ -146,6 +149,8 @@ def _forecast(
     packed: Floats,
     noise: Floats,
     done: Floats,
+    group: Ints,
+    wanting: Ints,
     now: float,
     compressed: bool,
 ) -> None:
@@ -171,6 +176,14 @@ def _forecast(
         s.begin_step(seqs, firsts, state, times, limits, packed, noise, now)
     while times[s.ENDS] < np.inf:
         if compressed:
+            outcome = fast_forward(seqs, firsts, state, times, limits, packed, group, wanting, _CANDIDATE)
+            if outcome == FINISHED:
+                done[s.DONE_FIRST, 0] = firsts[state[s.HEAD]]
+                done[s.DONE_AT, 0] = times[s.ENDS]
+                return
+            if outcome == STOPPED:
+                s.begin_step(seqs, firsts, state, times, limits, packed, noise, times[s.ENDS])
+                continue
             s.skip_quiet_steps(seqs, state, times, limits, packed)
         found = s.complete_step(seqs, firsts, state, times, limits, packed, noise, done, 0)
         for column in range(found):

@@ -65,11 +65,12 @@ ASYNC = 1  # 1: asynchronous scheduling (V1 only)
 MAX_NUM_SEQS = 2
 MAX_NUM_BATCHED_TOKENS = 3
 MAX_MODEL_LEN = 4
-BLOCK_SIZE = 5
+BLOCK_SIZE = 5  # a power of two
 WATERMARK = 6  # blocks that admission leaves free
 LONG_PREFILL = 7  # most tokens of one prompt in a step while others want the budget; 0: no limit
 RESERVE_FULL = 8  # 1: V1 admits a sequence only if all of it would fit
-LIMITS = 9
+BLOCK_SHIFT = 9  # log2 of the block size
+LIMITS = 10
 
 # Rows of `done`: what `complete_step` reports of each finished sequence.
 DONE_ID = 0
@@ -81,18 +82,19 @@ DONE = 5
 
 
 @compiled
-def _blocks(tokens: int, limits: Ints) -> int:
-    return (tokens + limits[BLOCK_SIZE] - 1) // limits[BLOCK_SIZE]
+def blocks(tokens: int, limits: Ints) -> int:
+    """KV blocks that hold `tokens` tokens."""
+    return (tokens + limits[BLOCK_SIZE] - 1) >> limits[BLOCK_SHIFT]
 
 
 @compiled
-def _fits(tokens: int, chunk: int, free: int, running: int, limits: Ints) -> bool:
+def fits(tokens: int, chunk: int, free: int, running: int, limits: Ints) -> bool:
     """May a waiting sequence of `tokens` tokens, `chunk` of them now, be admitted beside `running` others?"""
     if limits[V1] == 0:
-        return free - _blocks(tokens, limits) >= limits[WATERMARK]
+        return free - blocks(tokens, limits) >= limits[WATERMARK]
     watermark = limits[WATERMARK] if running > 0 else 0
     reserved = min(tokens, limits[MAX_MODEL_LEN]) if limits[RESERVE_FULL] == 1 else chunk
-    return _blocks(reserved, limits) + watermark <= free
+    return blocks(reserved, limits) + watermark <= free
 
 
 @compiled
@@ -152,6 +154,15 @@ def _move_left(seqs: Ints, firsts: Floats, source: int, target: int) -> None:
 
 
 @compiled
+def copy_column(seqs: Ints, firsts: Floats, source: int, target: int) -> None:
+    """Copy column `source` over column `target`."""
+    if source != target:
+        for row in range(FIELDS):
+            seqs[row, target] = seqs[row, source]
+        firsts[target] = firsts[source]
+
+
+@compiled
 def schedule(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, packed: Floats) -> float:
     """Decide a step: row NEXT receives each sequence's tokens. Returns the step's duration, 0 if nothing is scheduled."""
     budget = limits[MAX_NUM_BATCHED_TOKENS]
@@ -172,7 +183,7 @@ def schedule(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, packed: Floa
         if chunk <= 0:
             column += 1
             continue
-        wanted = max(_blocks(computed + chunk, limits) - seqs[BLOCKS, column], 0)
+        wanted = max(blocks(computed + chunk, limits) - seqs[BLOCKS, column], 0)
         reach = wanted
         if limits[V1] == 0 and not (computed + 1 < total and total % limits[BLOCK_SIZE] == 0):
             reach = max(wanted, 1)  # V0 counts the block it writes into; a prefill that ends on a block writes into none
@@ -195,11 +206,11 @@ def schedule(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, packed: Floa
         while waiting < state[TAIL] and budget > 0 and end - state[HEAD] < limits[MAX_NUM_SEQS]:
             total = seqs[PROMPT, waiting] + seqs[OUTPUT, waiting]
             chunk = min(total, limit, budget)
-            if not _fits(total, chunk, free, end - state[HEAD], limits):
+            if not fits(total, chunk, free, end - state[HEAD], limits):
                 break
             if waiting > end:
                 _move_left(seqs, firsts, waiting, end)  # V0: past those preempted in this step
-            held = _blocks(total if limits[V1] == 0 else chunk, limits)
+            held = blocks(total if limits[V1] == 0 else chunk, limits)
             free -= held
             seqs[BLOCKS, end] = held
             seqs[COMPUTED, end] = chunk
@@ -341,14 +352,14 @@ def skip_quiet_steps(seqs: Ints, state: Ints, times: Floats, limits: Ints, packe
         total = seqs[PROMPT, end] + seqs[OUTPUT, end]
         budget = limits[MAX_NUM_BATCHED_TOKENS] - running
         chunk = min(total, _chunk_limit(state, limits), budget)
-        if chunk > 0 and _fits(total, chunk, free, running, limits):
+        if chunk > 0 and fits(total, chunk, free, running, limits):
             return 0
     spare = free - (1 if limits[V1] == 0 else 0)  # V0 wants a free block in reach at every step
     wanted = 0
     while steps >= 2:
         wanted = 0
         for column in range(head, end):
-            wanted += max(_blocks(seqs[COMPUTED, column] + steps, limits) - seqs[BLOCKS, column], 0)
+            wanted += max(blocks(seqs[COMPUTED, column] + steps, limits) - seqs[BLOCKS, column], 0)
         if wanted <= spare:
             break
         steps //= 2
@@ -357,7 +368,7 @@ def skip_quiet_steps(seqs: Ints, state: Ints, times: Floats, limits: Ints, packe
     for column in range(head, end):
         seqs[OUTPUT, column] += steps
         seqs[COMPUTED, column] += steps
-        seqs[BLOCKS, column] = max(_blocks(seqs[COMPUTED, column], limits), seqs[BLOCKS, column])
+        seqs[BLOCKS, column] = max(blocks(seqs[COMPUTED, column], limits), seqs[BLOCKS, column])
     state[FREE] = free - wanted
     state[STEPS] += steps
     state[VISIBLE] = state[TAIL]
