@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from block import policies
+from block.capacity import CapacityConfig
 from block.cluster import Backend, ClusterConfig, Simulated, Testbed
 from block.dispatcher import DispatchConfig
 from block.engine import EngineConfig
@@ -99,6 +100,7 @@ class _Root:
     backend: Any = None
     tracking: Any = None
     dispatch: Any = field(default_factory=lambda: schema(DispatchConfig))
+    capacity: Any = field(default_factory=lambda: schema(CapacityConfig))  # read by scripts/capacity.py only
     seed: int = 0
     sample_every_s: float = 1.0
     runs_dir: str = "artifacts/runs"
@@ -132,12 +134,20 @@ def build(config: DictConfig) -> RunConfig:
     keys = [f.name for f in dataclasses.fields(RunConfig)]
     try:
         parts = {key: config[key] for key in keys}
-        groups = {key: instantiate(part, _convert_="all") for key, part in parts.items() if isinstance(part, DictConfig)}
+        groups = {key: node(part) for key, part in parts.items() if isinstance(part, DictConfig)}
         run = RunConfig(**{**parts, **groups})
         run.testbed  # noqa: B018 — raises if the model does not fit
-    except (ValueError, HydraException, OmegaConfBaseException) as error:
+    except (ValueError, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
     return run
+
+
+def node(part: DictConfig) -> Any:
+    """The object that one node describes; ConfigError if it cannot be."""
+    try:
+        return instantiate(part, _convert_="all")
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
 
 
 def explain(error: BaseException) -> str:

@@ -38,6 +38,9 @@ if TYPE_CHECKING:  # pandas costs a third of a second, and only readers need it
 SCHEMA_VERSION = 1
 DEFAULT_ROOT = Path("artifacts/runs")  # relative to the current directory
 
+# Keys of a config that do not change what a run does: config_hash leaves them out.
+_NOT_THE_EXPERIMENT = ("runs_dir", "tracking", "capacity")
+
 log = logging.getLogger(__name__)
 _package_log = logging.getLogger("block")
 
@@ -79,7 +82,7 @@ class RunWriter:
             "error": None,
             "choices": {k: v for k, v in _plain(choices or {}).items() if not k.startswith("hydra/")},
             "config": config,
-            "config_hash": provenance.config_hash(config),
+            "config_hash": provenance.config_hash({k: v for k, v in config.items() if k not in _NOT_THE_EXPERIMENT}),
             "hashes": dict(hashes or {}),
             "git": provenance.git(),
             "hardware": provenance.hardware(),
