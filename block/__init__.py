@@ -1,0 +1,1 @@
+"""Block: predictive load balancing for LLM serving."""

@@ -1,8 +1,8 @@
 """Time: one asyncio program, on wall-clock or on virtual time.
 
-All of `block` reads time through `now` and waits through `sleep`. Under ``run(main, virtual=True)`` the event loop never
-sleeps: when nothing is left to do at this instant it jumps to the next timer. A program that waits for something that no
-timer will bring fails with `SimulationStalled` instead of hanging.
+All of `block` reads time through `now` and waits through `sleep`. Under ``run(main, virtual=True)`` the event loop
+never sleeps: when nothing is left to do at this instant it jumps to the next timer. A program that waits for something
+that no timer will bring fails with `SimulationStalled` instead of hanging.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The one way this package compiles a function: numba, cached on disk, plain Python under ``NUMBA_DISABLE_JIT=1``.
 
 numba's own cache looks at the file of the function only, not at those it calls into. Compiled code here calls across
-modules, so the cache lives in a folder named after the hash of all sources that take part: an edited or upgraded package
-never runs yesterday's machine code. The folder is in `$NUMBA_CACHE_DIR` or in the package's own `__pycache__`.
+modules, so the cache lives in a folder named after the hash of all sources that take part: an edited or upgraded
+package never runs yesterday's machine code. The folder is in `$NUMBA_CACHE_DIR` or in the package's own `__pycache__`.
 """
 
 from __future__ import annotations

@@ -32,18 +32,28 @@ from block.lengths import Lengths, Noisy, Oracle
 from block.tracking import Tracking
 from block.workload import Workload
 
-SCHEDULERS: dict[str, type] = {
-    "random": policies.Random,
-    "round_robin": policies.RoundRobin,
-    "min_qpm": policies.MinQPM,
-    "least_requests": policies.LeastRequests,
-    "infaas": policies.INFaaS,
-    "llumnix_minus": policies.LlumnixMinus,
-    "least_tokens": policies.LeastTokens,
-    "block": policies.Block,
+# Groups whose choices are values of one class, and groups whose choices are classes.
+GROUPS: dict[str, type] = {
+    "model": Model,
+    "cluster": ClusterConfig,
+    "engine": EngineConfig,
+    "workload": Workload,
+    "tracking": Tracking,
 }
-LENGTHS: dict[str, type] = {"oracle": Oracle, "noisy": Noisy}
-BACKENDS: dict[str, type] = {"simulated": Simulated}
+CHOICES: dict[str, dict[str, type]] = {
+    "scheduler": {
+        "random": policies.Random,
+        "round_robin": policies.RoundRobin,
+        "min_qpm": policies.MinQPM,
+        "least_requests": policies.LeastRequests,
+        "infaas": policies.INFaaS,
+        "llumnix_minus": policies.LlumnixMinus,
+        "least_tokens": policies.LeastTokens,
+        "block": policies.Block,
+    },
+    "lengths": {"oracle": Oracle, "noisy": Noisy},
+    "backend": {"simulated": Simulated},
+}
 
 
 class ConfigError(ValueError):
@@ -110,7 +120,7 @@ def schema(cls: type) -> type:
     """A mutable twin of the frozen dataclass `cls` for Hydra, with the class's own name as `_target_`."""
     hints = get_type_hints(cls)
     fields: list[tuple[str, Any, Any]] = [
-        (f.name, hints[f.name], field(default=f.default, default_factory=f.default_factory))  # type: ignore[call-overload]
+        (f.name, hints[f.name], field(default=f.default, default_factory=f.default_factory))
         for f in dataclasses.fields(cls)
     ]
     fields.append(("_target_", str, field(default=f"{cls.__module__}.{cls.__qualname__}")))
@@ -121,10 +131,9 @@ def register() -> None:
     """Show the dataclasses to Hydra."""
     store = ConfigStore.instance()
     store.store(name="run_schema", node=_Root)
-    for group, cls in (("model", Model), ("cluster", ClusterConfig), ("engine", EngineConfig), ("workload", Workload)):
+    for group, cls in GROUPS.items():
         store.store(group="schema", name=group, node=schema(cls))
-    store.store(group="schema", name="tracking", node=schema(Tracking))
-    for group, choices in (("scheduler", SCHEDULERS), ("lengths", LENGTHS), ("backend", BACKENDS)):
+    for group, choices in CHOICES.items():
         for name, cls in choices.items():
             store.store(group=f"schema/{group}", name=name, node=schema(cls))
 
@@ -156,7 +165,9 @@ def explain(error: BaseException) -> str:
         return explain(error.__cause__)
     text = " ".join(str(error).split())
     if isinstance(error, MissingConfigException):
-        missing = re.search(r"Could not find '(.+)/([^'/]*)' Available options in '[^']+': (.*?)(?: Config sear.*)?$", text)
+        missing = re.search(
+            r"Could not find '(.+)/([^'/]*)' Available options in '[^']+': (.*?)(?: Config sear.*)?$", text
+        )
         if missing:
             group, value, choices = missing.groups()
             return f"{group}={value}: choose from {', '.join(choices.split())}"

@@ -2,9 +2,10 @@
 
 snapshots → requests underway → forecasts → policy → ledger → (dispatch delay) → generate → record
 
-Between the choice of an instance and the first snapshot that shows the request there, every other decision would be blind
-to it, and requests would herd to the instance that looks emptiest. The *ledger* closes that gap: it lists what was placed
-and is not yet visible, and views and forecasts count it in. The paper's artifact has none; ``ledger=False`` is that.
+Between the choice of an instance and the first snapshot that shows the request there, every other decision would be
+blind to it, and requests would herd to the instance that looks emptiest. The *ledger* closes that gap: it lists what
+was placed and is not yet visible, and views and forecasts count it in. The paper's artifact has none; ``ledger=False``
+is that.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import numpy as np
 from block import scheduler as s
 from block.compiled import compiled
 from block.latency import LatencyModel
-from block.types import EXPECTED, FIELDS, ID, PROMPT, TARGET, Floats, Ints, Request, Snapshot
+from block.types import EXPECTED, FIELDS, ID, PROMPT, TARGET, Floats, Int, Ints, Request, Snapshot
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,11 @@ class EngineConfig:
         if self.block_size & (self.block_size - 1):
             raise ValueError(f"engine.block_size={self.block_size}: must be a power of two, such as 16")
         if self.max_model_len < 2:
-            raise ValueError(f"engine.max_model_len={self.max_model_len}: must be at least 2 (a prompt and a response token)")
+            raise ValueError(f"engine.max_model_len={self.max_model_len}: must be at least 2 (prompt and response)")
         if self.long_prefill_token_threshold < 0:
-            raise ValueError(f"engine.long_prefill_token_threshold={self.long_prefill_token_threshold}: must be 0 or more")
+            raise ValueError(
+                f"engine.long_prefill_token_threshold={self.long_prefill_token_threshold}: must be 0 or more"
+            )
         if not 0 <= self.watermark < 1:
             raise ValueError(f"engine.watermark={self.watermark}: must be at least 0 and less than 1")
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -61,7 +63,7 @@ class EngineConfig:
             raise ValueError("engine.async_scheduling=True: only engine.version=v1 schedules asynchronously")
 
     def limits(self, total_blocks: int) -> Ints:
-        """The settings as the array that the compiled scheduler reads, for an engine with `total_blocks` usable blocks."""
+        """The settings as the compiled scheduler reads them, for an engine with `total_blocks` usable blocks."""
         watermark = int(self.watermark * total_blocks)
         needed = -(-self.max_model_len // self.block_size) + watermark
         if needed > total_blocks:
@@ -209,8 +211,8 @@ def _advance(
     noise: Floats,
     done: Floats,
     now: float,
-) -> int:
-    found = 0
+) -> Int:
+    found: Int = 0
     while times[s.ENDS] <= now:
         found = s.complete_step(seqs, firsts, state, times, limits, packed, noise, done, found)
     return found

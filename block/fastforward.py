@@ -1,15 +1,16 @@
 """Fast forward: many scheduler steps in little time, for forecasts.
 
-While nobody is preempted, a step of V0 or synchronous V1 does the same to every decoding sequence: one token more, and a
-KV block for those that stand at a block's end. So a sequence is summed up by two numbers that no step changes, the step
-in which it will finish and its context less the number of the step, and a step costs a look at
+A step of V0 or synchronous V1 does the same to every decoding sequence: one token more, and a KV block for those that
+stand at a block's end. So a sequence is summed up by two numbers that no step changes, the step in which it will finish
+and its context less the number of the step, and a step costs a look at
 
 - the earliest finish,
 - a histogram of contexts modulo the block size, which tells how many blocks this step takes,
 - the head of the waiting queue.
 
-Only finishes and admissions touch single sequences. What does not fit this picture (a preemption, an asynchronous
-scheduler, a limit on long prefills) is left to `block.scheduler`, which remains the one statement of the semantics.
+Only finishes, admissions and preemptions touch single sequences. What does not fit this picture (an asynchronous
+scheduler, a limit on long prefills, a step whose budget decoding exhausts) is left to `block.scheduler`, which remains
+the one statement of the semantics.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from block.scheduler import (
     TAIL,
     V1,
     blocks,
-    fits,
     copy_column,
+    fits,
+    move_left,
 )
 from block.types import (
     BLOCKS,
@@ -46,6 +48,7 @@ from block.types import (
     PROMPT,
     TARGET,
     Floats,
+    Int,
     Ints,
 )
 
@@ -83,7 +86,7 @@ def fast_forward(
     last = limits[BLOCK_SIZE] - 1  # x & last is x modulo the block size
     wanting[:] = 0
     count = 0
-    context = 0  # total context of the group
+    context: Int = 0  # total context of the group
     partial = np.int64(-1)  # column of the sequence in the middle of its prefill; there is one at most, the youngest
     prefilled = np.int64(0)
     first_due = False  # the sequence asked for yields its first token in this step
@@ -144,23 +147,73 @@ def fast_forward(
                 kept += 1
             count = kept
 
-        # Running sequences take their blocks, unless that would preempt.
-        running = count + (1 if partial >= 0 else 0)
-        budget = limits[MAX_NUM_BATCHED_TOKENS] - count
-        spare = free - wanting[step & last]
-        chunk = np.int64(0)
-        if partial >= 0:
-            total = seqs[PROMPT, partial] + seqs[OUTPUT, partial]
-            chunk = min(total - prefilled, budget)
-            if limits[V1] == 1:
-                spare -= blocks(prefilled + chunk, limits) - blocks(prefilled, limits)
-        reach = 1 if limits[V1] == 0 and running > 0 else 0  # V0 wants a free block in reach
-        if spare < reach or budget <= 0:
+        # Nothing but decoding until the next finish, as long as the blocks last and the head of the queue does not fit.
+        if partial < 0 and count > 0 and earliest > step + 1:
+            blocked = waiting == tail or count == limits[MAX_NUM_SEQS]
+            if not blocked:
+                total = seqs[PROMPT, waiting] + seqs[OUTPUT, waiting]
+                chunk = min(total, limits[MAX_NUM_BATCHED_TOKENS] - count)
+                blocked = not fits(total, chunk, free, count, limits)
+            if blocked and count < limits[MAX_NUM_BATCHED_TOKENS]:
+                fixed = decode_time(packed, count, 0)
+                slope = decode_time(packed, count, 1) - fixed
+                fixed += linear_time(packed, count)
+                keep = 1 if limits[V1] == 0 else 0
+                while earliest > step and free - wanting[step & last] >= keep:
+                    free -= wanting[step & last]
+                    step += 1
+                    context += count
+                    now += fixed + slope * context
+                if earliest <= step:
+                    continue
+
+        # Running sequences take their blocks; where there are too few, the youngest make room.
+        preempted = 0
+        while True:
+            budget = limits[MAX_NUM_BATCHED_TOKENS] - count
+            spare = free - wanting[step & last]
+            enough = spare >= 0
+            if limits[V1] == 0 and count > 0:  # V0 wants a free block in reach of each, though the last may take it
+                enough = spare >= (0 if (group[_BASE, count - 1] + step) & last == 0 else 1)
+            chunk = np.int64(0)
+            if partial >= 0:
+                total = seqs[PROMPT, partial] + seqs[OUTPUT, partial]
+                chunk = min(total - prefilled, budget)
+                if limits[V1] == 1:
+                    spare -= blocks(prefilled + chunk, limits) - blocks(prefilled, limits)
+                    enough = spare >= 0
+                elif prefilled + 1 == total or total & last != 0:
+                    enough = enough and spare >= 1
+            elif count == 0:
+                break
+            if enough:
+                break
+            waiting -= 1
+            preempted += 1
+            if partial >= 0:
+                copy_column(seqs, firsts, partial, waiting)
+                free += blocks(prefilled if limits[V1] == 1 else total, limits)
+                partial = np.int64(-1)
+            else:
+                count -= 1
+                base = group[_BASE, count]
+                copy_column(seqs, firsts, group[_COLUMN, count], waiting)
+                seqs[OUTPUT, waiting] = base + step + 1 - seqs[PROMPT, waiting]
+                if seqs[ID, waiting] == sequence and not np.isnan(first):
+                    firsts[waiting] = first
+                free += blocks(base + step, limits)
+                wanting[-base & last] -= 1
+                context -= base + step
+            seqs[COMPUTED, waiting] = 0
+            seqs[BLOCKS, waiting] = 0
+            seqs[CHUNK, waiting] = 0
+            seqs[PENDING, waiting] = 0
+        if budget <= 0:
             break
         free = spare
         step += 1
         context += count
-        tokens = count
+        tokens: Int = count
         decodes = count
         decode_context = context
         prefill = 0.0
@@ -191,12 +244,17 @@ def fast_forward(
                 context += total
                 first_due |= seqs[ID, joining] == sequence and seqs[OUTPUT, joining] == 0
                 partial = np.int64(-1)
-            if waiting == tail or budget <= 0 or count == limits[MAX_NUM_SEQS]:
+            if preempted > 0 and limits[V1] == 1:
                 break
-            total = seqs[PROMPT, waiting] + seqs[OUTPUT, waiting]
+            head = waiting + preempted
+            if head == tail or budget <= 0 or count == limits[MAX_NUM_SEQS]:
+                break
+            total = seqs[PROMPT, head] + seqs[OUTPUT, head]
             chunk = min(total, budget)
             if not fits(total, chunk, free, count, limits):
                 break
+            if preempted > 0:
+                move_left(seqs, firsts, head, waiting)
             free -= blocks(total if limits[V1] == 0 else chunk, limits)
             if chunk == 1:
                 decodes += 1

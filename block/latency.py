@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from block.compiled import compiled
-from block.types import Floats, Ints
+from block.types import Floats, Int, Ints
 
 # Layout of `packed`: a header, the decode factors, the two knot vectors, the grid by rows (chunk), the linear table.
 _DECODE_BASE = 0
@@ -182,7 +182,7 @@ def _rounded(values: float | Floats) -> Any:
 
 
 @compiled
-def linear_time(packed: Floats, tokens: int) -> float:
+def linear_time(packed: Floats, tokens: Int) -> float:
     """Token-wise operators and fixed overhead of a step of `tokens` tokens; beyond the table its last slope goes on."""
     m = int(packed[_CHUNKS])
     n = int(packed[_CONTEXTS])
@@ -195,13 +195,13 @@ def linear_time(packed: Floats, tokens: int) -> float:
 
 
 @compiled
-def decode_wave(packed: Floats, sequences: int) -> float:
+def decode_wave(packed: Floats, sequences: Int) -> float:
     """The factor on the decode attention of `sequences` sequences."""
     return float(packed[_HEADER + min(sequences, int(packed[_WAVES]) - 1)])
 
 
 @compiled
-def decode_time(packed: Floats, sequences: int, kv_tokens: int) -> float:
+def decode_time(packed: Floats, sequences: Int, kv_tokens: Int) -> float:
     """Attention of `sequences` decoding sequences that together read `kv_tokens` tokens of KV; 0 for none."""
     if sequences == 0:
         return 0.0
@@ -210,7 +210,7 @@ def decode_time(packed: Floats, sequences: int, kv_tokens: int) -> float:
 
 
 @compiled
-def decode_run_time(packed: Floats, sequences: int, kv_tokens: int, steps: int) -> float:
+def decode_run_time(packed: Floats, sequences: Int, kv_tokens: Int, steps: Int) -> float:
     """Total time of `steps` consecutive steps in which the same `sequences` > 0 sequences decode and nothing else runs.
 
     `kv_tokens` is the total context of the first step; each step adds a token to every sequence.
@@ -221,7 +221,7 @@ def decode_run_time(packed: Floats, sequences: int, kv_tokens: int, steps: int) 
 
 
 @compiled
-def prefill_time(packed: Floats, chunk: int, context: int) -> float:
+def prefill_time(packed: Floats, chunk: Int, context: Int) -> float:
     """Attention of a prompt chunk of `chunk` tokens over `context` earlier ones, clamped to the grid's last cells."""
     m = int(packed[_CHUNKS])
     n = int(packed[_CONTEXTS])

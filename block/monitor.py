@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ class Monitor:
             row = (now, request_id, seen.instance_id, seen.free_blocks, seen.running, waiting, seen.preemptions)
             self._rows.append(row)
 
-    def columns(self) -> dict[str, NDArray[np.float64] | NDArray[np.int64]]:
+    def columns(self) -> dict[str, NDArray[Any]]:
         """The samples: time (s), request_id, instance_id, free_blocks, running, waiting, preemptions (so far)."""
         names = ("time", "request_id", "instance_id", "free_blocks", "running", "waiting", "preemptions")
         values = list(zip(*self._rows, strict=True)) or [()] * len(names)

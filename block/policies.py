@@ -48,7 +48,9 @@ class Policy(Protocol):
         ...
 
 
-def least(views: Sequence[InstanceView], scores: Sequence[float], stream: Stream, fallback: str | None = None) -> Decision:
+def least(
+    views: Sequence[InstanceView], scores: Sequence[float], stream: Stream, fallback: str | None = None
+) -> Decision:
     """The decision for the least of `scores`; one of the ties at random."""
     best = min(scores)
     ties = [view.instance_id for view, score in zip(views, scores, strict=True) if score == best]
@@ -154,7 +156,7 @@ class INFaaS:
 @final
 @dataclass(frozen=True)
 class LlumnixMinus:
-    """Llumnix's dispatcher without migration: most freeness = (free − wanted by waiting requests) / running requests."""
+    """Llumnix's dispatcher without migration: most freeness, (free − wanted by waiting requests) / running requests."""
 
     block_size: int = 16
     needs: ClassVar[Needs] = Needs.SNAPSHOT

@@ -132,7 +132,22 @@ def _forecasts(
     group = np.empty((GROUP, firsts.shape[0]), dtype=np.int64)
     wanting = np.empty(limits[s.BLOCK_SIZE], dtype=np.int64)
     for i in range(count):
-        _forecast(seqs[i], heads[i], started[i], firsts, state, times, limits, packed, noise, done, group, wanting, now, compressed)
+        _forecast(
+            seqs[i],
+            heads[i],
+            started[i],
+            firsts,
+            state,
+            times,
+            limits,
+            packed,
+            noise,
+            done,
+            group,
+            wanting,
+            now,
+            compressed,
+        )
         out[i, 0] = done[s.DONE_FIRST, 0] - now
         out[i, 1] = done[s.DONE_AT, 0] - now
 

@@ -2,11 +2,11 @@
 
 Two versions of one scheduler with continuous batching and chunked prefill:
 
-- **V0** (vLLM 0.7.2, the paper): all blocks of a prompt are allocated at admission, above a watermark; a running sequence
-  needs a free block in reach to go on; waiting sequences are admitted even in a step that preempted.
+- **V0** (vLLM 0.7.2, the paper): all blocks of a prompt are allocated at admission, above a watermark; a running
+  sequence needs a free block in reach to go on; waiting sequences are admitted even in a step that preempted.
 - **V1** (vLLM 0.27–0.33): a chunk's blocks are allocated as it is scheduled; admission asks whether the whole sequence
-  would fit; no admission in a step that preempted; optionally *asynchronous*: a step is scheduled while the one before it
-  runs, so that two are in flight.
+  would fit; no admission in a step that preempted; optionally *asynchronous*: a step is scheduled while the one before
+  it runs, so that two are in flight.
 
 Both serve running sequences first in admission order, then waiting ones in order without skipping, and both preempt the
 youngest running sequence by recomputation. Prefix caching is off, as in the paper.
@@ -38,6 +38,7 @@ from block.types import (
     PROMPT,
     TARGET,
     Floats,
+    Int,
     Ints,
 )
 
@@ -82,13 +83,13 @@ DONE = 5
 
 
 @compiled
-def blocks(tokens: int, limits: Ints) -> int:
+def blocks(tokens: Int, limits: Ints) -> Int:
     """KV blocks that hold `tokens` tokens."""
     return (tokens + limits[BLOCK_SIZE] - 1) >> limits[BLOCK_SHIFT]
 
 
 @compiled
-def fits(tokens: int, chunk: int, free: int, running: int, limits: Ints) -> bool:
+def fits(tokens: Int, chunk: Int, free: Int, running: Int, limits: Ints) -> bool | np.bool_:
     """May a waiting sequence of `tokens` tokens, `chunk` of them now, be admitted beside `running` others?"""
     if limits[V1] == 0:
         return free - blocks(tokens, limits) >= limits[WATERMARK]
@@ -98,7 +99,7 @@ def fits(tokens: int, chunk: int, free: int, running: int, limits: Ints) -> bool
 
 
 @compiled
-def _chunk_limit(state: Ints, limits: Ints) -> int:
+def _chunk_limit(state: Ints, limits: Ints) -> Int:
     """Most tokens that one sequence may take of a step's budget; a lone sequence has nobody to starve."""
     if limits[LONG_PREFILL] > 0 and state[TAIL] - state[HEAD] > 1:
         return limits[LONG_PREFILL]
@@ -106,8 +107,8 @@ def _chunk_limit(state: Ints, limits: Ints) -> int:
 
 
 @compiled
-def step_time(seqs: Ints, start: int, stop: int, row: int, packed: Floats) -> float:
-    """Duration of the step in row NEXT (queued) or CHUNK (in flight) of columns `start` to `stop`; 0 for an empty one."""
+def step_time(seqs: Ints, start: Int, stop: Int, row: Int, packed: Floats) -> float:
+    """Duration of the step in row NEXT (queued) or CHUNK (in flight) of columns `start` to `stop`; 0 if it is empty."""
     tokens = decodes = decode_kv = 0
     prefill = 0.0
     for column in range(start, stop):
@@ -129,7 +130,7 @@ def step_time(seqs: Ints, start: int, stop: int, row: int, packed: Floats) -> fl
 
 
 @compiled
-def _preempt(seqs: Ints, state: Ints, column: int) -> int:
+def _preempt(seqs: Ints, state: Ints, column: Int) -> Int:
     """Take its blocks from a running sequence; it recomputes prompt and output later. Returns the blocks freed."""
     freed = seqs[BLOCKS, column]
     seqs[BLOCKS, column] = 0
@@ -140,7 +141,7 @@ def _preempt(seqs: Ints, state: Ints, column: int) -> int:
 
 
 @compiled
-def _move_left(seqs: Ints, firsts: Floats, source: int, target: int) -> None:
+def move_left(seqs: Ints, firsts: Floats, source: Int, target: Int) -> None:
     """Move column `source` to `target` ≤ source; those between move one to the right."""
     for row in range(FIELDS):
         value = seqs[row, source]
@@ -154,7 +155,7 @@ def _move_left(seqs: Ints, firsts: Floats, source: int, target: int) -> None:
 
 
 @compiled
-def copy_column(seqs: Ints, firsts: Floats, source: int, target: int) -> None:
+def copy_column(seqs: Ints, firsts: Floats, source: Int, target: Int) -> None:
     """Copy column `source` over column `target`."""
     if source != target:
         for row in range(FIELDS):
@@ -164,7 +165,7 @@ def copy_column(seqs: Ints, firsts: Floats, source: int, target: int) -> None:
 
 @compiled
 def schedule(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, packed: Floats) -> float:
-    """Decide a step: row NEXT receives each sequence's tokens. Returns the step's duration, 0 if nothing is scheduled."""
+    """Decide a step: row NEXT receives each sequence's tokens. Returns its duration, 0 if nothing is scheduled."""
     budget = limits[MAX_NUM_BATCHED_TOKENS]
     limit = _chunk_limit(state, limits)
     end = state[HEAD] + state[RUNNING]
@@ -186,7 +187,9 @@ def schedule(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, packed: Floa
         wanted = max(blocks(computed + chunk, limits) - seqs[BLOCKS, column], 0)
         reach = wanted
         if limits[V1] == 0 and not (computed + 1 < total and total % limits[BLOCK_SIZE] == 0):
-            reach = max(wanted, 1)  # V0 counts the block it writes into; a prefill that ends on a block writes into none
+            reach = max(
+                wanted, 1
+            )  # V0 counts the block it writes into; a prefill that ends on a block writes into none
         while reach > free and end > column:
             end -= 1
             free += _preempt(seqs, state, end)
@@ -209,7 +212,7 @@ def schedule(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, packed: Floa
             if not fits(total, chunk, free, end - state[HEAD], limits):
                 break
             if waiting > end:
-                _move_left(seqs, firsts, waiting, end)  # V0: past those preempted in this step
+                move_left(seqs, firsts, waiting, end)  # V0: past those preempted in this step
             held = blocks(total if limits[V1] == 0 else chunk, limits)
             free -= held
             seqs[BLOCKS, end] = held
@@ -228,7 +231,7 @@ def schedule(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, packed: Floa
 
 
 @compiled
-def _update(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, now: float, done: Floats, found: int) -> int:
+def _update(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, now: float, done: Floats, found: Int) -> Int:
     """Apply the output of the step in flight, which ends `now`: tokens, first-token times, finishes."""
     column = state[HEAD]
     stop = column + state[RUNNING] + state[STALE]
@@ -257,7 +260,7 @@ def _update(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, now: float, d
             state[FREE] += seqs[BLOCKS, column]
             if column < running_end:
                 state[RUNNING] -= 1
-            _move_left(seqs, firsts, column, state[HEAD])
+            move_left(seqs, firsts, column, state[HEAD])
             state[HEAD] += 1
         column += 1
     state[STALE] = 0
@@ -307,8 +310,8 @@ def complete_step(
     packed: Floats,
     noise: Floats,
     done: Floats,
-    found: int,
-) -> int:
+    found: Int,
+) -> Int:
     """End the step in flight and begin the next. Finished sequences are written to `done` from column `found` on.
 
     Returns the new `found`. `done` is float64[DONE, n] with room for every live sequence.
@@ -320,11 +323,11 @@ def complete_step(
 
 
 @compiled
-def skip_quiet_steps(seqs: Ints, state: Ints, times: Floats, limits: Ints, packed: Floats) -> int:
+def skip_quiet_steps(seqs: Ints, state: Ints, times: Floats, limits: Ints, packed: Floats) -> Int:
     """Complete at once as many steps as nothing but decoding happens in: no finish, admission, prefill or preemption.
 
-    Exactly what that many `complete_step` would do without noise, in closed form; may stop short of the longest such run.
-    Returns the number of steps skipped.
+    Exactly what that many `complete_step` would do without noise, in closed form; may stop short of the longest such
+    run, and does not keep times[STARTED]. Returns the number of steps skipped.
     """
     head = state[HEAD]
     end = head + state[RUNNING]

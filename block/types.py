@@ -1,7 +1,7 @@
 """The nouns. Times are seconds, lengths are tokens, and nothing here imports the rest of the package.
 
-An instance's sequences travel as one integer array ``seqs[field, column]``: a column per sequence, running ones first in
-admission order, then waiting ones in queue order; the rows are the constants below. The engine, the snapshot and the
+An instance's sequences travel as one integer array ``seqs[field, column]``: a column per sequence, running ones first
+in admission order, then waiting ones in queue order; the rows are the constants below. The engine, the snapshot and the
 predictor share this layout, so a snapshot is a slice of an engine and a forecast starts from a copy of a snapshot.
 """
 
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+Int = int | np.int64
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -46,9 +47,10 @@ class Request:
 class Snapshot(NamedTuple):
     """What one instance publishes at the end of its scheduler's `schedule()`.
 
-    `seqs` is int64[FIELDS, n], its first `running` columns the running sequences; it may be a view of a live engine, valid
-    until the next await. TARGET is not for schedulers to read. `step_started` is when the step in flight began, NaN when
-    the engine is idle. `stale` running-then-preempted sequences, the first of the waiting ones, still have a token in flight.
+    `seqs` is int64[FIELDS, n], its first `running` columns the running sequences; it may be a view of a live engine,
+    valid until the next await. TARGET is not for schedulers to read. `step_started` is when the step in flight began,
+    NaN when the engine is idle. `stale` running-then-preempted sequences, the first of the waiting ones, still have a
+    token in flight.
     """
 
     instance_id: int
@@ -71,8 +73,9 @@ class Forecast(NamedTuple):
 class InstanceView(NamedTuple):
     """What a policy may know of one instance.
 
-    underway: requests placed there that the snapshot does not show; outstanding: requests placed there and not finished;
-    recent: requests placed there in the last 60 s. `snapshot` and `forecast` are there if the policy needs them.
+    underway: requests placed there that the snapshot does not show; outstanding: requests placed there and not
+    finished; recent: requests placed there in the last 60 s. `snapshot` and `forecast` are there if the policy needs
+    them.
     """
 
     instance_id: int
@@ -97,7 +100,7 @@ class Decision(NamedTuple):
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What happened to one request; status is pending, ok or failed. Times are on the run's clock; NaN until they happen."""
+    """What happened to one request; its status is pending, ok or failed. Times are on the run's clock, NaN before."""
 
     request: Request
     instance_id: int = -1

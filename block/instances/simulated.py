@@ -1,7 +1,7 @@
 """A simulated instance: the engine twin on the run's clock.
 
-It does not wake for every step. It asks the engine when the next sequence will finish, sets one timer for that, and asks
-again when a request arrives. First-token times come out of the engine exact, without waking anybody.
+It does not wake for every step. It asks the engine when the next sequence will finish, sets one timer for that, and
+asks again when a request arrives. First-token times come out of the engine exact, without waking anybody.
 """
 
 from __future__ import annotations

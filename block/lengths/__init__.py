@@ -46,9 +46,9 @@ class Oracle:
 class Noisy:
     """An error model of a learned estimator.
 
-    Most estimates are the truth times 1 + N(bias, spread²); a share `outliers` of them has nothing to do with its prompt:
-    it is the length of some other response of the workload. The defaults give an error rate, Σ|error| / Σ truth, of
-    10–15 % on ShareGPT, which the paper reports for its estimator.
+    Most estimates are the truth times 1 + N(bias, spread²); a share `outliers` of them has nothing to do with its
+    prompt: it is the length of some other response of the workload. The defaults give an error rate, the sum of errors
+    over the sum of lengths, of 10–15 % on ShareGPT, which the paper reports for its estimator.
     """
 
     spread: float = 0.1

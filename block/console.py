@@ -1,0 +1,105 @@
+"""What a run says on the terminal: what it is about to do, how far it is, what came out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from block.cluster import Backend, Simulated, Testbed, visible_gpus
+from block.latency import LatencyModel
+from block.results import Run
+
+HEADLINE = (
+    ("TTFT", "ttft", 1000.0, "ms"),
+    ("token latency", "tpot", 1000.0, "ms"),
+    ("end to end", "e2e", 1.0, "s"),
+)
+
+
+def announce(testbed: Testbed, backend: Backend, latency: LatencyModel, console: Console) -> None:
+    """Say what is about to run, and why it is simulated if GPUs were asked for."""
+    if isinstance(backend, Simulated) and backend.auto:
+        gpus = visible_gpus()
+        why = f"{gpus or 'no'} GPU{'s' * (gpus != 1)} visible, {testbed.cluster.num_gpus} asked for"
+        if gpus >= testbed.cluster.num_gpus:
+            why = f"{gpus} GPUs visible, but this version has no backend for real engines yet"
+        console.print(f"[dim]{why}: running the simulated testbed[/dim]", soft_wrap=True)
+    console.print(
+        f"{testbed.instances} × {testbed.model.name} on {testbed.cluster.gpu}, {testbed.total_blocks} KV blocks each; "
+        f"step times: {latency.source['method']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@contextmanager
+def progress(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar with an estimate; yields what is to be told how many more are done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *times, console=console, transient=True, auto_refresh=False) as bar:
+        task = bar.add_task(what, total=total)
+        bar.refresh()
+        last = time.perf_counter()
+
+        def advance(count: int) -> None:
+            nonlocal last
+            bar.advance(task, count)
+            if time.perf_counter() - last > 0.1:  # drawing costs more than a request does
+                last = time.perf_counter()
+                bar.refresh()
+
+        yield advance
+
+
+def report(run: Run, wandb: Path | None, console: Console) -> None:
+    """The table at the end of a run."""
+    summary, counts = run.summary, run.counts or {}
+    title = f"{run.get('scheduler')} · {run.get('model')} · {run.get('workload.qps'):g} requests/s"
+    table = Table("", "mean", "P50", "P99", title=title, title_justify="left")
+    for label, name, factor, unit in HEADLINE:
+        cells = (_cell(summary[f"{name}_{which}_s"], factor) for which in ("mean", "p50", "p99"))
+        table.add_row(f"{label} ({unit})", *cells)
+    console.print(table)
+    forecasts = "none: this scheduler does not use them"
+    if summary["forecast_p50_us"] is not None:
+        forecasts = (
+            f"{_cell(summary['forecast_p50_us'])} µs P50, {_cell(summary['forecast_p99_us'])} µs P99 (measured); "
+            f"E2E off by {_cell(summary['e2e_error_p50'], 100)} % P50"
+        )
+    facts = {
+        "requests": ", ".join(f"{value} {key}" for key, value in counts.items()),
+        "throughput": f"{_cell(summary['request_throughput_rps'])} requests/s, "
+        f"{_cell(summary['token_throughput_tps'])} tokens/s",
+        "preemptions": str(summary["preemptions"]),
+        "dispatch": f"{_cell(summary['dispatch_overhead_mean_s'], 1000)} ms mean",
+        "forecasts": forecasts,
+        "wall time": f"{_cell(summary['wall_time_s'])} s",
+        "run": str(run.path),
+        "W&B": str(wandb) if wandb is not None else "not logged",
+    }
+    grid = Table.grid(padding=(0, 2))
+    for key, value in facts.items():
+        grid.add_row(key, value)
+    console.print(grid, highlight=False, soft_wrap=True)
+
+
+def report_line(run: Run, console: Console) -> None:
+    """The same in one line, for the jobs of a sweep."""
+    summary, counts = run.summary, run.counts or {}
+    job = f"scheduler={run.get('scheduler')} qps={run.get('workload.qps'):g} seed={run.get('seed')}"
+    figures = f"TTFT P99 {_cell(summary['ttft_p99_s'])} s, E2E mean {_cell(summary['e2e_mean_s'])} s"
+    console.print(f"{job}: {figures}, {counts.get('ok')} ok → {run.path}", highlight=False, soft_wrap=True)
+
+
+def _cell(value: float | None, factor: float = 1.0) -> str:
+    if value is None:
+        return "–"
+    value *= factor
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
