@@ -7,7 +7,7 @@ last looked at, and `next_finish` looks ahead on a copy for the next moment that
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -112,6 +112,7 @@ class Engine:
         self._state = np.zeros(s.STATE, dtype=np.int64)
         self._state[s.FREE] = total_blocks
         self._times = np.array([math.nan, math.inf, 0.0])
+        self._ends = math.inf  # of the step in flight: times[ENDS], at hand for the callers that only ask
         self._allocate(64)
 
     def _allocate(self, capacity: int) -> None:
@@ -133,8 +134,9 @@ class Engine:
         self._seqs[EXPECTED, column] = request.predicted_output_tokens
         self._firsts[column] = math.nan
         state[s.TAIL] = column + 1
-        if self._times[s.ENDS] == math.inf:
+        if self._ends == math.inf:
             s.begin_step(self._seqs, self._firsts, state, self._times, self._limits, self._packed, self._noise, now)
+            self._ends = float(self._times[s.ENDS])
 
     def _make_room(self) -> None:
         """Move the live columns to the front of arrays with room for as many again."""
@@ -146,10 +148,10 @@ class Engine:
         self._firsts[: tail - head] = firsts
         self._state[[s.HEAD, s.TAIL, s.VISIBLE]] -= head
 
-    def advance(self, now: float) -> Iterator[Finished]:
-        """Complete the steps that end by `now`; yields the sequences that finished, in order of time."""
-        if self._times[s.ENDS] > now:
-            return
+    def advance(self, now: float) -> Sequence[Finished]:
+        """Complete the steps that end by `now`; returns the sequences that finished, in order of time."""
+        if self._ends > now:
+            return ()
         found = _advance(
             self._seqs,
             self._firsts,
@@ -161,14 +163,15 @@ class Engine:
             self._done,
             now,
         )
-        done = self._done
-        for i in range(found):
-            id_, first, at, preempted, output = done[:, i].tolist()
-            yield Finished(int(id_), first, at, int(preempted), int(output))
+        self._ends = float(self._times[s.ENDS])
+        return [
+            Finished(int(id_), first, at, int(preempted), int(output))
+            for id_, first, at, preempted, output in self._done[:, :found].T.tolist()
+        ]
 
     def next_finish(self) -> float:
         """When the next sequence will finish if nothing more arrives; inf if none will."""
-        if self._times[s.ENDS] == math.inf:
+        if self._ends == math.inf:
             return math.inf
         seqs, firsts, done = self._scratch
         return _next_finish(
@@ -187,7 +190,7 @@ class Engine:
     def snapshot(self, instance_id: int, now: float) -> Snapshot:
         """What the scheduler published when it last ran; a view, valid until the engine changes."""
         state = self._state.tolist()
-        started = float(self._times[s.STARTED]) if self._times[s.ENDS] != math.inf else math.nan
+        started = float(self._times[s.STARTED]) if self._ends != math.inf else math.nan
         return Snapshot(
             instance_id,
             now,

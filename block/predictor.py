@@ -28,6 +28,7 @@ from block.types import (
     TARGET,
     Floats,
     Forecast,
+    Int,
     Ints,
     Request,
     Snapshot,
@@ -43,7 +44,6 @@ _COLUMNS = 0
 _RUNNING = 1
 _STALE = 2
 _FREE = 3
-_HEADS = 4
 
 
 class Predictor:
@@ -62,11 +62,8 @@ class Predictor:
 
     def _allocate(self, instances: int, columns: int) -> None:
         self._seqs: Ints = np.zeros((instances, FIELDS, columns), dtype=np.int64)
-        self._heads: Ints = np.zeros((instances, _HEADS), dtype=np.int64)
-        self._started: Floats = np.zeros(instances)
         self._firsts: Floats = np.zeros(columns)
         self._done: Floats = np.zeros((s.DONE, columns))
-        self._out: Floats = np.zeros((instances, 2))
 
     def forecasts(
         self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
@@ -75,41 +72,40 @@ class Predictor:
 
         underway[i]: requests on their way to instance i that its snapshot does not show, in order.
         """
+        arrivals = [(i, r.id, r.prompt_tokens, r.predicted_output_tokens) for i, rs in enumerate(underway) for r in rs]
         count = len(snapshots)
-        widest = max(snapshot.seqs.shape[1] + len(extra) for snapshot, extra in zip(snapshots, underway, strict=True))
-        if count > self._seqs.shape[0] or widest + 1 > self._seqs.shape[2]:
-            self._allocate(max(count, self._seqs.shape[0]), max(2 * widest + 1, self._seqs.shape[2]))
-        seqs = self._seqs
-        for i, (snapshot, extra) in enumerate(zip(snapshots, underway, strict=True)):
-            columns = snapshot.seqs.shape[1]
-            seqs[i, :, :columns] = snapshot.seqs
-            for other in extra:
-                _append(seqs[i], columns, other, other.id)
-                columns += 1
-            _append(seqs[i], columns, request, _CANDIDATE)
-            self._heads[i] = (columns + 1, snapshot.running, snapshot.stale, snapshot.free_blocks)
-            self._started[i] = snapshot.step_started
+        widest = max(snapshot.seqs.shape[1] for snapshot in snapshots) + len(arrivals) + 1
+        if count > self._seqs.shape[0] or widest > self._seqs.shape[2]:
+            self._allocate(max(count, self._seqs.shape[0]), max(2 * widest, self._seqs.shape[2]))
+        for target, snapshot in zip(self._seqs, snapshots, strict=False):
+            target[:, : snapshot.seqs.shape[1]] = snapshot.seqs
+        heads = [(x.seqs.shape[1], x.running, x.stale, x.free_blocks) for x in snapshots]
+        out = np.empty((count, 2))
         _forecasts(
-            seqs,
-            self._heads,
-            self._started,
+            self._seqs,
+            np.array(heads, dtype=np.int64),
+            np.array([x.step_started for x in snapshots]),
+            np.array(arrivals, dtype=np.int64).reshape(-1, 4),
+            request.prompt_tokens,
+            request.predicted_output_tokens,
             self._firsts,
             self._limits,
             self._packed,
             self._done,
-            self._out,
-            count,
+            out,
             now,
             self._compressed,
         )
-        return [Forecast(ttft, e2e) for ttft, e2e in self._out[:count].tolist()]
+        return [Forecast(ttft, e2e) for ttft, e2e in out.tolist()]
 
 
-def _append(seqs: Ints, column: int, request: Request, id_: int) -> None:
-    seqs[:, column] = 0
+@compiled
+def _append(seqs: Ints, column: Int, id_: Int, prompt: Int, expected: Int) -> None:
+    for row in range(FIELDS):
+        seqs[row, column] = 0
     seqs[ID, column] = id_
-    seqs[PROMPT, column] = request.prompt_tokens
-    seqs[EXPECTED, column] = request.predicted_output_tokens
+    seqs[PROMPT, column] = prompt
+    seqs[EXPECTED, column] = expected
 
 
 @compiled
@@ -117,12 +113,14 @@ def _forecasts(
     seqs: Ints,
     heads: Ints,
     started: Floats,
+    arrivals: Ints,
+    prompt: int,
+    expected: int,
     firsts: Floats,
     limits: Ints,
     packed: Floats,
     done: Floats,
     out: Floats,
-    count: int,
     now: float,
     compressed: bool,
 ) -> None:
@@ -131,7 +129,13 @@ def _forecasts(
     noise = np.ones(1)
     group = np.empty((GROUP, firsts.shape[0]), dtype=np.int64)
     wanting = np.empty(limits[s.BLOCK_SIZE], dtype=np.int64)
-    for i in range(count):
+    for arrival in range(arrivals.shape[0]):
+        i = arrivals[arrival, 0]
+        _append(seqs[i], heads[i, _COLUMNS], arrivals[arrival, 1], arrivals[arrival, 2], arrivals[arrival, 3])
+        heads[i, _COLUMNS] += 1
+    for i in range(heads.shape[0]):
+        _append(seqs[i], heads[i, _COLUMNS], _CANDIDATE, prompt, expected)
+        heads[i, _COLUMNS] += 1
         _forecast(
             seqs[i],
             heads[i],
