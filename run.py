@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from block import config, experiment
+from block import config, experiment, sweep
 
 config.register()
 
@@ -20,8 +20,11 @@ config.register()
 def main(settings: DictConfig) -> None:
     """One job."""
     job = HydraConfig.get()
-    experiment.execute(settings, job.runtime.choices, quiet=job.mode is RunMode.MULTIRUN)
+    if job.mode is RunMode.RUN:
+        experiment.execute(settings, job.runtime.choices)
+    else:
+        sweep.attempt(lambda: experiment.execute(settings, job.runtime.choices, sweep=job), job)
 
 
 if __name__ == "__main__":
-    sys.exit(config.guard(main))
+    sys.exit(config.guard(main) or (1 if sweep.Tally.failed else 0))

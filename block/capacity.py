@@ -21,13 +21,13 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 class CapacityConfig:
     """What to search for (the node `capacity` of conf/capacity.yaml).
 
-    metric: a key of a run's summary, in seconds; slo_s: its objective; seeds: how many, from `seed` on.
+    metric: a key of a run's summary, in seconds; slo_s: its objectives; seeds: how many, from `seed` on.
     low, high: requests/s where the search begins; the bracket is widened if the crossing is not in it.
     tolerance: width of the bracket, in requests/s, within which the crossing is interpolated.
     """
 
     metric: str = "ttft_p99_s"
-    slo_s: float = 10.0
+    slo_s: tuple[float, ...] = (3.0, 10.0)
     seeds: int = 3
     low: float = 24.0
     high: float = 36.0
@@ -36,7 +36,10 @@ class CapacityConfig:
     def __post_init__(self) -> None:
         if not self.metric.endswith("_s"):
             raise ValueError(f"capacity.metric={self.metric}: choose a latency such as ttft_p99_s or e2e_p99_s")
-        for key in ("slo_s", "tolerance", "low"):
+        object.__setattr__(self, "slo_s", tuple(self.slo_s))  # Hydra passes a list
+        if not self.slo_s or not all(0 < slo < math.inf for slo in self.slo_s):
+            raise ValueError(f"capacity.slo_s={list(self.slo_s)}: must be seconds greater than 0, such as [3,10]")
+        for key in ("tolerance", "low"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"capacity.{key}={getattr(self, key)}: must be greater than 0")
         if self.high <= self.low:
@@ -52,38 +55,45 @@ class Point(NamedTuple):
     latency_s: float
 
 
-def crossing(latency: Callable[[float], float], config: CapacityConfig) -> tuple[float, list[Point]]:
-    """The rate at which `latency(qps)` crosses the objective, and the points tried, in order of rate.
+def crossings(latency: Callable[[float], float], config: CapacityConfig) -> tuple[list[float], list[Point]]:
+    """The rate at which `latency(qps)` crosses each objective, and the points tried, in order of rate.
 
-    ValueError if it is missed at a rate of 1/100 of `low` or still met at 100 times `high`.
+    What was tried for one objective serves the others. ValueError if an objective is missed at 1/100 of `low` or still
+    met at 100 times `high`.
     """
     tried: dict[float, float] = {}
 
-    def misses(qps: float) -> bool:
-        tried[qps] = latency(qps)
-        return tried[qps] > config.slo_s
+    def at(qps: float) -> float:
+        if qps not in tried:
+            tried[qps] = latency(qps)
+        return tried[qps]
 
-    low, high = config.low, config.high
-    while misses(low):
+    rates = [_crossing(at, tried, slo, config) for slo in config.slo_s]
+    return rates, [Point(*point) for point in sorted(tried.items())]
+
+
+def _crossing(at: Callable[[float], float], tried: dict[float, float], slo: float, config: CapacityConfig) -> float:
+    low = max((qps for qps, latency in tried.items() if latency <= slo), default=config.low)
+    high = min((qps for qps, latency in tried.items() if latency > slo and qps > low), default=max(config.high, low))
+    while at(low) > slo:
         high = low
         low /= 1.5
         if low < config.low / 100:
-            raise ValueError(f"capacity: {config.metric} misses {config.slo_s} s even at {high:.3g} requests/s")
-    while high not in tried and not misses(high):
+            raise ValueError(f"capacity: {config.metric} misses {slo:g} s even at {high:.3g} requests/s")
+    while at(high) <= slo:
         low = high
         high *= 1.5
         if high > config.high * 100:
-            raise ValueError(f"capacity: {config.metric} meets {config.slo_s} s even at {low:.3g} requests/s")
+            raise ValueError(f"capacity: {config.metric} meets {slo:g} s even at {low:.3g} requests/s")
     while high - low > config.tolerance:
         middle = (low + high) / 2
-        if misses(middle):
+        if at(middle) > slo:
             high = middle
         else:
             low = middle
     # Latency grows about exponentially with the rate near the crossing.
-    ends = np.log([max(tried[low], 1e-9), config.slo_s, tried[high]])
-    qps = low + (high - low) * (ends[1] - ends[0]) / (ends[2] - ends[0])
-    return float(qps), [Point(*point) for point in sorted(tried.items())]
+    below, objective, above = np.log([max(at(low), 1e-9), slo, at(high)])
+    return float(low + (high - low) * (objective - below) / (above - below))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:

@@ -90,12 +90,13 @@ def report(run: Run, wandb: Path | None, console: Console) -> None:
     console.print(grid, highlight=False, soft_wrap=True)
 
 
-def report_line(run: Run, console: Console) -> None:
-    """The same in one line, for the jobs of a sweep."""
+def report_line(run: Run, standing: str, console: Console) -> None:
+    """The same in one line, for a job of a sweep; `standing` says how far the sweep is."""
     summary, counts = run.summary, run.counts or {}
     job = f"scheduler={run.get('scheduler')} qps={run.get('workload.qps'):g} seed={run.get('seed')}"
     figures = f"TTFT P99 {_cell(summary['ttft_p99_s'])} s, E2E mean {_cell(summary['e2e_mean_s'])} s"
-    console.print(f"{job}: {figures}, {counts.get('ok')} ok → {run.path}", highlight=False, soft_wrap=True)
+    line = f"{standing}{job}: {figures}, {counts.get('ok')} ok → {run.path}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _cell(value: float | None, factor: float = 1.0) -> str:

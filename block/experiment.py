@@ -15,24 +15,25 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from block import provenance
-from block.capacity import Point, crossing, interval
+from block.capacity import Point, crossings, interval
 from block.config import ConfigError, build, explain, node, plain
 from block.console import announce, progress, report, report_line
 from block.metrics import summarise
 from block.results import Run, RunWriter, read_run, write_json
 from block.serving import Outcome, requests_of, serve
+from block.sweep import standing
 from block.tables import request_columns
 from block.tracking import log_run
 from block.types import Request
 
 
-def execute(config: DictConfig, choices: Mapping[str, str], *, quiet: bool = False) -> Run:
+def execute(config: DictConfig, choices: Mapping[str, str], *, sweep: DictConfig | None = None) -> Run:
     """Build, serve, store, mirror to W&B and report the run that `config` describes. ConfigError if it is wrong.
 
-    quiet: no progress bar and one line at the end, as the jobs of a sweep want it.
+    sweep: the Hydra config of the sweep that the run is a job of; such a run says one line only.
     """
     run = build(config)
-    console = Console(stderr=True, quiet=quiet)
+    console = Console(stderr=True, quiet=sweep is not None)
     testbed = run.testbed
     latency = run.backend.latency(testbed)
     announce(testbed, run.backend, latency, console)
@@ -51,8 +52,8 @@ def execute(config: DictConfig, choices: Mapping[str, str], *, quiet: bool = Fal
     wandb = log_run(writer.path, run.tracking)
     stored = read_run(writer.path)
     assert stored is not None
-    if quiet:
-        report_line(stored, Console())
+    if sweep is not None:
+        report_line(stored, standing(sweep), Console())
     else:
         report(stored, wandb, Console())
     return stored
@@ -96,24 +97,24 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
         for one in Parallel(n_jobs=-1, return_as="generator")(delayed(_capacity)(config, seed) for seed in seeds):
             found.append(one)
             advance(1)
-    mean, half = interval([qps for qps, _ in found])
-    spread = "" if half is None else f" ± {half:.2f}"
-    each = ", ".join(f"{qps:.2f}" for qps, _ in found)
-    console.print(
-        f"{choices['scheduler']} on {choices['model']}: {mean:.2f}{spread} requests/s at {wanted.metric} ≤ "
-        f"{wanted.slo_s:g} s (95 % interval over {len(seeds)} seeds: {each})",
-        highlight=False,
-        soft_wrap=True,
-    )
+    objectives = {}
+    for i, slo in enumerate(wanted.slo_s):
+        rates = [capacities[i] for capacities, _ in found]
+        mean, half = interval(rates)
+        objectives[f"{slo:g}"] = {"capacity_qps": mean, "half_width_qps": half, "by_seed": rates}
+        spread = "" if half is None else f" ± {half:.2f}"
+        each = ", ".join(f"{rate:.2f}" for rate in rates)
+        what = f"{choices['scheduler']} on {choices['model']}"
+        how = f"{wanted.metric} ≤ {slo:g} s (95 % interval; by seed: {each})"
+        console.print(f"{what}: {mean:.2f}{spread} requests/s at {how}", highlight=False, soft_wrap=True)
     settings = plain(config)
     document = {
         "choices": {key: value for key, value in choices.items() if not key.startswith("hydra/")},
         "config": settings,
         "config_hash": provenance.config_hash(settings),
         "git": provenance.git(),
-        "capacity_qps": mean,
-        "half_width_qps": half,
-        "seeds": {str(s): {"capacity_qps": q, "points": points} for s, (q, points) in zip(seeds, found, strict=True)},
+        "objectives_s": objectives,
+        "points": {str(seed): points for seed, (_, points) in zip(seeds, found, strict=True)},
     }
     path = Path("artifacts/capacity") / f"{document['config_hash']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,9 +123,10 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     return document
 
 
-def _capacity(config: DictConfig, seed: int) -> tuple[float, list[Point]]:
-    """The capacity for one seed. A process of its own: it compiles, or loads what is compiled, and runs."""
+def _capacity(config: DictConfig, seed: int) -> tuple[list[float], list[Point]]:
+    """The capacities for one seed. A process of its own: it compiles, or loads what is compiled, and runs."""
     run = replace(build(config), seed=seed)
+    wanted = node(config.capacity)
 
     def latency(qps: float) -> float:
         at_rate = replace(run, workload=replace(run.workload, qps=qps))
@@ -136,8 +138,7 @@ def _capacity(config: DictConfig, seed: int) -> tuple[float, list[Point]]:
             raise ConfigError(f"capacity.metric={wanted.metric}: a run's summary has no such number")
         return float(value)
 
-    wanted = node(config.capacity)
     try:
-        return crossing(latency, wanted)
+        return crossings(latency, wanted)
     except ValueError as error:
         raise ConfigError(str(error)) from error

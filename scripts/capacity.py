@@ -1,6 +1,6 @@
 """Find a capacity: the request rate at which TTFT P99 crosses its objective, for several seeds, with an interval.
 
-    python scripts/capacity.py scheduler=block capacity.slo_s=10 capacity.seeds=3
+    python scripts/capacity.py scheduler=block capacity.slo_s=[3,10] capacity.seeds=3
     python scripts/capacity.py -m scheduler=block,llumnix_minus engine.max_num_seqs=24
 
 Takes every key of run.py, and those of the node `capacity` (--cfg job shows them). The points tried are written to

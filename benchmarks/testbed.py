@@ -1,0 +1,29 @@
+"""What the benchmarks share: a run composed as run.py composes it, served in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from block import config, serving
+
+CONF = str(Path(__file__).resolve().parent.parent / "conf")
+
+
+def compose_run(*overrides: str) -> config.RunConfig:
+    config.register()
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return config.build(compose("config", overrides=list(overrides)))
+
+
+def serve(*overrides: str) -> serving.Outcome:
+    run = compose_run(*overrides)
+    outcome = serving.Outcome()
+    serving.serve(run, serving.requests_of(run), outcome)
+    return outcome
+
+
+def warm_up() -> None:
+    """Load or compile all that is compiled."""
+    serve("workload.num_requests=200")
