@@ -388,7 +388,9 @@ def compare(snapshot: Snapshot, reference: ReferenceScheduler) -> None:
         assert snapshot.seqs[row].tolist() == [getattr(one, name) for one in columns], name
     for row, step in ((CHUNK, reference.in_flight), (NEXT, reference.queued)):
         tokens = step.tokens if step is not None else {}
-        assert {i: n for i, n in zip(snapshot.seqs[ID].tolist(), snapshot.seqs[row].tolist(), strict=True) if n} == tokens
+        assert {
+            i: n for i, n in zip(snapshot.seqs[ID].tolist(), snapshot.seqs[row].tolist(), strict=True) if n
+        } == tokens
 
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,228 @@
+"""The engine: its settings, how long its steps take, what it tells of the future and what it publishes."""
+
+from __future__ import annotations
+
+import math
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import ReferenceScheduler
+from testbed import constant_latency, engine_config, examples, request, round_latency
+
+from block.engine import Engine, EngineConfig, Finished
+from block.types import EXPECTED, ID, PROMPT, Request
+
+KINDS: dict[str, dict[str, Any]] = {
+    "v0": {"version": "v0", "watermark": 0.02},
+    "v1": {"version": "v1"},
+    "v1-async": {"version": "v1", "async_scheduling": True},
+}
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "advice"),
+    [
+        ({"version": "v2"}, "engine.version=v2", "v0 or v1"),
+        ({"max_num_seqs": 0}, "engine.max_num_seqs=0", "at least 1"),
+        ({"max_num_batched_tokens": 0}, "engine.max_num_batched_tokens=0", "at least 1"),
+        ({"num_gpu_blocks": 0}, "engine.num_gpu_blocks=0", "at least 1"),
+        ({"block_size": 12}, "engine.block_size=12", "power of two"),
+        ({"max_model_len": 1}, "engine.max_model_len=1", "at least 2"),
+        ({"long_prefill_token_threshold": -1}, "engine.long_prefill_token_threshold=-1", "0 or more"),
+        ({"watermark": 1.0}, "engine.watermark=1.0", "less than 1"),
+        ({"watermark": -0.1}, "engine.watermark=-0.1", "at least 0"),
+        ({"gpu_memory_utilization": 0.0}, "engine.gpu_memory_utilization=0.0", "(0, 1]"),
+        ({"version": "v0", "async_scheduling": True}, "engine.async_scheduling=True", "v1"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(changes: dict[str, Any], key: str, advice: str) -> None:
+    with pytest.raises(ValueError, match=r"engine\.") as refused:
+        EngineConfig(**changes)
+    assert key in str(refused.value)
+    assert advice in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_engine_must_hold_its_longest_sequence_above_the_watermark() -> None:
+    config = EngineConfig(max_model_len=160, block_size=16, watermark=0.5)  # 10 blocks, and half of all
+    with pytest.raises(ValueError, match=r"num_gpu_blocks=18: .*max_model_len=160 tokens needs 19 KV blocks"):
+        Engine(config, constant_latency(), 18)
+    Engine(config, constant_latency(), 20)
+
+
+# ---------------------------------------------------------------------------------------------------- time
+
+
+def crowd(seed: int, count: int, spread: float) -> list[Request]:
+    rng = Random(seed)
+    arrival = 0.0
+    requests = []
+    for i in range(count):
+        arrival += rng.expovariate(1 / spread)
+        requests.append(request(i, rng.randint(1, 50), rng.randint(1, 40), arrival))
+    return requests
+
+
+def through_engine(engine: Engine, requests: list[Request]) -> list[Finished]:
+    finished: list[Finished] = []
+    for one in requests:
+        finished += engine.advance(one.arrival)
+        engine.add(one, one.arrival)
+    finished += engine.advance(1e9)
+    return finished
+
+
+def through_reference(
+    config: EngineConfig, blocks: int, requests: list[Request], noise: list[float]
+) -> list[tuple[int, float, float, int, int]]:
+    reference = ReferenceScheduler(config, blocks)
+    pending = list(requests)
+    steps = 0
+    ends = math.inf
+
+    def started(now: float) -> float:
+        nonlocal steps
+        if reference.in_flight is None:
+            return math.inf
+        steps += 1
+        return now + reference.in_flight.seconds * noise[(steps - 1) % len(noise)]
+
+    while pending or reference.busy:
+        if pending and pending[0].arrival < ends:
+            one = pending.pop(0)
+            reference.add(one)
+            if not reference.busy:
+                reference.begin()
+                ends = started(one.arrival)
+        else:
+            now = ends
+            reference.complete(now)
+            ends = started(now)
+    return reference.finished
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("noise", [[1.0], [1.5, 0.5, 1.0, 2.0, 0.75]])
+def test_steps_take_what_the_latency_model_says_times_their_noise(kind: str, noise: list[float]) -> None:
+    config = engine_config(**KINDS[kind], max_model_len=100, max_num_seqs=8, max_num_batched_tokens=40)
+    for seed in range(examples(10, 2)):
+        requests = crowd(seed, 60, 0.4)
+        engine = Engine(config, round_latency(), 50, np.array(noise))
+        actual = through_engine(engine, requests)
+        expected = through_reference(config, 50, requests, noise)
+        assert [done.id for done in actual] == [done[0] for done in expected]
+        assert [done[3:] for done in actual] == [done[3:] for done in expected]
+        for done, wanted in zip(actual, expected, strict=True):
+            assert done.first_token == pytest.approx(wanted[1], rel=1e-9)
+            assert done.finished == pytest.approx(wanted[2], rel=1e-9)
+
+
+def test_a_lone_request_by_hand() -> None:
+    # 20 tokens in chunks of 16 and 4, then two decodes over 21 and 22 tokens of KV.
+    first = 0.010 + 16 * 0.001 + 16 * (0.0001 + 0 * 0.000001)
+    second = 0.010 + 4 * 0.001 + 4 * (0.0001 + 16 * 0.000001)
+    decode = [0.010 + 0.001 + 0.002 + 0.0005 + kv * 0.00001 for kv in (21, 22)]
+    engine = Engine(engine_config("v1"), round_latency(), 16)
+    engine.add(request(7, 20, 3), 5.0)
+    (done,) = engine.advance(100.0)
+    assert done.first_token == pytest.approx(5.0 + first + second, rel=1e-12)
+    assert done.finished == pytest.approx(5.0 + first + second + sum(decode), rel=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------- the future
+
+
+def test_an_idle_engine_expects_nothing() -> None:
+    engine = Engine(engine_config("v1"), constant_latency(), 16)
+    assert engine.next_finish() == math.inf
+    assert list(engine.advance(100.0)) == []
+    snapshot = engine.snapshot(3, 100.0)
+    assert (snapshot.instance_id, snapshot.taken_at, snapshot.running, snapshot.free_blocks) == (3, 100.0, 0, 16)
+    assert math.isnan(snapshot.step_started)
+    assert snapshot.seqs.shape[1] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=examples(60, 8))
+@given(seed=st.integers(0, 10**6), spread=st.sampled_from([0.05, 0.3, 2.0]))
+def test_next_finish_is_what_then_happens(kind: str, seed: int, spread: float) -> None:
+    config = engine_config(**KINDS[kind], max_model_len=100, max_num_seqs=6, max_num_batched_tokens=32)
+    engine = Engine(config, round_latency(), 40, np.array([1.0, 1.2, 0.9]))
+    requests = crowd(seed, 30, spread)
+    while requests:
+        if engine.next_finish() < requests[0].arrival:
+            promised = engine.next_finish()
+            assert engine.next_finish() == promised, "looking ahead changes nothing"
+            assert list(engine.advance(np.nextafter(promised, 0.0))) == []
+            assert {done.finished for done in engine.advance(promised)} == {promised}
+        else:
+            one = requests.pop(0)
+            assert list(engine.advance(one.arrival)) == []
+            engine.add(one, one.arrival)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_looking_often_or_seldom_makes_no_difference(kind: str) -> None:
+    config = engine_config(**KINDS[kind], max_model_len=100, max_num_seqs=6, max_num_batched_tokens=32)
+    requests = crowd(1, 40, 0.3)
+    seldom = through_engine(Engine(config, round_latency(), 40), requests)
+    engine = Engine(config, round_latency(), 40)
+    often: list[Finished] = []
+    last = 0.0
+    for one in requests:
+        for now in np.linspace(last, one.arrival, 5).tolist():
+            often += engine.advance(now)
+            engine.snapshot(0, now)
+            engine.next_finish()
+        engine.add(one, one.arrival)
+        last = one.arrival
+    often += engine.advance(1e9)
+    assert often == seldom
+
+
+def test_finishes_come_in_order_of_time_and_once() -> None:
+    config = engine_config("v0", watermark=0.02, max_model_len=100, max_num_seqs=6, max_num_batched_tokens=32)
+    finished = through_engine(Engine(config, round_latency(), 60), crowd(2, 100, 0.2))
+    times = [done.finished for done in finished]
+    assert times == sorted(times)
+    assert sorted(done.id for done in finished) == list(range(100))
+
+
+# ---------------------------------------------------------------------------------------------------- what it shows
+
+
+def test_a_snapshot_shows_what_the_scheduler_knew_when_it_last_ran() -> None:
+    engine = Engine(engine_config("v1"), constant_latency(), 16)
+    engine.add(request(1, 5, 4, predicted=6), 0.0)
+    engine.add(request(2, 7, 2), 0.25)
+    before = engine.snapshot(0, 0.5)
+    assert before.seqs[ID].tolist() == [1]
+    assert before.seqs[PROMPT].tolist() == [5]
+    assert before.seqs[EXPECTED].tolist() == [6]
+    assert before.step_started == 0.0
+    list(engine.advance(1.0))
+    after = engine.snapshot(0, 1.0)
+    assert after.seqs[ID].tolist() == [1, 2]
+    assert (after.running, after.step_started) == (2, 1.0)
+
+
+def test_an_engine_holds_any_number_of_sequences() -> None:
+    config = engine_config("v1", max_num_seqs=3)
+    engine = Engine(config, constant_latency(), 16)
+    finished: list[Finished] = []
+    ids = 0
+    for wave in range(4):  # queues of 300 and more, emptied in between, so that columns are used again
+        for _ in range(300):
+            engine.add(request(ids, 1 + ids % 7, 1 + ids % 3), wave * 1000.0)
+            ids += 1
+        assert engine.snapshot(0, wave * 1000.0).running <= 3
+        finished += engine.advance(wave * 1000.0 + 999.0)
+    assert [done.id for done in sorted(finished)] == list(range(ids))
+    assert [done.output_tokens for done in sorted(finished)] == [1 + i % 3 for i in range(ids)]
+    assert engine.snapshot(0, 4000.0).free_blocks == 16

@@ -1,0 +1,310 @@
+"""Forecasts: exact where the future is known, the same compressed as step by step, and by hand where it is guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from testbed import constant_latency, engine_config, examples, poisson, request, round_latency, serve
+
+from block.engine import Engine, EngineConfig
+from block.policies import Block
+from block.predictor import OUTRUN_MARGIN, Predictor
+from block.types import ID, OUTPUT, Forecast, Request, Snapshot
+
+KINDS: dict[str, dict[str, Any]] = {
+    "v0": {"version": "v0", "watermark": 0.02},
+    "v1": {"version": "v1"},
+    "v1-long-prefill": {"version": "v1", "long_prefill_token_threshold": 8},
+    "v1-watermark": {"version": "v1", "watermark": 0.1, "scheduler_reserve_full_isl": False},
+    "v1-async": {"version": "v1", "async_scheduling": True},
+}
+LATENCY = round_latency()
+BLOCKS = 50
+
+
+def small(kind: str) -> EngineConfig:
+    return engine_config(**{"max_model_len": 120, "max_num_seqs": 6, "max_num_batched_tokens": 32} | KINDS[kind])
+
+
+def busy_engine(
+    config: EngineConfig, seed: int, count: int, *, truth: bool, gap: float = 0.1, blocks: int = BLOCKS
+) -> tuple[Engine, float, list[Request]]:
+    """An engine that has received `count` requests at random times, the time, and which of them it does not show yet."""
+    rng = Random(seed)
+    engine = Engine(config, LATENCY, blocks)
+    received = {}
+    now = 0.0
+    for i in range(count):
+        now += rng.expovariate(1 / gap)
+        for done in engine.advance(now):
+            del received[done.id]
+        output = rng.randint(1, 60)
+        guess = output if truth else max(1, round(output * rng.uniform(0.3, 1.5)))
+        received[i] = request(i, rng.randint(1, 90), output, predicted=guess)
+        engine.add(received[i], now)
+    now += rng.expovariate(1 / gap)
+    for done in engine.advance(now):
+        del received[done.id]
+    visible = set(engine.snapshot(0, now).seqs[ID].tolist())
+    return engine, now, [one for one in received.values() if one.id not in visible]
+
+
+def forecasts(
+    config: EngineConfig,
+    snapshots: Sequence[Snapshot],
+    underway: Sequence[Sequence[Request]],
+    one: Request,
+    now: float,
+    *,
+    compressed: bool = True,
+    blocks: int = BLOCKS,
+) -> list[Forecast]:
+    return Predictor(config, LATENCY, blocks, compressed=compressed).forecasts(snapshots, underway, one, now)
+
+
+def approx(forecast: Forecast) -> Any:
+    return pytest.approx(forecast, rel=1e-9, abs=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------- by hand
+
+
+def test_an_idle_instance_by_hand() -> None:
+    predictor = Predictor(engine_config("v1"), constant_latency(0.5), 16)
+    idle = Engine(engine_config("v1"), constant_latency(0.5), 16).snapshot(0, 10.0)
+    # 20 tokens in chunks of 16 and 4; the second yields the first of three tokens.
+    assert predictor.forecasts([idle], [[]], request(9, 20, 99, predicted=3), 10.0) == [Forecast(1.0, 2.0)]
+
+
+def test_the_step_in_flight_is_finished_first() -> None:
+    config = engine_config("v1")
+    engine = Engine(config, constant_latency(1.0), 16)
+    engine.add(request(0, 4, 3), 10.0)
+    # At 10.25 the step in flight has 0.75 s to go; then the candidate's prompt runs beside 0's decode, then a decode.
+    (forecast,) = Predictor(config, constant_latency(1.0), 16).forecasts(
+        [engine.snapshot(0, 10.25)], [[]], request(1, 4, 2), 10.25
+    )
+    assert forecast == Forecast(1.75, 2.75)
+
+
+def test_a_step_that_should_have_ended_ends_now() -> None:
+    config = engine_config("v1")
+    engine = Engine(config, constant_latency(1.0), 16, noise=np.array([3.0]))
+    engine.add(request(0, 4, 3), 0.0)
+    # The model says that the step ended at 1.0. It has not by 2.0, so it is expected at any moment.
+    (forecast,) = Predictor(config, constant_latency(1.0), 16).forecasts(
+        [engine.snapshot(0, 2.0)], [[]], request(1, 4, 2), 2.0
+    )
+    assert forecast == Forecast(1.0, 2.0)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_an_outrun_estimate_becomes_what_is_there_plus_the_margin(compressed: bool) -> None:
+    config = engine_config("v1", max_num_seqs=1)
+    engine = Engine(config, constant_latency(1.0), 16)
+    engine.add(request(0, 4, 50, predicted=2), 0.0)
+    list(engine.advance(5.0))
+    snapshot = engine.snapshot(0, 5.0)
+    assert snapshot.seqs[OUTPUT].tolist() == [5]
+    # 5 of 2 expected tokens are there. At 5 + OUTRUN_MARGIN tokens it makes way, and the candidate has one step to run.
+    predictor = Predictor(config, constant_latency(1.0), 16, compressed=compressed)
+    assert predictor.forecasts([snapshot], [[]], request(1, 4, 1), 5.0) == [Forecast(11.0, 11.0)]
+    assert OUTRUN_MARGIN == 10
+
+
+def test_an_estimate_that_is_just_reached_is_outrun_too() -> None:
+    config = engine_config("v1", max_num_seqs=1)
+    engine = Engine(config, constant_latency(1.0), 16)
+    engine.add(request(0, 4, 50, predicted=5), 0.0)
+    list(engine.advance(4.0))
+    predictor = Predictor(config, constant_latency(1.0), 16)
+    assert predictor.forecasts([engine.snapshot(0, 4.0)], [[]], request(1, 4, 1), 4.0) == [Forecast(2.0, 2.0)]
+    list(engine.advance(5.0))
+    assert predictor.forecasts([engine.snapshot(0, 5.0)], [[]], request(1, 4, 1), 5.0) == [Forecast(11.0, 11.0)]
+
+
+@pytest.mark.parametrize("guess", [0, 1])
+def test_an_estimate_below_one_token_counts_as_one(guess: int) -> None:
+    predictor = Predictor(engine_config("v1"), constant_latency(1.0), 16)
+    idle = Engine(engine_config("v1"), constant_latency(1.0), 16).snapshot(0, 0.0)
+    assert predictor.forecasts([idle], [[]], request(9, 4, 9, predicted=guess), 0.0) == [Forecast(1.0, 1.0)]
+
+
+def test_requests_underway_go_first() -> None:
+    config = engine_config("v1", max_num_seqs=1)
+    predictor = Predictor(config, constant_latency(1.0), 16)
+    idle = Engine(config, constant_latency(1.0), 16).snapshot(0, 0.0)
+    underway = [request(1, 4, 3), request(2, 4, 9, predicted=2)]
+    # One at a time: 3 steps, 2 steps (as tagged, not in truth), then the candidate's one.
+    assert predictor.forecasts([idle], [underway], request(3, 4, 1), 0.0) == [Forecast(6.0, 6.0)]
+
+
+def test_the_true_length_plays_no_part() -> None:
+    config = small("v0")
+    engine, now, _ = busy_engine(config, 3, 12, truth=False)
+    snapshot = engine.snapshot(0, now)
+    lied = snapshot._replace(seqs=snapshot.seqs.copy())
+    lied.seqs[3] = 1  # row TARGET
+    one = request(99, 30, 20)
+    assert forecasts(config, [snapshot], [[]], one, now) == forecasts(config, [lied], [[]], one, now)
+
+
+def test_a_forecast_leaves_its_snapshot_alone() -> None:
+    config = small("v0")
+    engine, now, _ = busy_engine(config, 3, 12, truth=True)
+    snapshot = engine.snapshot(0, now)
+    before = snapshot.seqs.copy()
+    forecasts(config, [snapshot], [[request(50, 5, 5)]], request(99, 30, 20), now)
+    np.testing.assert_array_equal(snapshot.seqs, before)
+
+
+# ---------------------------------------------------------------------------------------------------- exact
+
+
+def actual(engine: Engine, one: Request, now: float) -> Forecast:
+    """What the engine does with `one` if nothing else arrives."""
+    engine.add(one, now)
+    (done,) = [done for done in engine.advance(1e9) if done.id == one.id]
+    return Forecast(done.first_token - now, done.finished - now)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=examples(150, 10))
+@given(seed=st.integers(0, 10**6), count=st.integers(0, 25), prompt=st.integers(1, 100), output=st.integers(1, 80))
+def test_with_true_lengths_a_forecast_is_what_then_happens(
+    kind: str, compressed: bool, seed: int, count: int, prompt: int, output: int
+) -> None:
+    config = small(kind)
+    engine, now, underway = busy_engine(config, seed, count, truth=True)
+    snapshot = engine.snapshot(0, now)
+    one = request(999, prompt, output)
+    (forecast,) = forecasts(config, [snapshot], [underway], one, now, compressed=compressed)
+    stale = snapshot.stale
+    happened = actual(engine, one, now)
+    if stale:
+        # What a preempted sequence reads in the step in flight is not in the snapshot any more: that step, and so every
+        # later one, is expected earlier by the attention of a few sequences.
+        late = happened.ttft - forecast.ttft
+        assert happened.e2e - forecast.e2e == pytest.approx(late, rel=1e-6)
+        assert -1e-9 < late < 0.02
+    elif compressed:
+        assert forecast == approx(happened)
+    else:
+        assert forecast == happened
+
+
+# ---------------------------------------------------------------------------------------------------- compressed = naive
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=examples(400, 12))
+@given(
+    seed=st.integers(0, 10**6),
+    count=st.integers(0, 40),
+    gap=st.sampled_from([0.02, 0.1, 0.5]),
+    truth=st.booleans(),
+    blocks=st.sampled_from([34, 50, 120]),
+    lengths=st.tuples(st.integers(1, 110), st.integers(1, 130)),
+    underway=st.lists(st.tuples(st.integers(1, 100), st.integers(1, 60)), max_size=4),
+)
+def test_compressed_and_step_by_step_forecasts_are_the_same(
+    kind: str,
+    seed: int,
+    count: int,
+    gap: float,
+    truth: bool,
+    blocks: int,
+    lengths: tuple[int, int],
+    underway: list[tuple[int, int]],
+) -> None:
+    config = small(kind)
+    engine, now, extra = busy_engine(config, seed, count, truth=truth, gap=gap, blocks=blocks)
+    extra += [request(1000 + i, p, o) for i, (p, o) in enumerate(underway)]
+    snapshot = engine.snapshot(0, now)
+    one = request(9999, *lengths)
+    fast, slow = (
+        forecasts(config, [snapshot], [extra], one, now, compressed=compressed, blocks=blocks)[0]
+        for compressed in (True, False)
+    )
+    assert fast == approx(slow)
+    assert 0 < fast.ttft <= fast.e2e
+
+
+@pytest.mark.parametrize("kind", ["v0", "v1", "v1-async"])
+def test_they_are_the_same_under_preemption_with_long_sequences(kind: str) -> None:
+    config = EngineConfig(max_model_len=2000, max_num_seqs=24, **KINDS[kind])
+    latency = round_latency()
+    fast, slow = (Predictor(config, latency, 180, compressed=compressed) for compressed in (True, False))
+    preempted = 0
+    for seed in range(examples(6, 1)):
+        rng = Random(seed)
+        engine = Engine(config, latency, 180)
+        now = 0.0
+        for i in range(examples(120, 20)):
+            now += rng.expovariate(4.0)
+            list(engine.advance(now))
+            output = 1 + int(rng.expovariate(1 / 300)) % 900
+            guess = max(1, output - rng.randint(-50, 50))
+            one = request(i, 1 + int(rng.expovariate(1 / 100)) % 1000, output, predicted=guess)
+            snapshot = [engine.snapshot(0, now)]
+            assert fast.forecasts(snapshot, [[]], one, now)[0] == approx(slow.forecasts(snapshot, [[]], one, now)[0])
+            engine.add(one, now)
+        preempted += engine.snapshot(0, now).preemptions
+    assert preempted > examples(50, -1), "memory is too plentiful for this test to say anything"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_is_its_members_one_by_one(kind: str) -> None:
+    config = small(kind)
+    engines = [busy_engine(config, seed, 3 * seed, truth=False) for seed in range(9)]
+    now = max(at for _, at, _ in engines)
+    for engine, _, _ in engines:
+        list(engine.advance(now))
+    snapshots = [engine.snapshot(i, now) for i, (engine, _, _) in enumerate(engines)]
+    underway = [[request(100 + j, 10 + j, 5 + i) for j in range(i % 3)] for i in range(9)]
+    one = request(999, 40, 30)
+    predictor = Predictor(config, LATENCY, BLOCKS)
+    together = predictor.forecasts(snapshots, underway, one, now)
+    alone = [predictor.forecasts([s], [u], one, now)[0] for s, u in zip(snapshots, underway, strict=True)]
+    fresh = [forecasts(config, [s], [u], one, now)[0] for s, u in zip(snapshots, underway, strict=True)]
+    assert together == alone == fresh
+    assert together[::-1] == predictor.forecasts(snapshots[::-1], underway[::-1], one, now)
+    assert len(set(together)) > 1
+
+
+# ---------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("kind", ["v0", "v1", "v1-async"])
+def test_all_decisions_of_a_run_are_the_same(kind: str) -> None:
+    config = EngineConfig(max_model_len=1000, max_num_seqs=24, **KINDS[kind])
+    requests = poisson(examples(1500, 60), 12.0, 5, prompt=200, output=100)
+    runs = [
+        serve(
+            requests,
+            Block(),
+            config=config,
+            latency=LATENCY,
+            instances=4,
+            total_blocks=300,
+            noise=0.05,
+            delay_s=0.02,
+            compressed=compressed,
+        )
+        for compressed in (True, False)
+    ]
+    assert runs[0].chosen == runs[1].chosen
+    assert [r.finished for r in runs[0].records] == [r.finished for r in runs[1].records]
+    for fast, slow in zip(runs[0].records, runs[1].records, strict=True):
+        assert fast.forecast is not None
+        assert slow.forecast is not None
+        assert fast.forecast == approx(slow.forecast)
+    if len(requests) > 1000:
+        assert sum(r.preemptions for r in runs[0].records) > 100
