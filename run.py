@@ -21,7 +21,7 @@ def main(settings: DictConfig) -> None:
     """One job."""
     job = HydraConfig.get()
     if job.mode is RunMode.RUN:
-        experiment.execute(settings, job.runtime.choices)
+        config.told(lambda: experiment.execute(settings, job.runtime.choices))
     else:
         sweep.attempt(lambda: experiment.execute(settings, job.runtime.choices, sweep=job), job)
 

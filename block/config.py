@@ -11,14 +11,14 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -140,9 +140,13 @@ def register() -> None:
 
 def build(config: DictConfig) -> RunConfig:
     """Construct what `config` describes; ConfigError if it cannot be."""
+    _refuse_unknown(config, [f.name for f in dataclasses.fields(_Root)])
     keys = [f.name for f in dataclasses.fields(RunConfig)]
     try:
         parts = {key: config[key] for key in keys}
+        for key in (*GROUPS, *CHOICES, "dispatch"):
+            if not isinstance(parts[key], DictConfig):
+                raise ConfigError(f"{key}={'null' if parts[key] is None else parts[key]}: {_kinds(key)}")
         groups = {key: node(part) for key, part in parts.items() if isinstance(part, DictConfig)}
         run = RunConfig(**{**parts, **groups})
         run.testbed  # noqa: B018 — raises if the model does not fit
@@ -154,9 +158,24 @@ def build(config: DictConfig) -> RunConfig:
 def node(part: DictConfig) -> Any:
     """The object that one node describes; ConfigError if it cannot be."""
     try:
+        _refuse_unknown(part, [f.name for f in dataclasses.fields(get_class(part["_target_"]))])
         return instantiate(part, _convert_="all")
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
+
+
+def _refuse_unknown(part: DictConfig, known: Sequence[str]) -> None:
+    """Hydra adds any key that is given with a +, and so must be told here which there are."""
+    for key in map(str, part):
+        if key not in known and not key.startswith("_"):
+            raise ConfigError(_no_such_key(str(part._get_full_key(key)), key, known))
+
+
+def _kinds(key: str) -> str:
+    """What the node `key` may be, for one that is not there."""
+    if key in CHOICES:
+        return f"choose from {', '.join(CHOICES[key])}, or another file of conf/{key}"
+    return f"choose a file of conf/{key}" if key in GROUPS else f"set a key of it, such as {key}.ledger"
 
 
 def explain(error: BaseException) -> str:
@@ -170,20 +189,40 @@ def explain(error: BaseException) -> str:
         )
         if missing:
             group, value, choices = missing.groups()
-            return f"{group}={value}: choose from {', '.join(choices.split())}"
+            return f"{group}={value}: {_choose(value, choices.split())}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not of the form key=value"
-    override = re.search(r"(?:merging override|Could not override) '?([\w./@]+)(?:=(\S*))?", text)
+    several = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'", text)
+    if several:
+        return f"{several.group(1)}: several values are a sweep, which needs -m (or a list, which needs [ ])"
+    override = re.match(r"(?:Error merging override |Could not override ')([\w./@+~]+)(?:=(.*))?", text)
     cause = error.__cause__
     if override and cause is not None:
-        key, value = override.group(1).rstrip("."), override.group(2)
-        known = _known_keys(cause)
-        if known:
-            near = get_close_matches(key.rpartition(".")[2], known, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            return f"{key}: no such key{hint}; choose from {', '.join(known)}"
-        return f"{key}={value}: {_first_line(cause)}"
+        key, value = override.groups()
+        lacking = _lacking(cause)
+        if lacking:
+            return _no_such_key(key, *lacking)
+        return f"{key}={value}: {_mismatch(cause, value)}"
     return _first_line(error)
+
+
+def _no_such_key(key: str, part: str, known: Sequence[str]) -> str:
+    """The message for `key`, of which `part` is not among the `known` ones."""
+    return f"{key}: no such key{_choose(part, known, '; ') if known else ', nor any other here'}"
+
+
+def _choose(given: str, choices: Sequence[str], separator: str = "") -> str:
+    near = get_close_matches(given, choices, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{separator}{hint}choose from {', '.join(choices)}"
+
+
+def _mismatch(error: BaseException, value: str | None) -> str:
+    """Why a key may not have a value."""
+    text = _first_line(error)
+    if "is not a ListConfig" in text:
+        return f"must be a list, such as [{value}]"
+    return text
 
 
 def _first_line(error: BaseException) -> str:
@@ -191,12 +230,12 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _known_keys(error: BaseException) -> list[str]:
-    """The keys of the config node that lacks the one asked for; empty if that is not the trouble."""
-    node = getattr(error, "parent_node", None)
-    if not isinstance(node, DictConfig) or getattr(error, "key", None) in node:
-        return []
-    return [str(key) for key in node if not str(key).startswith("_") and key != "hydra"]
+def _lacking(error: BaseException) -> tuple[str, list[str]] | None:
+    """The key that a config node lacks, and those that it has; None if that is not the trouble."""
+    node, key = getattr(error, "parent_node", None), getattr(error, "key", None)
+    if not isinstance(node, DictConfig) or key is None or key in node:
+        return None
+    return str(key), [str(key) for key in node if not str(key).startswith("_") and key != "hydra"]
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -209,10 +248,36 @@ def guard(main: Callable[[], Any]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through, so that they are told here and not by Hydra
     try:
         main()
-    except (ConfigError, HydraException, OmegaConfBaseException, FileNotFoundError) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
+    except _Told:
         return 2
+    except _WRONG as error:
+        return _tell(error)
+    except ValueError as error:
+        if "Config group override must be" not in str(error):
+            raise
+        return _tell(ConfigError("a config group was given null or a number: choose one of its files in conf/"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def told(job: Callable[[], Any]) -> None:
+    """Do the `job` of a Hydra main in `guard`; what is wrong with its configuration is told before Hydra adds to it."""
+    try:
+        job()
+    except _WRONG as error:
+        _tell(error)
+        raise _Told from error
+
+
+class _Told(BaseException):
+    """Told already. Hydra lets pass what is no Exception, and else would print a line about it."""
+
+
+_WRONG = (ConfigError, HydraException, OmegaConfBaseException, FileNotFoundError)
+
+
+def _tell(error: Exception) -> int:
+    print(f"error: {explain(error)}", file=sys.stderr)
+    return 2

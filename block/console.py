@@ -84,10 +84,8 @@ def report(run: Run, wandb: Path | None, console: Console) -> None:
         "run": str(run.path),
         "W&B": str(wandb) if wandb is not None else "not logged",
     }
-    grid = Table.grid(padding=(0, 2))
-    for key, value in facts.items():
-        grid.add_row(key, value)
-    console.print(grid, highlight=False, soft_wrap=True)
+    for key, value in facts.items():  # not a table, which would cut the paths to the terminal's width
+        console.print(f"{key:<13}{value}", highlight=False, markup=False, soft_wrap=True)
 
 
 def report_line(run: Run, standing: str, console: Console) -> None:

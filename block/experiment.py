@@ -33,14 +33,18 @@ def execute(config: DictConfig, choices: Mapping[str, str], *, sweep: DictConfig
     sweep: the Hydra config of the sweep that the run is a job of; such a run says one line only.
     """
     run = build(config)
-    console = Console(stderr=True, quiet=sweep is not None)
-    testbed = run.testbed
-    latency = run.backend.latency(testbed)
-    announce(testbed, run.backend, latency, console)
     try:
         requests = requests_of(run)
     except (ValueError, OSError) as error:
         raise ConfigError(explain(error)) from error
+    try:
+        Path(config.runs_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"runs_dir={config.runs_dir}: {error.strerror}") from error
+    console = Console(stderr=True, quiet=sweep is not None)
+    testbed = run.testbed
+    latency = run.backend.latency(testbed)
+    announce(testbed, run.backend, latency, console)
     hashes = {"latency_model": _hash(latency.pack()), "data_set": _hash(_lengths(requests))}
     with RunWriter(plain(config), choices, hashes=hashes, root=config.runs_dir) as writer:
         outcome = Outcome()

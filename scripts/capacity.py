@@ -21,7 +21,7 @@ config.register()
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(settings: DictConfig) -> None:
     """One search."""
-    experiment.search(settings, HydraConfig.get().runtime.choices)
+    config.told(lambda: experiment.search(settings, HydraConfig.get().runtime.choices))
 
 
 if __name__ == "__main__":

@@ -131,7 +131,8 @@ class ReferenceScheduler:
         if self.config.version == "v1":
             return wanted <= self.free
         # V0 asks for the blocks that appending the tokens not yet in its block table would touch: one for a decode, be
-        # it new or half full; for the rest of a prompt, whose blocks are all there, one if the last of them is not full.
+        # it new or half full; for the rest of a prompt, whose blocks are all there, one if the last is not full. (Of a
+        # prompt with a single token left, vLLM would still say that; here and in the twin it counts as a decode.)
         rest_of_a_prompt = sequence.computed + 1 < sequence.known
         touched = 0 if rest_of_a_prompt and sequence.known % self.config.block_size == 0 else 1
         return max(wanted, touched) <= self.free

@@ -54,7 +54,9 @@ def constant_latency(step: float = 1.0) -> LatencyModel:
 
 
 def round_latency() -> LatencyModel:
-    """A step takes FIXED + PER_TOKEN t + (DECODE + PER_SEQUENCE n + PER_KV kv) + Σ chunk (PREFILL + PREFILL_BY_CONTEXT c)."""
+    """A step takes FIXED + PER_TOKEN tokens + (DECODE + PER_SEQUENCE sequences + PER_KV context) for its decodes
+    + Σ chunk (PREFILL + PREFILL_BY_CONTEXT context) for its prompts.
+    """
     chunks, contexts = np.array([0.0, 1000.0]), np.array([0.0, 1000.0])
     return LatencyModel(
         linear=FIXED + PER_TOKEN * np.arange(4097),

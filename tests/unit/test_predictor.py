@@ -35,7 +35,7 @@ def small(kind: str) -> EngineConfig:
 def busy_engine(
     config: EngineConfig, seed: int, count: int, *, truth: bool, gap: float = 0.1, blocks: int = BLOCKS
 ) -> tuple[Engine, float, list[Request]]:
-    """An engine that has received `count` requests at random times, the time, and which of them it does not show yet."""
+    """An engine that has received `count` requests at random times, the time, and which of them it does not show."""
     rng = Random(seed)
     engine = Engine(config, LATENCY, blocks)
     received = {}
@@ -200,7 +200,7 @@ def test_with_true_lengths_a_forecast_is_what_then_happens(
         assert forecast == happened
 
 
-# ---------------------------------------------------------------------------------------------------- compressed = naive
+# ---------------------------------------------------------------------------------------------- compressed = naive
 
 
 @pytest.mark.parametrize("kind", KINDS)

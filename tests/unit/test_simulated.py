@@ -1,0 +1,114 @@
+"""A simulated instance does on the clock what its engine does, and wakes only when somebody would notice."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from random import Random
+
+from testbed import constant_latency, engine_config, request, round_latency
+
+from block import clock
+from block.engine import Engine, Finished
+from block.instances.base import Instance
+from block.instances.simulated import SimulatedInstance
+from block.types import ID, Request, RequestRecord
+
+
+def test_a_request_is_served_in_the_engines_time() -> None:
+    async def main() -> tuple[RequestRecord, float]:
+        instance: Instance = SimulatedInstance(3, Engine(engine_config("v1"), constant_latency(), 16))
+        record = RequestRecord(request(0, 20, 3))
+        await clock.sleep(10.0)
+        await instance.generate(record.request, record)
+        return record, clock.now()
+
+    record, returned = clock.run(main(), virtual=True)
+    # Two chunks, then two decodes, of a second each.
+    assert (record.first_token, record.finished, returned) == (12.0, 14.0, 14.0)
+    assert (record.output_tokens, record.preemptions) == (3, 0)
+
+
+def test_many_requests_are_what_the_bare_engine_makes_of_them() -> None:
+    config = engine_config("v0", max_model_len=100, max_num_seqs=8, max_num_batched_tokens=40, watermark=0.02)
+    rng = Random(1)
+    requests: list[Request] = []
+    at = 0.0
+    for i in range(120):
+        at += rng.expovariate(8.0)
+        requests.append(request(i, rng.randint(1, 50), rng.randint(1, 40), at))
+
+    engine = Engine(config, round_latency(), 51)
+    bare: list[Finished] = []
+    for one in requests:
+        bare += engine.advance(one.arrival)
+        engine.add(one, one.arrival)
+    bare += engine.advance(math.nextafter(math.inf, 0.0))
+
+    async def serve_one(instance: SimulatedInstance, record: RequestRecord) -> None:
+        await clock.sleep_until(record.request.arrival)
+        await instance.generate(record.request, record)
+        assert clock.now() == record.finished, "it returns when the last token is there"
+
+    async def main() -> list[RequestRecord]:
+        instance = SimulatedInstance(0, Engine(config, round_latency(), 51))
+        records = [RequestRecord(one) for one in requests]
+        await asyncio.gather(*(serve_one(instance, record) for record in records))
+        return records
+
+    records = clock.run(main(), virtual=True)
+    assert sum(done.preemptions for done in bare) > 10
+    assert [
+        Finished(r.request.id, r.first_token, r.finished, r.preemptions, r.output_tokens) for r in records
+    ] == sorted(bare)
+
+
+def test_a_snapshot_is_taken_now_and_shows_the_step_in_flight() -> None:
+    async def main() -> None:
+        instance = SimulatedInstance(3, Engine(engine_config("v1"), constant_latency(), 16))
+        assert math.isnan(instance.snapshot().step_started)
+        record = RequestRecord(request(7, 4, 5))
+        task = asyncio.create_task(instance.generate(record.request, record))
+        await clock.sleep(2.5)
+        snapshot = instance.snapshot()
+        assert (snapshot.instance_id, snapshot.taken_at, snapshot.step_started) == (3, 2.5, 2.0)
+        assert snapshot.seqs[ID].tolist() == [7]
+        await task
+        assert instance.snapshot().seqs.shape[1] == 0
+
+    clock.run(main(), virtual=True)
+
+
+def test_looking_does_not_change_the_course() -> None:
+    def run(looks: int) -> list[RequestRecord]:
+        async def main() -> list[RequestRecord]:
+            instance = SimulatedInstance(0, Engine(engine_config("v1"), round_latency(), 16))
+            records = [RequestRecord(request(i, 10, 20)) for i in range(5)]
+            tasks = [asyncio.create_task(instance.generate(r.request, r)) for r in records]
+            for _ in range(looks):
+                await clock.sleep(0.013)
+                instance.snapshot()
+            await asyncio.gather(*tasks)
+            return records
+
+        return clock.run(main(), virtual=True)
+
+    assert run(0) == run(60)
+
+
+def test_it_does_not_wake_for_every_step() -> None:
+    wakes = 0
+
+    class Counting(Engine):
+        def advance(self, now: float):  # type: ignore[no-untyped-def]
+            nonlocal wakes
+            wakes += 1
+            return super().advance(now)
+
+    async def main() -> None:
+        instance = SimulatedInstance(0, Counting(engine_config("v1"), constant_latency(), 16))
+        record = RequestRecord(request(0, 4, 50))
+        await instance.generate(record.request, record)
+
+    clock.run(main(), virtual=True)
+    assert wakes == 2  # its arrival and its finish, for 50 steps
