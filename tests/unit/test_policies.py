@@ -137,7 +137,9 @@ def test_min_qpm_takes_the_fewest_of_the_last_minute() -> None:
 
 
 def test_least_requests_takes_the_fewest_outstanding() -> None:
-    decision = choose(LeastRequests(), [view(0, outstanding=3, recent=1), view(1, outstanding=4), view(2, outstanding=2)])
+    decision = choose(
+        LeastRequests(), [view(0, outstanding=3, recent=1), view(1, outstanding=4), view(2, outstanding=2)]
+    )
     assert decision == Decision(2, [0, 1, 2], [3.0, 4.0, 2.0])
 
 
