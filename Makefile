@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 
 # Coverage does not see into compiled functions, so the tests of the engine run once more as plain Python.
-ENGINE_TESTS := tests/unit/test_engine.py tests/unit/test_predictor.py tests/unit/test_latency.py
+ENGINE_TESTS := tests/unit/test_scheduler.py tests/unit/test_engine.py tests/unit/test_predictor.py tests/unit/test_latency.py
 
 .PHONY: help run test lint fmt types bench clean
 
