@@ -1,0 +1,163 @@
+"""The cluster: what a testbed comes to, what is refused, and what the simulated backend brings up."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from random import Random as Stream
+from typing import Any
+
+import numpy as np
+import pytest
+from testbed import open_loop, request
+
+from block import clock, cluster
+from block.cluster import ClusterConfig, Simulated, visible_gpus
+from block.dispatcher import DispatchConfig, Dispatcher
+from block.engine import EngineConfig
+from block.hardware import Model
+from block.latency import decode_time, linear_time, prefill_time
+from block.policies import Block, RoundRobin
+from block.types import RequestRecord
+
+LLAMA = Model("llama2-7b", "meta-llama/Llama-2-7b-hf", 32, 4096, 11008, 32, 32, 128, 32000)
+TWO_GPUS = Model("two", "-", 32, 4096, 11008, 32, 32, 128, 32000, tensor_parallel=2)
+
+
+def on(model: Model = LLAMA, gpus: int = 4, seed: int = 1, **engine: Any) -> cluster.Testbed:
+    settings: dict[str, Any] = {"num_gpu_blocks": 600, "max_model_len": 1024}
+    return cluster.Testbed(model, ClusterConfig("a30", gpus), EngineConfig(**settings | engine), seed)
+
+
+# ---------------------------------------------------------------------------------------------------- the testbed
+
+
+def test_an_instance_takes_as_many_gpus_as_it_is_parallel() -> None:
+    assert on(LLAMA, gpus=12).instances == 12
+    assert on(TWO_GPUS, gpus=12).instances == 6
+    assert on(TWO_GPUS, gpus=5).instances == 2
+
+
+def test_too_few_gpus_for_one_instance_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"cluster\.num_gpus=1: .*model\.tensor_parallel=2"):
+        on(TWO_GPUS, gpus=1)
+
+
+def test_v1_keeps_a_block_for_itself() -> None:
+    assert on(version="v0").total_blocks == 600
+    assert on(version="v1").total_blocks == 599
+
+
+def test_blocks_are_computed_where_none_are_given() -> None:
+    # The paper's: 1,056 blocks of an A30 beside Llama-2-7B, in the vLLM of its time.
+    assert on(num_gpu_blocks=None).total_blocks == pytest.approx(1056, rel=0.05)
+
+
+def test_memory_that_holds_no_whole_sequence_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"engine\.num_gpu_blocks=60: .*engine\.max_model_len=1024"):
+        on(num_gpu_blocks=60)
+
+
+def test_a_cluster_needs_a_gpu_and_a_known_kind() -> None:
+    with pytest.raises(ValueError, match=r"cluster\.num_gpus=0: must be at least 1"):
+        ClusterConfig("a30", 0)
+    with pytest.raises(ValueError, match=r"a30"):  # the message lists the choices
+        ClusterConfig("a31", 1)
+
+
+# ---------------------------------------------------------------------------------------------------- the backend
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"step_time_factor": 0.0}, "backend.step_time_factor=0.0"),
+        ({"step_time_factor": math.inf}, "backend.step_time_factor=inf"),
+        ({"step_noise": -0.1}, "backend.step_noise=-0.1"),
+        ({"step_noise": 1.5}, "backend.step_noise=1.5"),
+        ({"step_overhead_s": -1.0}, "backend.step_overhead_s=-1.0"),
+        ({"dispatch_delay_s": -1.0}, "backend.dispatch_delay_s=-1.0"),
+        ({"dispatch_delay_s": math.nan}, "backend.dispatch_delay_s=nan"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(changes: dict[str, float], key: str) -> None:
+    with pytest.raises(ValueError, match=r"backend\.") as refused:
+        Simulated(**changes)
+    assert key in str(refused.value)
+
+
+def test_calibration_scales_every_time_and_adds_to_every_step() -> None:
+    plain = Simulated().latency(on()).pack()
+    scaled = Simulated(step_time_factor=2.0, step_overhead_s=0.25).latency(on()).pack()
+    assert linear_time(scaled, 100) == pytest.approx(2 * linear_time(plain, 100) + 0.25)
+    assert decode_time(scaled, 8, 4000) == pytest.approx(2 * decode_time(plain, 8, 4000))
+    assert prefill_time(scaled, 256, 500) == pytest.approx(2 * prefill_time(plain, 256, 500))
+
+
+def served(backend: Simulated, bed: cluster.Testbed, policy: Any = None, count: int = 24) -> list[RequestRecord]:
+    async def main() -> list[RequestRecord]:
+        async with backend.start(bed) as fleet:
+            assert len(fleet.instances) == bed.instances
+            assert [instance.instance_id for instance in fleet.instances] == list(range(bed.instances))
+            assert [i.snapshot().free_blocks for i in fleet.instances] == [bed.total_blocks] * bed.instances
+            dispatcher = Dispatcher(
+                fleet.instances, policy or RoundRobin(), fleet.predictor, DispatchConfig(), Stream(0)
+            )
+            await open_loop([request(i, 300, 40, 0.02 * i) for i in range(count)], dispatcher)
+            return dispatcher.records
+
+    return clock.run(main(), virtual=True)
+
+
+def test_without_noise_the_predictor_knows_its_engines() -> None:
+    records = served(Simulated(step_noise=0.0), on(gpus=1), Block(), count=1)
+    forecast = records[0].forecast
+    assert forecast is not None
+    assert records[0].finished == pytest.approx(forecast.e2e, rel=1e-9)
+
+
+def test_noise_moves_steps_but_not_what_the_predictor_expects() -> None:
+    quiet = served(Simulated(step_noise=0.0), on(gpus=1), Block(), count=1)[0]
+    noisy = served(Simulated(step_noise=0.05), on(gpus=1), Block(), count=1)[0]
+    assert noisy.forecast == quiet.forecast
+    assert noisy.finished != quiet.finished
+    assert noisy.finished == pytest.approx(quiet.finished, rel=0.1)
+
+
+def test_noise_has_mean_one_and_the_given_deviation_and_no_two_instances_share_it() -> None:
+    backend = Simulated(step_noise=0.1)
+    first, second = backend._noise(1, 0), backend._noise(1, 1)
+    assert first is not None
+    assert second is not None
+    assert np.mean(first) == pytest.approx(1.0, abs=0.01)
+    assert np.std(first) == pytest.approx(0.1, rel=0.05)
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.06
+    wild = Simulated(step_noise=1.0)._noise(1, 0)
+    assert wild is not None
+    assert wild.min() == 0.5
+    assert Simulated(step_noise=0.0)._noise(1, 0) is None
+
+
+def test_the_seed_decides_the_noise() -> None:
+    def finished(seed: int) -> list[float]:
+        return [record.finished for record in served(Simulated(), on(seed=seed))]
+
+    assert finished(1) == finished(1)
+    assert finished(1) != finished(2)
+
+
+# ---------------------------------------------------------------------------------------------------- real GPUs
+
+
+def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert visible_gpus() == 0
+
+
+@pytest.mark.parametrize(("script", "gpus"), [("printf '0\\n1\\n2\\n'", 3), ("exit 9", 0)])
+def test_the_driver_lists_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, gpus: int) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert visible_gpus() == gpus
