@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from block.console import announce, progress, report, report_line
 from block.metrics import summarise
 from block.results import Run, RunWriter, read_run, write_json
 from block.serving import Outcome, requests_of, serve
-from block.sweep import standing
+from block.sweep import end_with, standing
 from block.tables import request_columns
 from block.tracking import log_run
 from block.types import Request
@@ -97,8 +98,9 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     seeds = range(config.seed, config.seed + wanted.seeds)
     console = Console()
     found = []
+    jobs = (delayed(_capacity)(config, seed, os.getpid()) for seed in seeds)
     with progress(Console(stderr=True), "seeds", len(seeds)) as advance:
-        for one in Parallel(n_jobs=-1, return_as="generator")(delayed(_capacity)(config, seed) for seed in seeds):
+        for one in Parallel(n_jobs=-1, return_as="generator")(jobs):
             found.append(one)
             advance(1)
     objectives = {}
@@ -127,8 +129,9 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     return document
 
 
-def _capacity(config: DictConfig, seed: int) -> tuple[list[float], list[Point]]:
+def _capacity(config: DictConfig, seed: int, main: int) -> tuple[list[float], list[Point]]:
     """The capacities for one seed. A process of its own: it compiles, or loads what is compiled, and runs."""
+    end_with(main)
     run = replace(build(config), seed=seed)
     wanted = node(config.capacity)
 

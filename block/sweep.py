@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 _JOBS = "BLOCK_SWEEP_JOBS"  # environment: number of jobs, inherited by the processes that run them
 _BEGAN = "BLOCK_SWEEP_BEGAN"  # environment: time.time() at the start
+_MAIN = "BLOCK_SWEEP_MAIN"  # environment: process id of the sweep
 _OUTCOME = "outcome"  # "ok", or what went wrong
 
 
@@ -31,7 +34,10 @@ class Tally(Callback):
         """Hydra's hook, in the main process."""
         os.environ[_JOBS] = str(_count(config))
         os.environ[_BEGAN] = str(time.time())
+        os.environ[_MAIN] = str(os.getpid())
         Tally.failed = 0
+        for path in _outcome_files(Path(config.hydra.sweep.dir)):  # of an earlier sweep into the same folder
+            path.unlink()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra's hook, in the main process."""
@@ -46,6 +52,7 @@ class Tally(Callback):
 
 def attempt(work: Callable[[], object], hydra: DictConfig) -> None:
     """Do the `work` of one job; if it fails, say so and let the others go on. `hydra` is the job's Hydra config."""
+    end_with(int(os.environ.get(_MAIN, os.getpid())))
     folder = Path(hydra.runtime.output_dir)
     outcome = "ok"
     try:
@@ -55,6 +62,19 @@ def attempt(work: Callable[[], object], hydra: DictConfig) -> None:
         print(f"failed: {outcome}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _OUTCOME).write_text(outcome)
+
+
+def end_with(main: int) -> None:
+    """In a worker of the process `main`: end soon after it does, even if it was killed. Elsewhere: do nothing."""
+    if os.getppid() != main or any(thread.name == _MAIN for thread in threading.enumerate()):
+        return
+
+    def watch() -> None:
+        while os.getppid() == main:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name=_MAIN, daemon=True).start()
 
 
 def standing(hydra: DictConfig) -> str:
@@ -68,7 +88,11 @@ def standing(hydra: DictConfig) -> str:
 
 
 def _outcomes(folder: Path) -> dict[int, str]:
-    return {int(path.parent.name): path.read_text() for path in folder.glob(f"*/{_OUTCOME}")}
+    return {int(path.parent.name): path.read_text() for path in _outcome_files(folder)}
+
+
+def _outcome_files(folder: Path) -> Iterator[Path]:
+    return folder.glob(f"*/{_OUTCOME}")
 
 
 def _count(config: DictConfig) -> int:
@@ -76,7 +100,9 @@ def _count(config: DictConfig) -> int:
     params = config.hydra.sweeper.get("params") or {}
     overrides = [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
     widths: dict[str, int] = {}
-    for override in OverridesParser.create().parse_overrides(overrides):
+    hydra = GlobalHydra.instance()
+    loader = hydra.config_loader() if hydra.is_initialized() else None  # which knows the files that glob(…) stands for
+    for override in OverridesParser.create(loader).parse_overrides(overrides):
         swept = override.is_sweep_override()
         widths[override.get_key_element()] = len(list(override.sweep_string_iterator())) if swept else 1
     total = 1
