@@ -101,5 +101,7 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     array = np.asarray(values, dtype=np.float64)
     if len(array) < 2:
         return float(array.mean()), None
-    t = _T95[len(array) - 2] if len(array) - 2 < len(_T95) else 1.96
+    freedom = len(array) - 1
+    # Beyond the table, the expansion of t around the normal quantile 1.96.
+    t = _T95[freedom - 1] if freedom <= len(_T95) else 1.95996 + 2.3722 / freedom + 2.8225 / freedom**2
     return float(array.mean()), float(t * array.std(ddof=1) / math.sqrt(len(array)))
