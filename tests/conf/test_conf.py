@@ -1,93 +1,174 @@
-"""Every conf choice composes and builds; runs, sweeps and capacity searches work; bad input is told in one line."""
+"""Every choice of every group composes, builds and, where it decides what happens, runs."""
 
 from __future__ import annotations
 
-import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from commands import CONF, TINY, built, choices, composed
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
-from block import config, results, sweep
+from block import policies
+from block.config import RunConfig
+from block.lengths import Noisy, Oracle
+from block.serving import Outcome, requests_of, serve
 
-ROOT = Path(__file__).resolve().parents[2]
-TINY = ["workload.num_requests=150", "cluster.num_gpus=3", "workload.qps=6", "tracking=none"]
-GROUPS = ("scheduler", "model", "cluster", "engine", "workload", "lengths", "backend", "tracking")
-CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
-sys.path.insert(0, str(ROOT))
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "experiment")
+EXPERIMENTS = choices("experiment")
+
+# What a name stands for: README and the paper promise these, whatever else lies in conf/scheduler.
+SCHEDULERS = {
+    "random": (policies.Random, Oracle),
+    "round_robin": (policies.RoundRobin, Oracle),
+    "min_qpm": (policies.MinQPM, Oracle),
+    "infaas": (policies.INFaaS, Oracle),
+    "llumnix_minus": (policies.LlumnixMinus, Oracle),
+    "block": (policies.Block, Oracle),
+    "block_star": (policies.Block, Noisy),
+}
 
 
-def build(*overrides: str) -> config.RunConfig:
-    config.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return config.build(compose("config", overrides=list(overrides)))
+def outcome_of(run: RunConfig) -> Outcome:
+    outcome = Outcome()
+    serve(run, requests_of(run), outcome)
+    return outcome
 
 
-@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def check_all_ok(run: RunConfig, count: int) -> None:
+    """Every request is served once, and its tokens come after its arrival and in order."""
+    outcome = outcome_of(run)
+    assert outcome.dispatcher is not None
+    records = outcome.dispatcher.records
+    assert sorted(record.request.id for record in records) == list(range(count))
+    assert {record.status for record in records} == {"ok"}
+    for record in records:
+        assert record.request.arrival <= record.dispatched <= record.first_token <= record.finished
+        assert 0 <= record.instance_id < run.testbed.instances
+
+
+# ------------------------------------------------------------------------------------------------------ every choice
+
+
+@pytest.mark.parametrize(("group", "choice"), [(group, choice) for group in GROUPS for choice in choices(group)])
 def test_every_choice_builds(group: str, choice: str, tmp_path: Path) -> None:
-    extra = ["cluster.gpu=h200", "engine.max_model_len=4096"] if group == "model" else []
+    extra = ["cluster.gpu=h200", "cluster.num_gpus=8"] if group == "model" else []  # room for the largest
     if choice == "trace":
-        (tmp_path / "t.csv").write_text("prompt_tokens,output_tokens,arrival\n5,6,0\n7,8,1\n")
-        extra = [f"workload.trace_path={tmp_path / 't.csv'}"]
-    assert build(f"{group}={choice}", *extra).seed == 0
+        (tmp_path / "mine.csv").write_text("prompt_tokens,output_tokens,arrival\n5,6,0\n7,8,1\n")
+        extra = [f"workload.trace_path={tmp_path / 'mine.csv'}"]
+    run = built(f"{group}={choice}", *extra)
+    part = getattr(run, group)
+    assert type(part).__module__.startswith("block.")
+    if group == "model":
+        assert part.name == choice
+        assert run.testbed.instances == 8 // part.tensor_parallel
 
 
-def cli(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    assert isinstance(exit_.value.code, int)
-    return exit_.value.code
+def test_every_group_has_a_default() -> None:
+    defaults = composed(hydra=True).hydra.runtime.choices
+    assert set(GROUPS) == {group for group in defaults if "/" not in group} - {"experiment"}
+    assert all(defaults[group] in choices(group) for group in GROUPS)
 
 
-def test_a_run_is_stored_and_the_same_seed_repeats_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for _ in range(2):
-        assert cli(monkeypatch, "run.py", *TINY, f"runs_dir={tmp_path}") == 0
-    first, second = results.runs(root=tmp_path, scheduler="block")
-    assert first.counts == {"sent": 150, "ok": 150, "failed": 0, "fallback": 0, "preempted": 0}
-    assert first.requests().equals(second.requests())
-    assert str(first.path.name) in capsys.readouterr().out
+def test_defaults_are_the_paper_s_testbed() -> None:
+    run = built()
+    assert (run.cluster.gpu, run.cluster.num_gpus, run.testbed.instances) == ("a30", 12, 12)
+    assert (run.model.name, run.workload.name, run.workload.num_requests) == ("llama2-7b", "sharegpt", 10_000)
+    assert (run.engine.version, run.engine.max_num_seqs, run.engine.max_num_batched_tokens) == ("v0", 48, 512)
+    assert isinstance(run.scheduler, policies.Block)
+    assert run.seed == 0
 
 
-def test_a_failed_job_of_a_sweep_does_not_lose_the_others(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    overrides = ["-m", *TINY[1:], "workload.num_requests=100,-1", f"runs_dir={tmp_path}"]
-    assert cli(monkeypatch, "run.py", *overrides, f"hydra.sweep.dir={tmp_path / 's'}") == 1
-    assert sweep.Tally.failed == 1
-    assert len(results.runs(root=tmp_path)) == 1
-    assert "workload.num_requests=-1" in capsys.readouterr().err
+@pytest.mark.parametrize("choice", SCHEDULERS)
+def test_a_scheduler_is_what_its_name_says(choice: str) -> None:
+    run = built(f"scheduler={choice}")
+    assert (type(run.scheduler), type(run.lengths)) == SCHEDULERS[choice]
 
 
-def test_a_capacity_search_brackets_the_crossing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    keys = ("capacity.slo_s=[1]", "capacity.seeds=2", "capacity.low=4", "capacity.high=12", "capacity.tolerance=1")
-    assert cli(monkeypatch, "scripts/capacity.py", *TINY, *keys) == 0
-    (found,) = (tmp_path / "artifacts" / "capacity").glob("*.json")
-    document = json.loads(found.read_text())
-    assert len(document["objectives_s"]["1"]["by_seed"]) == 2
+# -------------------------------------------------------------------------------------------------------- tiny runs
+
+
+@pytest.mark.parametrize("scheduler", choices("scheduler"))
+def test_every_scheduler_serves_every_request(scheduler: str) -> None:
+    check_all_ok(built(f"scheduler={scheduler}", *TINY), 150)
+
+
+@pytest.mark.parametrize("workload", [choice for choice in choices("workload") if choice != "trace"])
+def test_every_workload_is_served(workload: str) -> None:
+    check_all_ok(built(f"workload={workload}", *TINY, "workload.num_requests=40", "workload.qps=1"), 40)
+
+
+def test_a_trace_is_served_in_its_own_time(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("prompt_tokens,output_tokens,arrival\n50,6,0\n70,8,1\n90,3,4\n")
+    keys = ["workload=trace", f"workload.trace_path={tmp_path / 'mine.csv'}", "workload.num_requests=3"]
+    run = built(*keys, "workload.qps=1", "cluster.num_gpus=2")
+    requests = requests_of(run)
+    assert [(request.prompt_tokens, request.output_tokens) for request in requests] == [(50, 6), (70, 8), (90, 3)]
+    first, second, third = (request.arrival for request in requests)
+    assert third - second == pytest.approx(3 * (second - first))  # gaps of 1 s and 3 s, stretched to the rate
+    check_all_ok(run, 3)
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    "engine",
     [
-        ("schedular=block", "did you mean scheduler"),
-        ("scheduler=blok", "choose from block"),
-        ("scheduler.kk=2", "choose from k"),
-        ("engine.max_num_seqs=abc", "engine.max_num_seqs=abc"),
-        ("cluster.gpu=h1000", "choose from t4"),
-        ("workload.qps=-1", "workload.qps=-1"),
-        ("workload.qps", "not of the form key=value"),
+        ["engine=vllm_v0"],
+        ["engine=vllm_v1"],
+        ["engine=vllm_v1", "engine.async_scheduling=true"],
+        ["engine=vllm_v1", "engine.long_prefill_token_threshold=128"],
+        ["engine=vllm_v0", "engine.num_gpu_blocks=300"],  # one long sequence at a time: they preempt one another
     ],
+    ids=lambda keys: " ".join(keys),
 )
-def test_bad_input_is_one_line(
-    override: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli(monkeypatch, "run.py", override) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: ")
-    assert says in line
+def test_every_engine_serves_every_request(engine: list[str]) -> None:
+    check_all_ok(built(*engine, *TINY), 150)
+
+
+def test_the_second_testbed_holds_two_split_models() -> None:
+    run = built("model=llama2-70b", "cluster=a100x8", *TINY[:1], "workload.qps=2", "tracking=none")
+    assert run.testbed.instances == 2
+    assert "profiles" in run.backend.latency(run.testbed).source["method"]
+    check_all_ok(run, 150)
+
+
+def test_a_pair_that_nobody_profiled_runs_on_its_data_sheet() -> None:
+    run = built("model=llama3-8b", "cluster.gpu=h100", *TINY)
+    assert run.backend.latency(run.testbed).source["method"].startswith("roofline")
+    check_all_ok(run, 150)
+
+
+# ------------------------------------------------------------------------------------------------------- experiments
+
+
+def grid(experiment: str) -> dict[str, list[str]]:
+    """What an experiment sweeps over: the values of each key, as Hydra's parser reads them."""
+    loaded = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
+    params = OmegaConf.select(loaded, "hydra.sweeper.params") or {}
+    found = {}
+    for override in OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()]):
+        swept = override.is_sweep_override()
+        found[override.get_key_element()] = (
+            list(override.sweep_string_iterator()) if swept else [override.get_value_element_as_str()]
+        )
+    return found
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_value_of_an_experiment_s_grid_builds(experiment: str) -> None:
+    assert composed(f"experiment={experiment}", hydra=True).hydra.runtime.choices.experiment == experiment
+    for key, values in grid(experiment).items():
+        assert len(set(values)) == len(values)
+        for value in values:
+            built(f"experiment={experiment}", f"{key}={value}")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_job_of_every_experiment_runs(experiment: str) -> None:
+    job = [f"{key}={values[0]}" for key, values in grid(experiment).items()]
+    check_all_ok(built(f"experiment={experiment}", *job, "workload.num_requests=60"), 60)
+
+
+def test_the_main_sweep_is_the_paper_s() -> None:
+    swept = grid("main_sweep")
+    assert set(swept["scheduler"]) == set(SCHEDULERS)
+    assert [float(qps) for qps in swept["workload.qps"]] == list(range(20, 37))
