@@ -95,5 +95,7 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
     def jump(self) -> None:
         """Move the clock to the earliest timer."""
         timers: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
+        if timers[0].when() == math.inf:
+            raise SimulationStalled("simulation stalled: every task waits and the only timers are set for eternity")
         self._virtual_now = max(self._virtual_now, timers[0].when())
         self._clock_resolution = math.ulp(self._virtual_now)  # the loop fires what is due before now + resolution

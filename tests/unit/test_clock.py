@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -131,6 +132,14 @@ def test_it_is_one_too_if_the_only_timer_was_cancelled() -> None:
     async def main() -> None:
         clock.call_at(1.0, lambda: None).cancel()
         await asyncio.get_running_loop().create_future()
+
+    with pytest.raises(clock.SimulationStalled):
+        virtually(main)
+
+
+def test_waiting_for_eternity_is_one_too() -> None:
+    async def main() -> None:
+        await clock.sleep(math.inf)
 
     with pytest.raises(clock.SimulationStalled):
         virtually(main)
