@@ -1,0 +1,179 @@
+"""A wrong configuration ends in one line that names the key, the value and the choices; nothing else is printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import CONF, choices, command, composed
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from block import config
+from block.experiment import execute
+
+
+def complaint(*overrides: str) -> str:
+    """What is said of the overrides, wherever it is found out: composing, building, or making the requests."""
+    try:
+        settings = composed(*overrides)
+        config.build(settings)
+        config.node(settings.capacity)
+        execute(settings, {})
+    except (config.ConfigError, HydraException, OmegaConfBaseException) as error:
+        return config.explain(error)
+    pytest.fail(f"{overrides} passed")
+
+
+def leaves(node: DictConfig, prefix: str = "") -> list[tuple[str, Any]]:
+    """Every key of a config and its value."""
+    found: list[tuple[str, Any]] = []
+    for name in node:
+        key = f"{prefix}{name}"
+        if isinstance(node[name], DictConfig):
+            found += leaves(node[name], f"{key}.")
+        elif not str(name).startswith("_"):
+            found.append((key, node[name]))
+    return found
+
+
+WORKLOAD = "name, num_requests, qps, arrivals"
+ROOT_KEYS = "scheduler, model, cluster, engine, workload, lengths, backend, tracking, dispatch, capacity, seed"
+
+# overrides; how the line begins (key and value); what else it says (choices or range, and the way out)
+WRONG: list[tuple[list[str], str, list[str]]] = [
+    # a misspelt key
+    (["schedular=block"], "schedular: no such key", ["did you mean scheduler?", f"choose from {ROOT_KEYS}"]),
+    (["workloda.qps=3"], "workloda.qps: no such key", ["did you mean workload?", f"choose from {ROOT_KEYS}"]),
+    (["workload.qsp=3"], "workload.qsp: no such key", ["did you mean qps?", f"choose from {WORKLOAD}"]),
+    (["scheduler.kk=3"], "scheduler.kk: no such key", ["did you mean k?", "choose from k"]),
+    (["scheduler=random", "scheduler.k=2"], "scheduler.k: no such key", []),
+    (["lengths.spread=0.2"], "lengths.spread: no such key", []),
+    (["dispatch.ledgr=false"], "dispatch.ledgr: no such key", ["did you mean ledger?"]),
+    (["capacity.sedes=2"], "capacity.sedes: no such key", ["did you mean seeds?", "choose from metric, slo_s, seeds"]),
+    (["+colour=blue"], "colour: no such key", [f"choose from {ROOT_KEYS}"]),
+    (["+workload.qsp=3"], "workload.qsp: no such key", ["did you mean qps?", f"choose from {WORKLOAD}"]),
+    # a misspelt choice
+    (["scheduler=blok"], "scheduler=blok: ", ["did you mean block?", ", ".join(choices("scheduler"))]),
+    (["model=llama-7b"], "model=llama-7b: ", ["did you mean llama2-7b?", ", ".join(choices("model"))]),
+    (["cluster=a100"], "cluster=a100: ", [f"choose from {', '.join(choices('cluster'))}"]),
+    (["workload=alpaca"], "workload=alpaca: ", [f"choose from {', '.join(choices('workload'))}"]),
+    (["experiment=main_swep"], "experiment=main_swep: ", ["did you mean main_sweep?", *choices("experiment")]),
+    (["hydra/launcher=jobli"], "hydra/launcher=jobli: ", ["did you mean joblib?"]),
+    (["cluster.gpu=h1000"], "cluster.gpu=h1000: ", ["choose from t4, v100, a10", "h100"]),
+    (["engine.version=v2"], "engine.version=v2: ", ["choose v0 or v1"]),
+    (["tracking.mode=wandb"], "tracking.mode='wandb': ", ["choose from auto, online, offline, disabled"]),
+    (["workload.arrivals=uniform"], "workload.arrivals='uniform': ", ["poisson, gamma, constant, trace"]),
+    (["workload.name=alpaca"], "workload.name='alpaca': ", ["choose from arxiv, azure_code", "sharegpt"]),
+    # no choice at all
+    (["~scheduler"], "scheduler=null: ", ["choose from random, round_robin", "block", "conf/scheduler"]),
+    (["~workload"], "workload=null: ", ["conf/workload"]),
+    (["dispatch=1"], "dispatch=1: ", ["dispatch.ledger"]),
+    # not of the form
+    (["workload.qps"], "workload.qps: ", ["not of the form key=value"]),
+    (["workload.qps=="], "workload.qps==: ", ["not of the form key=value"]),
+    (["scheduler=block,random"], "scheduler=block,random: ", ["-m"]),
+    (["workload.qps=range(20,37)"], "workload.qps=range(20,37): ", ["-m"]),
+    # the wrong type
+    (["workload.qps=fast"], "workload.qps=fast: ", ["could not be converted to Float"]),
+    (["workload.qps=[20,30]"], "workload.qps=[20,30]: ", ["could not be converted to Float"]),
+    (["workload.qps={a:1}"], "workload.qps={a:1}: ", ["could not be converted to Float"]),
+    (["workload.qps='3 4'"], "workload.qps='3 4': ", ["could not be converted to Float"]),
+    (["engine.max_num_seqs=1.5"], "engine.max_num_seqs=1.5: ", ["could not be converted to Integer"]),
+    (["dispatch.ledger=maybe"], "dispatch.ledger=maybe: ", ["is not a valid bool"]),
+    (["seed=null"], "seed=null: ", ["not Optional"]),
+    (["capacity.slo_s=3"], "capacity.slo_s=3: ", ["must be a list, such as [3]"]),
+    # out of range
+    (["seed=-1"], "seed=-1: ", ["must be 0 or more"]),
+    (["sample_every_s=0"], "sample_every_s=0.0: ", ["must be greater than 0"]),
+    (["workload.qps=-1"], "workload.qps=-1.0: ", ["must be a finite number > 0"]),
+    (["workload.qps=nan"], "workload.qps=nan: ", ["must be a finite number > 0"]),
+    (["workload.num_requests=0"], "workload.num_requests=0: ", ["must be an integer >= 1"]),
+    (["scheduler.k=0"], "scheduler.k=0: ", ["at least 1"]),
+    (["lengths=noisy", "lengths.spread=-1"], "lengths.spread=-1.0: ", ["must be 0 or more"]),
+    (["backend.step_noise=2"], "backend.step_noise=2.0: ", ["must be between 0 and 1"]),
+    (["cluster.num_gpus=0"], "cluster.num_gpus=0: ", ["must be at least 1"]),
+    (["engine.block_size=15"], "engine.block_size=15: ", ["power of two"]),
+    (["model.tensor_parallel=3"], "model.tensor_parallel=3: ", ["choose from 1, 2, 4, 8, 16, 32"]),
+    (["dispatch.snapshot_interval_s=-1"], "dispatch.snapshot_interval_s=-1.0: ", ["0 or more"]),
+    (["capacity.seeds=0"], "capacity.seeds=0: ", ["must be at least 1"]),
+    (["capacity.slo_s=[]"], "capacity.slo_s=[]: ", ["such as [3,10]"]),
+    (["capacity.low=40"], "capacity.high=36.0: ", ["must be greater than capacity.low=40.0"]),
+    (["capacity.metric=speed"], "capacity.metric=speed: ", ["ttft_p99_s"]),
+    # what does not go together
+    (["model=llama2-70b"], "model=llama2-70b does not fit on gpu=a30: ", ["model.tensor_parallel=4", "h100"]),
+    (
+        ["model=llama2-70b", "cluster.gpu=h100", "cluster.num_gpus=2"],
+        "cluster.num_gpus=2: ",
+        ["model.tensor_parallel=4"],
+    ),
+    (["engine.async_scheduling=true"], "engine.async_scheduling=True: ", ["engine.version=v1"]),
+    (["engine.num_gpu_blocks=10"], "engine.num_gpu_blocks=10: ", ["engine.max_model_len=4096"]),
+    (["workload.max_total_tokens=5000"], "workload.max_total_tokens=5000: ", ["engine.max_model_len=4096"]),
+    (["workload.burst_shape=0.5"], "workload.burst_shape=0.5: ", ["arrivals=gamma"]),
+    # files
+    (["workload=trace"], "workload.name='trace': ", ["trace_path=FILE.csv"]),
+    (["workload=trace", "workload.trace_path=gone.csv"], "workload.trace_path=gone.csv: ", ["no such file"]),
+    (["runs_dir=/dev/null/runs"], "runs_dir=/dev/null/runs: ", ["Not a directory"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "begins", "says"), WRONG, ids=[" ".join(case[0]) for case in WRONG])
+def test_one_line_names_key_value_and_choices(overrides: list[str], begins: str, says: list[str]) -> None:
+    line = complaint(*overrides)
+    assert line.startswith(begins)
+    assert "\n" not in line
+    for part in says:
+        assert part in line
+
+
+def test_a_trace_without_the_columns_is_told_which_it_has(tmp_path: Path) -> None:
+    (tmp_path / "other.csv").write_text("input,output\n1,2\n")
+    line = complaint("workload=trace", f"workload.trace_path={tmp_path / 'other.csv'}")
+    assert "prompt_tokens" in line
+    assert "choose from input, output" in line
+
+
+NUMBERS = [key for key, value in leaves(composed()) if isinstance(value, int | float)]
+
+
+def test_every_number_and_switch_has_a_type() -> None:
+    assert len(NUMBERS) > 40
+    for key in NUMBERS:
+        assert complaint(f"{key}=nonsense").startswith(f"{key}=nonsense: ")
+
+
+@pytest.mark.parametrize("group", sorted(path.name for path in CONF.iterdir() if path.is_dir()))
+def test_every_group_lists_its_choices(group: str) -> None:
+    assert complaint(f"{group}=nonesuch").endswith(f"choose from {', '.join(choices(group))}")
+
+
+# ---------------------------------------------------------------------------------------------------- the real commands
+
+
+@pytest.mark.parametrize(
+    ("script", "overrides", "begins"),
+    [
+        ("run.py", ["workload.qsp=30"], "error: workload.qsp: no such key"),
+        ("run.py", ["workload.qps=-1"], "error: workload.qps=-1.0: must be"),
+        ("run.py", ["scheduler=null"], "error: a config group was given null"),
+        ("run.py", ["workload=trace", "workload.trace_path=gone.csv"], "error: workload.trace_path=gone.csv: no such"),
+        ("scripts/capacity.py", ["capacity.seeds=0"], "error: capacity.seeds=0: must be"),
+        (
+            "scripts/capacity.py",
+            ["capacity.metric=e2e_p42_s"],
+            "error: capacity.metric=e2e_p42_s: choose from",
+        ),
+    ],
+)
+def test_a_command_says_it_on_stderr_and_exits_with_2(
+    script: str, overrides: list[str], begins: str, tmp_path: Path
+) -> None:
+    done = command(script, *overrides, folder=tmp_path)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(begins)
+    assert done.stdout == ""
+    assert done.returncode == 2
+    assert not (tmp_path / "artifacts").exists()

@@ -1,0 +1,226 @@
+"""The commands as a user types them: what they print, what they leave on disk, and how they end."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from commands import TINY, alive, command, start
+
+from block.results import runs
+
+LONG = ["workload.num_requests=200000", "tracking=none"]  # half a minute: it is stopped in the middle
+SUMMARY = (
+    [f"ttft_{which}_s" for which in ("mean", "p50", "p99")]
+    + [f"tpot_{which}_s" for which in ("p50", "p99")]
+    + [f"e2e_{which}_s" for which in ("mean", "p50", "p99")]
+    + ["request_throughput_rps", "token_throughput_tps", "preemptions"]
+    + [f"dispatch_overhead_{which}_s" for which in ("mean", "p99")]
+    + [f"forecast_{which}_us" for which in ("p50", "p99")]
+    + ["wall_time_s"]
+)
+
+
+def tiny(folder: Path, *arguments: str, script: str = "run.py", **environment: str) -> subprocess.CompletedProcess[str]:
+    """One tiny command that stores its runs in `folder`/runs."""
+    return command(script, *TINY, f"runs_dir={folder / 'runs'}", *arguments, folder=folder, environment=environment)
+
+
+def sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return command("run.py", "-m", *TINY, f"runs_dir={folder / 'runs'}", *arguments, folder=folder)
+
+
+def when_begun(folder: Path, process: subprocess.Popen[str]) -> Path:
+    """The folder of the run that `process` is doing, once it is there."""
+    for _ in range(600):
+        found = [path for path in folder.glob("runs/*") if not (path / "run.json").exists()]
+        if found:
+            return found[0]
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError("the run did not begin within a minute")
+
+
+# ----------------------------------------------------------------------------------------------------------- one run
+
+
+def test_a_run_prints_its_summary_and_stores_it(tmp_path: Path) -> None:
+    done = tiny(tmp_path, "tracking=wandb", "seed=3", COLUMNS="60")
+    assert done.returncode == 0, done.stderr
+    (run,) = runs(root=tmp_path / "runs")
+    for words in ("block · llama2-7b · 6 requests/s", "TTFT (ms)", "token latency (ms)", "end to end (s)", "P99"):
+        assert words in done.stdout
+    assert "150 sent, 150 ok, 0 failed, 0 fallback" in done.stdout
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if line.startswith(("run ", "W&B ")))
+    assert lines["run"].strip() == str(run.path)  # whole, even where the terminal is narrow
+    assert lines["W&B"].strip().startswith(str(run.path / "wandb" / "offline-run-"))
+    assert Path(lines["W&B"].strip()).is_dir()
+    assert "running the simulated testbed" in done.stderr
+    assert "Error" not in done.stderr
+
+    document = json.loads((run.path / "run.json").read_text())
+    assert document["status"] == "ok"
+    assert document["choices"] == {
+        "scheduler": "block",
+        "model": "llama2-7b",
+        "cluster": "a30x12",
+        "engine": "vllm_v0",
+        "workload": "sharegpt",
+        "lengths": "oracle",
+        "backend": "auto",
+        "tracking": "wandb",
+        "experiment": None,
+    }
+    counts = {"sent": 150, "ok": 150, "failed": 0, "fallback": 0}
+    assert counts.items() <= document["counts"].items()
+    assert document["config"]["seed"] == 3
+    assert document["config"]["cluster"]["num_gpus"] == 3
+    missing = [key for key in SUMMARY if not math.isfinite(document["summary"].get(key, math.nan))]
+    assert missing == []
+    assert document["summary"]["ttft_p50_s"] <= document["summary"]["ttft_p99_s"] <= document["summary"]["e2e_p99_s"]
+
+    requests = run.requests()
+    ttft = requests["first_token"] - requests["arrival"]
+    assert document["summary"]["ttft_mean_s"] == pytest.approx(ttft.mean())
+    assert len(run.decisions()) == 150
+    assert set(run.instances()["instance_id"]) == {0, 1, 2}
+
+
+def test_a_run_that_does_not_forecast_says_so(tmp_path: Path) -> None:
+    done = tiny(tmp_path, "scheduler=random")
+    assert "forecasts    none: this scheduler does not use them" in done.stdout
+    assert "W&B          not logged" in done.stdout
+    (run,) = runs(root=tmp_path / "runs")
+    assert run.summary["forecast_p99_us"] is None
+    assert not (run.path / "wandb").exists()
+
+
+def test_the_same_seed_gives_the_same_requests_whatever_the_hash_seed(tmp_path: Path) -> None:
+    keys = ["scheduler=po2", "lengths=noisy", "workload.num_requests=100"]  # everything that draws
+    for hash_seed in ("1", "2"):
+        assert tiny(tmp_path, *keys, PYTHONHASHSEED=hash_seed).returncode == 0
+    assert tiny(tmp_path, *keys, "seed=1").returncode == 0
+    first, second, other = (run.requests() for run in runs(root=tmp_path / "runs"))
+    assert first.equals(second)
+    assert not first.equals(other)
+
+
+def test_every_key_is_shown(tmp_path: Path) -> None:
+    shown = command("run.py", "--cfg", "job", folder=tmp_path).stdout
+    for line in ("qps: 30.0", "num_gpus: 12", "max_num_seqs: 48", "seed: 0", "slo_s:", "runs_dir: artifacts/runs"):
+        assert line in shown
+
+
+# ------------------------------------------------------------------------------------------------------------- sweeps
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_sweep_stores_every_combination(launcher: str, tmp_path: Path) -> None:
+    done = sweep(tmp_path, f"hydra/launcher={launcher}", "scheduler=random,block", "workload.qps=5,6")
+    assert done.returncode == 0, done.stderr
+    stored = {(run.get("scheduler"), run.get("workload.qps")) for run in runs(root=tmp_path / "runs")}
+    assert stored == {("random", 5.0), ("random", 6.0), ("block", 5.0), ("block", 6.0)}
+    lines = [line for line in done.stdout.splitlines() if "150 ok →" in line]
+    assert len(lines) == 4
+    assert all("/4, " in line for line in lines)
+    assert any(line.startswith("[4/4, 0:00 left] ") for line in lines)
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_failed_job_is_reported_and_the_others_are_stored(launcher: str, tmp_path: Path) -> None:
+    done = sweep(tmp_path, f"hydra/launcher={launcher}", "cluster.num_gpus=2,0,3", "workload.num_requests=50")
+    assert done.returncode == 1
+    assert sorted(run.get("cluster.num_gpus") for run in runs(root=tmp_path / "runs")) == [2, 3]
+    report = done.stderr[done.stderr.index("1 of 3 jobs failed:") :].splitlines()
+    assert len(report) == 2
+    assert report[1].startswith("  1: ")
+    assert report[1].endswith("cluster.num_gpus=0: must be at least 1")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_sweep_over_all_files_of_a_group(tmp_path: Path) -> None:
+    done = sweep(tmp_path, "lengths=glob(*)", "workload.num_requests=20")
+    assert done.returncode == 0
+    assert "[2/2, 0:00 left] " in done.stdout
+    assert {run.get("lengths") for run in runs(root=tmp_path / "runs")} == {"oracle", "noisy"}
+
+
+# --------------------------------------------------------------------------------------------------------- hard endings
+
+
+def test_a_killed_run_leaves_no_process_and_the_earlier_runs(tmp_path: Path) -> None:
+    assert tiny(tmp_path, "workload.num_requests=20").returncode == 0
+    process = start("run.py", [*LONG, f"runs_dir={tmp_path / 'runs'}"], tmp_path)
+    unfinished = when_begun(tmp_path, process)
+    process.kill()
+    process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGKILL
+    assert not alive(process.pid)
+    (earlier,) = runs(root=tmp_path / "runs", status=None)
+    assert earlier.path != unfinished
+    assert len(earlier.requests()) == 20
+
+
+def test_a_killed_sweep_leaves_no_process(tmp_path: Path) -> None:
+    arguments = ["-m", *LONG, f"runs_dir={tmp_path / 'runs'}", "hydra/launcher=joblib", "seed=1,2"]
+    process = start("run.py", arguments, tmp_path)
+    when_begun(tmp_path, process)
+    process.kill()
+    process.communicate(timeout=30)  # which ends when the last process has closed its end of the pipes
+    for _ in range(100):
+        if not alive(process.pid):
+            break
+        time.sleep(0.1)
+    assert not alive(process.pid)
+    assert runs(root=tmp_path / "runs", status=None) == []
+
+
+def test_ctrl_c_keeps_what_has_finished(tmp_path: Path) -> None:
+    process = start("run.py", [*LONG, f"runs_dir={tmp_path / 'runs'}"], tmp_path)
+    when_begun(tmp_path, process)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.endswith("interrupted\n")
+    assert "Traceback" not in err
+    assert runs(root=tmp_path / "runs") == []
+    (run,) = runs(root=tmp_path / "runs", status="interrupted")
+    assert run.counts is not None
+    assert 0 < run.counts["ok"] < 200_000
+    assert (run.requests()["status"] == "ok").sum() == run.counts["ok"]
+    assert run.document["error"].startswith("KeyboardInterrupt")
+
+
+# ------------------------------------------------------------------------------------------------------------ capacity
+
+
+def test_a_capacity_search_tells_rate_and_interval(tmp_path: Path) -> None:
+    keys = ["capacity.slo_s=[0.8,2]", "capacity.seeds=2", "capacity.low=4", "capacity.high=8", "capacity.tolerance=1"]
+    done = command("scripts/capacity.py", *TINY, *keys, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    strict, loose, where = done.stdout.splitlines()
+    assert strict.startswith("block on llama2-7b: ")
+    assert "requests/s at ttft_p99_s ≤ 0.8 s (95 % interval; by seed: " in strict
+    assert "≤ 2 s" in loose
+    document = json.loads((tmp_path / where).read_text())
+    assert document["choices"]["scheduler"] == "block"
+    assert set(document["points"]) == {"0", "1"}
+    for i in range(2):
+        low, high = (document["objectives_s"][slo]["by_seed"][i] for slo in ("0.8", "2"))
+        assert low < high
+        for slo, found in ((0.8, low), (2, high)):
+            points = document["points"][str(i)]
+            met = max(qps for qps, latency in points if latency <= slo and qps <= found)
+            missed = min(qps for qps, latency in points if latency > slo and qps >= found)
+            assert met <= found <= missed <= met + 1
+    for slo in ("0.8", "2"):
+        one, other = document["objectives_s"][slo]["by_seed"]
+        assert document["objectives_s"][slo]["capacity_qps"] == pytest.approx((one + other) / 2)
+        # Two seeds: t = 12.706 with one degree of freedom, standard error |difference| / 2.
+        assert document["objectives_s"][slo]["half_width_qps"] == pytest.approx(12.706 * abs(one - other) / 2)
