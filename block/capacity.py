@@ -16,12 +16,14 @@ import numpy as np
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom from 1.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
+METRICS = tuple(f"{name}_{which}_s" for name in ("ttft", "tpot", "e2e") for which in ("mean", "p50", "p99"))
+
 
 @dataclass(frozen=True)
 class CapacityConfig:
-    """What to search for (the node `capacity` of conf/capacity.yaml).
+    """What to search for (the node `capacity` of the config).
 
-    metric: a key of a run's summary, in seconds; slo_s: its objectives; seeds: how many, from `seed` on.
+    metric: a latency of a run's summary; slo_s: its objectives; seeds: how many, from `seed` on.
     low, high: requests/s where the search begins; the bracket is widened if the crossing is not in it.
     tolerance: width of the bracket, in requests/s, within which the crossing is interpolated.
     """
@@ -34,8 +36,8 @@ class CapacityConfig:
     tolerance: float = 0.1
 
     def __post_init__(self) -> None:
-        if not self.metric.endswith("_s"):
-            raise ValueError(f"capacity.metric={self.metric}: choose a latency such as ttft_p99_s or e2e_p99_s")
+        if self.metric not in METRICS:
+            raise ValueError(f"capacity.metric={self.metric}: choose from {', '.join(METRICS)}")
         object.__setattr__(self, "slo_s", tuple(self.slo_s))  # Hydra passes a list
         if not self.slo_s or not all(0 < slo < math.inf for slo in self.slo_s):
             raise ValueError(f"capacity.slo_s={list(self.slo_s)}: must be seconds greater than 0, such as [3,10]")

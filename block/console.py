@@ -43,7 +43,9 @@ def progress(console: Console, what: str, total: int) -> Iterator[Callable[[int]
     """A progress bar with an estimate; yields what is to be told how many more are done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *times, console=console, transient=True, auto_refresh=False) as bar:
+    with Progress(
+        *columns, *times, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task(what, total=total)
         bar.refresh()
         last = time.perf_counter()
