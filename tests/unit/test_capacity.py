@@ -1,0 +1,142 @@
+"""Capacity: where a known curve crosses its objective, and the interval of a few such rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from block.capacity import CapacityConfig, crossings, interval
+
+
+def exponential(qps: float, at: float = 30.0, per: float = 2.0) -> float:
+    """A latency of 1 s at `at` requests/s, e times as long every `per` requests/s."""
+    return math.exp((qps - at) / per)
+
+
+def settings(*slo_s: float, **changes: Any) -> CapacityConfig:
+    return CapacityConfig(slo_s=slo_s, **changes)
+
+
+# ---------------------------------------------------------------------------------------------------------- crossings
+
+
+def test_an_exponential_curve_is_met_exactly() -> None:
+    rates, _ = crossings(exponential, settings(3.0, 10.0))
+    assert rates == pytest.approx([30 + 2 * math.log(3), 30 + 2 * math.log(10)])
+
+
+@pytest.mark.parametrize(
+    ("latency", "slo", "crossing"),
+    [
+        (lambda qps: 1 / (40 - qps) if qps < 40 else 1e6, 0.5, 38.0),  # a queue that saturates
+        (
+            lambda qps: 0.0 if qps < 31.25 else 50.0,
+            1.0,
+            31.25,
+        ),  # a cliff; zero has no logarithm
+        (lambda qps: qps / 10, 3.0, 30.0),
+    ],
+)
+def test_other_curves_are_met_within_the_tolerance(
+    latency: Callable[[float], float], slo: float, crossing: float
+) -> None:
+    (rate,), _ = crossings(latency, settings(slo, tolerance=0.1))
+    assert rate == pytest.approx(crossing, abs=0.1)
+
+
+@pytest.mark.parametrize("at", [0.5, 10.0, 23.9, 24.0, 36.0, 36.1, 100.0, 1000.0])
+def test_the_bracket_is_widened_until_the_crossing_is_in_it(at: float) -> None:
+    (rate,), points = crossings(lambda qps: exponential(qps, at, at / 15), settings(1.0, low=24, high=36))
+    assert rate == pytest.approx(at)
+    tried = [point.qps for point in points]
+    assert min(tried) <= at <= max(tried)
+
+
+def test_a_curve_that_never_misses_or_never_meets_is_an_error_that_tells_how_far_it_looked() -> None:
+    with pytest.raises(ValueError, match=r"capacity: e2e_p99_s meets 3 s even at \d+"):
+        crossings(lambda qps: 0.1, settings(3.0, metric="e2e_p99_s"))
+    with pytest.raises(ValueError, match=r"capacity: ttft_p99_s misses 3 s even at 0\.\d+"):
+        crossings(lambda qps: 9.0, settings(3.0))
+
+
+def test_objectives_share_what_was_tried_and_each_rate_is_tried_once() -> None:
+    calls: list[float] = []
+
+    def latency(qps: float) -> float:
+        calls.append(qps)
+        return exponential(qps)
+
+    _, points = crossings(latency, settings(3.0, 10.0, 3.1))
+    assert len(calls) == len(set(calls))
+    assert [point.qps for point in points] == sorted(calls)
+    assert all(point.latency_s == exponential(point.qps) for point in points)
+    alone = sum(len(crossings(exponential, settings(slo))[1]) for slo in (3.0, 10.0, 3.1))
+    assert len(calls) < alone
+
+
+@given(
+    slos=st.lists(st.floats(0.05, 50), min_size=1, max_size=4),
+    at=st.floats(2, 300),
+    low=st.floats(5, 50),
+    width=st.floats(0.5, 50),
+)
+def test_objectives_in_any_order_and_any_first_bracket_give_the_same(
+    slos: list[float], at: float, low: float, width: float
+) -> None:
+    config = settings(*slos, low=low, high=low + width, tolerance=0.1)
+    rates, _ = crossings(lambda qps: exponential(qps, at, at / 10), config)
+    assert rates == pytest.approx([at + at / 10 * math.log(slo) for slo in slos])
+
+
+# ----------------------------------------------------------------------------------------------------------- interval
+
+
+def test_one_value_has_no_interval() -> None:
+    assert interval([31.5]) == (31.5, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "mean", "half"),
+    [
+        ([10.0, 12.0], 11.0, 12.706),  # standard error 1
+        ([1.0, 2.0, 3.0], 2.0, 4.303 / math.sqrt(3)),  # standard deviation 1
+        ([5.0, 5.0, 5.0, 5.0], 5.0, 0.0),
+        ([4.0, 8.0, 6.0, 5.0, 3.0, 7.0], 5.5, 2.571 * math.sqrt(3.5 / 6)),  # squares 17.5 / 5 = variance 3.5
+    ],
+)
+def test_interval_by_hand(values: list[float], mean: float, half: float) -> None:
+    assert interval(values) == pytest.approx((mean, half), rel=1e-3)
+
+
+@pytest.mark.parametrize(("count", "t"), [(16, 2.131), (17, 2.120), (21, 2.086), (31, 2.042), (101, 1.984)])
+def test_many_values_use_the_tabulated_t(count: int, t: float) -> None:
+    values = [(-1.0) ** i for i in range(count)]
+    mean = sum(values) / count
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    assert interval(values)[1] == pytest.approx(t * deviation / math.sqrt(count), rel=5e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ configuration
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "preemptions"}, r"capacity\.metric=preemptions: choose from ttft_mean_s, .*e2e_p99_s"),
+        ({"slo_s": ()}, r"capacity\.slo_s=\[\]: must be seconds greater than 0"),
+        ({"slo_s": (3.0, 0.0)}, r"capacity\.slo_s=\[3\.0, 0\.0\]: must be seconds"),
+        ({"slo_s": (math.inf,)}, r"capacity\.slo_s=\[inf\]: must be seconds"),
+        ({"tolerance": 0.0}, r"capacity\.tolerance=0\.0: must be greater than 0"),
+        ({"low": -1.0}, r"capacity\.low=-1\.0: must be greater than 0"),
+        ({"high": 24.0}, r"capacity\.high=24\.0: must be greater than capacity\.low=24\.0"),
+        ({"seeds": 0}, r"capacity\.seeds=0: must be at least 1"),
+    ],
+)
+def test_values_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CapacityConfig(**changes)
