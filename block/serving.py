@@ -37,10 +37,17 @@ def requests_of(run: RunConfig) -> list[Request]:
 def serve(
     run: RunConfig, requests: Sequence[Request], outcome: Outcome, finished: Callable[[int], None] = lambda count: None
 ) -> None:
-    """Replay `requests` on the run's testbed, filling `outcome`; `finished` is told of each batch of finished ones."""
+    """Replay `requests` on the run's testbed, filling `outcome`; `finished` is told of each batch of finished ones.
+
+    Raises what the first request to fail raised.
+    """
     began = time.perf_counter()
     try:
         clock.run(_serve(run, requests, outcome, finished), virtual=run.backend.virtual)
+    except (
+        ExceptionGroup
+    ) as group:  # of the requests' tasks; the first to fail says what is wrong, and ended the others
+        raise group.exceptions[0] from None
     finally:
         outcome.wall_time_s = time.perf_counter() - began
 
