@@ -44,9 +44,7 @@ def serve(
     began = time.perf_counter()
     try:
         clock.run(_serve(run, requests, outcome, finished), virtual=run.backend.virtual)
-    except (
-        ExceptionGroup
-    ) as group:  # of the requests' tasks; the first to fail says what is wrong, and ended the others
+    except ExceptionGroup as group:  # the first task to fail says what is wrong; it ended the others
         raise group.exceptions[0] from None
     finally:
         outcome.wall_time_s = time.perf_counter() - began
