@@ -1,0 +1,225 @@
+"""Experiments: a run is built, served, stored and reported; a capacity search tells and writes what it found."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random as Stream
+from typing import Any, ClassVar
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from block import config, policies
+from block.config import ConfigError
+from block.experiment import execute, search
+from block.results import Run, runs
+from block.types import Decision, InstanceView, Request
+
+CONF = Path(__file__).parents[2] / "conf"
+TINY = ["workload.num_requests=60", "workload.qps=6", "cluster.num_gpus=3", "tracking=none"]
+CHOICES = {"scheduler": "block", "model": "llama2-7b", "hydra/launcher": "basic"}
+
+
+def composed(*overrides: str) -> DictConfig:
+    config.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=[*TINY, *overrides])
+
+
+def executed(folder: Path, *overrides: str) -> Run:
+    return execute(composed(f"runs_dir={folder}", *overrides), CHOICES)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A policy that fails at request 40; chosen by `_target_`, as a policy of one's own is."""
+
+    error: ClassVar[type[BaseException]] = RuntimeError
+    needs: ClassVar[policies.Needs] = policies.Needs.COUNTS
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        return [0]
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        if request.id == 40:
+            raise self.error("no more")
+        return Decision(0, [0], [0.0])
+
+
+@dataclass(frozen=True)
+class Interrupted(Broken):
+    """One at whose 40th request somebody presses Ctrl-C."""
+
+    error: ClassVar[type[BaseException]] = KeyboardInterrupt
+
+
+# ------------------------------------------------------------------------------------------------------------- execute
+
+
+def test_a_run_is_stored_where_it_says_and_returned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = executed(tmp_path)
+    assert [stored.path for stored in runs(root=tmp_path)] == [run.path]
+    assert run.status == "ok"
+    assert run.choices == {"scheduler": "block", "model": "llama2-7b"}
+    assert run.config["workload"]["num_requests"] == 60
+    assert run.counts == {"sent": 60, "ok": 60, "failed": 0, "fallback": 0, "preempted": 0}
+    captured = capsys.readouterr()
+    assert str(run.path) in captured.out
+    assert captured.err.count("\n") == 2  # why it is simulated, and what is about to run
+
+
+def test_the_summary_is_that_of_the_stored_requests(tmp_path: Path) -> None:
+    run = executed(tmp_path)
+    requests = run.requests()
+    e2e = (requests["finished"] - requests["arrival"]).to_numpy()
+    tokens = requests["prompt_tokens"].sum() + requests["output_tokens"].sum()
+    span = requests["finished"].max() - requests["arrival"].min()
+    assert run.summary["e2e_mean_s"] == pytest.approx(e2e.mean())
+    assert run.summary["token_throughput_tps"] == pytest.approx(tokens / span)
+    assert run.summary["dispatch_overhead_mean_s"] == pytest.approx(0.23)  # what conf/backend models
+    assert 0 < run.summary["forecast_p50_us"] <= run.summary["forecast_p99_us"]
+    assert 0 < run.summary["wall_time_s"] < 60
+
+
+def test_hashes_change_with_what_they_vouch_for(tmp_path: Path) -> None:
+    base = executed(tmp_path).document
+    scheduler = executed(tmp_path, "scheduler=random", "lengths=noisy").document
+    seed = executed(tmp_path, "seed=1").document
+    rate = executed(tmp_path, "workload.qps=7").document
+    gpu = executed(tmp_path, "cluster.gpu=h100").document
+    assert scheduler["hashes"] == base["hashes"]
+    assert rate["hashes"] == base["hashes"]  # lengths, not arrivals
+    assert seed["hashes"]["latency_model"] == base["hashes"]["latency_model"]
+    assert seed["hashes"]["data_set"] != base["hashes"]["data_set"]
+    assert gpu["hashes"]["data_set"] == base["hashes"]["data_set"]
+    assert gpu["hashes"]["latency_model"] != base["hashes"]["latency_model"]
+    assert len({document["config_hash"] for document in (base, scheduler, seed, rate, gpu)}) == 5
+
+
+def test_where_a_run_is_stored_is_no_part_of_its_config_hash(tmp_path: Path) -> None:
+    one, other = executed(tmp_path / "a"), executed(tmp_path / "b", "capacity.seeds=9")
+    assert one.document["config_hash"] == other.document["config_hash"]
+
+
+def test_a_job_of_a_sweep_says_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BLOCK_SWEEP_JOBS", "7")
+    monkeypatch.setenv("BLOCK_SWEEP_BEGAN", "0")
+    sweep = OmegaConf.create({"sweep": {"dir": str(tmp_path / "sweep")}})
+    run = execute(composed(f"runs_dir={tmp_path}"), CHOICES, sweep=sweep)
+    captured = capsys.readouterr()
+    assert captured.out.startswith("[1/7, ")
+    assert captured.out.endswith(f"60 ok → {run.path}\n")
+    assert captured.out.count("\n") == 1
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("policy", "status", "error"),
+    [("Broken", "failed", RuntimeError), ("Interrupted", "interrupted", KeyboardInterrupt)],
+)
+def test_a_run_that_stops_half_way_is_stored_as_such(
+    policy: str, status: str, error: type[BaseException], tmp_path: Path
+) -> None:
+    settings = composed("scheduler=random", f"runs_dir={tmp_path}", f"scheduler._target_={__name__}.{policy}")
+    with pytest.raises(error):
+        execute(settings, CHOICES)
+    assert runs(root=tmp_path) == []
+    (run,) = runs(root=tmp_path, status=None)
+    assert run.status == status
+    assert run.document["error"].startswith(error.__name__)
+    assert run.counts is not None
+    assert 0 < run.counts["ok"] < 41
+    requests = run.requests()
+    assert (requests["status"] == "ok").sum() == run.counts["ok"]
+    assert requests["request_id"].is_monotonic_increasing
+    assert error.__name__ in (run.path / "run.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["workload.qps=0"], "workload.qps=0.0: must be"),
+        (["workload=trace", "workload.trace_path=gone.csv"], "workload.trace_path=gone.csv: no such file"),
+    ],
+)
+def test_a_wrong_configuration_stores_nothing(overrides: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        executed(tmp_path / "runs", *overrides)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_runs_dir_that_cannot_be_made_is_told_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"runs_dir=.*/file: File exists"):
+        executed(tmp_path / "file")
+
+
+# -------------------------------------------------------------------------------------------------------------- search
+
+SEARCH = ["capacity.slo_s=[1]", "capacity.low=4", "capacity.high=12", "capacity.tolerance=1", "capacity.seeds=1"]
+
+
+def searched(*overrides: str) -> dict[str, Any]:
+    return search(composed("scheduler=random", *SEARCH, *overrides), {**CHOICES, "scheduler": "random"})
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_search_tells_what_it_writes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = searched("seed=5", "capacity.seeds=2")
+    (path,) = (folder / "artifacts" / "capacity").iterdir()
+    # What was written is what was returned; tuples are lists in JSON.
+    assert json.loads(path.read_text()) == json.loads(json.dumps(document))
+    assert path.stem == document["config_hash"]
+    assert document["choices"] == {"scheduler": "random", "model": "llama2-7b"}
+    assert list(document["points"]) == ["5", "6"]
+    found = document["objectives_s"]["1"]
+    one, other = found["by_seed"]
+    assert one != other
+    assert found["capacity_qps"] == pytest.approx((one + other) / 2)
+    line, where = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        f"random on llama2-7b: {found['capacity_qps']:.2f} ± {found['half_width_qps']:.2f} requests/s"
+    )
+    assert line.endswith(f"by seed: {one:.2f}, {other:.2f})")
+    assert where == "artifacts/capacity/" + path.name
+
+
+def test_a_point_of_a_search_is_the_latency_of_that_run(folder: Path) -> None:
+    document = searched("seed=3")
+    qps, latency = document["points"]["3"][-1]
+    run = executed(folder, "scheduler=random", "seed=3", f"workload.qps={qps}")
+    assert run.summary["ttft_p99_s"] == pytest.approx(latency)
+    assert document["objectives_s"]["1"]["half_width_qps"] is None
+
+
+def test_another_latency_can_be_asked_for(folder: Path) -> None:
+    document = searched("capacity.metric=ttft_mean_s", "capacity.slo_s=[0.6]")
+    qps, latency = document["points"]["0"][0]
+    run = executed(folder, "scheduler=random", f"workload.qps={qps}")
+    assert run.summary["ttft_mean_s"] == pytest.approx(latency)
+    assert all(math.isfinite(latency) for _, latency in document["points"]["0"])
+
+
+def test_an_objective_that_no_rate_meets_is_a_wrong_configuration(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"capacity: ttft_p99_s misses 0\.01 s even at"):  # the dispatch takes 0.23 s
+        searched("capacity.slo_s=[0.01]")
+    assert not (folder / "artifacts").exists()
+
+
+def test_what_is_wrong_is_told_before_any_process_starts(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"capacity\.seeds=0: must be at least 1"):
+        searched("capacity.seeds=0")
+    with pytest.raises(ConfigError, match="does not fit on gpu=a30"):
+        searched("model=llama2-13b")
