@@ -65,7 +65,8 @@ class EngineConfig:
     def limits(self, total_blocks: int) -> Ints:
         """The settings as the compiled scheduler reads them, for an engine with `total_blocks` usable blocks."""
         watermark = int(self.watermark * total_blocks)
-        needed = -(-self.max_model_len // self.block_size) + watermark
+        spare = max(watermark, 1) if self.version == "v0" else watermark  # V0 preempts what has no free block in reach
+        needed = -(-self.max_model_len // self.block_size) + spare
         if needed > total_blocks:
             raise ValueError(
                 f"engine.num_gpu_blocks={total_blocks}: a sequence of engine.max_model_len={self.max_model_len} tokens "

@@ -79,7 +79,7 @@ def engine_config(version: str, **changes: Any) -> EngineConfig:
         "version": version,
         "max_num_seqs": 4,
         "max_num_batched_tokens": 16,
-        "max_model_len": 64,
+        "max_model_len": 60,
         "block_size": 4,
         "watermark": 0.0,
     }

@@ -56,6 +56,17 @@ def test_an_engine_must_hold_its_longest_sequence_above_the_watermark() -> None:
     Engine(config, constant_latency(), 20)
 
 
+def test_v0_needs_a_block_more_than_its_longest_sequence_even_without_a_watermark() -> None:
+    """Without it a lone sequence that holds them all would preempt itself, be admitted again, and so on for ever."""
+    config = engine_config("v0", max_model_len=32, max_num_batched_tokens=8)  # 8 blocks of 4
+    with pytest.raises(ValueError, match=r"num_gpu_blocks=8: .* needs 9 KV blocks"):
+        Engine(config, constant_latency(), 8)
+    engine = Engine(config, constant_latency(), 9)
+    engine.add(request(0, 30, 2), 0.0)
+    assert engine.next_finish() == 5.0  # four chunks, a decode
+    Engine(engine_config("v1", max_model_len=32), constant_latency(), 8)
+
+
 # ---------------------------------------------------------------------------------------------------- time
 
 

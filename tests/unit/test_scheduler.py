@@ -143,7 +143,7 @@ def test_a_decode_takes_a_block_when_its_last_one_is_full(version: str) -> None:
 
 @BOTH
 def test_a_finished_sequence_returns_its_blocks_before_the_next_schedule(version: str) -> None:
-    steps, _ = history(engine_config(version, max_model_len=32), 8, request(0, 12, 2), request(1, 20, 1, arrival=0.5))
+    steps, _ = history(engine_config(version, max_model_len=28), 8, request(0, 12, 2), request(1, 20, 1, arrival=0.5))
     # 1 needs 5 of 8 blocks. 0 holds 3, then 4, so 1 waits until 0 has finished at t = 2.
     assert steps[1].step == {0: 1}
     assert (steps[1].waiting, steps[1].free) == ([1], 4)
@@ -186,8 +186,8 @@ def test_v1_without_the_gate_asks_for_the_chunk_only() -> None:
 
 @BOTH
 def test_nobody_overtakes_a_head_that_does_not_fit(version: str) -> None:
-    config = engine_config(version, max_model_len=32)
-    steps, _ = history(config, 8, *primed((8, 2), (28, 1), (1, 1)))
+    config = engine_config(version, max_model_len=28)
+    steps, _ = history(config, 8, *primed((8, 2), (27, 1), (1, 1)))
     assert (steps[1].step, steps[1].waiting) == ({1: 8}, [2, 3])
 
 
