@@ -23,6 +23,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "v1-long-prefill": {"version": "v1", "long_prefill_token_threshold": 8},
     "v1-watermark": {"version": "v1", "watermark": 0.1, "scheduler_reserve_full_isl": False},
     "v1-async": {"version": "v1", "async_scheduling": True},
+    "v0-few-tokens": {"version": "v0", "watermark": 0.02, "max_num_batched_tokens": 4},
+    "v1-few-tokens": {"version": "v1", "max_num_batched_tokens": 4},
 }
 LATENCY = round_latency()
 BLOCKS = 50
