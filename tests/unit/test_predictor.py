@@ -202,6 +202,17 @@ def test_with_true_lengths_a_forecast_is_what_then_happens(
         assert forecast == happened
 
 
+@pytest.mark.parametrize("compressed", [True, False])
+def test_so_it_is_when_v0_preempts_a_prompt_with_one_token_left(compressed: bool) -> None:
+    """A corner that random states seldom hit; what happens there is in the tests of the scheduler."""
+    config = engine_config("v0", max_num_batched_tokens=4, max_model_len=8)
+    engine = Engine(config, LATENCY, 3)
+    engine.add(request(1, 3, 5), 0.0)
+    one = request(2, 4, 2)
+    (forecast,) = forecasts(config, [engine.snapshot(0, 0.0)], [[]], one, 0.0, compressed=compressed, blocks=3)
+    assert forecast == approx(actual(engine, one, 0.0))
+
+
 # ---------------------------------------------------------------------------------------------- compressed = naive
 
 

@@ -160,15 +160,13 @@ def test_v0_admission_leaves_the_watermark_free() -> None:
     assert steps[1].waiting == [2]  # 14 − 11 < 4
 
 
-def test_v1_watermark_holds_only_while_something_runs() -> None:
+def test_v1_admission_leaves_the_watermark_free_too() -> None:
     config = engine_config("v1", watermark=0.25, max_model_len=48)
     steps, _ = history(config, 16, *primed((4, 4), (44, 1)))
     assert 2 in steps[1].step  # 11 + 4 ≤ 15
     steps, _ = history(config, 16, *primed((5, 2), (44, 1)))
     assert [step.waiting for step in steps[1:3]] == [[2], [2]]  # 11 + 4 > 14
-    assert steps[3].step == {2: 16}  # alone it needs no watermark
-    steps, _ = history(config, 12 + 4, request(0, 48 - 1, 1))
-    assert steps[0].step == {0: 16}
+    assert steps[3].step == {2: 16}
 
 
 def test_v1_admits_only_what_would_fit_as_a_whole() -> None:
@@ -291,6 +289,14 @@ def test_v0_a_prompt_that_ends_on_a_block_needs_nothing_in_reach() -> None:
         steps, _ = history(config, 8, *primed((4, 4), (prompt, 1)))
         assert (steps[1].step, steps[1].free) == ({1: 4, 2: 12}, 1)
         assert (steps[2].step, steps[2].free) == (second, free)
+
+
+def test_v0_a_prompt_with_one_token_left_counts_as_a_decode() -> None:
+    # 2's last token fits into the block that it has. 1's decode takes the last free one, and 2 wants one in reach.
+    config = engine_config("v0", max_num_batched_tokens=4, max_model_len=8)
+    steps, _ = history(config, 3, request(1, 3, 5), request(2, 4, 2))
+    assert [step.step for step in steps[:3]] == [{1: 3}, {1: 1, 2: 3}, {1: 1}]
+    assert (steps[1].free, steps[2].free, steps[2].waiting) == (1, 1, [2])
 
 
 # ---------------------------------------------------------------------------------------------------- asynchronous
