@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import CONF, choices, command, composed
+from commands import CONF, ROOT, choices, command, composed
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -152,28 +154,65 @@ def test_every_group_lists_its_choices(group: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------- the real commands
 
+COMMANDS = [
+    ("run.py", ["workload.qsp=30"], "error: workload.qsp: no such key"),
+    ("run.py", ["workload.qps=-1"], "error: workload.qps=-1.0: must be"),
+    ("run.py", ["scheduler=null"], "error: a config group was given null"),
+    ("run.py", ["workload=trace", "workload.trace_path=gone.csv"], "error: workload.trace_path=gone.csv: no such"),
+    ("scripts/capacity.py", ["capacity.seeds=0"], "error: capacity.seeds=0: must be"),
+    ("scripts/capacity.py", ["capacity.metric=e2e_p42_s"], "error: capacity.metric=e2e_p42_s: choose from"),
+]
 
-@pytest.mark.parametrize(
-    ("script", "overrides", "begins"),
-    [
-        ("run.py", ["workload.qsp=30"], "error: workload.qsp: no such key"),
-        ("run.py", ["workload.qps=-1"], "error: workload.qps=-1.0: must be"),
-        ("run.py", ["scheduler=null"], "error: a config group was given null"),
-        ("run.py", ["workload=trace", "workload.trace_path=gone.csv"], "error: workload.trace_path=gone.csv: no such"),
-        ("scripts/capacity.py", ["capacity.seeds=0"], "error: capacity.seeds=0: must be"),
-        (
-            "scripts/capacity.py",
-            ["capacity.metric=e2e_p42_s"],
-            "error: capacity.metric=e2e_p42_s: choose from",
-        ),
-    ],
-)
+
+@pytest.mark.parametrize(("script", "overrides", "begins"), COMMANDS)
 def test_a_command_says_it_on_stderr_and_exits_with_2(
-    script: str, overrides: list[str], begins: str, tmp_path: Path
+    script: str,
+    overrides: list[str],
+    begins: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, *overrides])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # so that what the command sets ends with the test
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith(begins)
+    assert captured.out == ""
+    assert ended.value.code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("script", "overrides", "begins"), [COMMANDS[1], COMMANDS[4]])
+def test_so_does_a_process(script: str, overrides: list[str], begins: str, tmp_path: Path) -> None:
     done = command(script, *overrides, folder=tmp_path)
     (line,) = done.stderr.splitlines()
     assert line.startswith(begins)
-    assert done.stdout == ""
-    assert done.returncode == 2
-    assert not (tmp_path / "artifacts").exists()
+    assert (done.stdout, done.returncode) == ("", 2)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what is wrong with the configuration is boiled down; ValueErrors from elsewhere are not."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+
+    def main() -> None:
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        config.guard(main)
+    with pytest.raises(ZeroDivisionError):
+        config.guard(lambda: 1 // 0)
+
+
+def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    assert config.guard(main) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert config.guard(lambda: None) == 0

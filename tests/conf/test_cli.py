@@ -104,10 +104,8 @@ def test_the_same_seed_gives_the_same_requests_whatever_the_hash_seed(tmp_path: 
     keys = ["scheduler=po2", "lengths=noisy", "workload.num_requests=100"]  # everything that draws
     for hash_seed in ("1", "2"):
         assert tiny(tmp_path, *keys, PYTHONHASHSEED=hash_seed).returncode == 0
-    assert tiny(tmp_path, *keys, "seed=1").returncode == 0
-    first, second, other = (run.requests() for run in runs(root=tmp_path / "runs"))
+    first, second = (run.requests() for run in runs(root=tmp_path / "runs"))
     assert first.equals(second)
-    assert not first.equals(other)
 
 
 def test_every_key_is_shown(tmp_path: Path) -> None:
@@ -119,12 +117,11 @@ def test_every_key_is_shown(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- sweeps
 
 
-@pytest.mark.parametrize("launcher", ["basic", "joblib"])
-def test_a_sweep_stores_every_combination(launcher: str, tmp_path: Path) -> None:
-    done = sweep(tmp_path, f"hydra/launcher={launcher}", "scheduler=random,block", "workload.qps=5,6")
+def test_a_sweep_in_several_processes_stores_every_combination(tmp_path: Path) -> None:
+    done = sweep(tmp_path, "hydra/launcher=joblib", "lengths=glob(*)", "workload.qps=5,6")
     assert done.returncode == 0, done.stderr
-    stored = {(run.get("scheduler"), run.get("workload.qps")) for run in runs(root=tmp_path / "runs")}
-    assert stored == {("random", 5.0), ("random", 6.0), ("block", 5.0), ("block", 6.0)}
+    stored = {(run.get("lengths"), run.get("workload.qps")) for run in runs(root=tmp_path / "runs")}
+    assert stored == {("noisy", 5.0), ("noisy", 6.0), ("oracle", 5.0), ("oracle", 6.0)}
     lines = [line for line in done.stdout.splitlines() if "150 ok →" in line]
     assert len(lines) == 4
     assert all("/4, " in line for line in lines)
@@ -141,13 +138,6 @@ def test_a_failed_job_is_reported_and_the_others_are_stored(launcher: str, tmp_p
     assert report[1].startswith("  1: ")
     assert report[1].endswith("cluster.num_gpus=0: must be at least 1")
     assert "Traceback" not in done.stderr
-
-
-def test_a_sweep_over_all_files_of_a_group(tmp_path: Path) -> None:
-    done = sweep(tmp_path, "lengths=glob(*)", "workload.num_requests=20")
-    assert done.returncode == 0
-    assert "[2/2, 0:00 left] " in done.stdout
-    assert {run.get("lengths") for run in runs(root=tmp_path / "runs")} == {"oracle", "noisy"}
 
 
 # --------------------------------------------------------------------------------------------------------- hard endings

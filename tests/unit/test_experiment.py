@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random as Stream
@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 from hydra import compose, initialize_config_dir
+from joblib import parallel_config
 from omegaconf import DictConfig, OmegaConf
 
 from block import config, policies
@@ -171,9 +172,11 @@ def searched(*overrides: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder. Seeds are searched one after the other here; tests/conf runs a search with its processes."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    with parallel_config(backend="sequential"):
+        yield tmp_path
 
 
 def test_a_search_tells_what_it_writes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
