@@ -118,6 +118,9 @@ def step_time(seqs: Ints, start: Int, stop: Int, row: Int, packed: Floats) -> fl
         context = seqs[COMPUTED, column] - seqs[NEXT, column]
         if row == CHUNK:
             context -= chunk
+            if context < 0:  # preempted meanwhile: known again if it samples, lost in the middle of a prefill
+                total = seqs[PROMPT, column] + seqs[OUTPUT, column]
+                context = total - chunk if seqs[PENDING, column] > 0 else 0
         tokens += chunk
         if chunk == 1:
             decodes += 1
