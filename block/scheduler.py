@@ -190,9 +190,8 @@ def schedule(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, packed: Floa
         wanted = max(blocks(computed + chunk, limits) - seqs[BLOCKS, column], 0)
         reach = wanted
         if limits[V1] == 0 and not (computed + 1 < total and total % limits[BLOCK_SIZE] == 0):
-            reach = max(
-                wanted, 1
-            )  # V0 counts the block it writes into; a prefill that ends on a block writes into none
+            # V0 counts the block it writes into; a prefill that ends on a block writes into none.
+            reach = max(wanted, 1)
         while reach > free and end > column:
             end -= 1
             free += _preempt(seqs, state, end)
