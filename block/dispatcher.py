@@ -10,20 +10,27 @@ is that.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from random import Random as Stream
 
 from block import clock
-from block.instances.base import Instance, InstanceFailed
+from block.instances.base import Instance, InstanceFailed, RequestFailed
 from block.policies import Needs, Policy
 from block.predictor import Predictor
 from block.types import ID, Decision, Forecast, InstanceView, Request, RequestRecord, Snapshot
 
 RECENT_S = 60.0
 """Window of `InstanceView.recent`."""
+
+MAX_RETRIES = 3
+"""Instances that a request may lose before it fails."""
+
+Deliver = Callable[[Instance, RequestRecord], Awaitable[None]]
+"""Has an instance serve a record's request; raises what `Instance.generate` raises."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,10 @@ class Dispatcher:
     """Places requests on instances by a policy. `predictor` may be None if the policy needs no forecasts.
 
     delay_s: modelled seconds from a request's arrival to its arrival at the instance; 0 where the delay is real.
-    Keeps what it did: `records`, one per request, and `decisions`, (time, Decision, request id).
-    forecast_s: wall-clock seconds that each batch of forecasts took, divided by its number of forecasts.
+    An instance that fails a request is *ejected*: no request goes there until `readmit`.
+    Keeps what it did, all of it or the latest `history`: `records`, one per request, and `decisions`, (time, Decision,
+    request id). forecast_s: wall-clock seconds that each batch of forecasts took, divided by its number of forecasts.
+    ejections: (time, instance id, reason).
     """
 
     def __init__(
@@ -69,6 +78,7 @@ class Dispatcher:
         stream: Stream,
         *,
         delay_s: float = 0.0,
+        history: int | None = None,
     ) -> None:
         if policy.needs is Needs.FORECAST and predictor is None:
             raise ValueError(f"policy {type(policy).__name__} needs a predictor")
@@ -79,34 +89,82 @@ class Dispatcher:
         self._stream = stream
         self._delay_s = delay_s
         self._books = [_Books([], 0, deque(), None) for _ in instances]
-        self.records: list[RequestRecord] = []
-        self.decisions: list[tuple[float, Decision, int]] = []
-        self.forecast_s: list[float] = []
+        self._active = list(range(len(instances)))  # ids of the instances that requests may go to
+        self._turn = 0
+        self.records: deque[RequestRecord] = deque(maxlen=history)
+        self.decisions: deque[tuple[float, Decision, int]] = deque(maxlen=history)
+        self.forecast_s: deque[float] = deque(maxlen=history)
+        self.ejections: deque[tuple[float, int, str]] = deque(maxlen=history)
 
-    async def submit(self, request: Request) -> RequestRecord:
-        """Place `request`, have it served and return its record; status "failed" if the instance failed."""
+    @property
+    def active(self) -> Sequence[int]:
+        """Ids of the instances that requests may go to."""
+        return self._active
+
+    def outstanding(self, instance_id: int) -> int:
+        """Requests placed there and not finished."""
+        return self._books[instance_id].outstanding
+
+    def eject(self, instance_id: int, reason: str) -> None:
+        """Send nothing more to an instance; does nothing if it is out already."""
+        if instance_id in self._active:
+            self._active.remove(instance_id)
+            self.ejections.append((clock.now(), instance_id, reason))
+
+    def readmit(self, instance_id: int) -> None:
+        """Send requests to an instance again."""
+        if instance_id not in self._active:
+            self._active = sorted([*self._active, instance_id])
+
+    async def submit(self, request: Request, deliver: Deliver | None = None) -> RequestRecord:
+        """Place `request`, have it served and return its record, with status "ok" or "failed" and why.
+
+        An instance that fails is ejected, and the request begins anew on another one; `record.retries` counts that.
+        deliver: how to have it served; by default `Instance.generate`.
+        """
         record = RequestRecord(request)
         self.records.append(record)
-        chosen = self._place(request, record)
-        books = self._books[chosen]
-        try:
-            if self._delay_s > 0:
-                await clock.sleep(self._delay_s)
-            record.dispatched = clock.now()
-            await self._instances[chosen].generate(request, record)
-            record.status = "ok"
-        except InstanceFailed:
-            record.status = "failed"
-        finally:
-            books.outstanding -= 1
-            if request in books.ledger:
-                books.ledger.remove(request)
+        while self._active:
+            chosen = self._place(request, record)
+            try:
+                if self._delay_s > 0:
+                    await clock.sleep(self._delay_s)
+                record.dispatched = clock.now()
+                instance = self._instances[chosen]
+                await (instance.generate(request, record) if deliver is None else deliver(instance, record))
+                record.status = "ok"
+                return record
+            except RequestFailed as error:
+                record.error = str(error)
+                break
+            except InstanceFailed as error:
+                record.error = str(error)
+                self.eject(chosen, str(error))
+                if record.retries == MAX_RETRIES:
+                    break
+                record.retries += 1
+                record.first_token = math.nan
+                record.output_tokens = 0
+            finally:
+                self._release(chosen, request)
+        record.status = "failed"
+        record.error = record.error or "no instance is left"
         return record
+
+    def _release(self, chosen: int, request: Request) -> None:
+        books = self._books[chosen]
+        books.outstanding -= 1
+        if request in books.ledger:
+            books.ledger.remove(request)
 
     def _place(self, request: Request, record: RequestRecord) -> int:
         """Decide where `request` goes and enter it in the books."""
         now = clock.now()
-        candidates = self._policy.candidates(len(self._instances), len(self.decisions), self._stream)
+        active = self._active
+        candidates = self._policy.candidates(len(active), self._turn, self._stream)
+        if len(active) < len(self._instances):
+            candidates = [active[candidate] for candidate in candidates]
+        self._turn += 1
         views = self._views(candidates, request, now)
         decision = self._policy.choose(request, views, self._stream)
         chosen = decision.instance_id
@@ -118,7 +176,7 @@ class Dispatcher:
         books = self._books[chosen]
         books.outstanding += 1
         books.recent.append(now)
-        if self._config.ledger:
+        if self._config.ledger and self._policy.needs is not Needs.COUNTS:
             books.ledger.append(request)
         return chosen
 

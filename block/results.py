@@ -17,7 +17,7 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -108,13 +108,13 @@ class RunWriter:
 
     @property
     def counts(self) -> dict[str, int] | None:
-        """Requests sent, ok, failed, fallback and preempted (at least once); None before `store`."""
+        """Requests sent, ok, failed, fallback, preempted and failed over (at least once); None before `store`."""
         return self._document["counts"]  # type: ignore[no-any-return]
 
     def store(
         self,
         records: Sequence[RequestRecord],
-        decisions: Sequence[tuple[float, Decision, int]],
+        decisions: Collection[tuple[float, Decision, int]],
         instances: Mapping[str, ArrayLike],
         *,
         dispatch_overhead_s: ArrayLike | None = None,
@@ -137,6 +137,7 @@ class RunWriter:
             "failed": len(records) - ok,
             "fallback": sum(decision.fallback is not None for _, decision, _ in decisions),
             "preempted": int(np.count_nonzero(columns["preemptions"])),
+            "failed_over": int(np.count_nonzero(columns["retries"])),
         }
         self._document["summary"] = metrics.summarise(
             columns, dispatch_overhead_s=dispatch_overhead_s, forecast_us=forecast_us, wall_time_s=wall_time_s
@@ -257,7 +258,7 @@ class Run:
 
     @property
     def counts(self) -> dict[str, int] | None:
-        """Requests sent, ok, failed, fallback, preempted."""
+        """Requests sent, ok, failed, fallback, preempted, failed over."""
         return self.document["counts"]  # type: ignore[no-any-return]
 
     def get(self, key: str, default: Any = None) -> Any:

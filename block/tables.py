@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
 from itertools import chain
 from typing import Any
 
@@ -42,6 +42,8 @@ def request_columns(records: Sequence[RequestRecord]) -> dict[str, NDArray[Any]]
         "forecast_e2e": floats(forecast[1] for forecast in forecasts),
         "status": np.array([record.status for record in records], dtype=np.str_),
         "preemptions": ints(record.preemptions for record in records),
+        "retries": ints(record.retries for record in records),
+        "error": np.array([record.error or "" for record in records], dtype=np.str_),
     }
 
 
@@ -50,7 +52,7 @@ def requests_table(columns: Mapping[str, NDArray[Any]]) -> pa.Table:
     return pa.table({name: _array(column) for name, column in columns.items()})
 
 
-def decisions_table(rows: Sequence[tuple[float, Decision, int]]) -> pa.Table:
+def decisions_table(rows: Collection[tuple[float, Decision, int]]) -> pa.Table:
     """A row per (time, decision, request id); `scores[i]` belongs to `candidates[i]`, `fallback` may be null."""
     decisions = [decision for _, decision, _ in rows]
     return pa.table(

@@ -100,7 +100,10 @@ class Decision(NamedTuple):
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What happened to one request; its status is pending, ok or failed. Times are on the run's clock, NaN before."""
+    """What happened to one request; its status is pending, ok or failed. Times are on the run's clock, NaN before.
+
+    retries: instances that it was lost on before; error: the last thing that went wrong.
+    """
 
     request: Request
     instance_id: int = -1
@@ -111,3 +114,5 @@ class RequestRecord:
     status: str = "pending"
     preemptions: int = 0
     output_tokens: int = 0
+    retries: int = 0
+    error: str | None = None

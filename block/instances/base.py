@@ -8,7 +8,11 @@ from block.types import Request, RequestRecord, Snapshot
 
 
 class InstanceFailed(RuntimeError):
-    """The instance could not finish a request; the message says why."""
+    """The instance is gone or broken, so that another may serve the request; the message says why."""
+
+
+class RequestFailed(RuntimeError):
+    """The request cannot be served, or not any more, and that is not the instance's fault; the message says why."""
 
 
 class Instance(Protocol):
@@ -23,6 +27,10 @@ class Instance(Protocol):
     async def generate(self, request: Request, record: RequestRecord) -> None:
         """Serve `request` to its last token and fill `record`'s times, tokens and preemptions.
 
-        Raises InstanceFailed if it cannot.
+        Raises InstanceFailed or RequestFailed if it cannot.
         """
+        ...
+
+    async def healthy(self) -> bool:
+        """Whether it would serve a request now: asked of an instance that failed one."""
         ...

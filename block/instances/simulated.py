@@ -39,6 +39,10 @@ class SimulatedInstance:
         self._plan()
         await finished
 
+    async def healthy(self) -> bool:
+        """Always: a twin does not fail."""
+        return True
+
     def _advance(self, now: float) -> None:
         for done in self._engine.advance(now):
             record, finished = self._serving.pop(done.id)

@@ -17,7 +17,7 @@ from testbed import constant_latency, engine_config, open_loop, request, round_l
 from block import clock
 from block.dispatcher import DispatchConfig, Dispatcher
 from block.engine import EngineConfig
-from block.instances.base import InstanceFailed
+from block.instances.base import InstanceFailed, RequestFailed
 from block.policies import Block, INFaaS, LeastRequests, MinQPM, Needs, Random, RoundRobin
 from block.predictor import Predictor
 from block.types import FIELDS, ID, Decision, Forecast, InstanceView, Request, RequestRecord, Snapshot
@@ -112,13 +112,66 @@ def test_decisions_are_kept_with_their_time_scores_and_request() -> None:
     assert {dispatcher.records[0].instance_id, dispatcher.records[1].instance_id} == {0, 1}
 
 
-def test_a_failed_request_is_recorded_and_leaves_the_books() -> None:
-    spy = Spy()
-    dispatcher = dispatch([Scripted(0, fails=True), Scripted(1)], spy, arrivals(0.0, 5.0, 30.0))
-    assert [record.status for record in dispatcher.records] == ["failed"] * 3
-    assert all(math.isnan(record.finished) for record in dispatcher.records)
-    # At 5 s one is there and not visible; at 30 s both have failed and are gone from ledger and count.
-    assert [(views[0].underway, views[0].outstanding) for views in spy.views] == [([], 0), ([0], 1), ([], 0)]
+def test_a_request_that_an_instance_lost_goes_to_another_and_the_instance_gets_no_more() -> None:
+    broken, sound = Scripted(0, service=3.0, fails=True), Scripted(1)
+    dispatcher = dispatch([broken, sound], RoundRobin(), arrivals(0.0, 1.0, 30.0))
+    first, second, third = dispatcher.records
+    assert [record.status for record in (first, second, third)] == ["ok"] * 3
+    assert [record.instance_id for record in (first, second, third)] == [1, 1, 1]
+    assert (first.retries, second.retries, third.retries) == (1, 0, 0)
+    assert first.dispatched == 3.0  # begun anew when the first instance was lost
+    assert first.first_token == 4.0
+    assert first.error == "instance 0 went away"
+    assert list(dispatcher.ejections) == [(3.0, 0, "instance 0 went away")]
+    assert [chosen.instance_id for _, chosen, _ in dispatcher.decisions] == [0, 1, 1, 1]
+    assert [dispatcher.outstanding(i) for i in (0, 1)] == [0, 0]
+
+
+def test_a_request_fails_when_no_instance_is_left() -> None:
+    dispatcher = dispatch([Scripted(0, fails=True), Scripted(1, fails=True)], RoundRobin(), arrivals(0.0, 30.0))
+    lost, late = dispatcher.records
+    assert (lost.status, lost.retries, lost.error) == ("failed", 2, "instance 1 went away")
+    assert (late.status, late.retries, late.error) == ("failed", 0, "no instance is left")
+    assert math.isnan(lost.finished)
+
+
+def test_a_refused_request_is_not_retried_and_its_instance_stays() -> None:
+    async def refuse(instance: Any, record: RequestRecord) -> None:
+        raise RequestFailed("prompt too long")
+
+    async def main() -> None:
+        dispatcher = Dispatcher([Scripted(0), Scripted(1)], RoundRobin(), None, DispatchConfig(), Stream(0))
+        record = await dispatcher.submit(request(0, 1, 1), refuse)
+        assert (record.status, record.retries, record.error) == ("failed", 0, "prompt too long")
+        assert list(dispatcher.active) == [0, 1]
+
+    clock.run(main(), virtual=True)
+
+
+def test_an_instance_is_used_again_once_readmitted() -> None:
+    async def main() -> None:
+        dispatcher = Dispatcher([Scripted(0), Scripted(1)], RoundRobin(), None, DispatchConfig(), Stream(0))
+        dispatcher.eject(0, "no answer")
+        dispatcher.eject(0, "still no answer")
+        assert len(dispatcher.ejections) == 1
+        assert [(await dispatcher.submit(request(i, 1, 1))).instance_id for i in range(2)] == [1, 1]
+        dispatcher.readmit(0)
+        dispatcher.readmit(0)
+        assert list(dispatcher.active) == [0, 1]
+        assert sorted([(await dispatcher.submit(request(i, 1, 1))).instance_id for i in range(2, 4)]) == [0, 1]
+
+    clock.run(main(), virtual=True)
+
+
+def test_the_history_can_be_bounded() -> None:
+    async def main() -> None:
+        dispatcher = Dispatcher([Scripted(0)], RoundRobin(), None, DispatchConfig(), Stream(0), history=2)
+        for i in range(5):
+            await dispatcher.submit(request(i, 1, 1))
+        assert [record.request.id for record in dispatcher.records] == [3, 4]
+        assert len(dispatcher.decisions) == 2
+
+    clock.run(main(), virtual=True)
 
 
 def test_another_error_is_not_hidden_and_the_books_are_clean_after_it() -> None:
@@ -193,7 +246,7 @@ def test_a_policy_pays_only_for_what_it_needs() -> None:
     assert all(view.snapshot is None and view.forecast is None for views in spy.views for view in views)
     snapshots = dispatch(instances, INFaaS(), arrivals(0.0, 1.0))
     assert [instance.looks for instance in instances] == [2, 2]
-    assert snapshots.forecast_s == []
+    assert not snapshots.forecast_s
 
 
 def test_only_sampled_instances_are_looked_at() -> None:

@@ -33,7 +33,7 @@ def test_run_json_holds_what_the_run_was(tmp_path):
     assert document["id"] == path.name
     assert document["config"] == {"seed": 1, "workload": {"qps": 30, "shape": None}, "threshold": ".inf"}
     assert document["choices"] == {"scheduler": "block"}
-    assert document["counts"] == {"sent": 3, "ok": 2, "failed": 1, "fallback": 1, "preempted": 2}
+    assert document["counts"] == {"sent": 3, "ok": 2, "failed": 1, "fallback": 1, "preempted": 2, "failed_over": 0}
     # E2E 2 s and 4 s; TTFT 1 s and 2 s; the forecast of 3 s was off by half of the actual 2 s.
     expected = {"e2e_mean_s": 3.0, "ttft_p50_s": 1.5, "e2e_error_p50": 0.5, "preemptions": 2, "forecast_p50_us": 20.0}
     assert {key: document["summary"][key] for key in expected} == expected
@@ -60,6 +60,8 @@ def test_tables_come_back_as_written(tmp_path):
         "forecast_e2e",
         "status",
         "preemptions",
+        "retries",
+        "error",
     ]
     assert requests["status"].tolist() == ["ok", "ok", "failed"]
     assert requests["finished"].tolist()[:2] == [2.0, 5.0]
