@@ -98,7 +98,7 @@ def test_an_empty_run_is_a_run(tmp_path):
     with RunWriter({}, root=tmp_path) as writer:
         writer.store([], [], {})
     run = read_run(writer.path)
-    assert run.counts == {"sent": 0, "ok": 0, "failed": 0, "fallback": 0, "preempted": 0}
+    assert run.counts == {"sent": 0, "ok": 0, "failed": 0, "fallback": 0, "preempted": 0, "failed_over": 0}
     assert run.summary["e2e_p99_s"] is None
     assert len(run.requests()) == len(run.decisions()) == 0
 
