@@ -16,7 +16,7 @@ import numpy as np
 from block import scheduler as s
 from block.compiled import compiled
 from block.latency import LatencyModel
-from block.types import EXPECTED, FIELDS, ID, PROMPT, TARGET, Floats, Int, Ints, Request, Snapshot
+from block.types import EXPECTED, FIELDS, ID, MAX_TOKENS, PROMPT, TARGET, Floats, Int, Ints, Request, Snapshot
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,12 @@ class EngineConfig:
 
     def limits(self, total_blocks: int) -> Ints:
         """The settings as the compiled scheduler reads them, for an engine with `total_blocks` usable blocks."""
-        watermark = int(self.watermark * total_blocks)
-        spare = max(watermark, 1) if self.version == "v0" else watermark  # V0 preempts what has no free block in reach
+        if self.version == "v0":
+            watermark = int(self.watermark * total_blocks)
+            spare = max(watermark, 1)  # it preempts what has no free block in reach
+        else:
+            watermark = int(self.watermark * (total_blocks + 1))  # a share of all, the one that V1 keeps included
+            spare = 0  # a sequence that is alone may fill them all
         needed = -(-self.max_model_len // self.block_size) + spare
         if needed > total_blocks:
             raise ValueError(
@@ -108,6 +112,7 @@ class Engine:
     ) -> None:
         self.total_blocks = total_blocks
         self._limits = config.limits(total_blocks)
+        self._max_model_len = config.max_model_len
         self._packed = latency.pack()
         self._noise = np.ones(1) if noise is None else noise
         self._state = np.zeros(s.STATE, dtype=np.int64)
@@ -123,7 +128,15 @@ class Engine:
         self._scratch = (np.zeros_like(self._seqs), np.zeros_like(self._firsts), np.zeros_like(self._done))
 
     def add(self, request: Request, now: float) -> None:
-        """Receive `request` at time `now`, to which the engine must have been advanced."""
+        """Receive `request` at time `now`, to which the engine must have been advanced.
+
+        ValueError if its prompt leaves no room for a response.
+        """
+        if request.prompt_tokens >= self._max_model_len:
+            raise ValueError(
+                f"request {request.id}: a prompt of {request.prompt_tokens} tokens leaves no room for a response in "
+                f"engine.max_model_len={self._max_model_len}"
+            )
         state = self._state
         if state[s.TAIL] == self._seqs.shape[1]:
             self._make_room()
@@ -131,13 +144,27 @@ class Engine:
         self._seqs[:, column] = 0
         self._seqs[ID, column] = request.id
         self._seqs[PROMPT, column] = request.prompt_tokens
-        self._seqs[TARGET, column] = request.output_tokens
+        most = request.output_tokens if request.max_tokens is None else request.max_tokens
+        self._seqs[TARGET, column] = min(request.output_tokens, most)
+        self._seqs[MAX_TOKENS, column] = most
         self._seqs[EXPECTED, column] = request.predicted_output_tokens
         self._firsts[column] = math.nan
         state[s.TAIL] = column + 1
         if self._ends == math.inf:
             s.begin_step(self._seqs, self._firsts, state, self._times, self._limits, self._packed, self._noise, now)
             self._ends = float(self._times[s.ENDS])
+
+    def abort(self, request_id: int, now: float) -> None:
+        """Stop serving a request at time `now`, to which the engine must have been advanced; it will not be reported.
+
+        As in vLLM, it leaves when the step in flight ends, before the outputs of that step are seen; until then
+        snapshots show it. What is not here, or not any more, is ignored.
+        """
+        state = self._state
+        live = slice(state[s.HEAD], state[s.TAIL])
+        found = (self._seqs[ID, live] == request_id) & (self._seqs[TARGET, live] != s.GONE)
+        self._seqs[TARGET, live][found] = s.GONE
+        state[s.ABORTED] += found.sum()
 
     def _make_room(self) -> None:
         """Move the live columns to the front of arrays with room for as many again."""

@@ -22,6 +22,7 @@ from block.types import (
     EXPECTED,
     FIELDS,
     ID,
+    MAX_TOKENS,
     NEXT,
     OUTPUT,
     PROMPT,
@@ -173,7 +174,11 @@ def _forecast(
     now: float,
     compressed: bool,
 ) -> None:
-    """Run the twin from a loaded snapshot until the candidate finishes; its times end up in column 0 of `done`."""
+    """Run the twin from a loaded snapshot until the candidate finishes; its times end up in column 0 of `done`.
+
+    Estimates take the place of TARGET and MAX_TOKENS both: the twin knows when a sequence ends, as a scheduler does
+    whose requests ignore the model's end of sequence.
+    """
     in_flight = heads[_RUNNING] + heads[_STALE]
     state[:] = 0
     state[s.RUNNING] = heads[_RUNNING]
@@ -184,6 +189,7 @@ def _forecast(
         output = seqs[OUTPUT, column]
         expected = max(seqs[EXPECTED, column], 1)
         seqs[TARGET, column] = expected if expected > output else output + OUTRUN_MARGIN
+        seqs[MAX_TOKENS, column] = seqs[TARGET, column]
         firsts[column] = np.nan if output == 0 else now
     # A step whose modelled end has passed is about to end.
     duration = s.step_time(seqs, 0, in_flight, CHUNK, packed)

@@ -31,6 +31,7 @@ from block.types import (
     COMPUTED,
     FIELDS,
     ID,
+    MAX_TOKENS,
     NEXT,
     OUTPUT,
     PENDING,
@@ -52,7 +53,10 @@ QUEUED = 5  # 1 if row NEXT holds a scheduled step
 VISIBLE = 6  # TAIL when `schedule` last ran: later columns are not yet known to the scheduler
 STEPS = 7  # steps begun
 PREEMPTIONS = 8  # preemptions so far
-STATE = 9
+ABORTED = 9  # live columns whose row TARGET says GONE
+STATE = 10
+
+GONE = -1  # as a TARGET: aborted, to be removed when the step in flight ends
 
 # Entries of `times`.
 STARTED = 0  # when the step in flight began
@@ -180,8 +184,8 @@ def schedule(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, packed: Floa
         total = seqs[PROMPT, column] + seqs[OUTPUT, column]
         pending = seqs[PENDING, column]
         computed = seqs[COMPUTED, column]
-        if pending > 0 and computed + 2 - pending >= seqs[PROMPT, column] + seqs[TARGET, column]:
-            column += 1  # its last token is in flight already
+        if pending > 0 and computed + 2 - pending >= seqs[PROMPT, column] + seqs[MAX_TOKENS, column]:
+            column += 1  # the last token that it may have is in flight already
             continue
         chunk = min(total + pending - computed, limit, budget, limits[MAX_MODEL_LEN] - 1 - computed)
         if chunk <= 0:
@@ -233,11 +237,31 @@ def schedule(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, packed: Floa
 
 
 @compiled
+def _remove(seqs: Ints, firsts: Floats, state: Ints, column: Int) -> None:
+    """A sequence, running or waiting, leaves and returns its blocks. Those to the left of it move to the right."""
+    state[FREE] += seqs[BLOCKS, column]
+    if column < state[HEAD] + state[RUNNING]:
+        state[RUNNING] -= 1
+    elif column < state[HEAD] + state[RUNNING] + state[STALE]:
+        state[STALE] -= 1
+    move_left(seqs, firsts, column, state[HEAD])
+    state[HEAD] += 1
+
+
+@compiled
+def _remove_aborted(seqs: Ints, firsts: Floats, state: Ints) -> None:
+    """Aborted sequences leave. What the steps in flight compute for them is lost, though it takes its time."""
+    for column in range(state[HEAD], state[TAIL]):
+        if seqs[TARGET, column] == GONE:
+            _remove(seqs, firsts, state, column)
+    state[ABORTED] = 0
+
+
+@compiled
 def _update(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, now: float, done: Floats, found: Int) -> Int:
     """Apply the output of the step in flight, which ends `now`: tokens, first-token times, finishes."""
     column = state[HEAD]
     stop = column + state[RUNNING] + state[STALE]
-    running_end = column + state[RUNNING]
     while column < stop:
         if seqs[CHUNK, column] == 0:
             column += 1
@@ -259,11 +283,7 @@ def _update(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, now: float, d
             done[DONE_PREEMPTED, found] = seqs[PREEMPTED, column]
             done[DONE_OUTPUT, found] = output
             found += 1
-            state[FREE] += seqs[BLOCKS, column]
-            if column < running_end:
-                state[RUNNING] -= 1
-            move_left(seqs, firsts, column, state[HEAD])
-            state[HEAD] += 1
+            _remove(seqs, firsts, state, column)
         column += 1
     state[STALE] = 0
     return found
@@ -319,6 +339,8 @@ def complete_step(
     Returns the new `found`. `done` is float64[DONE, n] with room for every live sequence.
     """
     now = times[ENDS]
+    if state[ABORTED] > 0:
+        _remove_aborted(seqs, firsts, state)
     found = _update(seqs, firsts, state, limits, now, done, found)
     begin_step(seqs, firsts, state, times, limits, packed, noise, now)
     return found

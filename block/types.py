@@ -23,34 +23,40 @@ ID = 0  # the request's number in its run
 PROMPT = 1  # prompt tokens
 OUTPUT = 2  # response tokens generated so far
 TARGET = 3  # response tokens at which it finishes; only the engine that runs it knows
-EXPECTED = 4  # response tokens that the request was tagged with
-COMPUTED = 5  # tokens whose KV is computed, those of the steps in flight included
-BLOCKS = 6  # KV blocks held
-CHUNK = 7  # tokens scheduled in the step in flight
-NEXT = 8  # tokens scheduled in the step queued behind it (asynchronous scheduling)
-PENDING = 9  # sampled tokens still in flight: 0, 1, or 2 when the queued step samples too
-PREEMPTED = 10  # times preempted
-FIELDS = 11
+MAX_TOKENS = 4  # response tokens at which its scheduler knows that it finishes, if not before: at least TARGET
+EXPECTED = 5  # response tokens that the request was tagged with
+COMPUTED = 6  # tokens whose KV is computed, those of the steps in flight included
+BLOCKS = 7  # KV blocks held
+CHUNK = 8  # tokens scheduled in the step in flight
+NEXT = 9  # tokens scheduled in the step queued behind it (asynchronous scheduling)
+PENDING = 10  # sampled tokens still in flight: 0, 1, or 2 when the queued step samples too
+PREEMPTED = 11  # times preempted
+FIELDS = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request of a workload. `output_tokens` is the truth, known to the engine only."""
+    """One request of a workload. `output_tokens` is the truth, known to the engine only.
+
+    max_tokens: the most tokens that it asks for. The model may stop before, which no scheduler can foresee; None asks
+    for `output_tokens` exactly, as a replay does that ignores the model's end of sequence.
+    """
 
     id: int
     arrival: float
     prompt_tokens: int
     output_tokens: int
     predicted_output_tokens: int
+    max_tokens: int | None = None
 
 
 class Snapshot(NamedTuple):
     """What one instance publishes at the end of its scheduler's `schedule()`.
 
     `seqs` is int64[FIELDS, n], its first `running` columns the running sequences; it may be a view of a live engine,
-    valid until the next await. TARGET is not for schedulers to read. `step_started` is when the step in flight began,
-    NaN when the engine is idle. `stale` running-then-preempted sequences, the first of the waiting ones, still have a
-    token in flight.
+    valid until the next await. TARGET is not for policies to read, nor MAX_TOKENS, which gives it away in a replay.
+    `step_started` is when the step in flight began, NaN when the engine is idle. `stale` running-then-preempted
+    sequences, the first of the waiting ones, still have a token in flight.
     """
 
     instance_id: int

@@ -66,7 +66,7 @@ class ReferenceScheduler:
     def __init__(self, config: EngineConfig, total_blocks: int) -> None:
         self.config = config
         self.free = total_blocks
-        self.watermark = int(config.watermark * total_blocks)
+        self.watermark = int(config.watermark * (total_blocks + (config.version == "v1")))  # V1 counts the one it keeps
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.unseen: list[Sequence] = []

@@ -15,7 +15,7 @@ from testbed import constant_latency, engine_config, examples, poisson, request,
 from block.engine import Engine, EngineConfig
 from block.policies import Block
 from block.predictor import OUTRUN_MARGIN, Predictor
-from block.types import CHUNK, ID, OUTPUT, PENDING, Forecast, Request, Snapshot
+from block.types import CHUNK, ID, MAX_TOKENS, OUTPUT, PENDING, TARGET, Forecast, Request, Snapshot
 
 KINDS: dict[str, dict[str, Any]] = {
     "v0": {"version": "v0", "watermark": 0.02},
@@ -152,7 +152,7 @@ def test_the_true_length_plays_no_part() -> None:
     engine, now, _ = busy_engine(config, 3, 12, truth=False)
     snapshot = engine.snapshot(0, now)
     lied = snapshot._replace(seqs=snapshot.seqs.copy())
-    lied.seqs[3] = 1  # row TARGET
+    lied.seqs[[TARGET, MAX_TOKENS]] = 1
     one = request(99, 30, 20)
     assert forecasts(config, [snapshot], [[]], one, now) == forecasts(config, [lied], [[]], one, now)
 
