@@ -44,11 +44,28 @@ def call_at(when: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
     return asyncio.get_running_loop().call_at(when, callback)
 
 
-def run(main: Coroutine[Any, Any, T], *, virtual: bool) -> T:
-    """Run `main` to its end and return its result, on virtual time or on the wall clock; both start at 0."""
-    with asyncio.Runner(loop_factory=_VirtualLoop if virtual else _WallLoop) as runner:
-        if not virtual:
+def at(monotonic: float) -> float:
+    """What the clock reads when CLOCK_MONOTONIC reads `monotonic`; on wall-clock time only."""
+    loop = asyncio.get_running_loop()
+    return loop.time() + (monotonic - time.monotonic()) / getattr(loop, "dilation", 1.0)
+
+
+def restart() -> None:
+    """Set the clock to 0. Timers keep what they were set to; on virtual time nothing happens."""
+    loop = asyncio.get_running_loop()
+    if isinstance(loop, _WallLoop):
+        loop.origin = time.monotonic()
+
+
+def run(main: Coroutine[Any, Any, T], *, virtual: bool, dilation: float = 1.0) -> T:
+    """Run `main` to its end and return its result, on virtual time or on the wall clock; both start at 0.
+
+    dilation: seconds of the wall clock in which this clock advances by one.
+    """
+    if not virtual:
+        with asyncio.Runner(loop_factory=lambda: _WallLoop(dilation)) as runner:
             return runner.run(main)
+    with asyncio.Runner(loop_factory=_VirtualLoop) as runner:
         # Tens of thousands of live tasks make each pass of the cycle collector slow, and simulating makes no cycles.
         collecting = gc.isenabled()
         gc.disable()
@@ -59,13 +76,33 @@ def run(main: Coroutine[Any, Any, T], *, virtual: bool) -> T:
                 gc.enable()
 
 
+class _Dilated(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
+    """A selector that sleeps `dilation` times as long as it is told."""
+
+    dilation = 1.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        return super().select(None if timeout is None else timeout * self.dilation)  # type: ignore[no-any-return]
+
+
+class _Dilated(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
+    """A selector that sleeps `dilation` times as long as it is told."""
+
+    dilation = 1.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        return super().select(None if timeout is None else timeout * self.dilation)  # type: ignore[no-any-return]
+
+
 class _WallLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        super().__init__()
-        self._origin = time.monotonic()
+    def __init__(self, dilation: float = 1.0) -> None:
+        selector = _Dilated()
+        selector.dilation = self.dilation = dilation
+        super().__init__(selector)
+        self.origin = time.monotonic()
 
     def time(self) -> float:
-        return time.monotonic() - self._origin
+        return (time.monotonic() - self.origin) / self.dilation
 
 
 class _Jump(selectors.SelectSelector):

@@ -1,7 +1,7 @@
 """The cluster: instances of one model on some GPUs, started and stopped as one.
 
-A *backend* makes instances. `Simulated` makes them of engine twins on virtual time; backends of real engines will sit
-beside it and differ in nothing that the dispatcher can see.
+A *backend* makes instances. `Simulated` makes them of engine twins on virtual time; those of real engines are in
+`block.backends` and differ in nothing that the dispatcher can see.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from block.engine import Engine, EngineConfig
 from block.hardware import Model, gpu_named, kv_blocks, latency_model
@@ -74,16 +75,22 @@ class Testbed:
 
 
 class Fleet(NamedTuple):
-    """A running cluster, and the predictor that knows its engines."""
+    """A running cluster, the predictor that knows its engines, and what real engines said of themselves."""
 
     instances: Sequence[Instance]
     predictor: Predictor
+    engines: Mapping[str, Any]
 
 
 class Backend(Protocol):
     """Brings up a testbed. `virtual` says on which clock it lives, `dispatch_delay_s` what delay is to be modelled."""
 
     virtual: ClassVar[bool]
+
+    @property
+    def time_dilation(self) -> float:
+        """Wall-clock seconds for a second of the run; 1 on virtual time."""
+        ...
 
     @property
     def dispatch_delay_s(self) -> float:
@@ -94,8 +101,8 @@ class Backend(Protocol):
         """The step times of the testbed's engines, as the predictor knows them."""
         ...
 
-    def start(self, testbed: Testbed) -> AbstractAsyncContextManager[Fleet]:
-        """A context in which the cluster runs."""
+    def start(self, testbed: Testbed, logs: Path) -> AbstractAsyncContextManager[Fleet]:
+        """A context in which the cluster runs; what its servers say goes to the folder `logs`."""
         ...
 
 
@@ -116,6 +123,7 @@ class Simulated:
     dispatch_delay_s: float = 0.0
     auto: bool = False
     virtual: ClassVar[bool] = True
+    time_dilation: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.step_time_factor < math.inf:
@@ -133,7 +141,7 @@ class Simulated:
         return model.scaled(self.step_time_factor, self.step_overhead_s)
 
     @asynccontextmanager
-    async def start(self, testbed: Testbed) -> AsyncIterator[Fleet]:
+    async def start(self, testbed: Testbed, logs: Path) -> AsyncIterator[Fleet]:
         """Make the twins; there is nothing to stop."""
         latency = self.latency(testbed)
         blocks = testbed.total_blocks
@@ -141,7 +149,7 @@ class Simulated:
             SimulatedInstance(i, Engine(testbed.engine, latency, blocks, self._noise(testbed.seed, i)))
             for i in range(testbed.instances)
         ]
-        yield Fleet(instances, Predictor(testbed.engine, latency, blocks))
+        yield Fleet(instances, Predictor(testbed.engine, latency, blocks), {})
 
     def _noise(self, seed: int, instance_id: int) -> Floats | None:
         if self.step_noise == 0:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random as Stream
 from typing import Any
 
@@ -15,7 +16,7 @@ from block.dispatcher import Dispatcher
 from block.lengths import tag
 from block.monitor import Monitor
 from block.rng import stream
-from block.types import Request
+from block.types import Request, RequestRecord
 
 PROGRESS_EVERY = 100  # requests between two calls of `finished`
 
@@ -27,6 +28,7 @@ class Outcome:
     dispatcher: Dispatcher | None = None
     monitor: Monitor | None = None
     wall_time_s: float = 0.0
+    engines: Mapping[str, Any] = field(default_factory=dict)
 
 
 def requests_of(run: RunConfig) -> list[Request]:
@@ -35,15 +37,24 @@ def requests_of(run: RunConfig) -> list[Request]:
 
 
 def serve(
-    run: RunConfig, requests: Sequence[Request], outcome: Outcome, finished: Callable[[int], None] = lambda count: None
+    run: RunConfig,
+    requests: Sequence[Request],
+    outcome: Outcome,
+    finished: Callable[[int], None] = lambda count: None,
+    note: Callable[[RequestRecord], None] | None = None,
+    logs: Path = Path("logs"),
 ) -> None:
     """Replay `requests` on the run's testbed, filling `outcome`; `finished` is told of each batch of finished ones.
+
+    note: is told of each record as it is complete. logs: folder for what real servers say.
 
     Raises what the first request to fail raised.
     """
     began = time.perf_counter()
     try:
-        clock.run(_serve(run, requests, outcome, finished), virtual=run.backend.virtual)
+        backend = run.backend
+        main = _serve(run, requests, outcome, finished, note, logs)
+        clock.run(main, virtual=backend.virtual, dilation=backend.time_dilation)
     except ExceptionGroup as group:  # the first task to fail says what is wrong; it ended the others
         raise group.exceptions[0] from None
     finally:
@@ -51,9 +62,15 @@ def serve(
 
 
 async def _serve(
-    run: RunConfig, requests: Sequence[Request], outcome: Outcome, finished: Callable[[int], None]
+    run: RunConfig,
+    requests: Sequence[Request],
+    outcome: Outcome,
+    finished: Callable[[int], None],
+    note: Callable[[RequestRecord], None] | None,
+    logs: Path,
 ) -> None:
-    async with run.backend.start(run.testbed) as fleet:
+    every = PROGRESS_EVERY if run.backend.virtual else 1
+    async with run.backend.start(run.testbed, logs) as fleet:
         policy_stream = Stream(int(stream(run.seed, "policy").integers(2**63)))
         dispatcher = Dispatcher(
             fleet.instances,
@@ -65,17 +82,22 @@ async def _serve(
         )
         monitor = Monitor(fleet.instances, run.sample_every_s)
         outcome.dispatcher, outcome.monitor = dispatcher, monitor
+        outcome.engines = fleet.engines
         done = 0
 
-        def count(_: asyncio.Task[Any]) -> None:
+        def count(task: asyncio.Task[RequestRecord]) -> None:
             nonlocal done
             done += 1
-            if done % PROGRESS_EVERY == 0:
-                finished(PROGRESS_EVERY)
+            if done % every == 0:
+                finished(every)
+            if note is not None and not task.cancelled() and task.exception() is None:
+                note(task.result())
+
+        clock.restart()
 
         async with asyncio.TaskGroup() as group:
             for request in requests:  # open loop: nothing that happens to a request delays the next
                 await clock.sleep_until(request.arrival)
                 monitor.tick(clock.now(), request.id)
                 group.create_task(dispatcher.submit(request)).add_done_callback(count)
-        finished(done % PROGRESS_EVERY)
+        finished(done % every)

@@ -15,6 +15,10 @@ class RequestFailed(RuntimeError):
     """The request cannot be served, or not any more, and that is not the instance's fault; the message says why."""
 
 
+class LaunchFailed(RuntimeError):
+    """Servers did not come up, or are not what they should be; the message says which, why, and where the log is."""
+
+
 class Instance(Protocol):
     """One model server."""
 
