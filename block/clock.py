@@ -76,22 +76,13 @@ def run(main: Coroutine[Any, Any, T], *, virtual: bool, dilation: float = 1.0) -
                 gc.enable()
 
 
-class _Dilated(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
+class _Dilated(selectors.DefaultSelector):
     """A selector that sleeps `dilation` times as long as it is told."""
 
     dilation = 1.0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        return super().select(None if timeout is None else timeout * self.dilation)  # type: ignore[no-any-return]
-
-
-class _Dilated(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
-    """A selector that sleeps `dilation` times as long as it is told."""
-
-    dilation = 1.0
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        return super().select(None if timeout is None else timeout * self.dilation)  # type: ignore[no-any-return]
+        return super().select(None if timeout is None else timeout * self.dilation)
 
 
 class _WallLoop(asyncio.SelectorEventLoop):

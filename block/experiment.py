@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,12 +21,14 @@ from block.capacity import Point, crossings, interval
 from block.config import ConfigError, build, explain, node, plain
 from block.console import announce, progress, report, report_line
 from block.metrics import summarise
+from block.policies import Needs
+from block.predictor import Predictor
 from block.results import Run, RunWriter, read_run, write_json
 from block.serving import Outcome, requests_of, serve
 from block.sweep import end_with, standing
 from block.tables import request_columns
 from block.tracking import log_run
-from block.types import Request
+from block.types import FIELDS, Request, Snapshot
 
 
 def execute(config: DictConfig, choices: Mapping[str, str], *, sweep: DictConfig | None = None) -> Run:
@@ -46,12 +49,15 @@ def execute(config: DictConfig, choices: Mapping[str, str], *, sweep: DictConfig
     testbed = run.testbed
     latency = run.backend.latency(testbed)
     announce(testbed, run.backend, latency, console)
+    if run.scheduler.needs is Needs.FORECAST:
+        _warm_up(Predictor(testbed.engine, latency, testbed.total_blocks))
     hashes = {"latency_model": _hash(latency.pack()), "data_set": _hash(_lengths(requests))}
     with RunWriter(plain(config), choices, hashes=hashes, root=config.runs_dir) as writer:
         outcome = Outcome()
         try:
             with progress(console, "requests", len(requests)) as advance:
-                serve(run, requests, outcome, advance)
+                note = None if run.backend.virtual else writer.note
+                serve(run, requests, outcome, advance, note, writer.path / "instances")
         finally:  # a run that fails or is interrupted keeps what it has finished
             _store(writer, outcome)
     wandb = log_run(writer.path, run.tracking)
@@ -62,6 +68,12 @@ def execute(config: DictConfig, choices: Mapping[str, str], *, sweep: DictConfig
     else:
         report(stored, wandb, Console())
     return stored
+
+
+def _warm_up(predictor: Predictor) -> None:
+    """Load the compiled forecast, so that the run does not measure that."""
+    idle = Snapshot(0, 0.0, math.nan, 0, 0, 0, 0, np.zeros((FIELDS, 0), dtype=np.int64))
+    predictor.forecasts([idle], [[]], Request(0, 0.0, 1, 1, 1), 0.0)
 
 
 def _store(writer: RunWriter, outcome: Outcome) -> None:
@@ -77,6 +89,7 @@ def _store(writer: RunWriter, outcome: Outcome) -> None:
         dispatch_overhead_s=np.array(overheads),
         forecast_us=np.array(dispatcher.forecast_s) * 1e6,
         wall_time_s=outcome.wall_time_s,
+        engines=outcome.engines,
     )
 
 

@@ -5,8 +5,10 @@
     decisions.parquet  a row per decision: candidates and scores (lists), chosen, fallback, time
     instances.parquet  time series of the instances
     run.log            what was logged meanwhile
+    instances/         what real servers said
 
-A run that was killed, or that found the disk full, leaves a folder without run.json, which no reader returns.
+A run that was killed, or that found the disk full, leaves a folder without run.json, which no reader returns. One on real
+servers leaves what it had finished (started.json, finished.jsonl), of which `recover` makes a run.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -30,12 +32,13 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
 from block import metrics, provenance, tables
-from block.types import Decision, RequestRecord
+from block.types import Decision, Forecast, Request, RequestRecord
 
 if TYPE_CHECKING:  # pandas costs a third of a second, and only readers need it
     import pandas as pd
 
 SCHEMA_VERSION = 1
+STARTED, FINISHED = "started.json", "finished.jsonl"  # of a run on real servers, until it ends
 DEFAULT_ROOT = Path("artifacts/runs")  # relative to the current directory
 
 # Keys of a config that do not change what a run does: config_hash leaves them out.
@@ -90,6 +93,7 @@ class RunWriter:
             "counts": None,
             "summary": {},
         }
+        self._notes: TextIO | None = None
 
     def __enter__(self) -> Self:
         self.path.mkdir(parents=True)
@@ -100,6 +104,14 @@ class RunWriter:
         _package_log.setLevel(self._level or logging.INFO)
         log.info("run %s begins, config %s", self.id, self._document["config_hash"])
         return self
+
+    def note(self, record: RequestRecord) -> None:
+        """Keep the record of a finished request for the case that this process is killed."""
+        if self._notes is None:
+            write_json(self.path / STARTED, self._document)
+            self._notes = (self.path / FINISHED).open("a", encoding="utf-8")
+        self._notes.write(json.dumps(asdict(record), default=int) + "\n")
+        self._notes.flush()
 
     @property
     def summary(self) -> metrics.Summary:
@@ -120,11 +132,13 @@ class RunWriter:
         dispatch_overhead_s: ArrayLike | None = None,
         forecast_us: ArrayLike | None = None,
         wall_time_s: float | None = None,
+        engines: Mapping[str, Any] | None = None,
     ) -> metrics.Summary:
         """Write the tables, and return the summary that goes into run.json (see `metrics.summarise`).
 
         `decisions` are (time, decision, request id); `instances` maps a column's name to an array, all of one length.
-        Raises OSError if the disk is full, ValueError if the records contradict themselves.
+        engines: what real engines said of themselves. Raises OSError if the disk is full, ValueError if the records
+        contradict themselves.
         """
         columns = tables.request_columns(records)
         _write_table(self.path / "requests.parquet", tables.requests_table(columns))
@@ -142,6 +156,7 @@ class RunWriter:
         self._document["summary"] = metrics.summarise(
             columns, dispatch_overhead_s=dispatch_overhead_s, forecast_us=forecast_us, wall_time_s=wall_time_s
         )
+        self._document["engines"] = _plain(engines or {})
         self._document["status"] = "ok"
         log.info("stored %s", ", ".join(f"{count} {name}" for name, count in self._document["counts"].items()))
         return self.summary
@@ -170,7 +185,39 @@ class RunWriter:
             if error is None:
                 raise
             log.warning("run %s failed, and its run.json could not be written: %s", self.id, full)
+            return False
+        if self._notes is not None:
+            self._notes.close()
+            for name in (STARTED, FINISHED):
+                (self.path / name).unlink(missing_ok=True)
         return False
+
+
+def recover(path: Path) -> Run | None:
+    """Complete the folder of a run on real servers that was killed, with what it had finished; None if it is none.
+
+    The run's status is "interrupted"; decisions and time series are lost.
+    """
+    if (path / "run.json").exists() or not (path / STARTED).exists():
+        return None
+    writer = RunWriter({}, root=path.parent)
+    writer.path, writer.id = path, path.name
+    writer._document = json.loads((path / STARTED).read_text())
+    writer.store(list(_noted(path / FINISHED)), [], {})
+    writer._document |= {"status": "interrupted", "error": "killed"}
+    write_json(path / "run.json", writer._document)
+    return read_run(path)
+
+
+def _noted(path: Path) -> Iterator[RequestRecord]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            fields = json.loads(line)
+        except ValueError:  # the last line, cut off
+            return
+        forecast = fields["forecast"]
+        request = Request(**fields.pop("request"))
+        yield RequestRecord(request, **{**fields, "forecast": forecast and Forecast(*forecast)})
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

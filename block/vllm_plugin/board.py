@@ -36,6 +36,7 @@ HIDDEN = 8  # waiting sequences beyond CAPACITY
 STARTED = 9  # when the step in flight began; NaN when idle
 PUBLISHED = 10
 TIMED = 11  # steps whose duration was noted so far, the latest RING of them in `Board.steps`
+FINISHED = 12  # requests that have gone so far, the latest GONE of them in `Board.gone`
 NONCE = 16  # tells boards apart: a path may mean another file on another host
 _FIELDS = 17
 LIMITS = 20  # the engine's settings, in the order of `EngineLimits`
@@ -43,8 +44,7 @@ _HEADER = 64
 
 RING = 1024  # timed steps that are kept
 STEP = 7  # floats of a timed step, see StepTime
-FINISHED = 12  # requests that have gone so far, the latest GONE of them in `Board.gone`
-GONE = 4096
+GONE = 4096  # finished requests that are kept
 _BYTES = 8 * (_HEADER + FIELDS * CAPACITY + RING * STEP + GONE * 2)
 
 
@@ -134,7 +134,6 @@ class Board:
         board.header[NONCE] = secrets.randbits(62)
         board.times[STARTED] = np.nan
         board.gone[:, 0] = np.iinfo(np.int64).min
-        board.gone[:, 0] = np.iinfo(np.int64).min
         board.header[_MAGIC] = MAGIC
         return board, f"/proc/{os.getpid()}/fd/{fd}"
 
@@ -182,11 +181,6 @@ class Board:
         timed = int(self.header[TIMED])
         first = max(since, timed - RING + 1)  # the oldest place may be being overwritten
         return timed, self.steps[np.arange(first, timed) % RING].copy()
-
-    def preemptions_of(self, number: int) -> int | None:
-        """Preemptions of a request that has gone; None if it is no longer, or not yet, noted."""
-        places = np.flatnonzero(self.gone[:, 0] == number)
-        return int(self.gone[places[-1], 1]) if len(places) else None
 
     def preemptions_of(self, number: int) -> int | None:
         """Preemptions of a request that has gone; None if it is no longer, or not yet, noted."""

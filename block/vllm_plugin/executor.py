@@ -47,7 +47,7 @@ class Step(Future):  # type: ignore[type-arg]
         return time.monotonic() >= self._ends
 
 
-class EmulatedExecutor(Executor):
+class EmulatedExecutor(Executor):  # type: ignore[misc]
     """Computes nothing, in the time that computing would take."""
 
     def _init_executor(self) -> None:
@@ -138,7 +138,7 @@ class EmulatedExecutor(Executor):
         """Nothing to compile."""
 
     @property
-    def supported_tasks(self) -> tuple[str, ...]:  # type: ignore[override]
+    def supported_tasks(self) -> tuple[str, ...]:
         """Text generation."""
         return ("generate",)
 

@@ -96,7 +96,7 @@ def test_calibration_scales_every_time_and_adds_to_every_step() -> None:
 
 def served(backend: Simulated, bed: cluster.Testbed, policy: Any = None, count: int = 24) -> list[RequestRecord]:
     async def main() -> list[RequestRecord]:
-        async with backend.start(bed) as fleet:
+        async with backend.start(bed, Path()) as fleet:
             assert len(fleet.instances) == bed.instances
             assert [instance.instance_id for instance in fleet.instances] == list(range(bed.instances))
             assert [i.snapshot().free_blocks for i in fleet.instances] == [bed.total_blocks] * bed.instances
