@@ -14,13 +14,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError  # type: ignore[import-untyped]
 
 from block import policies
 from block.capacity import CapacityConfig
@@ -158,8 +161,8 @@ def build(config: DictConfig) -> RunConfig:
 def node(part: DictConfig) -> Any:
     """The object that one node describes; ConfigError if it cannot be."""
     try:
-        _refuse_unknown(part, [f.name for f in dataclasses.fields(get_class(part["_target_"]))])
         return instantiate(part, _convert_="all")
+    _refuse_unknown(part, [f.name for f in dataclasses.fields(_class_of(part))])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
 
@@ -167,6 +170,24 @@ def node(part: DictConfig) -> Any:
 def _refuse_unknown(part: DictConfig, known: Sequence[str]) -> None:
     """Hydra adds any key that is given with a +, and so must be told here which there are."""
     for key in map(str, part):
+def _class_of(part: DictConfig) -> type:
+    """The dataclass that a node's `_target_` names: one of this package, or of a module of the user's."""
+    key, group = str(part._get_full_key("_target_")), str(part._get_full_key(None))
+    if "_target_" not in part:
+        raise ConfigError(f"{group}: its file lacks the line `defaults: [/schema/{group}@_here_, _self_]`")
+    name = part["_target_"]
+    module, dot, attribute = name.rpartition(".")
+    if not dot:
+        raise ConfigError(f"{key}={name}: not of the form module.Class")
+    try:
+        cls = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{key}={name}: {error}") from error
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise ConfigError(f"{key}={name}: must be a dataclass, whose fields are the keys of {group}")
+    return cls
+
+
         if key not in known and not key.startswith("_"):
             raise ConfigError(_no_such_key(str(part._get_full_key(key)), key, known))
 
@@ -185,6 +206,8 @@ def explain(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MissingConfigException):
         missing = re.search(
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}"
             r"Could not find '(.+)/([^'/]*)' Available options in '[^']+': (.*?)(?: Config sear.*)?$", text
         )
         if missing:
@@ -198,17 +221,34 @@ def explain(error: BaseException) -> str:
     override = re.match(r"(?:Error merging override |Could not override ')([\w./@+~]+)(?:=(.*))?", text)
     cause = error.__cause__
     if override and cause is not None:
+    missing_value = re.match(r"Missing mandatory value: (\S+)", text)
+    if missing_value:
+        return f"{missing_value.group(1)}: needs a value"
+    in_file = re.match(r"In '(.+?)': \w+ raised while composing config: (.*?) full_key: (\S+)", text)
+    if in_file:
+        return _wrong_in_file(*in_file.groups())
         key, value = override.groups()
         lacking = _lacking(cause)
         if lacking:
             return _no_such_key(key, *lacking)
-        return f"{key}={value}: {_mismatch(cause, value)}"
+        return f"{key}={value}: {_mismatch(_first_line(cause), getattr(cause, 'child_node', None))}"
     return _first_line(error)
 
 
 def _no_such_key(key: str, part: str, known: Sequence[str]) -> str:
     """The message for `key`, of which `part` is not among the `known` ones."""
     return f"{key}: no such key{_choose(part, known, '; ') if known else ', nor any other here'}"
+def _wrong_in_file(file: str, trouble: str, key: str) -> str:
+    """The message for `key` of conf/`file`.yaml, or of a file of the user's, by what OmegaConf says of it."""
+    group, _, part = key.partition(".")
+    if "not in '" in trouble:
+        known = [f.name for f in dataclasses.fields(GROUPS[group])] if group in GROUPS else []
+        return f"{key}: no such key in {file}.yaml{_choose(part, known, '; ') if known else ''}"
+    value = re.search(r"[Vv]alue '(.*)' (?:of type|is not|for field)", trouble)
+    given = f"={value.group(1)}" if value else ""
+    return f"{key}{given}: {_mismatch(trouble)}, in {file}.yaml"
+
+
 
 
 def _choose(given: str, choices: Sequence[str], separator: str = "") -> str:
@@ -217,17 +257,28 @@ def _choose(given: str, choices: Sequence[str], separator: str = "") -> str:
     return f"{separator}{hint}choose from {', '.join(choices)}"
 
 
-def _mismatch(error: BaseException, value: str | None) -> str:
-    """Why a key may not have a value."""
-    text = _first_line(error)
-    if "is not a ListConfig" in text:
-        return f"must be a list, such as [{value}]"
+def _mismatch(text: str, node: object = None) -> str:
+    """Why a key may not have a value: by the type of the key's node if there is one, else by OmegaConf's words."""
+    told = re.search(r"(?:converted to|valid|field of type|convert '\w+' to|with|is not a(?! valid)) '?(\w+)'?", text)
+    kind = type(node).__name__ if node is not None else told.group(1) if told else ""
+    for word, wanted in _WANTED.items():
+        if kind.lower().startswith(word):
+            return f"wants {wanted}"
     return text
 
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+_WANTED = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a string",
+    "list": "a list, such as [1,2]",
+}
+
+
 
 
 def _lacking(error: BaseException) -> tuple[str, list[str]] | None:
@@ -249,6 +300,8 @@ def guard(main: Callable[[], Any]) -> int:
     try:
         main()
     except _Told:
+    sys.path.append(str(Path.cwd()))  # where a `_target_` of the user's may lie
+    sys.argv[1:] = sorted(sys.argv[1:], key=_is_override)  # which Hydra wants behind all options
         return 2
     except _WRONG as error:
         return _tell(error)
@@ -265,6 +318,10 @@ def guard(main: Callable[[], Any]) -> int:
 def told(job: Callable[[], Any]) -> None:
     """Do the `job` of a Hydra main in `guard`; what is wrong with its configuration is told before Hydra adds to it."""
     try:
+def _is_override(argument: str) -> bool:
+    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
+
+
         job()
     except _WRONG as error:
         _tell(error)
@@ -275,7 +332,7 @@ class _Told(BaseException):
     """Told already. Hydra lets pass what is no Exception, and else would print a line about it."""
 
 
-_WRONG = (ConfigError, HydraException, OmegaConfBaseException, FileNotFoundError)
+_WRONG = (ConfigError, HydraException, OmegaConfBaseException, FileNotFoundError, MarkedYAMLError)
 
 
 def _tell(error: Exception) -> int:

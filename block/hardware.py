@@ -6,10 +6,12 @@ any other pair `roofline` puts data sheet and Hugging Face config together (docs
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import yaml  # type: ignore[import-untyped]
 
 from block.latency import LatencyModel, table
 
@@ -74,13 +76,31 @@ GPUS: dict[str, GPU] = {
 
 
 def gpu_named(name: str) -> GPU:
-    """The catalogue's GPU of that name; ValueError lists the choices."""
+    """The catalogue's GPU of that name; for ``FILE.yaml``, the one whose data sheet the file holds.
+
+    ValueError lists the choices, or what a data sheet must hold.
+    """
+    if name.endswith(".yaml"):
+        return _data_sheet(name)
     if name not in GPUS:
-        raise ValueError(f"cluster.gpu={name}: choose from {', '.join(GPUS)}")
+        raise ValueError(f"cluster.gpu={name}: choose from {', '.join(GPUS)}, or give a data sheet, FILE.yaml")
     return GPUS[name]
 
 
 @dataclass(frozen=True)
+def _data_sheet(path: str) -> GPU:
+    wanted = ("memory_gib", "bandwidth", "tflops", "link")
+    if not Path(path).is_file():
+        raise ValueError(f"cluster.gpu={path}: no such file")
+    sheet = yaml.safe_load(Path(path).read_text())
+    if not isinstance(sheet, dict) or set(sheet) != set(wanted):
+        raise ValueError(f"cluster.gpu={path}: must hold {', '.join(wanted)}, and no other key")
+    for key, value in sheet.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"cluster.gpu={path}: {key}={value}: must be a number greater than 0")
+    return GPU(path, **sheet, source=path)
+
+
 class Model:
     """A dense decoder-only transformer by the numbers of its Hugging Face config, and how an instance holds it.
 
@@ -193,12 +213,13 @@ def roofline(gpu: GPU, model: Model, max_tokens: int = 8192) -> LatencyModel:
 
 
 def latency_model(gpu_name: str, model: Model, tracked: Path = TRACKED) -> tuple[LatencyModel, bool]:
-    """The step times of `model` on a GPU of the catalogue, and whether they come from a profile (else: roofline).
+    """The step times of `model` on a GPU by its name, and whether they come from a profile (else: roofline).
 
     ValueError for an unknown GPU and for a tracked file that cannot be read.
     """
-    fit = _tracked(gpu_named(gpu_name), model, tracked)
-    return (fit, True) if fit is not None else (roofline(GPUS[gpu_name], model), False)
+    gpu = gpu_named(gpu_name)
+    fit = _tracked(gpu, model, tracked)
+    return (fit, True) if fit is not None else (roofline(gpu, model), False)
 
 
 def kv_blocks(

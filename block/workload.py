@@ -74,8 +74,11 @@ class Workload:
             raise ValueError(f"workload.burst_shape={self.burst_shape}: needs arrivals=gamma, not {self.arrivals}")
         if self.source == "sketch":
             _choice("name", self.name, tuple(sorted(path.stem for path in SKETCHES.glob("*.json"))))
-        if self.source == "trace" and self.trace_path is None:
-            _choice("name", self.name, tuple(TRACES), " (or give trace_path=FILE.csv)")
+        if self.source == "trace" and self.trace_path is None and self.name not in TRACES:
+            raise ValueError(
+                f"workload.trace_path=null: {self.name!r} has no file of its own; give FILE.csv, "
+                f"or choose workload.name from {', '.join(TRACES)}"
+            )
         if self.arrivals == "trace" and not self._records_times():
             raise ValueError(
                 f"workload.arrivals=trace: {self.name} with source={self.source} has no arrival times; "
@@ -159,9 +162,9 @@ def _sketch(name: str) -> LengthSketch:
     return LengthSketch.load(SKETCHES / f"{name}.json")
 
 
-def _choice(key: str, value: str, choices: tuple[str, ...], more: str = "") -> None:
+def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"workload.{key}={value!r}: choose from {', '.join(choices)}{more}")
+        raise ValueError(f"workload.{key}={value!r}: choose from {', '.join(choices)}")
 
 
 def _at_least(key: str, value: int, least: int) -> None:

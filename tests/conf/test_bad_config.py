@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from commands import CONF, ROOT, choices, command, composed
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError
 
 from block import config
 from block.experiment import execute
@@ -64,6 +65,7 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["workload=alpaca"], "workload=alpaca: ", [f"choose from {', '.join(choices('workload'))}"]),
     (["experiment=main_swep"], "experiment=main_swep: ", ["did you mean main_sweep?", *choices("experiment")]),
     (["hydra/launcher=jobli"], "hydra/launcher=jobli: ", ["did you mean joblib?"]),
+    (["cluster.gpu=gone.yaml"], "cluster.gpu=gone.yaml: no such file", []),
     (["cluster.gpu=h1000"], "cluster.gpu=h1000: ", ["choose from t4, v100, a10", "h100"]),
     (["engine.version=v2"], "engine.version=v2: ", ["choose v0 or v1"]),
     (["tracking.mode=wandb"], "tracking.mode='wandb': ", ["choose from auto, online, offline, disabled"]),
@@ -73,20 +75,28 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["~scheduler"], "scheduler=null: ", ["choose from random, round_robin", "block", "conf/scheduler"]),
     (["~workload"], "workload=null: ", ["conf/workload"]),
     (["dispatch=1"], "dispatch=1: ", ["dispatch.ledger"]),
+    # a class that is not there, or cannot be a choice
+    (["scheduler._target_=Mine"], "scheduler._target_=Mine: ", ["module.Class"]),
+    (["scheduler._target_=nonesuch.Mine"], "scheduler._target_=nonesuch.Mine: ", ["No module named 'nonesuch'"]),
+    (["scheduler._target_=block.policies.Mine"], "scheduler._target_=block.policies.Mine: ", ["no attribute 'Mine'"]),
+    (["scheduler._target_=pathlib.Path"], "scheduler._target_=pathlib.Path: ", ["must be a dataclass", "scheduler"]),
     # not of the form
     (["workload.qps"], "workload.qps: ", ["not of the form key=value"]),
     (["workload.qps=="], "workload.qps==: ", ["not of the form key=value"]),
     (["scheduler=block,random"], "scheduler=block,random: ", ["-m"]),
     (["workload.qps=range(20,37)"], "workload.qps=range(20,37): ", ["-m"]),
     # the wrong type
-    (["workload.qps=fast"], "workload.qps=fast: ", ["could not be converted to Float"]),
-    (["workload.qps=[20,30]"], "workload.qps=[20,30]: ", ["could not be converted to Float"]),
-    (["workload.qps={a:1}"], "workload.qps={a:1}: ", ["could not be converted to Float"]),
-    (["workload.qps='3 4'"], "workload.qps='3 4': ", ["could not be converted to Float"]),
-    (["engine.max_num_seqs=1.5"], "engine.max_num_seqs=1.5: ", ["could not be converted to Integer"]),
-    (["dispatch.ledger=maybe"], "dispatch.ledger=maybe: ", ["is not a valid bool"]),
-    (["seed=null"], "seed=null: ", ["not Optional"]),
-    (["capacity.slo_s=3"], "capacity.slo_s=3: ", ["must be a list, such as [3]"]),
+    (["workload.qps=fast"], "workload.qps=fast: wants a number", []),
+    (["workload.qps=[20,30]"], "workload.qps=[20,30]: wants a number", []),
+    (["workload.qps={a:1}"], "workload.qps={a:1}: wants a number", []),
+    (["workload.qps='3 4'"], "workload.qps='3 4': wants a number", []),
+    (["workload.qps=integer"], "workload.qps=integer: wants a number", []),
+    (["engine.max_num_seqs=1.5"], "engine.max_num_seqs=1.5: wants an integer", []),
+    (["dispatch.ledger=maybe"], "dispatch.ledger=maybe: wants true or false", []),
+    (["model.name=[a]"], "model.name=[a]: wants a string", []),
+    (["seed=null"], "seed=null: wants an integer", []),
+    (["capacity.slo_s=3"], "capacity.slo_s=3: wants a list, such as [1,2]", []),
+    (["capacity.slo_s=[fast]"], "capacity.slo_s=[fast]: wants a number", []),
     # out of range
     (["seed=-1"], "seed=-1: ", ["must be 0 or more"]),
     (["sample_every_s=0"], "sample_every_s=0.0: ", ["must be greater than 0"]),
@@ -116,7 +126,7 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["workload.max_total_tokens=5000"], "workload.max_total_tokens=5000: ", ["engine.max_model_len=4096"]),
     (["workload.burst_shape=0.5"], "workload.burst_shape=0.5: ", ["arrivals=gamma"]),
     # files
-    (["workload=trace"], "workload.name='trace': ", ["trace_path=FILE.csv"]),
+    (["workload=trace"], "workload.trace_path=null: ", ["give FILE.csv", "workload.name from sharegpt"]),
     (["workload=trace", "workload.trace_path=gone.csv"], "workload.trace_path=gone.csv: ", ["no such file"]),
     (["runs_dir=/dev/null/runs"], "runs_dir=/dev/null/runs: ", ["Not a directory"]),
 ]
@@ -138,13 +148,54 @@ def test_a_trace_without_the_columns_is_told_which_it_has(tmp_path: Path) -> Non
     assert "choose from input, output" in line
 
 
+# what a model file of the user's holds; what is said
+LLAMA = {"name": "mine", "hf_id": "mine", "layers": 2, "hidden_size": 64, "intermediate_size": 64, "heads": 2}
+LLAMA |= {"kv_heads": 2, "head_dim": 32, "vocab_size": 1000}
+BAD_FILES: list[tuple[dict[str, Any], str]] = [
+    ({"layers": "many"}, "model.layers=many: wants an integer, in model/mine.yaml"),
+    ({"layers": [1]}, "model.layers=[1]: wants an integer, in model/mine.yaml"),
+    ({"gated_mlp": "maybe"}, "model.gated_mlp=maybe: wants true or false, in model/mine.yaml"),
+    ({"layrs": 2}, "model.layrs: no such key in model/mine.yaml; did you mean layers? choose from name, hf_id, layers"),
+    ({"layers": "???"}, "model.layers: needs a value"),
+    ({"kv_heads": 3}, "model.kv_heads=3: choose a divisor of heads=2"),
+    ({"defaults": []}, "model: its file lacks the line `defaults: [/schema/model@_here_, _self_]`"),
+]
+
+
+def own_model(folder: Path, text: str) -> str:
+    """What is said of a file of the user's."""
+    (folder / "model").mkdir()
+    (folder / "model" / "mine.yaml").write_text(text)
+    try:
+        config.build(composed(f"hydra.searchpath=[file://{folder}]", "model=mine"))
+    except (config.ConfigError, HydraException, OmegaConfBaseException, MarkedYAMLError) as error:
+        return config.explain(error)
+    return ""
+
+
+@pytest.mark.parametrize(("change", "says"), BAD_FILES, ids=[says for _, says in BAD_FILES])
+def test_one_line_tells_what_is_wrong_in_a_file_of_the_user_s(
+    change: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    file = {"defaults": ["/schema/model@_here_", "_self_"], **LLAMA, **change}
+    line = own_model(tmp_path, OmegaConf.to_yaml(file))
+    assert line.startswith(says)
+    assert "\n" not in line
+
+
+def test_one_line_tells_where_a_file_of_the_user_s_is_no_yaml(tmp_path: Path) -> None:
+    line = own_model(tmp_path, "layers: [1\n")
+    assert line.startswith(f"{tmp_path}/model/mine.yaml, line 2: ")
+    assert "\n" not in line
+
+
 NUMBERS = [key for key, value in leaves(composed()) if isinstance(value, int | float)]
 
 
 def test_every_number_and_switch_has_a_type() -> None:
     assert len(NUMBERS) > 40
     for key in NUMBERS:
-        assert complaint(f"{key}=nonsense").startswith(f"{key}=nonsense: ")
+        assert complaint(f"{key}=nonsense").startswith(f"{key}=nonsense: wants ")
 
 
 @pytest.mark.parametrize("group", sorted(path.name for path in CONF.iterdir() if path.is_dir()))
@@ -159,6 +210,7 @@ COMMANDS = [
     ("run.py", ["workload.qps=-1"], "error: workload.qps=-1.0: must be"),
     ("run.py", ["scheduler=null"], "error: a config group was given null"),
     ("run.py", ["workload=trace", "workload.trace_path=gone.csv"], "error: workload.trace_path=gone.csv: no such"),
+    ("run.py", ["seed=1", "-m", "workload.qsp=30"], "error: workload.qsp: no such key"),
     ("scripts/capacity.py", ["capacity.seeds=0"], "error: capacity.seeds=0: must be"),
     ("scripts/capacity.py", ["capacity.metric=e2e_p42_s"], "error: capacity.metric=e2e_p42_s: choose from"),
 ]
@@ -175,6 +227,7 @@ def test_a_command_says_it_on_stderr_and_exits_with_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script, *overrides])
+    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # so that what the command sets ends with the test
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -186,7 +239,7 @@ def test_a_command_says_it_on_stderr_and_exits_with_2(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("script", "overrides", "begins"), [COMMANDS[1], COMMANDS[4]])
+@pytest.mark.parametrize(("script", "overrides", "begins"), [COMMANDS[1], COMMANDS[-2]])
 def test_so_does_a_process(script: str, overrides: list[str], begins: str, tmp_path: Path) -> None:
     done = command(script, *overrides, folder=tmp_path)
     (line,) = done.stderr.splitlines()
@@ -205,6 +258,14 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         config.guard(main)
     with pytest.raises(ZeroDivisionError):
         config.guard(lambda: 1 // 0)
+
+
+def test_options_may_stand_among_the_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["run.py", "b=2", "-m", "~c", "--config-dir", "mine", "a=1", "+d=3"])
+    assert config.guard(lambda: None) == 0
+    assert sys.argv == ["run.py", "-m", "--config-dir", "mine", "b=2", "~c", "a=1", "+d=3"]
 
 
 def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,11 @@ def test_every_group_has_a_default() -> None:
     assert all(defaults[group] in choices(group) for group in GROUPS)
 
 
+def test_sweeps_that_begin_in_the_same_second_have_folders_of_their_own() -> None:
+    folders = {str(composed(hydra=True).hydra.sweep.dir) for _ in range(3)}
+    assert len(folders) == 3
+
+
 def test_defaults_are_the_paper_s_testbed() -> None:
     run = built()
     assert (run.cluster.gpu, run.cluster.num_gpus, run.testbed.instances) == ("a30", 12, 12)

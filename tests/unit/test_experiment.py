@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from block import config, policies
 from block.config import ConfigError
 from block.experiment import execute, search
+from block.predictor import Predictor
 from block.results import Run, runs
-from block.types import Decision, InstanceView, Request
+from block.types import Decision, Forecast, InstanceView, Request
 
 CONF = Path(__file__).parents[2] / "conf"
 TINY = ["workload.num_requests=60", "workload.qps=6", "cluster.num_gpus=3", "tracking=none"]
@@ -85,6 +87,25 @@ def test_the_summary_is_that_of_the_stored_requests(tmp_path: Path) -> None:
     assert run.summary["dispatch_overhead_mean_s"] == pytest.approx(0.23)  # what conf/backend models
     assert 0 < run.summary["forecast_p50_us"] <= run.summary["forecast_p99_us"]
     assert 0 < run.summary["wall_time_s"] < 60
+
+
+def test_loading_compiled_code_is_not_measured_as_a_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forecasts, calls = Predictor.forecasts, 0
+
+    def slow_at_first(*arguments: Any) -> list[Forecast]:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            time.sleep(0.5)
+        return forecasts(*arguments)
+
+    monkeypatch.setattr(Predictor, "forecasts", slow_at_first)
+    run = executed(tmp_path)
+    assert calls == 61
+    assert run.summary["forecast_p99_us"] < 50_000  # with half a second among 60 values it would be more
+    calls = 0
+    executed(tmp_path, "scheduler=random")
+    assert calls == 0
 
 
 def test_hashes_change_with_what_they_vouch_for(tmp_path: Path) -> None:

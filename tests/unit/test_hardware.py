@@ -89,9 +89,43 @@ def test_a_model_that_does_not_fit_is_named_with_the_choices() -> None:
 
 
 def test_an_unknown_gpu_is_named_with_the_choices() -> None:
+    with pytest.raises(ValueError, match=r"gpu=gone\.yaml: no such file"):
+        gpu_named("gone.yaml")
     for call in (lambda: gpu_named("rtx"), lambda: latency_model("rtx", model("tiny-llama"))):
         with pytest.raises(ValueError, match=r"gpu=rtx: choose from .*a30.*a100-40gb.*h200"):
             call()
+
+
+def test_a_data_sheet_of_one_s_own(tmp_path: Path) -> None:
+    a30 = GPUS["a30"]
+    path = tmp_path / "a30.yaml"
+    path.write_text("memory_gib: 24\nbandwidth: 933.0\ntflops: 165\nlink: 100\n")
+    gpu = gpu_named(str(path))
+    assert replace(gpu, name="a30", source=a30.source) == a30
+    times, profiled = latency_model(str(path), model("llama2-7b"))
+    assert not profiled  # the profile of the A30 is that of the A30, not of a file of that name
+    assert times.source["gpu"] == str(path)
+    assert (times.pack() == roofline(a30, model("llama2-7b")).pack()).all()
+
+
+@pytest.mark.parametrize(
+    ("sheet", "complaint"),
+    [
+        ("", "must hold memory_gib, bandwidth, tflops, link, and no other key"),
+        ("- 24", "must hold memory_gib"),
+        ("memory_gib: 24\nbandwidth: 933\ntflops: 165\n", "must hold memory_gib, bandwidth, tflops, link"),
+        ("memory_gib: 24\nbandwidth: 933\ntflops: 165\nlink: 1\nspeed: 2\n", "and no other key"),
+        ("memory_gib: 24\nbandwidth: 933\ntflops: 0\nlink: 1\n", "tflops=0: must be a number greater than 0"),
+        ("memory_gib: 24 GiB\nbandwidth: 933\ntflops: 1\nlink: 1\n", "memory_gib=24 GiB: must be a number"),
+        ("memory_gib: .inf\nbandwidth: 933\ntflops: 1\nlink: 1\n", "memory_gib=inf: must be a number"),
+    ],
+)
+def test_a_data_sheet_is_validated(sheet: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(sheet)
+    with pytest.raises(ValueError, match=complaint) as caught:
+        gpu_named(str(path))
+    assert str(caught.value).startswith(f"cluster.gpu={path}: ")
 
 
 @pytest.mark.parametrize(

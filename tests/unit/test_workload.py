@@ -277,7 +277,10 @@ def test_block_data_comes_before_the_cache(tmp_path: Path, monkeypatch: pytest.M
         ({"arrivals": "uniform"}, "workload.arrivals='uniform': choose from poisson, gamma, constant, trace"),
         ({"source": "file"}, "workload.source='file': choose from sketch, trace, synthetic"),
         ({"name": "alpaca"}, "workload.name='alpaca': choose from arxiv, .*sharegpt"),
-        ({"name": "alpaca", "source": "trace"}, r"workload.name='alpaca': choose from .*\(or give trace_path="),
+        (
+            {"name": "alpaca", "source": "trace"},
+            r"workload\.trace_path=null: 'alpaca' has .* give FILE\.csv, or .*sharegpt",
+        ),
         ({"num_requests": 0}, "workload.num_requests=0: must be an integer >= 1"),
         ({"num_requests": 1.5}, "workload.num_requests=1.5: must be an integer >= 1"),
         ({"max_total_tokens": 1}, "workload.max_total_tokens=1: must be an integer >= 2"),
