@@ -69,8 +69,15 @@ def round_latency() -> LatencyModel:
     )
 
 
-def request(id_: int, prompt: int, output: int, arrival: float = 0.0, predicted: int | None = None) -> Request:
-    return Request(id_, arrival, prompt, output, output if predicted is None else predicted)
+def request(
+    id_: int,
+    prompt: int,
+    output: int,
+    arrival: float = 0.0,
+    predicted: int | None = None,
+    max_tokens: int | None = None,
+) -> Request:
+    return Request(id_, arrival, prompt, output, output if predicted is None else predicted, max_tokens)
 
 
 def engine_config(version: str, **changes: Any) -> EngineConfig:
