@@ -21,7 +21,8 @@ class Sequence:
 
     id: int
     prompt: int
-    target: int
+    target: int  # response tokens at which it stops
+    most: int  # response tokens at which the scheduler knows that it stops
     output: int = 0  # tokens delivered
     owed: int = 0  # tokens that steps in flight will deliver
     computed: int = 0
@@ -73,6 +74,8 @@ class ReferenceScheduler:
         self.in_flight: Step | None = None
         self.queued: Step | None = None
         self.finished: list[tuple[int, float, float, int, int]] = []
+        self.aborted: list[int] = []
+        self.leaving: list[Sequence] = []  # aborted during the step in flight
 
     # ------------------------------------------------------------------------------------------------ one schedule
 
@@ -91,8 +94,8 @@ class ReferenceScheduler:
                 break
             if sequence not in self.running:
                 continue  # preempted a moment ago
-            if sequence.owed and sequence.output + sequence.owed >= sequence.target:
-                continue  # all it will ever say is on its way
+            if sequence.owed and sequence.output + sequence.owed >= sequence.most:
+                continue  # all it may ever say is on its way
             missing = sequence.known + sequence.owed - sequence.computed
             room = self.config.max_model_len - 1 - sequence.computed
             tokens = min(missing, most, budget, room)
@@ -169,9 +172,12 @@ class ReferenceScheduler:
     # ------------------------------------------------------------------------------------------------ one step's end
 
     def update(self, step: Step, now: float) -> None:
-        """Deliver the tokens of `step`; a preempted sequence gets its own too, but owes it no longer."""
+        """Deliver the tokens of `step`; a preempted sequence gets its own too, but owes it no longer.
+
+        Who has left gets none: it stopped, before the scheduler could know, in the step before this one.
+        """
         for sequence in step.members:
-            if sequence.id not in step.samples:
+            if sequence.id not in step.samples or sequence not in self.running + self.waiting:
                 continue
             if sequence.id not in step.lost:
                 sequence.owed -= 1
@@ -179,14 +185,27 @@ class ReferenceScheduler:
             if math.isnan(sequence.first):
                 sequence.first = now
             if sequence.output >= sequence.target or sequence.known >= self.config.max_model_len:
-                (self.running if sequence in self.running else self.waiting).remove(sequence)
-                self.free += sequence.blocks
+                self.remove(sequence)
                 self.finished.append((sequence.id, sequence.first, now, sequence.preempted, sequence.output))
+
+    def remove(self, sequence: Sequence) -> None:
+        for queue in (self.running, self.waiting, self.unseen):
+            if sequence in queue:
+                queue.remove(sequence)
+        self.free += sequence.blocks
 
     # ------------------------------------------------------------------------------------------------ the engine's loop
 
     def add(self, request: Request) -> None:
-        self.unseen.append(Sequence(request.id, request.prompt_tokens, request.output_tokens))
+        most = request.output_tokens if request.max_tokens is None else request.max_tokens
+        self.unseen.append(Sequence(request.id, request.prompt_tokens, min(request.output_tokens, most), most))
+
+    def abort(self, id_: int) -> None:
+        """It is noted, and happens when the step in flight ends."""
+        for sequence in self.running + self.waiting + self.unseen:
+            if sequence.id == id_ and sequence not in self.leaving:
+                self.leaving.append(sequence)
+                self.aborted.append(id_)
 
     def begin(self) -> None:
         """The queued step starts, or a new one; an asynchronous scheduler then decides the one behind it."""
@@ -203,6 +222,9 @@ class ReferenceScheduler:
     def complete(self, now: float) -> None:
         assert self.in_flight is not None
         done, self.in_flight = self.in_flight, None
+        for sequence in self.leaving:
+            self.remove(sequence)
+        self.leaving = []
         self.update(done, now)
         self.begin()
 

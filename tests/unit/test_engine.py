@@ -67,6 +67,23 @@ def test_v0_needs_a_block_more_than_its_longest_sequence_even_without_a_watermar
     Engine(engine_config("v1", max_model_len=32), constant_latency(), 8)
 
 
+def test_v1_needs_no_more_than_its_longest_sequence_whatever_the_watermark() -> None:
+    """It does not count for a sequence that is alone."""
+    config = engine_config("v1", max_model_len=32, watermark=0.5)
+    engine = Engine(config, constant_latency(), 8)
+    engine.add(request(0, 30, 9), 0.0)
+    assert engine.next_finish() == 3.0  # two chunks, a decode
+
+
+@pytest.mark.parametrize("prompt", [60, 61])
+def test_a_prompt_that_leaves_no_room_for_a_response_is_refused(prompt: int) -> None:
+    engine = Engine(engine_config("v1", max_model_len=60), constant_latency(), 16)
+    with pytest.raises(ValueError, match=rf"^request 7: a prompt of {prompt} tokens .* engine\.max_model_len=60$"):
+        engine.add(request(7, prompt, 5), 0.0)
+    engine.add(request(8, 59, 5), 0.0)
+    assert [done.id for done in engine.advance(99.0)] == [8]
+
+
 # ---------------------------------------------------------------------------------------------------- time
 
 

@@ -35,10 +35,21 @@ def small(kind: str) -> EngineConfig:
 
 
 def busy_engine(
-    config: EngineConfig, seed: int, count: int, *, truth: bool, gap: float = 0.1, blocks: int = BLOCKS
+    config: EngineConfig,
+    seed: int,
+    count: int,
+    *,
+    truth: bool,
+    gap: float = 0.1,
+    blocks: int = BLOCKS,
+    unruly: bool = False,
 ) -> tuple[Engine, float, list[Request]]:
-    """An engine that has received `count` requests at random times, the time, and which of them it does not show."""
+    """An engine that has received `count` requests at random times, the time, and which of them it does not show.
+
+    unruly: the model stops before max_tokens, and one client in ten is gone again.
+    """
     rng = Random(seed)
+    whims = Random(seed + 1)
     engine = Engine(config, LATENCY, blocks)
     received = {}
     now = 0.0
@@ -48,8 +59,12 @@ def busy_engine(
             del received[done.id]
         output = rng.randint(1, 60)
         guess = output if truth else max(1, round(output * rng.uniform(0.3, 1.5)))
-        received[i] = request(i, rng.randint(1, 90), output, predicted=guess)
+        most = output + whims.randint(0, 60) if unruly else None
+        received[i] = request(i, rng.randint(1, 90), output, predicted=guess, max_tokens=most)
         engine.add(received[i], now)
+        if unruly and whims.random() < 0.1:
+            engine.abort(gone := whims.choice(list(received)), now)
+            del received[gone]
     now += rng.expovariate(1 / gap)
     for done in engine.advance(now):
         del received[done.id]
@@ -227,6 +242,7 @@ def test_so_it_is_when_v0_preempts_a_prompt_with_one_token_left(compressed: bool
     blocks=st.sampled_from([34, 50, 120]),
     lengths=st.tuples(st.integers(1, 110), st.integers(1, 130)),
     underway=st.lists(st.tuples(st.integers(1, 100), st.integers(1, 60)), max_size=4),
+    unruly=st.booleans(),
 )
 def test_compressed_and_step_by_step_forecasts_are_the_same(
     kind: str,
@@ -237,9 +253,10 @@ def test_compressed_and_step_by_step_forecasts_are_the_same(
     blocks: int,
     lengths: tuple[int, int],
     underway: list[tuple[int, int]],
+    unruly: bool,
 ) -> None:
     config = small(kind)
-    engine, now, extra = busy_engine(config, seed, count, truth=truth, gap=gap, blocks=blocks)
+    engine, now, extra = busy_engine(config, seed, count, truth=truth, gap=gap, blocks=blocks, unruly=unruly)
     extra += [request(1000 + i, p, o) for i, (p, o) in enumerate(underway)]
     snapshot = engine.snapshot(0, now)
     one = request(9999, *lengths)

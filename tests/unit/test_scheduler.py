@@ -5,7 +5,9 @@ All cases run with blocks of 4 tokens, 16 tokens a step, and steps of one second
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -353,35 +355,128 @@ def test_a_preempted_sequence_finishes_if_its_last_token_was_in_flight() -> None
     assert done[2].preemptions == 1
 
 
+# ---------------------------------------------------------------------------------------------- early stops and aborts
+
+
+def test_an_asynchronous_scheduler_does_not_foresee_that_a_model_stops() -> None:
+    config = engine_config("v1", async_scheduling=True)
+    run = replay(config, 16, [request(0, 4, 3, max_tokens=10), request(1, 4, 1, arrival=2.5)])
+    rows = [(now, s.seqs[ID].tolist(), s.seqs[CHUNK].tolist(), s.seqs[NEXT].tolist()) for now, s in run.steps()]
+    assert rows == [
+        (0.0, [0], [4], [1]),
+        (1.0, [0], [1], [1]),
+        (2.0, [0], [1], [1]),  # 0 ends with this step, yet it is in the next one
+        (3.0, [1], [0], [4]),  # which runs for nobody; only the one behind it has room for 1
+        (4.0, [1], [4], [0]),
+    ]
+    assert run.finished == [Finished(0, 1.0, 3.0, 0, 3), Finished(1, 5.0, 5.0, 0, 1)]
+
+
+@BOTH
+def test_a_synchronous_scheduler_need_not_foresee_it(version: str) -> None:
+    lengths = [(3, 6), (3, 4), (9, 4)]
+    known = history(engine_config(version), 16, *primed(*lengths))
+    unknown = history(
+        engine_config(version), 16, *(replace(one, max_tokens=one.output_tokens + 9) for one in primed(*lengths))
+    )
+    assert known == unknown
+
+
+@BOTH
+def test_max_tokens_ends_what_would_go_on(version: str) -> None:
+    steps, done = history(engine_config(version), 16, request(0, 4, 9, max_tokens=2))
+    assert [step.step for step in steps] == [{0: 4}, {0: 1}]
+    assert done[0].output_tokens == 2
+
+
+@BOTH
+def test_an_aborted_sequence_leaves_when_the_step_in_flight_ends(version: str) -> None:
+    engine = Engine(engine_config(version, max_num_seqs=2), constant_latency(), 16)
+    engine.add(request(0, 4, 1), 0.0)
+    for i in (1, 2, 3):
+        engine.add(request(i, 4, 3), 0.25)
+    assert engine.advance(1.0) == [Finished(0, 1.0, 1.0, 0, 1)]
+    assert seen(engine.snapshot(0, 1.0)).step == {1: 4, 2: 4}
+    engine.abort(1, 1.5)
+    engine.abort(3, 1.5)
+    shown = seen(engine.snapshot(0, 1.5))
+    assert (shown.step, shown.waiting, shown.free) == ({1: 4, 2: 4}, [3], 14)
+    assert engine.next_finish() == 4.0
+    engine.add(request(4, 4, 1), 1.75)
+    assert engine.advance(2.0) == []
+    shown = seen(engine.snapshot(0, 2.0))
+    assert (shown.step, shown.waiting, shown.free) == ({2: 1, 4: 4}, [], 13)
+    assert [done.id for done in engine.advance(9.0)] == [4, 2]
+    assert engine.snapshot(0, 9.0).free_blocks == 16
+
+
+def test_a_token_in_flight_of_an_aborted_sequence_is_lost() -> None:
+    engine = Engine(engine_config("v1"), constant_latency(), 16)
+    engine.add(request(0, 4, 1), 0.0)
+    engine.abort(0, 0.5)
+    assert engine.next_finish() == math.inf
+    assert list(engine.advance(9.0)) == []
+    assert engine.snapshot(0, 9.0).free_blocks == 16
+
+
+def test_a_step_queued_for_an_aborted_sequence_takes_its_time() -> None:
+    engine = Engine(engine_config("v1", async_scheduling=True), constant_latency(), 16)
+    engine.add(request(0, 4, 5), 0.0)
+    engine.abort(0, 0.5)  # the step of 0 … 1 and the one behind it are scheduled
+    engine.add(request(1, 4, 1), 1.5)
+    assert engine.advance(9.0) == [Finished(1, 3.0, 3.0, 0, 1)]
+
+
+def test_aborting_nobody_or_twice_changes_nothing() -> None:
+    engine = Engine(engine_config("v1"), constant_latency(), 16)
+    engine.abort(0, 0.0)
+    engine.add(request(0, 4, 2), 0.0)
+    engine.add(request(1, 4, 2), 0.0)
+    for id_ in (1, 1, 7):
+        engine.abort(id_, 0.5)
+    assert engine.advance(9.0) == [Finished(0, 1.0, 2.0, 0, 2)]
+    engine.abort(0, 9.0)
+    engine.add(request(0, 4, 1), 9.0)  # an id may come again
+    assert engine.advance(20.0) == [Finished(0, 10.0, 10.0, 0, 1)]
+
+
 # ---------------------------------------------------------------------------------------------------- the reference
 
 
-def agree(config: EngineConfig, total_blocks: int, requests: list[Request]) -> ReferenceScheduler:
-    """Run twin and reference side by side and compare them after every step."""
+def agree(
+    config: EngineConfig, total_blocks: int, requests: list[Request], aborts: Sequence[tuple[float, int]] = ()
+) -> ReferenceScheduler:
+    """Run twin and reference side by side and compare them after every step. `aborts` are of (time, id)."""
     engine = Engine(config, constant_latency(), total_blocks)
     reference = ReferenceScheduler(config, total_blocks)
     finished: list[Finished] = []
-    pending = sorted(requests, key=lambda r: r.arrival)
+    arrivals: list[tuple[float, Request | int]] = [(one.arrival, one) for one in requests]
+    pending = sorted([*arrivals, *aborts], key=lambda event: event[0])
     begun = ends = 0.0
     for _ in range(20_000):
         if reference.busy:
             compare(engine.snapshot(0, begun), reference)
         elif not pending:
             break
-        if pending and (not reference.busy or pending[0].arrival < ends):
-            one = pending.pop(0)
-            finished += engine.advance(one.arrival)
-            engine.add(one, one.arrival)
-            reference.add(one)
+        if pending and (not reference.busy or pending[0][0] < ends):
+            at, event = pending.pop(0)
+            finished += engine.advance(at)
+            if not isinstance(event, Request):
+                engine.abort(event, at)
+                reference.abort(event)
+                continue
+            engine.add(event, at)
+            reference.add(event)
             if not reference.busy:
-                begun, ends = one.arrival, one.arrival + 1.0
+                begun, ends = at, at + 1.0
                 reference.begin()
         else:
             finished += engine.advance(ends)
             reference.complete(ends)
             begun, ends = ends, ends + 1.0
         assert [tuple(done) for done in finished] == reference.finished
-    assert sorted(done.id for done in finished) == sorted(one.id for one in requests)
+    assert sorted([*(done.id for done in finished), *reference.aborted]) == sorted(one.id for one in requests)
+    assert reference.free == total_blocks
     return reference
 
 
@@ -393,10 +488,8 @@ def compare(snapshot: Snapshot, reference: ReferenceScheduler) -> None:
     for row, name in ((OUTPUT, "output"), (COMPUTED, "computed"), (BLOCKS, "blocks"), (PREEMPTED, "preempted")):
         assert snapshot.seqs[row].tolist() == [getattr(one, name) for one in columns], name
     for row, step in ((CHUNK, reference.in_flight), (NEXT, reference.queued)):
-        tokens = step.tokens if step is not None else {}
-        assert {
-            i: n for i, n in zip(snapshot.seqs[ID].tolist(), snapshot.seqs[row].tolist(), strict=True) if n
-        } == tokens
+        tokens = step.tokens if step is not None else {}  # some perhaps of sequences that have left meanwhile
+        assert snapshot.seqs[row].tolist() == [tokens.get(one.id, 0) for one in columns]
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -407,8 +500,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @st.composite
-def workloads(draw: st.DrawFn, kind: str) -> tuple[EngineConfig, int, list[Request]]:
-    """Engines with memory for one to three sequences of full length, and more requests than that."""
+def workloads(draw: st.DrawFn, kind: str) -> tuple[EngineConfig, int, list[Request], list[tuple[float, int]]]:
+    """Engines with memory for one to three sequences of full length, and more requests than that; some leave early."""
     settings_: dict[str, Any] = dict(KINDS[kind])
     settings_["max_model_len"] = draw(st.integers(8, 60))
     settings_["max_num_batched_tokens"] = draw(st.integers(5, 40))
@@ -426,8 +519,10 @@ def workloads(draw: st.DrawFn, kind: str) -> tuple[EngineConfig, int, list[Reque
         arrival += draw(st.sampled_from([0.0, 0.0, 0.25, 1.0, 3.5]))
         prompt = draw(st.integers(1, config.max_model_len - 1))
         output = draw(st.integers(1, config.max_model_len + 5))
-        requests.append(request(i, prompt, output, arrival))
-    return config, total, requests
+        most = draw(st.none() | st.integers(output, output + 6) | st.integers(1, 70))
+        requests.append(request(i, prompt, output, arrival, max_tokens=most))
+    moments = st.floats(0.0, arrival + 30.0, width=16)
+    return config, total, requests, draw(st.lists(st.tuples(moments, st.integers(0, len(requests))), max_size=4))
 
 
 @pytest.mark.parametrize("kind", KINDS)
