@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
-from commands import CONF, ROOT, command
+from commands import CONF, ROOT, built, command, composed
+from joblib import parallel_config
 from omegaconf import OmegaConf
 
+from block.experiment import execute, search
+from block.results import Run, runs
+
 README = (ROOT / "README.md").read_text()
-COMMANDS = ("python run.py", "python scripts/capacity.py")
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
-def blocks(language: str) -> list[str]:
+def section(title: str) -> str:
+    """README's section of that title, its subsections too."""
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+GENERAL = README.replace(section("Your own"), "")  # without the worked examples, whose commands need their files
+
+
+def blocks(language: str, text: str = README) -> list[str]:
     """The contents of README's fences of that language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def lines(start: str) -> list[str]:
+def lines(start: str, text: str = README) -> list[str]:
     """README's lines that are commands of that kind, comments cut off; a backslash continues one."""
-    code = "\n".join(blocks("bash")).replace("\\\n", " ")
+    code = "\n".join(blocks("bash", text)).replace("\\\n", " ")
     return [line.split(" #")[0].strip() for line in code.splitlines() if line.startswith(start)]
 
 
 def small(line: str) -> list[str]:
-    """What makes a command fast: few requests, and one job of an experiment's sweep."""
+    """What makes a command fast: few requests, and one job of a sweep."""
     keys = ["workload.num_requests=200", "tracking=none", "runs_dir=runs"]
     if line.startswith("python scripts/capacity.py"):
         low_rates = ["capacity.low=4", "capacity.high=12", "capacity.tolerance=2", "cluster.num_gpus=3"]
@@ -43,17 +55,137 @@ def first(values: str) -> str:
     return re.sub(r"^\w+\((.*)\)$", r"\1", values).split(",")[0].strip()
 
 
-@pytest.mark.parametrize("line", [line for kind in COMMANDS for line in lines(kind)])
-def test_a_command_runs(line: str, tmp_path: Path) -> None:
-    for name in re.findall(r"trace_path=(\S+)", line):
-        rows = "".join(f"{50 + i % 30},{10 + i % 7},{i}\n" for i in range(60))
-        (tmp_path / name).write_text("prompt_tokens,output_tokens,arrival\n" + rows)
+def run_small(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The command with small settings, in `folder`."""
     script, *arguments = shlex.split(line)[1:]
-    done = command(script, *arguments, *small(line), folder=tmp_path)
+    done = command(script, *arguments, *small(line), folder=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout
-    stored = list((tmp_path / "runs").glob("*/run.json")) + list((tmp_path / "artifacts" / "capacity").glob("*.json"))
-    assert stored or "--cfg" in arguments
+    return done
+
+
+@pytest.mark.parametrize("line", lines("python run.py", GENERAL) + lines("python scripts/capacity.py", GENERAL))
+def test_a_command_runs(line: str, tmp_path: Path) -> None:
+    run_small(line, tmp_path)
+    assert list((tmp_path / "runs").glob("*/run.json")) + list((tmp_path / "artifacts" / "capacity").glob("*.json"))
+
+
+def test_a_sweep_is_logged_afterwards(tmp_path: Path) -> None:
+    """The two commands of README, one after the other."""
+    (log,) = lines("python scripts/log_runs.py")
+    sweep = next(line for line in lines("python run.py") if "-m" in line and "tracking=none" in line)
+    run_small(sweep, tmp_path)
+    assert not list(tmp_path.glob("runs/*/wandb"))
+    script, *arguments = shlex.split(log)[1:]
+    for logged in ("logged 2 of 2; 0 were logged before", "logged 0 of 0; 2 were logged before"):
+        done = command(script, *arguments, "--root", "runs", folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == logged
+    assert len(list(tmp_path.glob("runs/*/wandb/offline-run-*"))) == 2
+
+
+# ------------------------------------------------------------------------------------- figures and tables → commands
+
+# What the two versions of the paper have.
+V2 = ["Fig 5", "Fig 6", "Fig 7", "Fig 8", "Table 1", "Table 2", "CDFs"]
+CAMERA_READY = [f"Fig {number}" for number in range(5, 14)] + ["Table 1", "Table 2", "Table 3"]
+ROWS = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \| (.+) \|$", section("Figures and tables"), flags=re.MULTILINE)[1:]
+FIGURES = [code for row in ROWS for code in re.findall(r"`(python (?:run|scripts/capacity)\.py [^`]*)`", row[-1])]
+
+
+def test_every_figure_and_table_has_a_row() -> None:
+    for column, wanted in enumerate((V2, CAMERA_READY)):
+        assert set(wanted) <= {name for row in ROWS for name in row[column].split(", ")}
+    assert all("`python " in row[-1] or "not there yet" in row[-1] or "the same runs" in row[-1] for row in ROWS)
+
+
+@pytest.mark.parametrize("line", FIGURES)
+def test_every_job_of_a_figure_s_command_builds_and_the_first_runs(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = shlex.split(line)[2:]
+    pairs = [argument.split("=") for argument in arguments if "=" in argument]
+    assert arguments[0] == "-m" or "," not in line
+    job = [f"{key}={first(values)}" for key, values in pairs]
+    for key, values in pairs:
+        for value in values.split(","):
+            built(*job, f"{key}={value}")
+    monkeypatch.chdir(tmp_path)
+    settings = composed(*job, *small(line))
+    choices = {"scheduler": "a scheduler", "model": "a model"}
+    if "capacity.py" in line:
+        with parallel_config(backend="sequential"):
+            assert search(settings, choices)["objectives_s"]["1"]["capacity_qps"] > 1
+    else:
+        run = execute(settings, choices)
+        assert run.counts is not None
+        assert run.counts["ok"] == 200
+
+
+# ---------------------------------------------------------------------------------------------------- worked examples
+
+EXAMPLES = re.findall(r"^### (Your own .+?)\n(.*?)(?=^##|\Z)", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def worked(name: str, folder: Path) -> list[Run]:
+    """The runs of an example's commands in `folder`, which begins empty and gets the example's files."""
+    text = dict(EXAMPLES)[name]
+    files = re.findall(r"^`([^`\n]+)`\n\n```\w+\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    assert files
+    for path, content in files:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(content)
+    for line in lines("python ", text):
+        run_small(line, folder)
+    found = runs(root=folder / "runs")
+    assert len(found) == len(lines("python ", text)) > 0
+    assert all(run.counts is not None and run.counts["ok"] == 200 for run in found)
+    return found
+
+
+def test_there_are_four_examples() -> None:
+    assert [name for name, _ in EXAMPLES] == [f"Your own {what}" for what in ("trace", "model", "GPU", "policy")]
+
+
+def test_one_s_own_trace(tmp_path: Path) -> None:
+    (run,) = worked("Your own trace", tmp_path)
+    requests = run.requests()
+    assert requests["prompt_tokens"].tolist()[:4] == [512, 64, 1800, 512]
+    assert requests["output_tokens"].tolist()[:4] == [120, 300, 25, 120]
+
+
+def test_one_s_own_model(tmp_path: Path) -> None:
+    (run,) = worked("Your own model", tmp_path)
+    assert run.choices["model"] == run.config["model"]["name"] == "phi3-mini"
+    assert run.config["model"]["head_dim"] == 96
+
+
+def test_one_s_own_gpu(tmp_path: Path) -> None:
+    (run,) = worked("Your own GPU", tmp_path)
+    assert run.config["cluster"]["gpu"] == "mine/rtx4090.yaml"
+    assert set(run.instances()["instance_id"]) == {0, 1, 2, 3}
+
+
+def test_one_s_own_policy(tmp_path: Path) -> None:
+    by_file, by_target = sorted(worked("Your own policy", tmp_path), key=lambda run: run.choices["scheduler"])
+    assert (by_file.choices["scheduler"], by_target.choices["scheduler"]) == ("freest", "random")
+    for run in (by_file, by_target):
+        assert run.config["scheduler"] == {"_target_": "mine.freest.Freest", "k": 4}
+        assert {len(candidates) for candidates in run.decisions()["candidates"]} == {4}
+
+
+# ------------------------------------------------------------------------------------------------------- what it names
+
+
+def test_the_file_tree_names_every_module() -> None:
+    tree = re.search(r"^```\n(run\.py .*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    assert tree
+    package = ROOT / "block"
+    lines = tree.group(1).splitlines()
+    modules = {word.rstrip("/") for line in lines if line[0] == " " for word in re.split(" {2,}", line)[1].split()}
+    assert modules == {path.stem for path in package.iterdir() if path.stem[0] != "_"}
+    for line in lines:
+        assert line[0] == " " or (ROOT / line.split()[0]).exists()
 
 
 def test_there_are_commands() -> None:
@@ -67,8 +199,8 @@ def test_the_python_blocks_run_after_a_run(
     assert done.returncode == 0, done.stderr
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "readme"}
-    assert blocks("python")
-    for block in blocks("python"):
+    assert blocks("python", GENERAL)
+    for block in blocks("python", GENERAL):
         exec(compile(block, "README.md", "exec"), namespace)
     assert capsys.readouterr().out
 
