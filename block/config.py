@@ -160,16 +160,13 @@ def build(config: DictConfig) -> RunConfig:
 
 def node(part: DictConfig) -> Any:
     """The object that one node describes; ConfigError if it cannot be."""
+    _refuse_unknown(part, [f.name for f in dataclasses.fields(_class_of(part))])
     try:
         return instantiate(part, _convert_="all")
-    _refuse_unknown(part, [f.name for f in dataclasses.fields(_class_of(part))])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
 
 
-def _refuse_unknown(part: DictConfig, known: Sequence[str]) -> None:
-    """Hydra adds any key that is given with a +, and so must be told here which there are."""
-    for key in map(str, part):
 def _class_of(part: DictConfig) -> type:
     """The dataclass that a node's `_target_` names: one of this package, or of a module of the user's."""
     key, group = str(part._get_full_key("_target_")), str(part._get_full_key(None))
@@ -188,6 +185,9 @@ def _class_of(part: DictConfig) -> type:
     return cls
 
 
+def _refuse_unknown(part: DictConfig, known: Sequence[str]) -> None:
+    """Hydra adds any key that is given with a +, and so must be told here which there are."""
+    for key in map(str, part):
         if key not in known and not key.startswith("_"):
             raise ConfigError(_no_such_key(str(part._get_full_key(key)), key, known))
 
@@ -203,11 +203,11 @@ def explain(error: BaseException) -> str:
     """What is wrong with a configuration, in one line: Hydra's and OmegaConf's many boiled down to key and choices."""
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return explain(error.__cause__)
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}"
     text = " ".join(str(error).split())
     if isinstance(error, MissingConfigException):
         missing = re.search(
-    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
-        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}"
             r"Could not find '(.+)/([^'/]*)' Available options in '[^']+': (.*?)(?: Config sear.*)?$", text
         )
         if missing:
@@ -218,15 +218,15 @@ def explain(error: BaseException) -> str:
     several = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'", text)
     if several:
         return f"{several.group(1)}: several values are a sweep, which needs -m (or a list, which needs [ ])"
-    override = re.match(r"(?:Error merging override |Could not override ')([\w./@+~]+)(?:=(.*))?", text)
-    cause = error.__cause__
-    if override and cause is not None:
     missing_value = re.match(r"Missing mandatory value: (\S+)", text)
     if missing_value:
         return f"{missing_value.group(1)}: needs a value"
     in_file = re.match(r"In '(.+?)': \w+ raised while composing config: (.*?) full_key: (\S+)", text)
     if in_file:
         return _wrong_in_file(*in_file.groups())
+    override = re.match(r"(?:Error merging override |Could not override ')([\w./@+~]+)(?:=(.*))?", text)
+    cause = error.__cause__
+    if override and cause is not None:
         key, value = override.groups()
         lacking = _lacking(cause)
         if lacking:
@@ -235,9 +235,6 @@ def explain(error: BaseException) -> str:
     return _first_line(error)
 
 
-def _no_such_key(key: str, part: str, known: Sequence[str]) -> str:
-    """The message for `key`, of which `part` is not among the `known` ones."""
-    return f"{key}: no such key{_choose(part, known, '; ') if known else ', nor any other here'}"
 def _wrong_in_file(file: str, trouble: str, key: str) -> str:
     """The message for `key` of conf/`file`.yaml, or of a file of the user's, by what OmegaConf says of it."""
     group, _, part = key.partition(".")
@@ -249,6 +246,9 @@ def _wrong_in_file(file: str, trouble: str, key: str) -> str:
     return f"{key}{given}: {_mismatch(trouble)}, in {file}.yaml"
 
 
+def _no_such_key(key: str, part: str, known: Sequence[str]) -> str:
+    """The message for `key`, of which `part` is not among the `known` ones."""
+    return f"{key}: no such key{_choose(part, known, '; ') if known else ', nor any other here'}"
 
 
 def _choose(given: str, choices: Sequence[str], separator: str = "") -> str:
@@ -267,9 +267,6 @@ def _mismatch(text: str, node: object = None) -> str:
     return text
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 _WANTED = {
     "int": "an integer",
     "float": "a number",
@@ -279,6 +276,9 @@ _WANTED = {
 }
 
 
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def _lacking(error: BaseException) -> tuple[str, list[str]] | None:
@@ -297,11 +297,11 @@ def plain(config: DictConfig) -> dict[str, Any]:
 def guard(main: Callable[[], Any]) -> int:
     """Run a Hydra `main` and return the exit code: 2 and one line for a wrong configuration, 130 for Ctrl-C."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through, so that they are told here and not by Hydra
+    sys.path.append(str(Path.cwd()))  # where a `_target_` of the user's may lie
+    sys.argv[1:] = sorted(sys.argv[1:], key=_is_override)  # which Hydra wants behind all options
     try:
         main()
     except _Told:
-    sys.path.append(str(Path.cwd()))  # where a `_target_` of the user's may lie
-    sys.argv[1:] = sorted(sys.argv[1:], key=_is_override)  # which Hydra wants behind all options
         return 2
     except _WRONG as error:
         return _tell(error)
@@ -315,13 +315,13 @@ def guard(main: Callable[[], Any]) -> int:
     return 0
 
 
-def told(job: Callable[[], Any]) -> None:
-    """Do the `job` of a Hydra main in `guard`; what is wrong with its configuration is told before Hydra adds to it."""
-    try:
 def _is_override(argument: str) -> bool:
     return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
 
 
+def told(job: Callable[[], Any]) -> None:
+    """Do the `job` of a Hydra main in `guard`; what is wrong with its configuration is told before Hydra adds to it."""
+    try:
         job()
     except _WRONG as error:
         _tell(error)

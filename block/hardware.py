@@ -87,7 +87,6 @@ def gpu_named(name: str) -> GPU:
     return GPUS[name]
 
 
-@dataclass(frozen=True)
 def _data_sheet(path: str) -> GPU:
     wanted = ("memory_gib", "bandwidth", "tflops", "link")
     if not Path(path).is_file():
@@ -101,6 +100,7 @@ def _data_sheet(path: str) -> GPU:
     return GPU(path, **sheet, source=path)
 
 
+@dataclass(frozen=True)
 class Model:
     """A dense decoder-only transformer by the numbers of its Hugging Face config, and how an instance holds it.
 
