@@ -19,7 +19,7 @@ from typing import Any, ClassVar, final
 from block.cluster import Fleet, Testbed, visible_gpus
 from block.engine import EngineConfig
 from block.hardware import latency_model
-from block.instances.base import LaunchFailed
+from block.instances.base import InstanceFailed, LaunchFailed
 from block.latency import LatencyModel
 from block.predictor import Predictor
 from block.vllm_plugin.board import EngineLimits
@@ -90,9 +90,11 @@ class Emulated:
         }
         specs = [ServerSpec(arguments, logs / f"instance-{i}.log") for i in range(testbed.instances)]
         zygote = Zygote(logs / "zygote.log", environment, self.ready_timeout_s)
-        async with running(specs, zygote, deadline_s=self.ready_timeout_s) as servers:
-            async with _fleet([server.url for server in servers], latency, testbed) as fleet:
-                yield fleet
+        async with (
+            running(specs, zygote, deadline_s=self.ready_timeout_s) as servers,
+            _fleet([server.url for server in servers], latency, testbed) as fleet,
+        ):
+            yield fleet
 
 
 @final
@@ -140,9 +142,11 @@ class VLLMCPU:
         ]
         environment = {**_QUIET, **_OFFLINE, "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         specs = [ServerSpec(arguments, logs / f"instance-{i}.log", environment) for i in range(testbed.instances)]
-        async with running(specs, Subprocesses(), deadline_s=self.ready_timeout_s, at_once=self.at_once) as servers:
-            async with _fleet([server.url for server in servers], self.latency(testbed), testbed) as fleet:
-                yield fleet
+        async with (
+            running(specs, Subprocesses(), deadline_s=self.ready_timeout_s, at_once=self.at_once) as servers,
+            _fleet([server.url for server in servers], self.latency(testbed), testbed) as fleet,
+        ):
+            yield fleet
 
 
 @final
@@ -204,9 +208,11 @@ class VLLM:
             ServerSpec(arguments, logs / f"instance-{i}.log", {**_QUIET, "CUDA_VISIBLE_DEVICES": ",".join(mine)})
             for i, mine in enumerate(devices)
         ]
-        async with running(specs, Subprocesses(), deadline_s=self.ready_timeout_s) as servers:
-            async with _fleet([server.url for server in servers], latency, testbed) as fleet:
-                yield fleet
+        async with (
+            running(specs, Subprocesses(), deadline_s=self.ready_timeout_s) as servers,
+            _fleet([server.url for server in servers], latency, testbed) as fleet,
+        ):
+            yield fleet
 
 
 def _engine_arguments(testbed: Testbed, num_gpu_blocks: int | None) -> list[str]:
@@ -232,12 +238,12 @@ def _engine_arguments(testbed: Testbed, num_gpu_blocks: int | None) -> list[str]
 
 
 def _devices(testbed: Testbed) -> list[list[str]]:
-    """The GPUs of each instance; ValueError if there are too few."""
+    """The GPUs of each instance; LaunchFailed if there are too few."""
     wanted = testbed.cluster.num_gpus
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [gpu for gpu in listed.split(",") if gpu] if listed else [str(i) for i in range(visible_gpus())]
     if len(gpus) < wanted:
-        raise ValueError(
+        raise LaunchFailed(
             f"cluster.num_gpus={wanted}: {len(gpus)} GPUs are visible; choose fewer, or backend=emulated or simulated"
         )
     each = testbed.model.tensor_parallel
@@ -255,12 +261,14 @@ async def _fleet(urls: Sequence[str], latency: LatencyModel, testbed: Testbed) -
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
         instances = [VLLMInstance(i, url, session, testbed.model.vocab_size) for i, url in enumerate(urls)]
         try:
-            limits = [await instance.attach() for instance in instances]
+            try:
+                limits = [await instance.attach() for instance in instances]
+            except InstanceFailed as error:
+                raise LaunchFailed(str(error)) from error
             for instance, other in zip(instances, limits, strict=True):
                 if other != limits[0]:
-                    raise LaunchFailed(
-                        f"{instance.url}: other settings than {instances[0].url}: {_unlike(other, limits[0])}"
-                    )
+                    unlike = _unlike(other, limits[0])
+                    raise LaunchFailed(f"{instance.url}: other settings than {instances[0].url}: {unlike}")
             if limits[0].prefix_caching:
                 log.warning("the servers cache prefixes; forecasts do not count hits")
             engine = engine_of(limits[0])
@@ -294,10 +302,10 @@ def _unlike(one: EngineLimits, other: EngineLimits) -> str:
 
 
 def _require(*modules: str) -> None:
-    """ValueError if one of the modules is not installed."""
+    """LaunchFailed if one of the modules is not installed."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            raise ValueError(
+            raise LaunchFailed(
                 f"backend: {module} is not installed: pip install 'block-serving[gpu]', or [cpu] where there is no GPU"
             )
 

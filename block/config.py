@@ -26,11 +26,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError  # type: ignore[import-untyped]
 
 from block import policies
+from block.backends import VLLM, VLLMCPU, Emulated
 from block.capacity import CapacityConfig
 from block.cluster import Backend, ClusterConfig, Simulated, Testbed
 from block.dispatcher import DispatchConfig
 from block.engine import EngineConfig
 from block.hardware import Model
+from block.instances.base import LaunchFailed
 from block.lengths import Lengths, Noisy, Oracle
 from block.tracking import Tracking
 from block.workload import Workload
@@ -55,7 +57,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "block": policies.Block,
     },
     "lengths": {"oracle": Oracle, "noisy": Noisy},
-    "backend": {"simulated": Simulated},
+    "backend": {"simulated": Simulated, "vllm": VLLM, "vllm_cpu": VLLMCPU, "emulated": Emulated},
 }
 
 
@@ -93,6 +95,8 @@ class RunConfig:
                 f"workload.max_total_tokens={longest}: exceeds engine.max_model_len={self.engine.max_model_len}; "
                 f"set both to the model's length"
             )
+        if not self.backend.virtual and self.engine.version != "v1":
+            raise ValueError(f"engine.version={self.engine.version}: real engines schedule by v1; take engine=vllm_v1")
 
     @property
     def testbed(self) -> Testbed:
@@ -295,7 +299,9 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def guard(main: Callable[[], Any]) -> int:
-    """Run a Hydra `main` and return the exit code: 2 and one line for a wrong configuration, 130 for Ctrl-C."""
+    """Run a Hydra `main` and return the exit code: 2 and one line for a wrong configuration, 1 for servers that did
+    not come up, 130 for Ctrl-C.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through, so that they are told here and not by Hydra
     sys.path.append(str(Path.cwd()))  # where a `_target_` of the user's may lie
     sys.argv[1:] = sorted(sys.argv[1:], key=_is_override)  # which Hydra wants behind all options
@@ -309,6 +315,9 @@ def guard(main: Callable[[], Any]) -> int:
         if "Config group override must be" not in str(error):
             raise
         return _tell(ConfigError("a config group was given null or a number: choose one of its files in conf/"))
+    except LaunchFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

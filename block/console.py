@@ -86,6 +86,9 @@ def report(run: Run, wandb: Path | None, console: Console) -> None:
         "run": str(run.path),
         "W&B": str(wandb) if wandb is not None else "not logged",
     }
+    for at, instance, reason in run.document.get("ejections", ()):
+        lost = f"{'lost':<13}instance {instance} at {at:.1f} s: {reason}"
+        console.print(lost, highlight=False, markup=False, soft_wrap=True)
     for key, value in facts.items():  # not a table, which would cut the paths to the terminal's width
         console.print(f"{key:<13}{value}", highlight=False, markup=False, soft_wrap=True)
 

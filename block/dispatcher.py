@@ -10,6 +10,7 @@ is that.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -22,6 +23,8 @@ from block.instances.base import Instance, InstanceFailed, RequestFailed
 from block.policies import Needs, Policy
 from block.predictor import Predictor
 from block.types import ID, Decision, Forecast, InstanceView, Request, RequestRecord, Snapshot
+
+log = logging.getLogger(__name__)
 
 RECENT_S = 60.0
 """Window of `InstanceView.recent`."""
@@ -110,6 +113,7 @@ class Dispatcher:
         if instance_id in self._active:
             self._active.remove(instance_id)
             self.ejections.append((clock.now(), instance_id, reason))
+            log.warning("instance %d gets no more requests: %s", instance_id, reason)
 
     def readmit(self, instance_id: int) -> None:
         """Send requests to an instance again."""

@@ -90,6 +90,7 @@ def _store(writer: RunWriter, outcome: Outcome) -> None:
         forecast_us=np.array(dispatcher.forecast_s) * 1e6,
         wall_time_s=outcome.wall_time_s,
         engines=outcome.engines,
+        ejections=dispatcher.ejections,
     )
 
 

@@ -71,6 +71,7 @@ GPUS: dict[str, GPU] = {
         _nvidia("h200", 141, 4800, 989, 450, "H200 SXM (NVLink 4)"),
         _nvidia("b200", 180, 8000, 2250, 900, "DGX B200, an eighth of the system (NVLink 5)"),
         GPU("mi300x", 192, 5300, 1307, 448, "AMD Instinct MI300X data sheet (Infinity Fabric, 7 links)"),
+        GPU("cpu", 32, 40, 0.5, 10, "two cores of a server, roughly: for backend=vllm_cpu, which measures its own"),
     )
 }
 

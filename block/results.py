@@ -7,8 +7,8 @@
     run.log            what was logged meanwhile
     instances/         what real servers said
 
-A run that was killed, or that found the disk full, leaves a folder without run.json, which no reader returns. One on real
-servers leaves what it had finished (started.json, finished.jsonl), of which `recover` makes a run.
+A run that was killed, or that found the disk full, leaves a folder without run.json, which no reader returns. One on
+real servers leaves what it had finished (started.json, finished.jsonl), of which `recover` makes a run.
 """
 
 from __future__ import annotations
@@ -133,12 +133,13 @@ class RunWriter:
         forecast_us: ArrayLike | None = None,
         wall_time_s: float | None = None,
         engines: Mapping[str, Any] | None = None,
+        ejections: Iterable[tuple[float, int, str]] = (),
     ) -> metrics.Summary:
         """Write the tables, and return the summary that goes into run.json (see `metrics.summarise`).
 
         `decisions` are (time, decision, request id); `instances` maps a column's name to an array, all of one length.
-        engines: what real engines said of themselves. Raises OSError if the disk is full, ValueError if the records
-        contradict themselves.
+        engines: what real engines said of themselves. ejections: (time, instance id, reason) of those lost.
+        Raises OSError if the disk is full, ValueError if the records contradict themselves.
         """
         columns = tables.request_columns(records)
         _write_table(self.path / "requests.parquet", tables.requests_table(columns))
@@ -157,6 +158,7 @@ class RunWriter:
             columns, dispatch_overhead_s=dispatch_overhead_s, forecast_us=forecast_us, wall_time_s=wall_time_s
         )
         self._document["engines"] = _plain(engines or {})
+        self._document["ejections"] = _plain(list(ejections))
         self._document["status"] = "ok"
         log.info("stored %s", ", ".join(f"{count} {name}" for name, count in self._document["counts"].items()))
         return self.summary

@@ -13,12 +13,13 @@ from contextlib import suppress
 from typing import Any
 
 import aiohttp
+import numpy as np
 
 from block import clock
 from block.instances.base import InstanceFailed, RequestFailed
 from block.instances.launch import answers
-from block.types import Request, RequestRecord, Snapshot
-from block.vllm_plugin.board import Board, EngineLimits, State, read_dump
+from block.types import Floats, Request, RequestRecord, Snapshot
+from block.vllm_plugin.board import STEP, Board, EngineLimits, State, read_dump
 
 POLL_S = 0.01  # wall-clock seconds between two fetches of a remote snapshot
 
@@ -77,6 +78,14 @@ class VLLMInstance:
         """What the scheduler published last."""
         state = self._read()
         return state.snapshot(self.instance_id, clock.now(), clock.at(state.started))
+
+    async def step_times(self, since: int) -> tuple[int, Floats]:
+        """How many steps the engine has timed, and those after the first `since`: float[n, STEP]."""
+        if self._board is not None:
+            return self._board.step_times(since)
+        async with self._session.get(f"{self.url}/block/steps", params={"since": since}) as response:
+            found = await response.json()
+        return found["timed"], np.array(found["steps"], dtype=np.float64).reshape(-1, STEP)
 
     async def _fetch(self) -> None:
         async with self._session.get(f"{self.url}/block/snapshot") as response:

@@ -70,7 +70,7 @@ def test_a_run_is_stored_where_it_says_and_returned(tmp_path: Path, capsys: pyte
     assert run.status == "ok"
     assert run.choices == {"scheduler": "block", "model": "llama2-7b"}
     assert run.config["workload"]["num_requests"] == 60
-    assert run.counts == {"sent": 60, "ok": 60, "failed": 0, "fallback": 0, "preempted": 0}
+    assert run.counts == {"sent": 60, "ok": 60, "failed": 0, "fallback": 0, "preempted": 0, "failed_over": 0}
     captured = capsys.readouterr()
     assert str(run.path) in captured.out
     assert captured.err.count("\n") == 2  # why it is simulated, and what is about to run

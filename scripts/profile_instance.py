@@ -1,0 +1,70 @@
+"""Measure the latency model of a running server under a designed load, in about two minutes.
+
+    python -m block.vllm_plugin.serve --model … --port 8000
+    python scripts/profile_instance.py http://127.0.0.1:8000 --out artifacts/latency/mine.json
+
+The server must have nothing else to do meanwhile. Use the result by backend.latency_model=artifacts/latency/mine.json.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import aiohttp
+from rich.console import Console
+
+from block import clock
+from block.console import progress
+from block.instances.base import InstanceFailed
+from block.instances.vllm import VLLMInstance
+from block.profiling import live
+
+
+def main() -> int:
+    """Drive, fit, report, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("url", help="of the server, such as http://127.0.0.1:8000")
+    parser.add_argument("--out", type=Path, required=True, help="file to write")
+    parser.add_argument("--seconds", type=float, default=120.0, help="how long to drive the server (default: 120)")
+    parser.add_argument("--vocabulary", type=int, default=2048, help="token ids to use in prompts are below this")
+    arguments = parser.parse_args()
+    if not arguments.out.parent.is_dir():
+        parser.error(f"--out={arguments.out}: no such folder {arguments.out.parent}")
+    if arguments.seconds <= 0:
+        parser.error(f"--seconds={arguments.seconds}: must be greater than 0")
+    try:
+        found = clock.run(_measure(arguments), virtual=False)
+    except (InstanceFailed, live.TooFewSteps) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    found.model.save(arguments.out)
+    print(f"{found.steps:,} steps timed, {found.error.rows:,} of them held out; errors on those:")
+    print(f"median {found.error.median:.1%}, P95 {found.error.p95:.1%}, of their sum {found.total_error:+.1%}")
+    print(arguments.out)
+    return 0
+
+
+async def _measure(arguments: argparse.Namespace) -> live.Fit:
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
+    ) as session:
+        instance = VLLMInstance(0, arguments.url, session, arguments.vocabulary)
+        limits = await instance.attach()
+        try:
+            with progress(Console(stderr=True), "seconds", round(arguments.seconds)) as advance:
+                told = 0
+
+                def tell(share: float) -> None:
+                    nonlocal told
+                    advance(round(share * arguments.seconds) - told)
+                    told = round(share * arguments.seconds)
+
+                steps = await live.drive(instance, limits, arguments.seconds, tell)
+        finally:
+            await instance.detach()
+        source = {"method": "steps of a live engine under a designed load", "engine": f"vLLM {instance.vllm_version}"}
+        return live.fit(steps, limits, {**source, **limits._asdict()})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

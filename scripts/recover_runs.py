@@ -1,0 +1,26 @@
+"""Complete the runs on real servers that were killed, with the requests that they had finished.
+
+python scripts/recover_runs.py [artifacts/runs]
+"""
+
+import sys
+from pathlib import Path
+
+from block.results import DEFAULT_ROOT, recover
+
+
+def main() -> int:
+    """Recover what can be, and say so."""
+    root = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_ROOT
+    if not root.is_dir():
+        print(f"error: {root}: no such folder", file=sys.stderr)
+        return 2
+    for folder in sorted(root.iterdir()):
+        run = recover(folder)
+        if run is not None and run.counts is not None:
+            print(f"{run.path}: {run.counts['ok']} requests had finished")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

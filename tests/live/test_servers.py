@@ -1,0 +1,179 @@
+"""Runs on real vLLM servers: emulated fleets and a tiny model on the CPU, and what is left when things are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from processes import eventually, kill_all, marked
+
+from block.results import Run, read_run, recover, runs
+
+pytest.importorskip("vllm")
+
+ROOT = Path(__file__).resolve().parents[2]
+LENGTHS = ["workload=trace", "workload.trace_path=lengths.csv", "workload.arrivals=poisson"]
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    name = f"BLOCK_TEST_{uuid.uuid4().hex}"
+    yield name
+    kill_all(name)
+
+
+def start(mark: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`run.py` with these arguments in `folder`, on requests of 20 to 59 prompt and 10 to 29 response tokens."""
+    rows = "".join(f"{20 + i % 40},{10 + i % 20}\n" for i in range(200))
+    (folder / "lengths.csv").write_text("prompt_tokens,output_tokens\n" + rows)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), "tracking=none", "runs_dir=runs", *LENGTHS, *arguments],
+        cwd=folder,
+        env={**os.environ, mark: "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], folder: Path, seconds: float = 240) -> tuple[Run, str]:
+    """The run that `process` stores, and what it printed."""
+    said, _ = process.communicate(timeout=seconds)
+    assert process.returncode == 0, said
+    (run,) = runs(root=folder / "runs")
+    return run, said
+
+
+def nothing_left(mark: str) -> bool:
+    return eventually(lambda: not marked(mark), 10)
+
+
+def servers(mark: str) -> dict[int, str]:
+    """The API servers among the marked processes: the leaders of their process groups, but for the run and the zygote."""
+    return {pid: line for pid, line in marked(mark).items() if os.getpgid(pid) == pid and "run.py" not in line}
+
+
+def progress(folder: Path) -> int:
+    """Requests that a run in `folder` has finished so far."""
+    return sum(path.read_text().count("\n") for path in folder.glob("runs/*/finished.jsonl"))
+
+
+def test_four_emulated_engines_serve_and_are_gone(mark: str, tmp_path: Path) -> None:
+    process = start(
+        mark, tmp_path, "backend=emulated", "cluster.num_gpus=4", "workload.num_requests=60", "workload.qps=20"
+    )
+    run, said = finish(process, tmp_path)
+    requests = run.requests()
+    assert run.counts == {"sent": 60, "ok": 60, "failed": 0, "fallback": 0, "preempted": 0, "failed_over": 0}
+    expected = [10 + i % 20 for i in range(60)]
+    assert sorted(requests.output_tokens) == sorted(expected)
+    assert set(requests.instance_id) == {0, 1, 2, 3}
+    assert (requests.first_token > requests.dispatched).all()
+    assert (requests.finished > requests.first_token).all()
+    assert requests.forecast_e2e.notna().all()
+    assert run.document["engines"]["total_blocks"] == 1051
+    assert len(list((run.path / "instances").glob("instance-*.log"))) == 4
+    assert "60 ok" in said
+    assert nothing_left(mark), marked(mark)
+    # A step takes 20 ms and more: the engines keep the latency model's time, not their own.
+    assert np.median((requests.finished - requests.first_token) / (requests.output_tokens - 1)) > 0.018
+
+
+def test_two_real_tiny_models_on_the_cpu_serve_and_are_gone(mark: str, tmp_path: Path) -> None:
+    process = start(mark, tmp_path, "backend=vllm_cpu", "workload.num_requests=48", "workload.qps=20")
+    run, _ = finish(process, tmp_path)
+    requests = run.requests()
+    assert run.counts is not None
+    assert (run.counts["sent"], run.counts["ok"]) == (48, 48)
+    assert sorted(requests.output_tokens) == sorted(10 + i % 20 for i in range(48))
+    assert set(requests.instance_id) == {0, 1}
+    assert requests.forecast_e2e.notna().all()
+    assert nothing_left(mark), marked(mark)
+
+
+def test_a_server_killed_in_mid_run_loses_nothing(mark: str, tmp_path: Path) -> None:
+    process = start(
+        mark, tmp_path, "backend=emulated", "cluster.num_gpus=3", "workload.num_requests=80", "workload.qps=10"
+    )
+    assert eventually(lambda: progress(tmp_path) > 10, 120)
+    zygote = next(pid for pid, line in servers(mark).items() if "zygote" in line)
+    victim = next(pid for pid in servers(mark) if pid != zygote)
+    os.kill(victim, signal.SIGKILL)  # the API server; its engine core goes with it
+    run, said = finish(process, tmp_path)
+    assert run.counts is not None
+    assert (run.counts["sent"], run.counts["ok"]) == (80, 80)
+    assert run.counts["failed_over"] > 0
+    ((_, lost, _),) = run.document["ejections"]
+    assert f"lost         instance {lost}" in said
+    late = run.requests().dispatched > run.document["ejections"][0][0]
+    assert lost not in set(run.requests()[late].instance_id)
+    assert nothing_left(mark), marked(mark)
+
+
+def test_a_run_that_is_killed_leaves_no_process_and_its_finished_records(mark: str, tmp_path: Path) -> None:
+    process = start(
+        mark, tmp_path, "backend=emulated", "cluster.num_gpus=2", "workload.num_requests=200", "workload.qps=5"
+    )
+    assert eventually(lambda: progress(tmp_path) > 5, 120)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert nothing_left(mark), marked(mark)
+    assert runs(root=tmp_path / "runs") == []
+    (folder,) = (tmp_path / "runs").iterdir()
+    run = recover(folder)
+    assert run is not None
+    assert run.status == "interrupted"
+    assert run.counts is not None
+    assert run.counts["ok"] > 5
+    assert (run.requests().output_tokens > 0).all()
+    assert read_run(folder) is not None
+
+
+def test_a_run_whose_zygote_is_killed_ends_and_says_what_it_lost(mark: str, tmp_path: Path) -> None:
+    process = start(
+        mark, tmp_path, "backend=emulated", "cluster.num_gpus=2", "workload.num_requests=40", "workload.qps=5"
+    )
+    assert eventually(lambda: progress(tmp_path) > 2, 120)
+    zygote = next(pid for pid, line in servers(mark).items() if "zygote" in line)
+    os.kill(zygote, signal.SIGKILL)
+    run, said = finish(process, tmp_path)
+    assert run.counts is not None
+    assert 2 < run.counts["ok"] < 40
+    assert run.counts["failed"] == 40 - run.counts["ok"]
+    assert "lost         instance 0" in said
+    assert "lost         instance 1" in said
+    assert nothing_left(mark), marked(mark)
+
+
+def test_interrupting_a_run_stops_its_servers_and_keeps_its_records(mark: str, tmp_path: Path) -> None:
+    process = start(
+        mark, tmp_path, "backend=emulated", "cluster.num_gpus=2", "workload.num_requests=200", "workload.qps=5"
+    )
+    assert eventually(lambda: progress(tmp_path) > 2, 120)
+    os.kill(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, said
+    assert nothing_left(mark), marked(mark)
+    (path,) = (tmp_path / "runs").glob("*/run.json")
+    run = read_run(path.parent)
+    assert run is not None
+    assert run.status == "interrupted"
+    assert run.counts is not None
+    assert run.counts["ok"] > 2
+
+
+def test_a_server_that_cannot_start_is_told_in_one_line_with_its_log(mark: str, tmp_path: Path) -> None:
+    process = start(mark, tmp_path, "backend=vllm_cpu", "backend.arguments=[--no-such-option]", "cluster.num_gpus=1")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, said
+    assert "no-such-option" in said.splitlines()[-1]
+    assert "instance-0.log" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    assert nothing_left(mark), marked(mark)
