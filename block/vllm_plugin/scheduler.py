@@ -39,6 +39,7 @@ TAG_EXPECTED = "block_expected"
 
 _ROWS = [ID, PROMPT, TARGET, MAX_TOKENS, EXPECTED, OUTPUT, COMPUTED, CHUNK, NEXT, PENDING, PREEMPTED]
 _COMPUTED = _ROWS.index(COMPUTED)
+_CHUNK = _ROWS.index(CHUNK)
 _PREEMPTED = _ROWS.index(PREEMPTED)
 
 
@@ -125,7 +126,10 @@ class Publishing:
             self._started = float("nan")
             if self._steps:
                 self._begin(now)
-        return super().update_from_output(*args, **kwargs)  # type: ignore[misc]
+        outputs = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
+        if not self._steps and not self.requests:  # type: ignore[attr-defined]
+            self._publish()  # nothing may be scheduled any more
+        return outputs
 
     def _begin(self, now: float) -> None:
         """A step begins: the duration of the one before it is known."""
@@ -146,7 +150,6 @@ class Publishing:
         second = self._steps[1] if len(self._steps) > 1 else {}
         none = (0, False)
         rows = []
-        stale = 0
         for request in chain(running, waiting[: b.CAPACITY - len(running)]):
             id_ = request.request_id
             tokens, samples = first.get(id_, none)
@@ -162,11 +165,9 @@ class Publishing:
                     request.num_preemptions,
                 )
             )
-        for request in waiting:
-            if request.request_id not in first:
-                break
-            stale += 1
         columns = np.array(rows, dtype=np.int64).reshape(-1, len(_ROWS)).T
+        chunks = np.flatnonzero(columns[_CHUNK, len(running) :])
+        stale = int(chunks[-1]) + 1 if len(chunks) else 0  # of those waiting, up to the last that a step in flight has
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()  # type: ignore[attr-defined]
         board = self._board
         board.begin()

@@ -123,7 +123,7 @@ def test_a_run_that_is_killed_leaves_no_process_and_its_finished_records(mark: s
     )
     assert eventually(lambda: progress(tmp_path) > 5, 120)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert nothing_left(mark), marked(mark)
     assert runs(root=tmp_path / "runs") == []
     (folder,) = (tmp_path / "runs").iterdir()

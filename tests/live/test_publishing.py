@@ -1,0 +1,125 @@
+"""The board against the scheduler that publishes on it, at every step of vLLM's own engine loop in virtual time."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from test_twin_vllm import MODES, MakeReal, Pair, Workload, crowd, make_real  # noqa: F401 — a fixture
+from testbed import engine_config, request
+
+from block.backends import engine_of
+from block.types import CHUNK, EXPECTED, ID, MAX_TOKENS, PROMPT, Request, Snapshot
+from block.vllm_plugin.board import STARTED, TIMED, Board, read_dump
+
+
+@pytest.fixture
+def board(monkeypatch: pytest.MonkeyPatch) -> Iterator[Board]:
+    """A board on which the schedulers of this test's engines publish."""
+    pytest.importorskip("vllm")
+    import vllm_scheduler
+
+    from block.vllm_plugin import scheduler
+
+    made, path = Board.create()
+    monkeypatch.setenv("BLOCK_BOARD", path)
+    monkeypatch.setattr(scheduler, "die_with_parent", lambda: None)
+    for name in ("Scheduler", "AsyncScheduler"):
+        monkeypatch.setattr(vllm_scheduler, name, scheduler.publishing)
+    yield made
+
+
+class Published(Pair):
+    """Compares what is on the board with the twin, which `Pair` compares with vLLM."""
+
+    def __init__(self, make_real: MakeReal, workload: Workload, board: Board) -> None:  # noqa: F811
+        super().__init__(make_real, workload, Counter())
+        self.board = board
+
+    def happen(self) -> None:
+        super().happen()
+        for id_, one in self.real.known.items():
+            one.sampling_params.extra_args = {"block_id": id_, "block_expected": id_ + 7}
+
+    def compare(self, snapshot: Snapshot, batch: Any) -> None:
+        super().compare(snapshot, batch)
+        if not self.real.scheduler.has_requests():
+            return  # nothing is scheduled any more: the board keeps what was published last
+        shown = self.board.read().snapshot(3, 0.0, 0.0)
+        assert shown.instance_id == 3
+        assert not shown.seqs[CHUNK, shown.running + shown.stale :].any()
+        for name in ("running", "free_blocks", "preemptions"):
+            assert getattr(shown, name) == getattr(snapshot, name), name
+        expected = snapshot.seqs.copy()
+        expected[EXPECTED] = expected[ID] + 7
+        ours, theirs = np.delete(shown.seqs, _TARGETS, axis=0), np.delete(expected, _TARGETS, axis=0)
+        np.testing.assert_array_equal(ours, theirs)
+        assert (shown.seqs[MAX_TOKENS] >= 1).all()
+
+
+_TARGETS = [3, 4]  # rows of what only the engine and the scheduler know
+
+
+@MODES
+@pytest.mark.parametrize("seed", range(12))
+def test_the_board_shows_what_the_scheduler_holds(
+    make_real: MakeReal, board: Board, seed: int, asynchronous: bool  # noqa: F811
+) -> None:
+    pair = Published(make_real, crowd(seed, asynchronous), board)
+    pair.run()
+    assert pair.seen["preemptions"] > 0 or pair.seen["steps"] > 20
+    assert board.read().limits.total_blocks == pair.twin.total_blocks
+    assert np.isnan(board.read().header.view(np.float64)[STARTED])  # idle at the end
+    assert len(board.step_times(0)[1]) == min(board.header[TIMED], 1023)
+
+
+@MODES
+def test_the_settings_on_the_board_are_the_engine_s(make_real: MakeReal, board: Board, asynchronous: bool) -> None:  # noqa: F811
+    config = engine_config("v1", async_scheduling=asynchronous, watermark=0.1, long_prefill_token_threshold=8)
+    make_real(config, 300, lambda batch: None)
+    limits = board.read().limits
+    assert np.array_equal(engine_of(limits).limits(300), config.limits(300))
+    assert read_dump(board.dump()).limits == limits
+
+
+def test_a_request_without_a_tag_is_shown_with_a_number_of_its_own(make_real: MakeReal, board: Board) -> None:  # noqa: F811
+    requests = [request(0, 30, 8), request(1, 40, 9)]
+    seen: list[Any] = []
+
+    def elapse(batch: Any) -> None:
+        seen.append(board.read().seqs)
+        engine.now += 1.0
+
+    engine = make_real(engine_config("v1"), 300, elapse)
+    for one in requests:
+        engine.receive(one)
+    while engine.busy:
+        engine.turn()
+    first = seen[0]
+    assert first[ID].tolist() == [-1, -2]
+    assert first[PROMPT].tolist() == [30, 40]
+    assert first[EXPECTED].tolist() == [8, 9]
+
+
+def test_publishing_takes_little(make_real: MakeReal, board: Board) -> None:  # noqa: F811
+    """48 running and 100 waiting requests: some 0.1 ms a step; the bound leaves room for a busy machine."""
+    config = engine_config("v1", max_num_seqs=48, max_num_batched_tokens=512, max_model_len=2048)
+    durations: list[float] = []
+
+    def elapse(batch: Any) -> None:
+        began = time.perf_counter()
+        engine.scheduler._publish()
+        durations.append(time.perf_counter() - began)
+        engine.now += 1.0
+
+    engine = make_real(config, 4000, elapse)
+    for i in range(148):
+        engine.receive(Request(i, 0.0, 100, 60, 60))
+    while engine.busy:
+        engine.turn()
+    assert np.min(durations[5:40]) < 600e-6
+    print(f"publication: {np.median(durations[5:40]) * 1e6:.0f} µs")
