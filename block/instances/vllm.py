@@ -72,7 +72,10 @@ class VLLMInstance:
                 await self._poll
 
     def _read(self) -> State:
-        return self._board.read() if self._board is not None else self._state
+        if self._board is not None:
+            with suppress(TimeoutError):  # what was read last; whether the server is dead, `generate` will notice
+                self._state = self._board.read()
+        return self._state
 
     def snapshot(self) -> Snapshot:
         """What the scheduler published last."""

@@ -42,6 +42,7 @@ _FIELDS = 17
 LIMITS = 20  # the engine's settings, in the order of `EngineLimits`
 _HEADER = 64
 
+PATIENCE_S = 0.02
 RING = 1024  # timed steps that are kept
 STEP = 7  # floats of a timed step, see StepTime
 GONE = 4096  # finished requests that are kept
@@ -163,9 +164,9 @@ class Board:
         self.header[_COUNTER] += 1
 
     def read(self) -> State:
-        """A consistent copy; TimeoutError if the writer died in the middle of a change."""
+        """A consistent copy; TimeoutError if a change takes PATIENCE_S, because the writer died or waits for a core."""
         header = self.header
-        deadline = time.monotonic() + 1.0
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             before = int(header[_COUNTER])
             if before % 2 == 0:
@@ -175,6 +176,7 @@ class Board:
                     return State(copied, seqs)
             if time.monotonic() > deadline:
                 raise TimeoutError("the scheduler stopped in the middle of publishing")
+            time.sleep(20e-6)
 
     def step_times(self, since: int) -> tuple[int, Floats]:
         """How many steps were timed, and those after the first `since`: float[n, STEP], at most RING − 1 of them."""

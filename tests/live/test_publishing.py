@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from test_twin_vllm import MODES, MakeReal, Pair, Workload, crowd, make_real  # noqa: F401 — a fixture
+from test_twin_vllm import MODES, MakeReal, Pair, Workload, crowd
 from testbed import engine_config, request
 
 from block.backends import engine_of
@@ -18,7 +17,7 @@ from block.vllm_plugin.board import STARTED, TIMED, Board, read_dump
 
 
 @pytest.fixture
-def board(monkeypatch: pytest.MonkeyPatch) -> Iterator[Board]:
+def board(monkeypatch: pytest.MonkeyPatch) -> Board:
     """A board on which the schedulers of this test's engines publish."""
     pytest.importorskip("vllm")
     import vllm_scheduler
@@ -30,13 +29,13 @@ def board(monkeypatch: pytest.MonkeyPatch) -> Iterator[Board]:
     monkeypatch.setattr(scheduler, "die_with_parent", lambda: None)
     for name in ("Scheduler", "AsyncScheduler"):
         monkeypatch.setattr(vllm_scheduler, name, scheduler.publishing)
-    yield made
+    return made
 
 
 class Published(Pair):
     """Compares what is on the board with the twin, which `Pair` compares with vLLM."""
 
-    def __init__(self, make_real: MakeReal, workload: Workload, board: Board) -> None:  # noqa: F811
+    def __init__(self, make_real: MakeReal, workload: Workload, board: Board) -> None:
         super().__init__(make_real, workload, Counter())
         self.board = board
 
@@ -67,7 +66,10 @@ _TARGETS = [3, 4]  # rows of what only the engine and the scheduler know
 @MODES
 @pytest.mark.parametrize("seed", range(12))
 def test_the_board_shows_what_the_scheduler_holds(
-    make_real: MakeReal, board: Board, seed: int, asynchronous: bool  # noqa: F811
+    make_real: MakeReal,
+    board: Board,
+    seed: int,
+    asynchronous: bool,
 ) -> None:
     pair = Published(make_real, crowd(seed, asynchronous), board)
     pair.run()
@@ -78,7 +80,7 @@ def test_the_board_shows_what_the_scheduler_holds(
 
 
 @MODES
-def test_the_settings_on_the_board_are_the_engine_s(make_real: MakeReal, board: Board, asynchronous: bool) -> None:  # noqa: F811
+def test_the_settings_on_the_board_are_the_engine_s(make_real: MakeReal, board: Board, asynchronous: bool) -> None:
     config = engine_config("v1", async_scheduling=asynchronous, watermark=0.1, long_prefill_token_threshold=8)
     make_real(config, 300, lambda batch: None)
     limits = board.read().limits
@@ -86,7 +88,7 @@ def test_the_settings_on_the_board_are_the_engine_s(make_real: MakeReal, board: 
     assert read_dump(board.dump()).limits == limits
 
 
-def test_a_request_without_a_tag_is_shown_with_a_number_of_its_own(make_real: MakeReal, board: Board) -> None:  # noqa: F811
+def test_a_request_without_a_tag_is_shown_with_a_number_of_its_own(make_real: MakeReal, board: Board) -> None:
     requests = [request(0, 30, 8), request(1, 40, 9)]
     seen: list[Any] = []
 
@@ -105,7 +107,7 @@ def test_a_request_without_a_tag_is_shown_with_a_number_of_its_own(make_real: Ma
     assert first[EXPECTED].tolist() == [8, 9]
 
 
-def test_publishing_takes_little(make_real: MakeReal, board: Board) -> None:  # noqa: F811
+def test_publishing_takes_little(make_real: MakeReal, board: Board) -> None:
     """48 running and 100 waiting requests: some 0.1 ms a step; the bound leaves room for a busy machine."""
     config = engine_config("v1", max_num_seqs=48, max_num_batched_tokens=512, max_model_len=2048)
     durations: list[float] = []

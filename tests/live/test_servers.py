@@ -56,7 +56,7 @@ def nothing_left(mark: str) -> bool:
 
 
 def servers(mark: str) -> dict[int, str]:
-    """The API servers among the marked processes: the leaders of their process groups, but for the run and the zygote."""
+    """The zygote and the API servers among the marked processes: the leaders of their process groups."""
     return {pid: line for pid, line in marked(mark).items() if os.getpgid(pid) == pid and "run.py" not in line}
 
 

@@ -5,11 +5,9 @@ Every step takes a second. Skipped where vLLM is not installed.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from random import Random
 from typing import Any
 
@@ -24,18 +22,6 @@ from block.types import BLOCKS, CHUNK, COMPUTED, ID, NEXT, OUTPUT, PENDING, PREE
 MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 
 MakeReal = Callable[..., Any]  # (settings, usable blocks, elapse) -> VirtualEngine
-
-
-@pytest.fixture(scope="module")
-def make_real(tmp_path_factory: pytest.TempPathFactory) -> MakeReal:
-    """Makes vLLM engines; vLLM is imported and configured once, for it takes long."""
-    pytest.importorskip("vllm")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)  # torch's own use of it
-        import vllm_scheduler
-
-        base = vllm_scheduler.base_config(tmp_path_factory.mktemp("model"))
-    return partial(vllm_scheduler.VirtualEngine, base)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,164 @@
+"""The board: what is written is read, whole or not at all, on this host and on another."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from block.types import FIELDS, ID, PROMPT
+from block.vllm_plugin import board as b
+from block.vllm_plugin.board import Board, EngineLimits, read_dump
+
+LIMITS = EngineLimits(100, 16, 48, 512, 4096, 3, 7, True, False, False)
+
+
+def write(board: Board, columns: int, value: int, running: int = 0) -> None:
+    """Publish `columns` sequences that all hold `value` in every row."""
+    board.begin()
+    board.seqs[:, :columns] = value
+    board.header[[b.COLUMNS, b.RUNNING, b.STALE, b.FREE, b.PREEMPTIONS]] = columns, running, 1, value, value
+    board.times[b.STARTED] = value
+    board.end()
+
+
+def test_what_is_published_is_read_through_its_path() -> None:
+    board, path = Board.create()
+    board.header[b.LIMITS : b.LIMITS + len(LIMITS)] = LIMITS
+    write(board, 5, 42, running=3)
+    state = Board.open(path).read()
+    assert state.limits == LIMITS
+    assert state.started == 42.0
+    snapshot = state.snapshot(2, 10.0, 9.5)
+    assert (snapshot.instance_id, snapshot.taken_at, snapshot.step_started) == (2, 10.0, 9.5)
+    assert (snapshot.running, snapshot.stale, snapshot.free_blocks, snapshot.preemptions) == (3, 1, 42, 42)
+    assert snapshot.seqs.shape == (FIELDS, 5)
+    assert (snapshot.seqs == 42).all()
+
+
+def test_a_reader_keeps_its_copy() -> None:
+    board, _ = Board.create()
+    write(board, 3, 1)
+    state = board.read()
+    write(board, 3, 2)
+    assert (state.seqs == 1).all()
+    assert state.header[b.FREE] == 1
+
+
+def test_no_reader_sees_half_a_change() -> None:
+    board, path = Board.create()
+    reader = Board.open(path)
+    write(board, 200, 0)
+    over = threading.Event()
+
+    def keep_writing() -> None:
+        value = 0
+        while not over.is_set():
+            value += 1
+            write(board, 100 + value % 100, value)
+            time.sleep(1e-5)
+
+    writer = threading.Thread(target=keep_writing)
+    writer.start()
+    try:
+        for _ in range(2000):
+            state = reader.read()
+            assert (state.seqs == state.header[b.FREE]).all()
+            assert state.seqs.shape[1] == state.header[b.COLUMNS]
+    finally:
+        over.set()
+        writer.join()
+
+
+def test_a_writer_that_died_in_mid_change_is_no_endless_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    board, _ = Board.create()
+    board.begin()
+    clock = iter(np.arange(0.0, 100.0, 0.3))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    with pytest.raises(TimeoutError, match="in the middle of publishing"):
+        board.read()
+
+
+def test_a_dump_is_read_on_a_host_with_another_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    board, _ = Board.create()
+    write(board, 4, 7)
+    now = time.monotonic()
+    board.times[b.STARTED] = now - 0.5
+    dump = board.dump()
+    monkeypatch.setattr(time, "monotonic", lambda: 1e6)
+    state = read_dump(dump)
+    assert state.started == pytest.approx(1e6 - 0.5, abs=0.05)
+    assert (state.seqs == 7).all()
+    assert len(dump) == 8 * (64 + 4 * FIELDS)
+
+
+def test_an_idle_engine_has_no_step_here_or_there() -> None:
+    board, _ = Board.create()
+    assert np.isnan(board.read().started)
+    assert np.isnan(read_dump(board.dump()).started)
+    assert board.read().seqs.shape == (FIELDS, 0)
+
+
+def test_what_is_no_board_is_refused(tmp_path: object) -> None:
+    board, path = Board.create()
+    nonce = int(board.header[b.NONCE])
+    assert Board.open(path, nonce).header[b.NONCE] == nonce
+    with pytest.raises(ValueError, match="another server"):
+        Board.open(path, nonce + 1)
+    fd = os.memfd_create("small")
+    with pytest.raises(ValueError, match="layout"):
+        Board.open(f"/proc/self/fd/{fd}")
+    os.ftruncate(fd, b._BYTES)
+    with pytest.raises(ValueError, match="layout"):
+        Board.open(f"/proc/self/fd/{fd}")
+    os.close(fd)
+    with pytest.raises(OSError, match="No such file"):
+        Board.open("/proc/self/fd/999999")
+    with pytest.raises(ValueError, match="layout"):
+        read_dump(bytes(8 * 70))
+
+
+def test_the_memory_has_no_name_that_could_be_left_behind() -> None:
+    _, path = Board.create()
+    assert "deleted" in str(Path(path).readlink())
+
+
+def test_timed_steps_come_once_each_and_the_ring_forgets_the_oldest() -> None:
+    board, _ = Board.create()
+
+    def time_steps(numbers: range) -> None:
+        for number in numbers:
+            board.steps[number % b.RING] = number
+            board.header[b.TIMED] = number + 1
+
+    time_steps(range(10))
+    timed, steps = board.step_times(4)
+    assert timed == 10
+    assert steps[:, 0].tolist() == [4, 5, 6, 7, 8, 9]
+    time_steps(range(10, 3000))
+    timed, steps = board.step_times(timed)
+    assert timed == 3000
+    assert steps[:, 0].tolist() == list(range(3000 - b.RING + 1, 3000))
+
+
+def test_preemptions_of_requests_that_are_gone() -> None:
+    board, _ = Board.create()
+    assert board.preemptions_of(0) is None
+    board.gone[3] = 17, 2
+    assert board.preemptions_of(17) == 2
+
+
+def test_reading_takes_microseconds() -> None:
+    board, _ = Board.create()
+    write(board, 148, 3, running=48)
+    took = []
+    for _ in range(300):
+        began = time.perf_counter()
+        board.read()
+        took.append(time.perf_counter() - began)
+    assert np.median(took) < 50e-6
+    assert (board.read().seqs[[ID, PROMPT]] == 3).all()

@@ -1,0 +1,215 @@
+"""A real server as an instance, played by a scripted one: what it is sent, what is recorded, and how it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+from aiohttp import web
+
+from block import clock
+from block.instances import vllm as module
+from block.instances.base import InstanceFailed, RequestFailed
+from block.instances.vllm import VLLMInstance
+from block.types import ID, Request, RequestRecord
+from block.vllm_plugin import board as b
+from block.vllm_plugin.board import Board
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+ONE = Request(5, 0.0, 40, 3, 7)
+
+
+class Server:
+    """Answers like a vLLM server with the plugin; `tokens` messages, then the count, then [DONE]."""
+
+    def __init__(self, local: bool = True) -> None:
+        self.board, self.path = Board.create()
+        self.local = local
+        self.bodies: list[dict[str, Any]] = []
+        self.ending = [b'data: {"choices":[],"usage":{"completion_tokens":3}}\n\n', b"data: [DONE]\n\n"]
+        self.status = 200
+        self.well = True
+
+    async def models(self, _: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "tiny"}]})
+
+    async def info(self, _: web.Request) -> web.Response:
+        path = self.path if self.local else "/proc/0/fd/0"
+        return web.json_response({"vllm": "0.32.0", "board": path, "nonce": int(self.board.header[b.NONCE])})
+
+    async def snapshot(self, _: web.Request) -> web.Response:
+        return web.Response(body=self.board.dump())
+
+    async def health(self, _: web.Request) -> web.Response:
+        return web.Response(status=200 if self.well else 503)
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        self.bodies.append(await request.json())
+        if self.status != 200:
+            return web.json_response({"error": {"message": "no\nroom"}}, status=self.status)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for _ in range(3):
+            await response.write(b'data: {"choices":[{"text":"a"}]}\n\n')
+            await asyncio.sleep(0.02)
+        for event in self.ending:
+            await response.write(event)
+        return response
+
+    @asynccontextmanager
+    async def instance(self, plugin: bool = True) -> AsyncIterator[VLLMInstance]:
+        app = web.Application()
+        app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/health", self.health)
+        app.router.add_post("/v1/completions", self.complete)
+        if plugin:
+            app.router.add_get("/block/info", self.info)
+            app.router.add_get("/block/snapshot", self.snapshot)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        port = runner.addresses[0][1]
+        async with aiohttp.ClientSession() as session:
+            one = VLLMInstance(2, f"http://127.0.0.1:{port}/", session, 1000)
+            try:
+                yield one
+            finally:
+                await one.detach()
+                await runner.cleanup()
+
+
+def served(server: Server, request: Request = ONE, **options: Any) -> RequestRecord:
+    """The record of one request."""
+
+    async def main() -> RequestRecord:
+        record = RequestRecord(request)
+        async with server.instance() as instance:
+            await instance.attach()
+            await instance.generate(request, record)
+        return record
+
+    return clock.run(main(), virtual=False)
+
+
+def test_a_request_is_asked_for_exactly_and_its_times_are_noted() -> None:
+    server = Server()
+    server.board.gone[0] = 5, 2
+    record = served(server)
+    (body,) = server.bodies
+    assert (body["model"], body["max_tokens"], body["ignore_eos"], body["stream"]) == ("tiny", 3, True, True)
+    assert body["vllm_xargs"] == {"block_id": 5, "block_expected": 7}
+    assert len(body["prompt"]) == 40
+    assert all(300 <= token < 1000 for token in body["prompt"])
+    assert record.output_tokens == 3
+    assert record.preemptions == 2
+    assert 0.03 < record.finished - record.first_token < 1.0
+
+
+def test_no_two_prompts_share_a_block() -> None:
+    async def prompts() -> list[list[int]]:
+        async with aiohttp.ClientSession() as session:
+            instance = VLLMInstance(0, "http://x", session, 32000)
+            return [instance._body(Request(i, 0.0, 64, 1, 1))["prompt"] for i in range(300)]
+
+    beginnings = [tuple(prompt[:16]) for prompt in asyncio.run(prompts())]
+    assert len(set(beginnings)) == 300
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_snapshots_come_from_shared_memory_or_over_http(local: bool) -> None:
+    async def main() -> None:
+        server = Server(local)
+        server.board.seqs[ID, :2] = [8, 9]
+        server.board.header[[b.COLUMNS, b.RUNNING, b.FREE]] = 2, 1, 55
+        async with server.instance() as instance:
+            await instance.attach()
+            assert instance.is_local is local
+            await asyncio.sleep(0.1)
+            server.board.times[b.STARTED] = module.time.monotonic() - 0.25
+            await asyncio.sleep(0.1)
+            snapshot = instance.snapshot()
+            assert snapshot.instance_id == 2
+            assert snapshot.seqs[ID].tolist() == [8, 9]
+            assert (snapshot.running, snapshot.free_blocks) == (1, 55)
+            assert clock.now() - snapshot.step_started == pytest.approx(0.35, abs=0.1)
+            assert snapshot.taken_at == pytest.approx(clock.now(), abs=0.1)
+
+    clock.run(main(), virtual=False)
+
+
+@pytest.mark.parametrize(("status", "error"), [(400, RequestFailed), (422, RequestFailed), (500, InstanceFailed)])
+def test_a_refusal_is_the_request_s_fault_and_a_breakdown_the_server_s(status: int, error: type[Exception]) -> None:
+    server = Server()
+    server.status = status
+    with pytest.raises(error, match=f"{status}: no room"):
+        served(server)
+
+
+@pytest.mark.parametrize("ending", [[], [b'data: {"error": {"message": "engine dead"}}\n\n']])
+def test_a_stream_without_its_end_is_a_failure(ending: list[bytes]) -> None:
+    server = Server()
+    server.ending = ending
+    with pytest.raises(InstanceFailed):
+        served(server)
+
+
+def test_a_server_that_is_gone_is_a_failure() -> None:
+    async def main() -> None:
+        async with aiohttp.ClientSession() as session:
+            instance = VLLMInstance(0, "http://127.0.0.1:9", session)
+            with pytest.raises(InstanceFailed, match=re.escape("http://127.0.0.1:9: ")):
+                await instance.attach()
+            with pytest.raises(InstanceFailed):
+                await instance.generate(ONE, RequestRecord(ONE))
+            assert not await instance.healthy()
+
+    clock.run(main(), virtual=False)
+
+
+def test_a_server_without_the_plugin_is_told_how_to_be_started() -> None:
+    async def main() -> None:
+        async with Server().instance(plugin=False) as instance:
+            with pytest.raises(InstanceFailed, match=re.escape("python -m block.vllm_plugin.serve")):
+                await instance.attach()
+
+    clock.run(main(), virtual=False)
+
+
+def test_health_is_what_the_server_says() -> None:
+    async def main() -> None:
+        server = Server()
+        async with server.instance() as instance:
+            assert await instance.healthy()
+            server.well = False
+            assert not await instance.healthy()
+
+    clock.run(main(), virtual=False)
+
+
+def test_with_dilated_time_a_record_is_in_undilated_seconds() -> None:
+    async def main() -> RequestRecord:
+        record = RequestRecord(ONE)
+        async with Server().instance() as instance:
+            await instance.attach()
+            began = clock.now()
+            await instance.generate(ONE, record)
+            assert record.first_token >= began
+        return record
+
+    began = time.perf_counter()
+    record = clock.run(main(), virtual=False, dilation=10.0)
+    assert 0.03 < record.finished - record.first_token < 0.2
+    assert time.perf_counter() - began > 0.4
+    assert not math.isnan(record.finished)
+    assert json.dumps(record.output_tokens) == "3"
+    assert np.isfinite(record.first_token)
