@@ -226,13 +226,16 @@ def free_ports(count: int) -> list[int]:
 
 def stop(groups: Sequence[int], all_ended: Callable[[], bool]) -> None:
     """SIGTERM to the process groups, GRACE_S to end, SIGKILL to what is left of them."""
-    for group in groups:
-        _signal(group, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_S
-    while time.monotonic() < deadline and not (all_ended() and not any(_group_alive(group) for group in groups)):
-        time.sleep(0.02)
-    for group in groups:
-        _signal(group, signal.SIGKILL)
+
+    def over() -> bool:
+        return all_ended() and not any(_group_alive(group) for group in groups)
+
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for group in groups:
+            _signal(group, number)
+        deadline = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline and not over():
+            time.sleep(0.02)
 
 
 def _signal(group: int, number: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -19,4 +18,8 @@ def make_real(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         import vllm_scheduler
 
         base = vllm_scheduler.base_config(tmp_path_factory.mktemp("model"))
-    return partial(vllm_scheduler.VirtualEngine, base)
+
+    def make(*args: Any, **options: Any) -> Any:  # and no partial, whose repr of `base` hypothesis cannot print
+        return vllm_scheduler.VirtualEngine(base, *args, **options)
+
+    return make

@@ -1,0 +1,114 @@
+"""Backends of real servers as far as no server is needed: what they are told, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from block import backends, cluster
+from block.backends import VLLM, VLLMCPU, Emulated, engine_of
+from block.cluster import ClusterConfig
+from block.engine import EngineConfig
+from block.hardware import Model
+from block.instances.base import LaunchFailed
+from block.vllm_plugin.board import EngineLimits
+
+LLAMA = Model("llama2-7b", "meta-llama/Llama-2-7b-hf", 32, 4096, 11008, 32, 32, 128, 32000)
+TWO = Model("two", "-", 32, 4096, 11008, 32, 32, 128, 32000, tensor_parallel=2)
+V1 = EngineConfig(version="v1", watermark=0.0)
+
+
+def bed(model: Model = LLAMA, num_gpus: int = 4, engine: EngineConfig = V1) -> cluster.Testbed:
+    return cluster.Testbed(model, ClusterConfig("a30", num_gpus), engine, 0)
+
+
+def test_the_engine_s_settings_are_vllm_s_arguments() -> None:
+    engine = EngineConfig(version="v1", max_num_seqs=24, max_num_batched_tokens=1024, watermark=0.02)
+    arguments = backends._engine_arguments(bed(engine=engine), 1052)
+    assert {"--max-num-seqs=24", "--max-num-batched-tokens=1024", "--max-model-len=4096"} <= set(arguments)
+    assert {"--num-gpu-blocks-override=1052", "--watermark=0.02", "--no-async-scheduling"} <= set(arguments)
+    asynchronous = backends._engine_arguments(
+        bed(engine=EngineConfig("v1", watermark=0.0, async_scheduling=True)), None
+    )
+    assert "--async-scheduling" in asynchronous
+    assert not [argument for argument in asynchronous if argument.startswith(("--num-gpu", "--watermark"))]
+
+
+def test_each_instance_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert backends._devices(bed()) == [["4"], ["5"], ["6"], ["7"]]
+    assert backends._devices(bed(TWO)) == [["4", "5"], ["6", "7"]]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(backends, "visible_gpus", lambda: 5)
+    assert backends._devices(bed(TWO)) == [["0", "1"], ["2", "3"]]
+
+
+def test_too_few_gpus_are_told_with_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(backends, "visible_gpus", lambda: 1)
+    with pytest.raises(LaunchFailed, match=r"cluster\.num_gpus=4: 1 GPUs are visible; .*backend=emulated"):
+        backends._devices(bed())
+
+
+def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LaunchFailed, match="vllm is not installed: pip install"):
+        backends._require("vllm")
+
+
+def test_the_predictor_knows_the_engine_by_its_board() -> None:
+    limits = EngineLimits(500, 16, 24, 1024, 2048, 12, 7, False, True, False)
+    engine = engine_of(limits)
+    packed = engine.limits(500)
+    again = EngineConfig(
+        version="v1",
+        max_num_seqs=24,
+        max_num_batched_tokens=1024,
+        max_model_len=2048,
+        watermark=12.5 / 501,
+        async_scheduling=True,
+        long_prefill_token_threshold=7,
+        scheduler_reserve_full_isl=False,
+    )
+    assert (packed == again.limits(500)).all()
+    from block.scheduler import WATERMARK
+
+    assert packed[WATERMARK] == 12
+    assert engine_of(limits._replace(watermark_blocks=0)).limits(500)[WATERMARK] == 0
+
+
+def test_settings_that_differ_are_named() -> None:
+    one = EngineLimits(500, 16, 24, 1024, 2048, 12, 7, False, True, False)
+    assert backends._unlike(one._replace(max_num_seqs=48), one) == "max_num_seqs 48 and 24"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Emulated(time_dilation=0.0), "backend.time_dilation=0.0"),
+        (lambda: Emulated(stream_interval=0), "backend.stream_interval=0"),
+        (lambda: Emulated(step_overhead_s=-1.0), "backend.step_overhead_s=-1.0"),
+        (lambda: Emulated(ready_timeout_s=0.0), "backend.ready_timeout_s=0.0"),
+        (lambda: VLLMCPU(at_once=0), "backend.at_once=0"),
+        (lambda: VLLM(urls=("localhost:8000",)), "backend.urls=localhost:8000: must begin with http"),
+        (lambda: VLLM(step_time_factor=0.0), "backend.step_time_factor=0.0"),
+    ],
+)
+def test_what_cannot_be_is_refused(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_step_times_are_the_gpu_s_or_those_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated = Emulated(step_overhead_s=0.001).latency(bed())
+    plain = Emulated().latency(bed())
+    assert emulated.linear[1] - plain.linear[1] == pytest.approx(0.001)
+    emulated.save(tmp_path / "mine.json")
+    monkeypatch.chdir(tmp_path)
+    for backend in (VLLM(latency_model="mine.json"), VLLMCPU(latency_model="mine.json")):
+        assert backend.latency(bed()).linear[1] == pytest.approx(emulated.linear[1], rel=1e-5)
+    assert VLLMCPU().latency(bed()).source["method"].startswith("steps of a live engine")
+    with pytest.raises(ValueError, match=r"nothing\.json: No such file"):
+        VLLM(latency_model="nothing.json").latency(bed())
