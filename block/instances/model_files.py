@@ -20,7 +20,6 @@ from block.hardware import Model
 
 VOCABULARY = 2048
 SPECIAL = ("<unk>", "<s>", "</s>")
-_TEXT = ("**/*.py", "*.md", "docs/*.md", "LICENSE")
 
 
 def cache_folder() -> Path:
@@ -85,8 +84,8 @@ def _config(model: Model, max_model_len: int) -> dict[str, Any]:
 def _tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    root = Path(__file__).parents[1]
-    texts = sorted(path for pattern in _TEXT for base in (root, root.parent) for path in base.glob(pattern))
+    package = Path(__file__).parents[1]
+    texts = [*sorted(package.glob("**/*.py")), *sorted(package.parent.glob("docs/*.md"))]
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -15,7 +15,7 @@ from testbed import round_latency
 from block.hardware import Model
 from block.latency import decode_time, linear_time, prefill_time
 
-pytest.importorskip("vllm")
+pytest.importorskip("tokenizers")
 
 TINY = Model("tiny", "none", 2, 64, 128, 4, 2, 32, 2048, tied_embeddings=True, dtype_bytes=4)
 
@@ -40,7 +40,7 @@ def scheduled(tokens: dict[str, int], new: dict[str, int] | None = None, cached:
 
 
 @pytest.fixture
-def executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def executor(vllm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     from block.vllm_plugin import executor as module
 
     round_latency().save(tmp_path / "latency.json")

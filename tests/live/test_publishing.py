@@ -17,18 +17,15 @@ from block.vllm_plugin.board import STARTED, TIMED, Board, read_dump
 
 
 @pytest.fixture
-def board(monkeypatch: pytest.MonkeyPatch) -> Board:
+def board(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> Board:
     """A board on which the schedulers of this test's engines publish."""
-    pytest.importorskip("vllm")
-    import vllm_scheduler
-
     from block.vllm_plugin import scheduler
 
     made, path = Board.create()
     monkeypatch.setenv("BLOCK_BOARD", path)
     monkeypatch.setattr(scheduler, "die_with_parent", lambda: None)
     for name in ("Scheduler", "AsyncScheduler"):
-        monkeypatch.setattr(vllm_scheduler, name, scheduler.publishing)
+        monkeypatch.setattr(vllm, name, scheduler.publishing)
     return made
 
 
