@@ -51,6 +51,8 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
+# The tests run real vLLM on the CPU. vLLM pulls in builds of these three that do not match its torch, and needs none.
 .venv/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,cpu]'
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch .venv/.run $@

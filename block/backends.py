@@ -87,6 +87,7 @@ class Emulated:
             "BLOCK_LATENCY": str((logs / "latency.json").resolve()),
             "BLOCK_DILATION": str(self.time_dilation),
             "OMP_NUM_THREADS": "1",
+            "VLLM_WORKER_MULTIPROC_METHOD": "fork",  # an engine core needs what its server has imported already
         }
         specs = [ServerSpec(arguments, logs / f"instance-{i}.log") for i in range(testbed.instances)]
         zygote = Zygote(logs / "zygote.log", environment, self.ready_timeout_s)

@@ -27,9 +27,10 @@ def announce(testbed: Testbed, backend: Backend, latency: LatencyModel, console:
     if isinstance(backend, Simulated) and backend.auto:
         gpus = visible_gpus()
         why = f"{gpus or 'no'} GPU{'s' * (gpus != 1)} visible, {testbed.cluster.num_gpus} asked for"
-        if gpus >= testbed.cluster.num_gpus:
-            why = f"{gpus} GPUs visible, but this version has no backend for real engines yet"
         console.print(f"[dim]{why}: running the simulated testbed[/dim]", soft_wrap=True)
+    elif not backend.virtual:
+        what = type(backend).__name__
+        console.print(f"[dim]starting vLLM servers ({what}); their logs are in the run's folder[/dim]", soft_wrap=True)
     console.print(
         f"{testbed.instances} × {testbed.model.name} on {testbed.cluster.gpu}, {testbed.total_blocks} KV blocks each; "
         f"step times: {latency.source['method']}",
