@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -25,4 +24,9 @@ def vllm() -> Any:
 @pytest.fixture(scope="session")
 def make_real(vllm: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Makes vLLM engines; vLLM is configured once, for it takes long."""
-    return partial(vllm.VirtualEngine, vllm.base_config(tmp_path_factory.mktemp("model")))
+    base = vllm.base_config(tmp_path_factory.mktemp("model"))
+
+    def make(*args: Any, **options: Any) -> Any:  # and no partial, whose repr of `base` hypothesis cannot print
+        return vllm.VirtualEngine(base, *args, **options)
+
+    return make
