@@ -28,12 +28,13 @@ from yaml import MarkedYAMLError  # type: ignore[import-untyped]
 from block import policies
 from block.backends import VLLM, VLLMCPU, Emulated
 from block.capacity import CapacityConfig
-from block.cluster import Backend, ClusterConfig, Simulated, Testbed
+from block.cluster import Backend, ClusterConfig, Simulated, Testbed, visible_gpus
 from block.dispatcher import DispatchConfig
 from block.engine import EngineConfig
 from block.hardware import Model
 from block.instances.base import LaunchFailed
 from block.lengths import Lengths, Noisy, Oracle
+from block.server_config import ServerConfig
 from block.tracking import Tracking
 from block.workload import Workload
 
@@ -121,6 +122,7 @@ class _Root:
     seed: int = 0
     sample_every_s: float = 1.0
     runs_dir: str = "artifacts/runs"
+    server: Any = field(default_factory=lambda: schema(ServerConfig))  # read by block.server only
 
 
 def schema(cls: type) -> type:
@@ -157,9 +159,19 @@ def build(config: DictConfig) -> RunConfig:
         groups = {key: node(part) for key, part in parts.items() if isinstance(part, DictConfig)}
         run = RunConfig(**{**parts, **groups})
         run.testbed  # noqa: B018 — raises if the model does not fit
+        run = _on_real_gpus(run)
     except (ValueError, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
     return run
+
+
+def _on_real_gpus(run: RunConfig) -> RunConfig:
+    """What backend=auto means: the same on real engines if there are GPUs for it. These schedule by v1."""
+    backend = run.backend
+    if not (isinstance(backend, Simulated) and backend.auto and visible_gpus() >= run.cluster.num_gpus):
+        return run
+    engine = dataclasses.replace(run.engine, version="v1", watermark=0.0)
+    return dataclasses.replace(run, engine=engine, backend=VLLM(step_overhead_s=backend.step_overhead_s))
 
 
 def node(part: DictConfig) -> Any:

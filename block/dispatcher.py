@@ -17,11 +17,11 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from random import Random as Stream
+from typing import Protocol
 
 from block import clock
 from block.instances.base import Instance, InstanceFailed, RequestFailed
 from block.policies import Needs, Policy
-from block.predictor import Predictor
 from block.types import ID, Decision, Forecast, InstanceView, Request, RequestRecord, Snapshot
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,16 @@ MAX_RETRIES = 3
 
 Deliver = Callable[[Instance, RequestRecord], Awaitable[None]]
 """Has an instance serve a record's request; raises what `Instance.generate` raises."""
+
+
+class Forecaster(Protocol):
+    """Tells when a request would finish where: a `block.predictor.Predictor`, or several."""
+
+    def forecasts(
+        self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
+    ) -> list[Forecast]:
+        """One forecast for each snapshot, with the requests that are underway there."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,13 +70,14 @@ class _Books:
     outstanding: int
     recent: deque[float]
     snapshot: Snapshot | None
+    ejected: int = 0
 
 
 class Dispatcher:
     """Places requests on instances by a policy. `predictor` may be None if the policy needs no forecasts.
 
     delay_s: modelled seconds from a request's arrival to its arrival at the instance; 0 where the delay is real.
-    An instance that fails a request is *ejected*: no request goes there until `readmit`.
+    An instance that fails a request is *ejected*, unless it only turned it away: no request goes there until `readmit`.
     Keeps what it did, all of it or the latest `history`: `records`, one per request, and `decisions`, (time, Decision,
     request id). forecast_s: wall-clock seconds that each batch of forecasts took, divided by its number of forecasts.
     ejections: (time, instance id, reason).
@@ -76,7 +87,7 @@ class Dispatcher:
         self,
         instances: Sequence[Instance],
         policy: Policy,
-        predictor: Predictor | None,
+        predictor: Forecaster | None,
         config: DispatchConfig,
         stream: Stream,
         *,
@@ -108,10 +119,15 @@ class Dispatcher:
         """Requests placed there and not finished."""
         return self._books[instance_id].outstanding
 
+    def ejected(self, instance_id: int) -> int:
+        """Times that it was ejected."""
+        return self._books[instance_id].ejected
+
     def eject(self, instance_id: int, reason: str) -> None:
         """Send nothing more to an instance; does nothing if it is out already."""
         if instance_id in self._active:
             self._active.remove(instance_id)
+            self._books[instance_id].ejected += 1
             self.ejections.append((clock.now(), instance_id, reason))
             log.warning("instance %d gets no more requests: %s", instance_id, reason)
 
@@ -123,13 +139,14 @@ class Dispatcher:
     async def submit(self, request: Request, deliver: Deliver | None = None) -> RequestRecord:
         """Place `request`, have it served and return its record, with status "ok" or "failed" and why.
 
-        An instance that fails is ejected, and the request begins anew on another one; `record.retries` counts that.
+        If an instance fails it, it begins anew on one that has not yet; `record.retries` counts that.
         deliver: how to have it served; by default `Instance.generate`.
         """
         record = RequestRecord(request)
         self.records.append(record)
-        while self._active:
-            chosen = self._place(request, record)
+        failed: list[int] = []
+        while active := self._active if not failed else [i for i in self._active if i not in failed]:
+            chosen = self._place(request, record, active)
             try:
                 if self._delay_s > 0:
                     await clock.sleep(self._delay_s)
@@ -143,7 +160,9 @@ class Dispatcher:
                 break
             except InstanceFailed as error:
                 record.error = str(error)
-                self.eject(chosen, str(error))
+                failed.append(chosen)
+                if error.gone:
+                    self.eject(chosen, str(error))
                 if record.retries == MAX_RETRIES:
                     break
                 record.retries += 1
@@ -161,10 +180,9 @@ class Dispatcher:
         if request in books.ledger:
             books.ledger.remove(request)
 
-    def _place(self, request: Request, record: RequestRecord) -> int:
-        """Decide where `request` goes and enter it in the books."""
+    def _place(self, request: Request, record: RequestRecord, active: Sequence[int]) -> int:
+        """Decide to which of the instances `active` the request goes and enter it in the books."""
         now = clock.now()
-        active = self._active
         candidates = self._policy.candidates(len(active), self._turn, self._stream)
         if len(active) < len(self._instances):
             candidates = [active[candidate] for candidate in candidates]

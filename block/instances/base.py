@@ -8,7 +8,14 @@ from block.types import Request, RequestRecord, Snapshot
 
 
 class InstanceFailed(RuntimeError):
-    """The instance is gone or broken, so that another may serve the request; the message says why."""
+    """The instance did not serve the request, so that another may; the message says why.
+
+    gone: it serves no other request either; False if it only turned this one away.
+    """
+
+    def __init__(self, message: str, *, gone: bool = True) -> None:
+        super().__init__(message)
+        self.gone = gone
 
 
 class RequestFailed(RuntimeError):

@@ -1,0 +1,56 @@
+"""Serve a front door: ``python -m block.server scheduler=round_robin server.urls=[http://h1:8000,http://h2:8000]``.
+
+Takes every key of run.py, and those of the node `server` (--cfg job shows them). Only the policy, `dispatch`, `seed`
+and, for policies that forecast, what the latency model follows from (`model`, `cluster`, `backend`) have an effect.
+"""
+
+import asyncio
+import importlib.util
+import logging
+import sys
+from random import Random as Stream
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from block import config
+from block.instances.base import LaunchFailed
+from block.policies import Needs
+
+config.register()
+
+
+@hydra.main(version_base="1.3", config_path="../../conf", config_name="config")
+def main(settings: DictConfig) -> None:
+    """One server, until it is told to stop."""
+    config.told(lambda: serve(settings, HydraConfig.get().runtime.choices["scheduler"]))
+
+
+def serve(settings: DictConfig, policy: str) -> None:
+    """Serve what `settings` describe. ConfigError if that cannot be; `policy` is what they call it."""
+    run = config.build(settings)
+    wanted = config.node(settings.server)
+    for module in ("aiohttp", "prometheus_client", "uvloop"):
+        if importlib.util.find_spec(module) is None:
+            raise LaunchFailed(f"{module} is not installed: pip install 'block-serving[serve]'")
+    import uvloop
+
+    from block.server import door
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    latency = run.backend.latency(run.testbed) if run.scheduler.needs is Needs.FORECAST else None
+    front = door.Door(wanted, run.scheduler, run.dispatch, Stream(run.seed), latency)
+
+    def listening(address: str) -> None:
+        print(f"{address}: {policy} over {len(wanted.urls)} servers: {', '.join(wanted.urls)}", flush=True)
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(door.serve(front, wanted.host, wanted.port, listening))
+    except OSError as error:
+        raise config.ConfigError(f"server.port={wanted.port}: cannot listen on {wanted.host}: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(config.guard(main))

@@ -1,0 +1,210 @@
+"""The door itself: its routes, the probes that readmit servers, start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
+from random import Random as Stream
+
+import aiohttp
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from block import clock
+from block.dispatcher import DispatchConfig, Dispatcher
+from block.latency import LatencyModel
+from block.policies import Needs, Policy
+from block.server.exchange import ANSWER, REQUEST, Exchange, passed_on
+from block.server.metrics import CANCELLED, FAILED, OK, REFUSED, Metrics
+from block.server.openai import error_response, read, tagged
+from block.server.upstreams import HEALTH_S, TROUBLE, PluginInstance, Upstream, session, upstreams
+from block.server_config import ServerConfig
+from block.types import Request
+
+log = logging.getLogger(__name__)
+
+HISTORY = 1000
+"""Requests that the dispatcher remembers; nothing here needs more than the latest."""
+DRAIN_POLL_S = 0.02
+LAST_BYTES_S = 0.5
+"""For answers to be written out after the grace period."""
+BACKLOG = 2048
+
+
+class Door:
+    """A front door in front of `config.urls`, by `policy`; `application` serves it.
+
+    latency: the servers' step times; policies that need forecasts need it.
+    """
+
+    upstreams: Sequence[Upstream]
+    dispatcher: Dispatcher
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        policy: Policy,
+        dispatch: DispatchConfig,
+        stream: Stream,
+        latency: LatencyModel | None = None,
+    ) -> None:
+        self._config = config
+        self._policy = policy
+        self._dispatch = dispatch
+        self._stream = stream
+        self._latency = latency
+        self._tags = policy.needs is not Needs.COUNTS
+        # Requests of several doors, or of one that was started again, must not share a number on a server.
+        self._numbers = itertools.count(secrets.randbits(52))
+
+    def application(self) -> web.Application:
+        """The routes. To be run with `handler_cancellation`: clients that go away cancel their requests."""
+        app = web.Application(client_max_size=self._config.max_body_mib * 2**20)
+        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_post("/v1/chat/completions", self._complete)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._show_metrics)
+        app.router.add_route("*", "/{any:.*}", self._unknown)
+        app.cleanup_ctx.append(self._open)
+        app.on_shutdown.append(self._drain)
+        return app
+
+    async def _open(self, app: web.Application) -> AsyncIterator[None]:
+        """What lives as long as the application does."""
+        config = self._config
+        async with session(config.connect_timeout_s, config.read_timeout_s) as self._session:
+            self.upstreams, forecaster = upstreams(config.urls, self._session, self._policy.needs, self._latency)
+            self.dispatcher = Dispatcher(
+                self.upstreams, self._policy, forecaster, self._dispatch, self._stream, history=HISTORY
+            )
+            self._metrics = Metrics(self.upstreams, self.dispatcher, self._policy.needs)
+            for upstream, well in zip(
+                self.upstreams, await asyncio.gather(*(one.healthy() for one in self.upstreams)), strict=True
+            ):
+                if not well:
+                    self.dispatcher.eject(upstream.instance_id, f"{upstream.url} does not answer yet")
+            watches = [asyncio.create_task(self._watch(upstream)) for upstream in self.upstreams]
+            yield
+            for watch in watches:
+                watch.cancel()
+            await asyncio.gather(*watches, return_exceptions=True)
+            for upstream in self.upstreams:
+                if isinstance(upstream, PluginInstance):
+                    await upstream.detach()
+
+    async def _watch(self, upstream: Upstream) -> None:
+        """Readmit an instance that was ejected once it is well; eject one that knows of a fault."""
+        i = upstream.instance_id
+        while True:
+            await asyncio.sleep(self._config.probe_interval_s)
+            try:
+                if i in self.dispatcher.active:
+                    if upstream.fault is not None:
+                        self.dispatcher.eject(i, f"{upstream.url}: {upstream.fault}")
+                elif await upstream.healthy():
+                    self.dispatcher.readmit(i)
+                    log.warning("instance %d gets requests: %s is well", i, upstream.url)
+            except Exception:  # a server may answer anything, and is to be asked again nevertheless
+                log.exception("%s", upstream.url)
+
+    async def _drain(self, app: web.Application) -> None:
+        """No new connections come in any more; let requests finish."""
+        deadline = clock.now() + self._config.grace_s
+        while clock.now() < deadline and any(self.dispatcher.outstanding(one.instance_id) for one in self.upstreams):
+            await asyncio.sleep(DRAIN_POLL_S)
+
+    # ------------------------------------------------------------------------------------------------------- routes
+
+    async def _complete(self, http: web.Request) -> web.StreamResponse:
+        """A completion or chat completion."""
+        try:
+            body = await http.read()
+            asked = read(body, self._config.expected_output_tokens)
+        except web.HTTPRequestEntityTooLarge:
+            self._metrics.turned_away()
+            return error_response(413, f"the body exceeds server.max_body_mib={self._config.max_body_mib}")
+        except (ValueError, web.RequestPayloadError) as error:
+            self._metrics.turned_away()
+            return error_response(400, str(error))
+        number, expected = next(self._numbers), asked.expected_tokens
+        if self._tags:
+            body = tagged(body, asked.fields, number, expected)
+        request = Request(number, clock.now(), asked.prompt_tokens, expected, expected)
+        exchange = Exchange(http, self.upstreams, self._session, body, self._metrics.placed)
+        try:
+            record = await self.dispatcher.submit(request, exchange.deliver)
+        except asyncio.CancelledError:
+            if exchange.record is not None:
+                self._metrics.ended(exchange.record, CANCELLED)
+            raise
+        except Exception:
+            log.exception("request %d", number)
+            if exchange.record is not None:
+                self._metrics.ended(exchange.record, FAILED)
+            return error_response(500, "the front door failed; its log says why")
+        reply = exchange.reply or error_response(503, record.error or "")
+        if record.status == "ok":
+            outcome = OK
+        elif exchange.client_gone:
+            outcome = CANCELLED
+        else:
+            outcome = REFUSED if 400 <= reply.status < 500 else FAILED
+        self._metrics.ended(record, outcome)
+        return reply
+
+    async def _models(self, http: web.Request) -> web.Response:
+        """The models of the first server that answers; all are taken to serve the same."""
+        for i in list(self.dispatcher.active):
+            try:
+                async with self._session.get(
+                    f"{self.upstreams[i].url}/v1/models",
+                    headers=passed_on(http.headers, REQUEST),
+                    allow_redirects=False,
+                    timeout=aiohttp.ClientTimeout(HEALTH_S),
+                ) as answer:
+                    body = await answer.read()
+            except TROUBLE:
+                continue
+            if answer.status < 500:
+                return web.Response(status=answer.status, headers=passed_on(answer.headers, ANSWER), body=body)
+        return error_response(503, "no instance answers")
+
+    async def _health(self, http: web.Request) -> web.Response:
+        """Whether there is an instance to send requests to."""
+        active = len(self.dispatcher.active)
+        return web.json_response({"active": active, "instances": len(self.upstreams)}, status=200 if active else 503)
+
+    async def _show_metrics(self, http: web.Request) -> web.Response:
+        return web.Response(body=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def _unknown(self, http: web.Request) -> web.Response:
+        return error_response(404, f"no such route: {http.method} {http.path}")
+
+
+async def serve(door: Door, host: str, port: int, listening: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT; a second one does not wait for requests. OSError if it cannot listen.
+
+    listening: told the address once requests may come.
+    """
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    runner = web.AppRunner(
+        door.application(), handler_cancellation=True, access_log=None, shutdown_timeout=LAST_BYTES_S
+    )
+    try:
+        await runner.setup()
+        await web.TCPSite(runner, host, port, backlog=BACKLOG).start()
+        host, port = runner.addresses[0][:2]
+        listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        await stop.wait()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+        await runner.cleanup()
