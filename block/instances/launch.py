@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -211,7 +212,7 @@ async def answers(session: aiohttp.ClientSession, url: str) -> bool:
 def _last_words(log: Path) -> str:
     """The last line of a log that reads like an error, and where the log is."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    errors = [line.strip() for line in lines if "Error" in line or line.startswith("error")]
+    errors = [line.strip() for line in lines if re.search(r"\b\w*[Ee]rror: ", line) and "WARNING" not in line]
     return f"{errors[-1]} (log: {log})" if errors else f"its log: {log}"
 
 
