@@ -144,9 +144,11 @@ class Dispatcher:
         """
         record = RequestRecord(request)
         self.records.append(record)
+        turn = self._turn
+        self._turn += 1
         failed: list[int] = []
         while active := self._active if not failed else [i for i in self._active if i not in failed]:
-            chosen = self._place(request, record, active)
+            chosen = self._place(request, record, active, turn)
             try:
                 if self._delay_s > 0:
                     await clock.sleep(self._delay_s)
@@ -180,13 +182,12 @@ class Dispatcher:
         if request in books.ledger:
             books.ledger.remove(request)
 
-    def _place(self, request: Request, record: RequestRecord, active: Sequence[int]) -> int:
-        """Decide to which of the instances `active` the request goes and enter it in the books."""
+    def _place(self, request: Request, record: RequestRecord, active: Sequence[int], turn: int) -> int:
+        """Decide to which of the instances `active` the `turn`-th request goes and enter it in the books."""
         now = clock.now()
-        candidates = self._policy.candidates(len(active), self._turn, self._stream)
+        candidates = self._policy.candidates(len(active), turn, self._stream)
         if len(active) < len(self._instances):
             candidates = [active[candidate] for candidate in candidates]
-        self._turn += 1
         views = self._views(candidates, request, now)
         decision = self._policy.choose(request, views, self._stream)
         chosen = decision.instance_id

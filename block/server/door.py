@@ -98,19 +98,13 @@ class Door:
                     await upstream.detach()
 
     async def _watch(self, upstream: Upstream) -> None:
-        """Readmit an instance that was ejected once it is well; eject one that knows of a fault."""
+        """Readmit an instance that was ejected once it is well."""
         i = upstream.instance_id
         while True:
             await asyncio.sleep(self._config.probe_interval_s)
-            try:
-                if i in self.dispatcher.active:
-                    if upstream.fault is not None:
-                        self.dispatcher.eject(i, f"{upstream.url}: {upstream.fault}")
-                elif await upstream.healthy():
-                    self.dispatcher.readmit(i)
-                    log.warning("instance %d gets requests: %s is well", i, upstream.url)
-            except Exception:  # a server may answer anything, and is to be asked again nevertheless
-                log.exception("%s", upstream.url)
+            if i not in self.dispatcher.active and await upstream.healthy():
+                self.dispatcher.readmit(i)
+                log.warning("instance %d gets requests: %s is well", i, upstream.url)
 
     async def _drain(self, app: web.Application) -> None:
         """No new connections come in any more; let requests finish."""

@@ -7,6 +7,7 @@ elsewhere. An answer that is no stream is passed on once it is complete.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from io import BytesIO
 
 import aiohttp
 from aiohttp import web
@@ -21,6 +22,9 @@ from block.types import RequestRecord
 
 TURNED_AWAY = (502, 503)
 """Statuses by which a server says that another one may serve the request."""
+
+LARGE = 2**20
+"""Bytes of a request body that are not sent at once."""
 
 _HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"}
@@ -68,7 +72,7 @@ class Exchange:
         try:
             answer = await self._session.post(
                 URL(upstream.url + http.rel_url.raw_path_qs, encoded=True),
-                data=self._body,
+                data=self._body if len(self._body) < LARGE else BytesIO(self._body),  # sent piece by piece
                 headers=passed_on(http.headers, REQUEST),
                 allow_redirects=False,
             )

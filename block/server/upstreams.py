@@ -16,7 +16,7 @@ import numpy as np
 from block.backends import engine_of
 from block.dispatcher import Forecaster
 from block.engine import EngineConfig
-from block.instances.base import Instance, InstanceFailed
+from block.instances.base import Instance
 from block.instances.vllm import VLLMInstance
 from block.latency import LatencyModel
 from block.policies import Needs
@@ -42,10 +42,9 @@ TROUBLE = (aiohttp.ClientError, TimeoutError, OSError)
 
 
 class Upstream(Instance, Protocol):
-    """An instance that requests are proxied to. `fault`: why it should get no more of them, if it knows; else None."""
+    """An instance that requests are proxied to."""
 
     url: str
-    fault: str | None
 
 
 class Upstreams(NamedTuple):
@@ -77,7 +76,6 @@ class HTTPInstance:
     def __init__(self, instance_id: int, url: str, session: aiohttp.ClientSession) -> None:
         self.instance_id = instance_id
         self.url = url
-        self.fault: str | None = None
         self._session = session
 
     def snapshot(self) -> Snapshot:
@@ -105,18 +103,12 @@ class PluginInstance(HTTPInstance):
     def __init__(self, instance_id: int, url: str, session: aiohttp.ClientSession) -> None:
         super().__init__(instance_id, url, session)
         self._view: VLLMInstance | None = None
-        self._last: Snapshot | None = None
         self._complaint = ""
 
     def snapshot(self) -> Snapshot:
-        """What the scheduler published last. When it stops in the midst of publishing, that is a `fault`."""
-        if self.fault is None:
-            assert self._view is not None, "only servers that are attached to are active"
-            try:
-                self._last = self._view.snapshot()
-            except TimeoutError as error:
-                self.fault = str(error)
-        return self._last or _idle(self.instance_id)
+        """What the scheduler published last."""
+        assert self._view is not None, "only servers that are attached to are active"
+        return self._view.snapshot()
 
     async def healthy(self) -> bool:
         """Whether /health says so, and the plugin answers too: a server that comes back publishes elsewhere."""
@@ -127,15 +119,14 @@ class PluginInstance(HTTPInstance):
             async with asyncio.timeout(HEALTH_S):
                 limits = await view.attach()
             engine_of(limits).limits(limits.total_blocks)
-            self._last = view.snapshot()
-        except (InstanceFailed, ValueError, *TROUBLE) as error:
+        except Exception as error:  # whatever answers there, it is not what can be looked at
             await view.detach()
             self._complain(f"{self.url}: {error}")
             return False
         if limits.prefix_caching:
             self._complain(f"{self.url} caches prefixes; forecasts do not count hits")
         await self.detach()
-        self._view, self.limits, self.fault = view, limits, None
+        self._view, self.limits = view, limits
         return True
 
     async def detach(self) -> None:

@@ -148,12 +148,48 @@ def test_a_refused_request_is_not_retried_and_its_instance_stays() -> None:
     clock.run(main(), virtual=True)
 
 
+def test_an_instance_that_turned_a_request_away_is_passed_over_and_stays() -> None:
+    tried = []
+
+    async def deliver(instance: Any, record: RequestRecord) -> None:
+        tried.append(instance.instance_id)
+        if instance.instance_id != 2:
+            raise InstanceFailed(f"instance {instance.instance_id} is full", gone=False)
+
+    async def main() -> None:
+        dispatcher = Dispatcher([Scripted(i) for i in range(3)], RoundRobin(), None, DispatchConfig(), Stream(0))
+        first = await dispatcher.submit(request(0, 1, 1), deliver)
+        second = await dispatcher.submit(request(1, 1, 1), deliver)
+        assert (first.status, first.retries, first.error) == ("ok", 2, "instance 1 is full")
+        assert (second.status, second.retries) == ("ok", 1)
+        assert tried == [0, 1, 2, 1, 2]  # a retry does not take the next request's turn
+        assert list(dispatcher.active) == [0, 1, 2]
+        assert [dispatcher.ejected(i) for i in range(3)] == [0, 0, 0]
+        assert [dispatcher.outstanding(i) for i in range(3)] == [0, 0, 0]
+
+    clock.run(main(), virtual=True)
+
+
+def test_a_request_fails_when_all_turn_it_away() -> None:
+    async def deliver(instance: Any, record: RequestRecord) -> None:
+        raise InstanceFailed(f"instance {instance.instance_id} is full", gone=False)
+
+    async def main() -> None:
+        dispatcher = Dispatcher([Scripted(0), Scripted(1)], Random(), None, DispatchConfig(), Stream(0))
+        record = await dispatcher.submit(request(0, 1, 1), deliver)
+        assert (record.status, record.retries) == ("failed", 2)
+        assert list(dispatcher.active) == [0, 1]
+
+    clock.run(main(), virtual=True)
+
+
 def test_an_instance_is_used_again_once_readmitted() -> None:
     async def main() -> None:
         dispatcher = Dispatcher([Scripted(0), Scripted(1)], RoundRobin(), None, DispatchConfig(), Stream(0))
         dispatcher.eject(0, "no answer")
         dispatcher.eject(0, "still no answer")
         assert len(dispatcher.ejections) == 1
+        assert dispatcher.ejected(0) == 1
         assert [(await dispatcher.submit(request(i, 1, 1))).instance_id for i in range(2)] == [1, 1]
         dispatcher.readmit(0)
         dispatcher.readmit(0)

@@ -1,0 +1,1003 @@
+"""The front door with scripted servers behind it: what passes, what is retried, what is counted, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import io
+import json
+import math
+import os
+import re
+import runpy
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random as Stream
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from multidict import CIMultiDictProxy
+from testbed import constant_latency
+
+from block import policies
+from block.dispatcher import DispatchConfig
+from block.instances.launch import free_ports
+from block.server.door import Door
+from block.server.openai import completion_tokens, error_event, read, tagged
+from block.server_config import ServerConfig
+from block.vllm_plugin import board as b
+from block.vllm_plugin.board import Board, EngineLimits
+
+ROOT = Path(__file__).resolve().parents[2]
+ANSWER = b'{"id": "cmpl-1",  "choices": [{"text": "\\u00e9 \xc3\xa9"}], "usage": {"completion_tokens": 7}}\n'
+EVENTS = [b'data: {"choices":[{"text":" %d"}]}\n\n' % i for i in range(5)]
+USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":5}}\n\n'
+DONE = b"data: [DONE]\n\n"
+ASKED = b'{"model": "m",  "prompt": "hello", "max_tokens": 5}'
+STREAMED = b'{"model":"m","prompt":[1,2,3],"stream":true,"stream_options":{"include_usage":true}}'
+SSE = {"Content-Type": "text/event-stream; charset=utf-8"}
+
+Answer = Callable[["Mock", web.Request], Awaitable[web.StreamResponse]]
+
+
+async def whole(mock: Mock, http: web.Request) -> web.StreamResponse:
+    return web.Response(body=ANSWER, headers={"Content-Type": "application/json", "X-Own": "1"})
+
+
+async def stream(mock: Mock, http: web.Request) -> web.StreamResponse:
+    """A stream that pauses after its first event until `mock.go`."""
+    response = web.StreamResponse(headers=SSE)
+    await response.prepare(http)
+    for i, event in enumerate([*EVENTS, USAGE, DONE]):
+        await response.write(event)
+        if i == 0:
+            await mock.go.wait()
+    return response
+
+
+async def hang(mock: Mock, http: web.Request) -> web.StreamResponse:
+    await mock.never.wait()
+    raise AssertionError
+
+
+def says(status: int, body: bytes = b'{"error": {"message": "no"}}', **headers: str) -> Answer:
+    async def answer(mock: Mock, http: web.Request) -> web.StreamResponse:
+        return web.Response(status=status, body=body, headers={"Content-Type": "application/json", **headers})
+
+    return answer
+
+
+def cut(*events: bytes, sse: bool = True) -> Answer:
+    """Headers and `events`, and then the connection is gone."""
+
+    async def answer(mock: Mock, http: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers=SSE if sse else {"Content-Type": "application/json"})
+        await response.prepare(http)
+        response._payload_writer.send_headers()  # type: ignore[union-attr]
+        for event in events:
+            await response.write(event)
+        await asyncio.sleep(0.02)
+        assert http.transport is not None
+        http.transport.abort()
+        return response
+
+    return answer
+
+
+@dataclass
+class Mock:
+    """A model server that answers as `answer` says."""
+
+    answer: Answer = whole
+    well: bool = True
+    seen: list[tuple[str, CIMultiDictProxy[str], bytes]] = field(default_factory=list)
+    cancelled: int = 0
+    port: int = 0
+
+    def __post_init__(self) -> None:
+        self.go, self.never = asyncio.Event(), asyncio.Event()
+        self.go.set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def _complete(self, http: web.Request) -> web.StreamResponse:
+        self.seen.append((http.path_qs, http.headers, await http.read()))
+        try:
+            return await self.answer(self, http)
+        except (asyncio.CancelledError, ConnectionError):
+            self.cancelled += 1
+            raise
+
+    async def _health(self, http: web.Request) -> web.Response:
+        return web.Response(status=200 if self.well else 503)
+
+    async def _models(self, http: web.Request) -> web.Response:
+        return web.Response(body=b'{"data": [{"id": "tiny"}]}', headers={"Content-Type": "application/json"})
+
+    def routes(self, app: web.Application) -> None:
+        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_post("/v1/chat/completions", self._complete)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/health", self._health)
+
+    async def start(self) -> None:
+        app = web.Application(client_max_size=2**30)
+        self.routes(app)
+        self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.01, access_log=None)
+        await self.runner.setup()
+        await web.TCPSite(self.runner, "127.0.0.1", self.port).start()
+        self.port = self.runner.addresses[0][1]
+
+    async def kill(self) -> None:
+        """As a process that is gone: nobody listens, and all connections are reset."""
+        for site in list(self.runner.sites):
+            await site.stop()
+        assert self.runner.server is not None
+        for connection in self.runner.server.connections:
+            if connection.transport is not None:
+                connection.transport.abort()
+        await self.runner.cleanup()
+
+
+@dataclass
+class House:
+    """A door with its servers, and a client."""
+
+    door: Door
+    mocks: Sequence[Mock]
+    url: str
+    client: aiohttp.ClientSession
+    stop: Callable[[], Awaitable[None]]
+
+    async def ask(
+        self, body: bytes = ASKED, path: str = "/v1/completions", **options: Any
+    ) -> tuple[int, bytes, CIMultiDictProxy[str]]:
+        async with self.client.post(self.url + path, data=io.BytesIO(body), **options) as answer:
+            return answer.status, await answer.read(), answer.headers
+
+    async def metrics(self) -> dict[str, float]:
+        """Those that are not 0; the mocks' addresses are their numbers."""
+        async with self.client.get(self.url + "/metrics") as answer:
+            text = await answer.text()
+        for i, mock in enumerate(self.mocks):
+            text = text.replace(mock.url, str(i))
+        lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines if float(value)}
+
+    def in_flight(self) -> int:
+        return sum(self.door.dispatcher.outstanding(i) for i in range(len(self.mocks)))
+
+
+async def eventually(true: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if true():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not come to that")
+
+
+@asynccontextmanager
+async def house(
+    mocks: Sequence[Mock], policy: policies.Policy | None = None, started: Sequence[int] | None = None, **keys: Any
+) -> AsyncIterator[House]:
+    """Whatever happens in it, no request stays in the books and no connection is leaked."""
+    for i, mock in enumerate(mocks):
+        if started is None or i in started:
+            await mock.start()
+        else:
+            (mock.port,) = free_ports(1)
+    keys = {"probe_interval_s": 0.05, "grace_s": 2.0, **keys}
+    config = ServerConfig(urls=tuple(mock.url for mock in mocks), **keys)
+    door = Door(config, policy or policies.RoundRobin(), DispatchConfig(), Stream(0), constant_latency())
+    runner = web.AppRunner(door.application(), handler_cancellation=True, shutdown_timeout=0.5)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        async with aiohttp.ClientSession(auto_decompress=False) as client:
+            one = House(door, mocks, f"http://127.0.0.1:{runner.addresses[0][1]}", client, runner.cleanup)
+            yield one
+            await eventually(lambda: one.in_flight() == 0)
+    finally:
+        await runner.cleanup()
+        for mock in mocks:
+            if hasattr(mock, "runner"):
+                await mock.runner.cleanup()
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(main, 20))
+
+
+# ------------------------------------------------------------------------------------------------------ what passes
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_bytes_pass_unchanged_both_ways(path: str) -> None:
+    async def main() -> None:
+        async with house([Mock()]) as one:
+            status, body, headers = await one.ask(ASKED, f"{path}?a=b%20c", headers={"Authorization": "Bearer x"})
+            assert (status, body, headers["X-Own"]) == (200, ANSWER, "1")
+            assert headers["Content-Type"] == "application/json"
+            ((seen_path, seen, seen_body),) = one.mocks[0].seen
+            assert (seen_path, seen_body) == (f"{path}?a=b%20c", ASKED)
+            assert seen["Authorization"] == "Bearer x"
+            assert seen["Host"] == f"127.0.0.1:{one.mocks[0].port}"
+
+    run(main())
+
+
+def test_headers_of_one_connection_do_not_pass_and_none_is_made_up() -> None:
+    async def main() -> None:
+        async with house([Mock(says(200, b"{}", **{"Keep-Alive": "timeout=9", "X-Much": "1"}))]) as one:
+            reader, writer = await asyncio.open_connection(*one.url[7:].split(":"))
+            lines = [
+                b"POST /v1/completions HTTP/1.1",
+                b"Host: x",
+                b"Connection: close, X-Mine",
+                b"X-Mine: 1",
+                b"TE: gzip",
+            ]
+            lines += [b"Keep-Alive: 3", b"X-Two: a", b"X-Two: b", b"Content-Length: %d" % len(ASKED), b"", ASKED]
+            writer.write(b"\r\n".join(lines))
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            writer.close()
+            await writer.wait_closed()
+            assert body == b"{}"
+            assert b"X-Much: 1" in head
+            assert b"Keep-Alive" not in head
+            ((_, seen, _),) = one.mocks[0].seen
+            assert sorted(seen.items()) == [
+                ("Content-Length", str(len(ASKED))),
+                ("Host", f"127.0.0.1:{one.mocks[0].port}"),
+                ("X-Two", "a"),
+                ("X-Two", "b"),
+            ]
+
+    run(main())
+
+
+def test_what_is_compressed_stays_so_on_its_way_back_and_is_unpacked_on_its_way_in() -> None:
+    async def main() -> None:
+        packed = gzip.compress(ANSWER)
+        async with house([Mock(says(200, packed, **{"Content-Encoding": "gzip"}))]) as one:
+            status, body, headers = await one.ask(gzip.compress(ASKED), headers={"Content-Encoding": "gzip"})
+            assert (status, body, headers["Content-Encoding"]) == (200, packed, "gzip")
+            ((_, seen, seen_body),) = one.mocks[0].seen
+            assert seen_body == ASKED
+            assert "Content-Encoding" not in seen
+
+    run(main())
+
+
+def test_a_stream_passes_as_it_comes() -> None:
+    async def main() -> None:
+        async with house([Mock(stream)]) as one:
+            mock = one.mocks[0]
+            mock.go.clear()
+            async with one.client.post(one.url + "/v1/completions", data=STREAMED) as answer:
+                assert answer.status == 200
+                assert answer.headers["Content-Type"] == SSE["Content-Type"]
+                assert await answer.content.readany() == EVENTS[0]  # while the rest does not exist yet
+                assert one.in_flight() == 1
+                mock.go.set()
+                assert await answer.content.read() == b"".join([*EVENTS[1:], USAGE, DONE])
+            assert mock.seen[0][2] == STREAMED
+            await eventually(lambda: one.in_flight() == 0)
+            (record,) = one.door.dispatcher.records
+            assert (record.status, record.output_tokens, record.request.prompt_tokens) == ("ok", 5, 3)
+            assert record.request.arrival <= record.dispatched <= record.first_token < record.finished
+
+    run(main())
+
+
+def test_without_usage_the_events_of_a_stream_are_counted() -> None:
+    async def main() -> None:
+        async def answer(mock: Mock, http: web.Request) -> web.StreamResponse:
+            return web.Response(body=b"".join([*EVENTS, DONE]), headers=SSE)
+
+        async with house([Mock(answer)]) as one:
+            assert (await one.ask(STREAMED))[1] == b"".join([*EVENTS, DONE])
+            assert one.door.dispatcher.records[0].output_tokens == 5
+
+    run(main())
+
+
+def test_large_bodies_pass_and_those_above_the_limit_do_not() -> None:
+    async def main() -> None:
+        async with house([Mock()], max_body_mib=8) as one:
+            large = b'{"prompt": "%s"}' % (b"x" * 7 * 2**20)
+            assert (await one.ask(large, headers={"Expect": "100-continue"}))[0] == 200
+            assert one.mocks[0].seen[0][2] == large
+            assert "Expect" not in one.mocks[0].seen[0][1]
+            status, body, _ = await one.ask(large + b" " * 2**20 * 2)
+            assert status == 413
+            assert json.loads(body)["error"]["message"] == "the body exceeds server.max_body_mib=8"
+            assert len(one.mocks[0].seen) == 1
+
+    run(main())
+
+
+def test_a_client_that_does_not_read_holds_up_its_server_and_not_the_door_s_memory() -> None:
+    async def main() -> None:
+        sent = 0
+
+        async def answer(mock: Mock, http: web.Request) -> web.StreamResponse:
+            nonlocal sent
+            response = web.StreamResponse(headers=SSE)
+            await response.prepare(http)
+            while True:
+                await response.write(b"data: %s\n\n" % (b"x" * 2**16))
+                sent += 2**16
+
+        async with house([Mock(answer)]) as one, one.client.post(one.url + "/v1/completions", data=STREAMED) as reply:
+            await reply.content.readany()
+            before = -1
+            while sent != before:
+                before = sent
+                await asyncio.sleep(0.1)
+            assert sent < 64 * 2**20
+            reply.close()
+            await eventually(lambda: one.mocks[0].cancelled == 1)
+
+    run(main())
+
+
+def test_models_come_from_the_first_server_that_answers() -> None:
+    async def main() -> None:
+        async with house([Mock(), Mock(), Mock()], started=[1, 2]) as one:
+            for _ in range(2):
+                async with one.client.get(one.url + "/v1/models") as answer:
+                    assert (answer.status, await answer.json()) == (200, {"data": [{"id": "tiny"}]})
+                one.door.dispatcher.readmit(0)  # where nobody listens
+
+    run(main())
+
+
+# ------------------------------------------------------------------------------------------------------ what does not
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b'"text"', b"[1]", b"\xff{}", b"[" * 100_000, b'{"a": 1} x'])
+def test_what_is_no_json_object_reaches_no_server(body: bytes) -> None:
+    async def main() -> None:
+        async with house([Mock()]) as one:
+            status, text, headers = await one.ask(body)
+            error = json.loads(text)["error"]
+            assert (status, error["code"], error["type"]) == (400, 400, "BadRequestError")
+            assert error["message"].startswith("the body is not ")
+            assert headers["Content-Type"].startswith("application/json")
+            assert one.mocks[0].seen == []
+            assert (await one.metrics())['block_requests_total{instance="none",status="refused"}'] == 1
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/"), ("GET", "/v1/completions"), ("POST", "/v1/embeddings"), ("HEAD", "/x"), ("PUT", "/health")],
+)
+def test_an_unknown_route_is_told_as_openai_would(method: str, path: str) -> None:
+    async def main() -> None:
+        async with house([Mock()]) as one, one.client.request(method, one.url + path) as answer:
+            assert answer.status == 404
+            if method != "HEAD":
+                error = (await answer.json())["error"]
+                assert error["message"] == f"no such route: {method} {path}"
+                assert error["type"] == "NotFoundError"
+
+    run(main())
+
+
+# ------------------------------------------------------------------------------------------------------ failures
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [cut(), cut(sse=False), cut(b'{"choices', sse=False)],
+    ids=["no byte of a stream", "no byte", "half an answer"],
+)
+def test_what_breaks_before_the_first_byte_begins_anew_elsewhere(broken: Answer) -> None:
+    async def main() -> None:
+        async with house([Mock(broken), Mock()], probe_interval_s=60) as one:
+            assert (await one.ask())[:2] == (200, ANSWER)
+            assert list(one.door.dispatcher.active) == [1]
+            assert [len(mock.seen) for mock in one.mocks] == [1, 1]
+            assert one.mocks[1].seen[0][2] == ASKED
+            metrics = await one.metrics()
+            assert metrics["block_retries_total"] == 1
+            assert metrics['block_ejections_total{instance="0"}'] == 1
+            assert metrics["block_active_instances"] == 1
+
+    run(main())
+
+
+def test_a_server_that_is_down_is_taken_out_and_back_in() -> None:
+    async def main() -> None:
+        async with house([Mock(), Mock()]) as one:
+            await one.mocks[0].kill()
+            assert [(await one.ask())[0] for _ in range(4)] == [200] * 4
+            assert list(one.door.dispatcher.active) == [1]
+            await one.mocks[0].start()
+            await eventually(lambda: len(one.door.dispatcher.active) == 2)
+            assert [(await one.ask())[0] for _ in range(4)] == [200] * 4
+            assert len(one.mocks[0].seen) == 2
+
+    run(main())
+
+
+@pytest.mark.parametrize("status", [502, 503])
+def test_a_server_that_turns_away_is_passed_over_and_stays(status: int) -> None:
+    async def main() -> None:
+        async with house([Mock(says(status)), Mock()]) as one:
+            assert [(await one.ask())[0] for _ in range(4)] == [200] * 4
+            assert [len(mock.seen) for mock in one.mocks] == [2, 4]
+            assert list(one.door.dispatcher.active) == [0, 1]
+
+    run(main())
+
+
+def test_when_all_turn_away_the_client_gets_the_last_one_s_word() -> None:
+    async def main() -> None:
+        async with house([Mock(says(503, b"full", **{"Retry-After": "9"})) for _ in range(2)]) as one:
+            status, body, headers = await one.ask()
+            assert (status, body, headers["Retry-After"]) == (503, b"full", "9")
+            assert [len(mock.seen) for mock in one.mocks] == [1, 1]
+            assert (await one.metrics())["block_retries_total"] == 2
+
+    run(main())
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422, 429, 500, 501])
+def test_an_error_of_the_request_s_is_passed_on_as_it_is(status: int) -> None:
+    async def main() -> None:
+        async with house([Mock(says(status)), Mock()]) as one:
+            assert (await one.ask())[:2] == (status, b'{"error": {"message": "no"}}')
+            assert list(one.door.dispatcher.active) == [0, 1]
+            assert len(one.mocks[1].seen) == 0
+            outcome = "refused" if status < 500 else "failed"
+            assert (await one.metrics())[f'block_requests_total{{instance="0",status="{outcome}"}}'] == 1
+
+    run(main())
+
+
+DEAD = b'data: {"error": {"message": "EngineDeadError"}}\n\n'
+
+
+async def begins_with_an_error(mock: Mock, http: web.Request) -> web.StreamResponse:
+    return web.Response(body=DEAD + DONE, headers=SSE)
+
+
+@pytest.mark.parametrize("answer", [says(500), begins_with_an_error], ids=["answer", "stream"])
+def test_a_server_whose_engine_died_is_taken_out_and_its_requests_begin_anew(answer: Answer) -> None:
+    async def main() -> None:
+        async with house([Mock(answer), Mock()], probe_interval_s=60) as one:
+            one.mocks[0].well = False
+            assert (await one.ask())[:2] == (200, ANSWER)
+            assert list(one.door.dispatcher.active) == [1]
+
+    run(main())
+
+
+def test_an_error_that_a_healthy_server_streams_is_passed_on() -> None:
+    async def main() -> None:
+        async with house([Mock(begins_with_an_error), Mock()]) as one:
+            assert (await one.ask(STREAMED))[:2] == (200, DEAD + DONE)
+            assert list(one.door.dispatcher.active) == [0, 1]
+            assert (await one.metrics())['block_requests_total{instance="0",status="failed"}'] == 1
+
+    run(main())
+
+
+def test_after_the_first_byte_a_stream_ends_with_an_error_event() -> None:
+    async def main() -> None:
+        async with house([Mock(cut(EVENTS[0], b'data: {"cho')), Mock()]) as one:
+            status, body, _ = await one.ask(STREAMED)
+            assert status == 200
+            assert body.startswith(EVENTS[0])
+            last = body.removesuffix(b"\n\n").rpartition(b"\n\n")[2]
+            error = json.loads(last.removeprefix(b"data: "))["error"]
+            assert error["code"] == 502
+            assert one.mocks[0].url in error["message"]
+            assert DONE not in body
+            assert one.mocks[1].seen == []
+            assert one.door.dispatcher.records[0].status == "failed"
+
+    run(main())
+
+
+def test_silence_fails_a_request_and_not_its_server() -> None:
+    async def main() -> None:
+        async def pause(mock: Mock, http: web.Request) -> web.StreamResponse:
+            mock.go.clear()
+            return await stream(mock, http)
+
+        async with house([Mock(hang), Mock(pause)], read_timeout_s=0.1) as one:
+            status, body, _ = await one.ask()
+            assert (status, json.loads(body)["error"]["type"]) == (504, "TimeoutError")
+            status, body, _ = await one.ask(STREAMED)
+            assert status == 200
+            assert b'data: {"error"' in body
+            assert list(one.door.dispatcher.active) == [0, 1]
+            await eventually(lambda: [mock.cancelled for mock in one.mocks] == [1, 1])
+
+    run(main())
+
+
+def test_without_a_server_there_is_an_error_and_no_health() -> None:
+    async def main() -> None:
+        async with house([Mock(), Mock()], started=[]) as one:
+            status, body, _ = await one.ask()
+            assert (status, json.loads(body)["error"]["message"]) == (503, "no instance is left")
+            for path in ("/health", "/v1/models"):
+                async with one.client.get(one.url + path) as answer:
+                    assert answer.status == 503
+            assert (await one.metrics())['block_requests_total{instance="none",status="failed"}'] == 1
+            await one.mocks[1].start()
+            await eventually(lambda: len(one.door.dispatcher.active) == 1)
+            async with one.client.get(one.url + "/health") as answer:
+                assert (answer.status, await answer.json()) == (200, {"active": 1, "instances": 2})
+            assert (await one.ask())[0] == 200
+
+    run(main())
+
+
+def test_nothing_is_lost_when_one_of_four_servers_is_killed() -> None:
+    async def main() -> None:
+        async def slow(mock: Mock, http: web.Request) -> web.StreamResponse:
+            await asyncio.sleep(0.02)
+            return await whole(mock, http)
+
+        async with house([Mock(slow) for _ in range(4)]) as one:
+            asked = []
+            for i in range(200):
+                asked.append(asyncio.create_task(one.ask()))
+                await asyncio.sleep(0.002)
+                if i == 100:
+                    await one.mocks[0].kill()
+            answers = await asyncio.gather(*asked)
+            assert [answer[:2] for answer in answers] == [(200, ANSWER)] * 200
+            assert list(one.door.dispatcher.active) == [1, 2, 3]
+            assert (await one.metrics())["block_retries_total"] >= 1
+
+    run(main())
+
+
+def test_a_bug_is_answered_too() -> None:
+    async def main() -> None:
+        @dataclass(frozen=True)
+        class Broken(policies.Random):  # type: ignore[misc]
+            def choose(self, *_: Any) -> Any:
+                raise ZeroDivisionError
+
+        async with house([Mock()], Broken()) as one:
+            status, body, _ = await one.ask()
+            assert (status, json.loads(body)["error"]["type"]) == (500, "InternalServerError")
+
+    run(main())
+
+
+# ------------------------------------------------------------------------------------------------------ clients that go
+
+
+@pytest.mark.parametrize(
+    ("answer", "body"), [(hang, ASKED), (hang, STREAMED), (stream, STREAMED)], ids=["whole", "no byte", "in a stream"]
+)
+def test_a_client_that_goes_away_cancels_its_request(answer: Answer, body: bytes) -> None:
+    async def main() -> None:
+        async with house([Mock(answer)]) as one:
+            mock = one.mocks[0]
+            mock.go.clear()
+            asked = asyncio.create_task(one.ask(body))
+            await eventually(lambda: len(mock.seen) == 1 and one.in_flight() == 1)
+            await asyncio.sleep(0.05)
+            asked.cancel()
+            await eventually(lambda: mock.cancelled == 1 and one.in_flight() == 0)
+            assert list(one.door.dispatcher.active) == [0]
+            assert (await one.metrics())['block_requests_total{instance="0",status="cancelled"}'] == 1
+
+    run(main())
+
+
+def test_a_client_that_goes_away_while_it_is_written_to_is_not_its_server_s_fault() -> None:
+    async def main() -> None:
+        async def endless(mock: Mock, http: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse(headers=SSE)
+            await response.prepare(http)
+            while True:
+                await response.write(EVENTS[0] * 100)
+                await asyncio.sleep(0)
+
+        async with house([Mock(endless)]) as one:
+            for _ in range(20):
+                reader, writer = await asyncio.open_connection(*one.url[7:].split(":"))
+                writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+                await reader.read(10_000)
+                writer.transport.abort()
+            await eventually(lambda: one.in_flight() == 0 and one.mocks[0].cancelled == 20)
+            assert list(one.door.dispatcher.active) == [0]
+            assert (await one.metrics())['block_requests_total{instance="0",status="cancelled"}'] == 20
+
+    run(main())
+
+
+# ------------------------------------------------------------------------------------------------------ metrics
+
+
+def test_metrics_tell_outcomes_times_and_what_is_in_flight() -> None:
+    async def main() -> None:
+        async with house([Mock(stream), Mock()]) as one:
+            one.mocks[0].go.clear()
+            asked = asyncio.create_task(one.ask(STREAMED))
+            await eventually(lambda: one.in_flight() == 1)
+            assert (await one.ask())[0] == 200
+            before = await one.metrics()
+            one.mocks[0].go.set()
+            await asked
+            after = await one.metrics()
+        assert before['block_in_flight{instance="0"}'] == 1
+        assert 'block_in_flight{instance="0"}' not in after
+        for i in "01":
+            assert after[f'block_requests_total{{instance="{i}",status="ok"}}'] == 1
+            assert after[f'block_instance_active{{instance="{i}"}}'] == 1
+        assert after["block_active_instances"] == 2
+        assert after["block_ttft_seconds_count"] == 1  # of an answer that is no stream, the first token is not seen
+        assert after["block_e2e_seconds_count"] == 2
+        for name in ("block_retries_total", "block_predicted_e2e_seconds_count", "block_forecast_seconds_count"):
+            assert name not in after  # there, and 0
+
+    run(main())
+
+
+# ------------------------------------------------------------------------------------------------------ with the plugin
+
+LIMITS = EngineLimits(1000, 16, 8, 512, 2048, 0, 0, False, False, False)
+
+
+class PluginMock(Mock):
+    """A server with the plugin; `place` shows a running sequence on its board."""
+
+    def __init__(self, answer: Answer = whole, limits: EngineLimits = LIMITS) -> None:
+        super().__init__(answer)
+        self.limits = limits
+        self.renew()
+
+    def renew(self) -> None:
+        self.board, self.path = Board.create()
+        self.board.header[b.LIMITS : b.LIMITS + len(self.limits)] = self.limits
+        self.board.header[b.FREE] = self.limits.total_blocks
+
+    def place(self, number: int, prompt: int, expected: int) -> None:
+        self.board.header[b.COLUMNS] = self.board.header[b.RUNNING] = 1
+        self.board.seqs[:, 0] = [number, prompt, 0, expected, expected, expected, 0, 0, 0, 0, 0, 0]
+        self.board.header[b.FREE] = self.limits.total_blocks - prompt // 16
+
+    def routes(self, app: web.Application) -> None:
+        super().routes(app)
+        app.router.add_get("/block/info", self._info)
+
+    async def _info(self, http: web.Request) -> web.Response:
+        return web.json_response({"vllm": "0", "board": self.path, "nonce": int(self.board.header[b.NONCE])})
+
+
+def tag_of(mock: Mock) -> dict[str, Any]:
+    return dict(json.loads(mock.seen[-1][2])["vllm_xargs"])
+
+
+@pytest.mark.parametrize(
+    ("policy", "forecasts"), [(policies.Block(), 2), (policies.INFaaS(), 0), (policies.LeastTokens(), 0)]
+)
+def test_policies_that_look_send_a_request_where_there_is_room(policy: policies.Policy, forecasts: int) -> None:
+    async def main() -> None:
+        async with house([PluginMock(stream), PluginMock(stream)], policy) as one:
+            busy, idle = one.mocks
+            assert isinstance(busy, PluginMock)
+            busy.place(1, 1000, 500)
+            for _ in range(2):
+                assert (await one.ask(STREAMED))[0] == 200
+            assert (busy.seen, len(idle.seen)) == ([], 2)
+            body = idle.seen[-1][2]
+            assert body.startswith(b'{"vllm_xargs":{')
+            assert body.endswith(b"}," + STREAMED[1:])
+            assert tag_of(idle) == {"block_id": one.door.dispatcher.records[1].request.id, "block_expected": 256}
+            metrics = await one.metrics()
+            for name in ("ttft_seconds", "ttft_ratio", "e2e_seconds", "e2e_ratio"):
+                assert metrics.get(f"block_predicted_{name}_count", 0) == forecasts
+            assert metrics.get("block_forecast_seconds_count", 0) == forecasts
+
+    run(main())
+
+
+def test_servers_may_differ_in_their_settings_and_prompts_may_be_estimated_too_long() -> None:
+    async def main() -> None:
+        small = LIMITS._replace(total_blocks=200, max_model_len=1024)
+        async with house([PluginMock(), PluginMock(limits=small)], policies.Block()) as one:
+            assert (await one.ask(b'{"prompt": "%s"}' % (b"x" * 40_000)))[0] == 200
+            scores = one.door.dispatcher.decisions[-1][1].scores
+            assert len(scores) == 2
+            assert all(math.isfinite(score) for score in scores)
+
+    run(main())
+
+
+def test_a_fallback_is_counted() -> None:
+    async def main() -> None:
+        async with house([PluginMock()], policies.Block()) as one:
+            mock = one.mocks[0]
+            assert isinstance(mock, PluginMock)
+            mock.place(1, 100_000, 5)  # more than the server can hold
+            assert (await one.ask())[0] == 200
+            assert (await one.metrics())['block_fallbacks_total{reason="no forecast"}'] == 1
+
+    run(main())
+
+
+def test_a_server_without_the_plugin_gets_nothing_by_a_policy_that_looks(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with house([Mock(), PluginMock()], policies.INFaaS()) as one:
+            assert [(await one.ask())[0] for _ in range(4)] == [200] * 4
+            assert one.mocks[0].seen == []
+            await asyncio.sleep(0.2)  # probed again and again, and told once
+
+    run(main())
+    told = [record.message for record in caplog.records if "plugin" in record.message]
+    assert len(told) == 1
+    assert "python -m block.vllm_plugin.serve" in told[0]
+
+
+def test_a_server_that_comes_back_is_looked_at_anew() -> None:
+    async def main() -> None:
+        async with house([PluginMock(), PluginMock()], policies.INFaaS()) as one:
+            first, second = one.mocks
+            assert isinstance(first, PluginMock)
+            assert isinstance(second, PluginMock)
+            second.place(1, 1000, 500)
+            await first.kill()
+            assert (await one.ask())[0] == 200
+            assert list(one.door.dispatcher.active) == [1]
+            first.renew()
+            await first.start()
+            await eventually(lambda: len(one.door.dispatcher.active) == 2)
+            first.place(1, 15_000, 500)
+            assert (await one.ask())[0] == 200
+            assert [len(mock.seen) for mock in one.mocks] == [0, 2]
+
+    run(main())
+
+
+def test_a_scheduler_that_stops_while_it_publishes_stops_nothing_else() -> None:
+    async def main() -> None:
+        async with house([PluginMock(), PluginMock()], policies.INFaaS()) as one:
+            stuck, sound = one.mocks
+            assert isinstance(stuck, PluginMock)
+            stuck.place(1, 1000, 500)
+            assert (await one.ask())[0] == 200
+            stuck.board.begin()
+            assert [(await one.ask())[0] for _ in range(3)] == [200] * 3
+            assert len(sound.seen) == 4
+            await stuck.kill()
+            one.door.dispatcher.eject(0, "as if it had been chosen")
+            await stuck.start()  # and publishes no more
+            await asyncio.sleep(0.2)
+            assert list(one.door.dispatcher.active) == [1]
+            stuck.board.end()
+            await eventually(lambda: len(one.door.dispatcher.active) == 2)
+
+    run(main())
+
+
+# ------------------------------------------------------------------------------------------------------ bodies
+
+CHAT: list[dict[str, Any]] = [
+    {"role": "system", "content": "12345678"},
+    {"role": "user", "content": [{"type": "text", "text": "1234"}, {"type": "image_url", "image_url": {"url": "x"}}]},
+    {"role": "assistant", "content": None},
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt", "expected"),
+    [
+        ({"prompt": [5, 6, 7]}, 3, 100),
+        ({"prompt": [[5, 6, 7], [8]]}, 4, 100),
+        ({"prompt": "12345678"}, 2, 100),
+        ({"prompt": "123456789"}, 3, 100),
+        ({"prompt": "三四"}, 2, 100),
+        ({"prompt": ["1234", "1234"]}, 2, 100),
+        ({"prompt": "\ud800"}, 1, 100),
+        ({"prompt": []}, 1, 100),
+        ({"prompt": {"a": 1}, "messages": "hm"}, 1, 100),
+        ({"messages": CHAT}, 15, 100),
+        ({"messages": [1, {}]}, 8, 100),
+        ({"prompt": "a", "max_tokens": 7}, 1, 7),
+        ({"prompt": "a", "max_tokens": 700}, 1, 100),
+        ({"prompt": "a", "max_tokens": None}, 1, 100),
+        ({"prompt": "a", "max_tokens": "7"}, 1, 100),
+        ({"prompt": "a", "max_tokens": -7}, 1, 100),
+        ({"messages": [], "max_completion_tokens": 9, "max_tokens": 7}, 1, 9),
+    ],
+)
+def test_what_a_body_asks_for(fields: dict[str, Any], prompt: int, expected: int) -> None:
+    asked = read(json.dumps(fields).encode(), 100)
+    assert (asked.prompt_tokens, asked.expected_tokens) == (prompt, expected)
+
+
+@pytest.mark.parametrize(
+    ("body", "with_tag"),
+    [
+        (b'{"a": 1}', b'{"vllm_xargs":{"block_id": 5, "block_expected": 6},"a": 1}'),
+        (b' \n{ "a" :1, "b": 0.10 } ', b' \n{"vllm_xargs":{"block_id": 5, "block_expected": 6}, "a" :1, "b": 0.10 } '),
+        (b"{ }", b'{"vllm_xargs":{"block_id": 5, "block_expected": 6} }'),
+        (b'{"vllm_xargs": 3}', b'{"vllm_xargs": 3}'),
+    ],
+)
+def test_a_tag_goes_in_front_and_the_rest_keeps_its_bytes(body: bytes, with_tag: bytes) -> None:
+    assert tagged(body, json.loads(body), 5, 6) == with_tag
+
+
+@pytest.mark.parametrize(
+    ("body", "rest"),
+    [
+        (b'{"vllm_xargs": {"mine": 1, "block_id": 9}, "a": 2}', {"mine": 1}),
+        (b'{"vllm_xargs": null, "a": 2}', {}),
+        ('{"a": 2}'.encode("utf-16"), {}),
+        ('{"a": 2}'.encode("utf-16-le"), {}),
+        ('{"a": 2}'.encode("utf-8-sig"), {}),
+    ],
+)
+def test_a_tag_joins_those_of_the_client(body: bytes, rest: dict[str, Any]) -> None:
+    done = json.loads(tagged(body, json.loads(body), 5, 6).decode())
+    assert done == {"a": 2, "vllm_xargs": {**rest, "block_id": 5, "block_expected": 6}}
+
+
+def test_the_last_usage_counts() -> None:
+    assert completion_tokens(b'{"usage":{"completion_tokens": 3}} {"completion_tokens":41}') == 41
+    assert completion_tokens(b'{"usage":null}') is None
+    assert completion_tokens(b'"completion_tokens":null') is None
+    assert json.loads(error_event(502, 'a "b"\n').strip().removeprefix(b"data: "))["error"]["message"] == 'a "b"\n'
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({}, "server.urls=[]: give at least one, such as [http://host:8000]"),
+        ({"urls": ["h1:8000"]}, "server.urls=h1:8000: must be of the form http://host:port"),
+        ({"urls": ["http://"]}, "server.urls=http:: must be of the form"),
+        ({"urls": ["http://h:port"]}, "server.urls=http://h:port: must be of the form"),
+        ({"urls": ["http://me:key@h:1"]}, "server.urls=http://me:key@h:1: must be of the form"),
+        ({"urls": ["http://h:1", "http://h:1/"]}, "server.urls=http://h:1: given twice"),
+        ({"port": 70000}, "server.port=70000: must be between 1 and 65535"),
+        ({"expected_output_tokens": 0}, "server.expected_output_tokens=0: must be at least 1"),
+        ({"max_body_mib": 0}, "server.max_body_mib=0: must be at least 1"),
+        ({"probe_interval_s": 0.0}, "server.probe_interval_s=0.0: must be greater than 0"),
+        ({"connect_timeout_s": math.inf}, "server.connect_timeout_s=inf: must be greater than 0"),
+        ({"read_timeout_s": -1.0}, "server.read_timeout_s=-1.0: must be greater than 0"),
+        ({"grace_s": -1.0}, "server.grace_s=-1.0: must be 0 or more seconds"),
+    ],
+)
+def test_a_wrong_key_is_told_with_its_value(keys: dict[str, Any], says: str) -> None:
+    if "urls" not in keys and keys:
+        keys = {"urls": ["http://h:1"], **keys}
+    with pytest.raises(ValueError, match=re.escape(says)):
+        ServerConfig(**keys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "error: server.urls=[]: give at least one"),
+        (["server.urls=[h1:8000]"], "error: server.urls=h1:8000: must be"),
+        (["server.prot=80"], "error: server.prot: no such key; did you mean port? choose from urls, host, port"),
+        (["server.port=http"], "error: server.port=http: wants an integer"),
+        (["scheduler=roundrobin"], "error: scheduler=roundrobin: did you mean round_robin?"),
+    ],
+)
+def test_a_wrong_command_ends_in_one_line(
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["block.server", *arguments])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("block.server", run_name="__main__")
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith(says)
+    assert (captured.out, ended.value.code) == ("", 2)
+
+
+async def command(*arguments: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "block.server",
+        "server.host=127.0.0.1",
+        *arguments,
+        env={**os.environ, "HYDRA_FULL_ERROR": "0"},
+        cwd=ROOT,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+def connects(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_process_says_where_it_listens_and_finishes_its_streams_when_told_to_stop() -> None:
+    async def main() -> None:
+        mock = Mock(stream)
+        await mock.start()
+        mock.go.clear()
+        urls = f"server.urls=[{mock.url},http://127.0.0.1:{free_ports(1)[0]}]"
+        door = await command("scheduler=round_robin", urls, "server.port=0")
+        assert door.stdout is not None
+        line = (await door.stdout.readline()).decode()
+        assert line.endswith(f": round_robin over 2 servers: {urls[13:-1].replace(',', ', ')}\n")
+        address = line.split(": ")[0]
+        port = int(address.rpartition(":")[2])
+        async with aiohttp.ClientSession() as client:
+            async with client.get(f"{address}/health") as answer:
+                assert (answer.status, await answer.json()) == (200, {"active": 1, "instances": 2})
+            async with client.post(f"{address}/v1/completions", data=STREAMED) as answer:
+                assert await answer.content.readany() == EVENTS[0]
+                door.send_signal(signal.SIGTERM)
+                while connects(port):
+                    await asyncio.sleep(0.01)
+                mock.go.set()
+                assert (await answer.content.read()).endswith(DONE)
+        _, errors = await door.communicate()
+        assert door.returncode == 0
+        (warning,) = errors.decode().splitlines()
+        assert "does not answer yet" in warning
+        await mock.runner.cleanup()
+
+    run(main())
+
+
+def test_a_stream_that_outlasts_the_grace_period_is_cut_and_its_request_cancelled() -> None:
+    async def main() -> None:
+        async with house([Mock(stream)], grace_s=0.1) as one:
+            mock = one.mocks[0]
+            mock.go.clear()
+            asked = asyncio.create_task(one.ask(STREAMED))
+            await eventually(lambda: one.in_flight() == 1)
+            await asyncio.sleep(0.05)
+            await one.stop()
+            with pytest.raises(aiohttp.ClientError):
+                await asked
+            await eventually(lambda: mock.cancelled == 1)
+
+    run(main())
+
+
+def test_a_port_that_is_taken_is_told() -> None:
+    async def main() -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            door = await command("scheduler=random", "server.urls=[http://127.0.0.1:9]", f"server.port={port}")
+            _, errors = await door.communicate()
+        last = errors.decode().splitlines()[-1]
+        assert last.startswith(f"error: server.port={port}: cannot listen on 127.0.0.1: ")
+        assert "in use" in last
+        assert door.returncode == 2
+
+    run(main())
