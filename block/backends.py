@@ -259,7 +259,9 @@ async def _fleet(urls: Sequence[str], latency: LatencyModel, testbed: Testbed) -
     from block.instances.vllm import VLLMInstance
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+    # A connection each: a server may close an idle one just as it is used again, and would seem to have failed.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         instances = [VLLMInstance(i, url, session, testbed.model.vocab_size) for i, url in enumerate(urls)]
         try:
             try:
