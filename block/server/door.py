@@ -18,10 +18,11 @@ from block import clock
 from block.dispatcher import DispatchConfig, Dispatcher
 from block.latency import LatencyModel
 from block.policies import Needs, Policy
-from block.server.exchange import ANSWER, REQUEST, Exchange, passed_on
+from block.server.exchange import Exchange, answer_headers, request_headers
 from block.server.metrics import CANCELLED, FAILED, OK, REFUSED, Metrics
 from block.server.openai import error_response, read, tagged
-from block.server.upstreams import HEALTH_S, TROUBLE, PluginInstance, Upstream, session, upstreams
+from block.server.upstreams import HEALTH_S, PluginInstance, Upstream, session, upstreams
+from block.server.wire import TROUBLE
 from block.server_config import ServerConfig
 from block.types import Request
 
@@ -129,7 +130,7 @@ class Door:
         if self._tags:
             body = tagged(body, asked.fields, number, expected)
         request = Request(number, clock.now(), asked.prompt_tokens, expected, expected)
-        exchange = Exchange(http, self.upstreams, self._session, body, self._metrics.placed)
+        exchange = Exchange(http, self.upstreams, body, self._metrics.placed)
         try:
             record = await self.dispatcher.submit(request, exchange.deliver)
         except asyncio.CancelledError:
@@ -157,7 +158,7 @@ class Door:
             try:
                 async with self._session.get(
                     f"{self.upstreams[i].url}/v1/models",
-                    headers=passed_on(http.headers, REQUEST),
+                    headers=[(name.decode(), value.decode("latin-1")) for name, value in request_headers(http)],
                     allow_redirects=False,
                     timeout=aiohttp.ClientTimeout(HEALTH_S),
                 ) as answer:
@@ -165,7 +166,7 @@ class Door:
             except TROUBLE:
                 continue
             if answer.status < 500:
-                return web.Response(status=answer.status, headers=passed_on(answer.headers, ANSWER), body=body)
+                return web.Response(status=answer.status, headers=answer_headers(answer.headers), body=body)
         return error_response(503, "no instance answers")
 
     async def _health(self, http: web.Request) -> web.Response:

@@ -7,32 +7,28 @@ elsewhere. An answer that is no stream is passed on once it is complete.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from io import BytesIO
 
 import aiohttp
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 from multidict import CIMultiDict, CIMultiDictProxy
-from yarl import URL
 
 from block import clock
 from block.instances.base import Instance, InstanceFailed, RequestFailed
 from block.server.openai import ERROR_EVENT, completion_tokens, error_event, error_response
-from block.server.upstreams import TROUBLE, Upstream
+from block.server.upstreams import Upstream
+from block.server.wire import TROUBLE, Answer
 from block.types import RequestRecord
 
 TURNED_AWAY = (502, 503)
 """Statuses by which a server says that another one may serve the request."""
 
-LARGE = 2**20
-"""Bytes of a request body that are not sent at once."""
-
+# Headers of a message as it was sent to us, not of what is passed on; the body of a request was read and unpacked.
 _HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"}
-    | {"transfer-encoding", "upgrade"}
+    | {"transfer-encoding", "upgrade", "content-length"}
 )
-# Also not passed on, because they tell of the message as it was sent to us: we have read (and unpacked) its body.
-REQUEST = _HOP_BY_HOP | {"host", "content-length", "content-encoding", "expect"}
-ANSWER = _HOP_BY_HOP | {"content-length"}
+_OF_REQUESTS = frozenset(name.encode() for name in _HOP_BY_HOP | {"host", "content-encoding", "expect"})
 
 
 class Exchange:
@@ -46,13 +42,11 @@ class Exchange:
         self,
         http: web.Request,
         upstreams: Sequence[Upstream],
-        session: aiohttp.ClientSession,
         body: bytes,
         placed: Callable[[], None],
     ) -> None:
         self._http = http
         self._upstreams = upstreams
-        self._session = session
         self._body = body
         self._placed = placed
         self.reply: web.StreamResponse | None = None
@@ -70,12 +64,7 @@ class Exchange:
         upstream = self._upstreams[instance.instance_id]
         http = self._http
         try:
-            answer = await self._session.post(
-                URL(upstream.url + http.rel_url.raw_path_qs, encoded=True),
-                data=self._body if len(self._body) < LARGE else BytesIO(self._body),  # sent piece by piece
-                headers=passed_on(http.headers, REQUEST),
-                allow_redirects=False,
-            )
+            answer = await upstream.wire.post(http.rel_url.raw_path_qs, request_headers(http), self._body)
         except TROUBLE as error:
             raise self._failure(upstream, error) from error
         try:
@@ -86,13 +75,13 @@ class Exchange:
         finally:
             answer.close()  # unless it was read to its end, this closes the connection, which cancels the request there
 
-    async def _whole(self, upstream: Upstream, answer: aiohttp.ClientResponse, record: RequestRecord) -> None:
+    async def _whole(self, upstream: Upstream, answer: Answer, record: RequestRecord) -> None:
         try:
-            body = await answer.read()
+            body = await answer.content.read()
         except TROUBLE as error:
             raise self._failure(upstream, error) from error
         status = answer.status
-        self.reply = web.Response(status=status, headers=passed_on(answer.headers, ANSWER), body=body)
+        self.reply = web.Response(status=status, headers=answer_headers(answer.headers), body=body)
         if status >= 500:
             await self._suspect(upstream, f"answered {status}", turned_away=status in TURNED_AWAY)
         if status >= 400:
@@ -100,12 +89,12 @@ class Exchange:
         record.finished = clock.now()
         record.output_tokens = completion_tokens(body) or 0
 
-    async def _stream(self, upstream: Upstream, answer: aiohttp.ClientResponse, record: RequestRecord) -> None:
+    async def _stream(self, upstream: Upstream, answer: Answer, record: RequestRecord) -> None:
         chunk = await self._read(upstream, answer)
         if chunk.startswith(ERROR_EVENT):
             await self._suspect(upstream, "began with an error", turned_away=False)
         record.first_token = clock.now()
-        reply = self.reply = web.StreamResponse(headers=passed_on(answer.headers, ANSWER))
+        reply = self.reply = web.StreamResponse(headers=answer_headers(answer.headers))
         tokens: int | None = None
         events = 0
         failed = False
@@ -128,7 +117,7 @@ class Exchange:
         if failed:
             raise RequestFailed(f"{upstream.url}: the stream tells of an error")
 
-    async def _read(self, upstream: Upstream, answer: aiohttp.ClientResponse) -> bytes:
+    async def _read(self, upstream: Upstream, answer: Answer) -> bytes:
         """What has come of the body; nothing at its end."""
         try:
             return await answer.content.readany()
@@ -165,11 +154,21 @@ class Exchange:
                 self.reply = error_response(504, text)
             return RequestFailed(text)
         # What is no HTTP is an error of the server's, but tells nothing of the next request.
-        return InstanceFailed(text, gone=not isinstance(error, aiohttp.ClientResponseError))
+        return InstanceFailed(text, gone=not isinstance(error, HttpProcessingError))
 
 
-def passed_on(headers: CIMultiDictProxy[str], dropped: frozenset[str]) -> CIMultiDict[str]:
-    """The headers that go to the other side: those meant for it, not for us."""
+def request_headers(http: web.BaseRequest) -> list[tuple[bytes, bytes]]:
+    """The headers of a request that go on to a server."""
+    dropped = _OF_REQUESTS
+    named = http.headers.get("Connection")
+    if named is not None:
+        dropped = dropped.union(name.strip().lower().encode() for name in named.split(","))
+    return [(name, value) for name, value in http.raw_headers if name.lower() not in dropped]
+
+
+def answer_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
+    """The headers of an answer that go on to the client."""
+    dropped = _HOP_BY_HOP
     named = headers.get("Connection")
     if named is not None:
         dropped = dropped.union(name.strip().lower() for name in named.split(","))

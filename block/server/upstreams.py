@@ -21,6 +21,7 @@ from block.instances.vllm import VLLMInstance
 from block.latency import LatencyModel
 from block.policies import Needs
 from block.predictor import Predictor
+from block.server.wire import TROUBLE, Wire
 from block.types import FIELDS, Forecast, Request, RequestRecord, Snapshot
 from block.vllm_plugin.board import EngineLimits
 
@@ -37,14 +38,13 @@ _KEEN = {
     "TCP_KEEPCNT": 3,
     "TCP_USER_TIMEOUT": PEER_DEAD_S * 1000,
 }
-TROUBLE = (aiohttp.ClientError, TimeoutError, OSError)
-"""What can go wrong between us and a server."""
 
 
 class Upstream(Instance, Protocol):
-    """An instance that requests are proxied to."""
+    """An instance that requests are proxied to, over its `wire`."""
 
     url: str
+    wire: Wire
 
 
 class Upstreams(NamedTuple):
@@ -76,6 +76,7 @@ class HTTPInstance:
     def __init__(self, instance_id: int, url: str, session: aiohttp.ClientSession) -> None:
         self.instance_id = instance_id
         self.url = url
+        self.wire = Wire(url, session)
         self._session = session
 
     def snapshot(self) -> Snapshot:

@@ -1,0 +1,80 @@
+"""HTTP to the servers, by aiohttp's connections and parser, without its session.
+
+A `ClientSession` takes longer over a request than all the rest of the door, with what a proxy has no use for (cookies,
+redirects, retries, a task that writes the body), and so what it has use for is called here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import aiohttp
+from aiohttp.http import HttpProcessingError, RawResponseMessage
+from aiohttp.streams import StreamReader
+from multidict import CIMultiDictProxy
+from yarl import URL
+
+TROUBLE = (aiohttp.ClientError, HttpProcessingError, TimeoutError, OSError)
+"""What can go wrong between us and a server."""
+READ_BUFFER = 2**16
+"""Bytes of an answer that may wait to be read before the server has to."""
+
+
+class Answer(NamedTuple):
+    """What a server answers; `content` is its body as it comes. To be closed, which hangs up unless all was read."""
+
+    status: int
+    headers: CIMultiDictProxy[str]
+    content: StreamReader
+    connection: aiohttp.connector.Connection
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self.connection.close()
+
+
+class Wire:
+    """Requests to the server at `url`, over the connections of `session`."""
+
+    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
+        connector = session.connector
+        assert connector is not None
+        self._connector = connector
+        self._timeout = session.timeout
+        self._key = aiohttp.ClientRequest("POST", URL(url), loop=connector._loop)  # of the connections, no more
+        self._prefix = self._key.url.raw_path.rstrip("/").encode()
+        self._host = self._key.headers["Host"].encode()
+
+    async def post(self, path: str, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> Answer:
+        """Send a request; returns when the headers of its answer are there. One of TROUBLE if they do not come."""
+        lines = [b"POST %s%s HTTP/1.1\r\nHost: %s" % (self._prefix, path.encode(), self._host)]
+        lines += [b"%s: %s" % header for header in headers]
+        lines.append(b"Content-Length: %d\r\n\r\n" % len(body))
+        connection = await self._connector.connect(self._key, [], self._timeout)
+        try:
+            protocol, transport = connection.protocol, connection.transport
+            assert protocol is not None
+            assert transport is not None
+            protocol.set_response_params(
+                auto_decompress=False,
+                read_until_eof=True,
+                read_timeout=self._timeout.sock_read,
+                read_bufsize=READ_BUFFER,
+            )
+            transport.write(b"\r\n".join(lines) + body)
+            protocol.start_timeout()
+            message, content = await _answer(protocol)
+        except BaseException:
+            connection.close()
+            raise
+        content.on_eof(connection.release)
+        return Answer(message.code, message.headers, content, connection)
+
+
+async def _answer(protocol: aiohttp.client_proto.ResponseHandler) -> tuple[RawResponseMessage, StreamReader]:
+    """The answer, without those that only announce it."""
+    while True:
+        message, content = await protocol.read()
+        if message.code >= 200:
+            return message, content
