@@ -160,7 +160,7 @@ def _lognormal_sample(mean: float, cv: float, longest: int, size: int = 20_000) 
 
 
 def _tokens(lengths: Floats) -> Ints:
-    return np.maximum(np.rint(lengths), 1).astype(np.int64)
+    return np.asarray(np.maximum(np.rint(lengths), 1), dtype=np.int64)
 
 
 def _compact(row: Floats) -> str:

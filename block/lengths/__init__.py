@@ -68,4 +68,5 @@ class Noisy:
         factors = rng.normal(1.0 + self.bias, self.spread, len(output_tokens))
         others = rng.permutation(output_tokens)
         astray = rng.random(len(output_tokens)) < self.outliers
-        return np.maximum(np.rint(np.where(astray, others, output_tokens * factors)), 1).astype(np.int64)
+        estimates = np.rint(np.where(astray, others, output_tokens * factors))
+        return np.asarray(np.maximum(estimates, 1), dtype=np.int64)

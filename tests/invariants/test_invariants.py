@@ -267,7 +267,7 @@ def test_inv_6_a_decision_uses_nothing_of_the_future(case: Case, data: st.DataOb
     gap = data.draw(st.sampled_from([0.0, 0.01, 1.0]))
     future = [request(1000 + n, 60, 50, past[-1].arrival + gap) for n in range(data.draw(st.integers(0, 5)))]
     before, after = case.serve(), case.serve(past + future)
-    assert before.dispatcher.decisions[: i + 1] == after.dispatcher.decisions[: i + 1]
+    assert list(before.dispatcher.decisions)[: i + 1] == list(after.dispatcher.decisions)[: i + 1]
     for old, new in zip(before.records[: i + 1], after.records[: i + 1], strict=True):
         assert old.forecast == new.forecast
 

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from block import cluster
+from block.backends import VLLM
 from block.cluster import ClusterConfig, Simulated
 from block.console import announce, progress, report, report_line
 from block.engine import EngineConfig
@@ -118,10 +119,12 @@ def test_auto_says_why_it_simulates(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert announced(auto).startswith("1 GPU visible, 4 asked for: running the simulated testbed\n")
     fake_driver(tmp_path, monkeypatch, gpus=3)
     assert announced(auto).startswith("3 GPUs visible, 4 asked for: running the simulated testbed\n")
-    fake_driver(tmp_path, monkeypatch, gpus=4)
-    assert "4 GPUs visible, but" in announced(auto)
     fake_driver(tmp_path, monkeypatch, gpus=4, code=9)  # a driver that does not answer
     assert announced(auto).startswith("no GPUs visible")
+
+
+def test_real_servers_are_announced() -> None:
+    assert announced(VLLM()).startswith("starting vLLM servers (VLLM); their logs are in the run's folder\n")
 
 
 def test_a_simulation_asked_for_needs_no_reason() -> None:
