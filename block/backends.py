@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from block.cluster import Fleet, Testbed, visible_gpus
 from block.engine import EngineConfig
@@ -23,6 +23,9 @@ from block.instances.base import InstanceFailed, LaunchFailed
 from block.latency import LatencyModel
 from block.predictor import Predictor
 from block.vllm_plugin.board import EngineLimits
+
+if TYPE_CHECKING:
+    from block.instances.vllm import VLLMInstance
 
 log = logging.getLogger(__name__)
 
@@ -264,24 +267,38 @@ async def _fleet(urls: Sequence[str], latency: LatencyModel, testbed: Testbed) -
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         instances = [VLLMInstance(i, url, session, testbed.model.vocab_size) for i, url in enumerate(urls)]
         try:
-            try:
-                limits = [await instance.attach() for instance in instances]
-            except InstanceFailed as error:
-                raise LaunchFailed(str(error)) from error
-            for instance, other in zip(instances, limits, strict=True):
-                if other != limits[0]:
-                    unlike = _unlike(other, limits[0])
+            limits = [await _attached(instance) for instance in instances]
+            known = [one for one in limits if one is not None]
+            if len(known) < len(instances):  # or a front door: policies that only count need no more
+                log.warning("servers without the plugin show no snapshots: %s", ", ".join(urls))
+                yield Fleet(instances, None, {})
+                return
+            for instance, other in zip(instances, known, strict=True):
+                if other != known[0]:
+                    unlike = _unlike(other, known[0])
                     raise LaunchFailed(f"{instance.url}: other settings than {instances[0].url}: {unlike}")
-            if limits[0].prefix_caching:
+            if known[0].prefix_caching:
                 log.warning("the servers cache prefixes; forecasts do not count hits")
-            engine = engine_of(limits[0])
+            engine = engine_of(known[0])
             if engine != replace(testbed.engine, num_gpu_blocks=None, watermark=engine.watermark):
-                log.warning("the servers run with %s", limits[0])
-            predictor = Predictor(engine, latency, limits[0].total_blocks)
-            yield Fleet(instances, predictor, {"vllm": instances[0].vllm_version, **limits[0]._asdict()})
+                log.warning("the servers run with %s", known[0])
+            predictor = Predictor(engine, latency, known[0].total_blocks)
+            yield Fleet(instances, predictor, {"vllm": instances[0].vllm_version, **known[0]._asdict()})
         finally:
             for instance in instances:
                 await instance.detach()
+
+
+async def _attached(instance: VLLMInstance) -> EngineLimits | None:
+    """The settings of the server that is attached to; None if it has no plugin. LaunchFailed if it does not answer."""
+    from block.instances.vllm import WithoutPlugin
+
+    try:
+        return await instance.attach()
+    except WithoutPlugin:
+        return None
+    except InstanceFailed as error:
+        raise LaunchFailed(str(error)) from error
 
 
 def engine_of(limits: EngineLimits) -> EngineConfig:

@@ -75,10 +75,13 @@ class Testbed:
 
 
 class Fleet(NamedTuple):
-    """A running cluster, the predictor that knows its engines, and what real engines said of themselves."""
+    """A running cluster, the predictor that knows its engines, and what real engines said of themselves.
+
+    Without a predictor, the instances show no snapshots either, and only policies that count can be used.
+    """
 
     instances: Sequence[Instance]
-    predictor: Predictor
+    predictor: Predictor | None
     engines: Mapping[str, Any]
 
 

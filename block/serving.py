@@ -13,8 +13,10 @@ from typing import Any
 from block import clock, workload
 from block.config import RunConfig
 from block.dispatcher import Dispatcher
+from block.instances.base import LaunchFailed
 from block.lengths import tag
 from block.monitor import Monitor
+from block.policies import Needs
 from block.rng import stream
 from block.types import Request, RequestRecord
 
@@ -71,6 +73,11 @@ async def _serve(
 ) -> None:
     every = PROGRESS_EVERY if run.backend.virtual else 1
     async with run.backend.start(run.testbed, logs) as fleet:
+        if fleet.predictor is None and run.scheduler.needs is not Needs.COUNTS:
+            raise LaunchFailed(
+                "the servers show no snapshots, which this scheduler needs: start them by "
+                "python -m block.vllm_plugin.serve, or choose one that only counts, such as round_robin"
+            )
         policy_stream = Stream(int(stream(run.seed, "policy").integers(2**63)))
         dispatcher = Dispatcher(
             fleet.instances,
@@ -80,7 +87,7 @@ async def _serve(
             policy_stream,
             delay_s=run.backend.dispatch_delay_s,
         )
-        monitor = Monitor(fleet.instances, run.sample_every_s)
+        monitor = Monitor(fleet.instances if fleet.predictor else (), run.sample_every_s)
         outcome.dispatcher, outcome.monitor = dispatcher, monitor
         outcome.engines = fleet.engines
         done = 0

@@ -24,6 +24,10 @@ from block.vllm_plugin.board import STEP, Board, EngineLimits, State, read_dump
 POLL_S = 0.01  # wall-clock seconds between two fetches of a remote snapshot
 
 
+class WithoutPlugin(InstanceFailed):
+    """The server shows no snapshots."""
+
+
 class VLLMInstance:
     """One server. `attach` first, `detach` at the end."""
 
@@ -33,19 +37,22 @@ class VLLMInstance:
         self._session = session
         self._vocabulary = vocabulary
         self._board: Board | None = None
-        self._state: State
+        self._state: State | None = None
         self._poll: asyncio.Task[None] | None = None
         self._model = ""
         self.vllm_version = ""
 
     async def attach(self) -> EngineLimits:
-        """Find the board and the name of the model. InstanceFailed if the server does not answer as it should."""
+        """Find the board and the name of the model; returns the engine's settings.
+
+        InstanceFailed if the server does not answer as it should, WithoutPlugin if it has no board but answers.
+        """
         try:
             async with self._session.get(f"{self.url}/v1/models") as response:
                 self._model = (await response.json())["data"][0]["id"]
             async with self._session.get(f"{self.url}/block/info") as response:
                 if response.status != 200:
-                    raise InstanceFailed(
+                    raise WithoutPlugin(
                         f"{self.url}: runs without this package's plugin; start it by python -m block.vllm_plugin.serve"
                     )
                 info = await response.json()
@@ -58,6 +65,11 @@ class VLLMInstance:
         except (aiohttp.ClientError, TimeoutError, KeyError, ValueError) as error:
             raise InstanceFailed(f"{self.url}: {_reason(error)}") from error
         return self._read().limits
+
+    @property
+    def observable(self) -> bool:
+        """Whether it can show snapshots: it is attached to, and has the plugin."""
+        return self._state is not None
 
     @property
     def is_local(self) -> bool:
@@ -75,6 +87,8 @@ class VLLMInstance:
         if self._board is not None:
             with suppress(TimeoutError):  # what was read last; whether the server is dead, `generate` will notice
                 self._state = self._board.read()
+        if self._state is None:
+            raise WithoutPlugin(f"{self.url}: shows no snapshots")
         return self._state
 
     def snapshot(self) -> Snapshot:
