@@ -30,6 +30,7 @@ from block.vllm_plugin.serve import PARENT
 GRACE_S = 5.0
 """From SIGTERM to SIGKILL."""
 POLL_S = 0.1
+_ERROR = re.compile(r"\b(\w*[Ee]rror|Incompatible): ")
 
 
 @dataclass(frozen=True)
@@ -210,10 +211,10 @@ async def answers(session: aiohttp.ClientSession, url: str) -> bool:
 
 
 def _last_words(log: Path) -> str:
-    """The last line of a log that reads like an error, and where the log is."""
+    """The first line of a log that tells of an error, which those after it follow from, and where the log is."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    errors = [line.strip() for line in lines if re.search(r"\b\w*[Ee]rror: ", line) and "WARNING" not in line]
-    return f"{errors[-1]} (log: {log})" if errors else f"its log: {log}"
+    errors = [line.strip() for line in lines if _ERROR.search(line) and "WARNING" not in line]
+    return f"{errors[0]} (log: {log})" if errors else f"its log: {log}"
 
 
 def free_ports(count: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import logging
 import secrets
@@ -10,7 +11,6 @@ import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from random import Random as Stream
 
-import aiohttp
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -21,7 +21,7 @@ from block.policies import Needs, Policy
 from block.server.exchange import Exchange, answer_headers, request_headers
 from block.server.metrics import CANCELLED, FAILED, OK, REFUSED, Metrics
 from block.server.openai import error_response, read, tagged
-from block.server.upstreams import HEALTH_S, PluginInstance, Upstream, session, upstreams
+from block.server.upstreams import PluginInstance, Upstream, quickly, session, upstreams
 from block.server.wire import TROUBLE
 from block.server_config import ServerConfig
 from block.types import Request
@@ -160,7 +160,7 @@ class Door:
                     f"{self.upstreams[i].url}/v1/models",
                     headers=[(name.decode(), value.decode("latin-1")) for name, value in request_headers(http)],
                     allow_redirects=False,
-                    timeout=aiohttp.ClientTimeout(HEALTH_S),
+                    timeout=quickly(self._session),
                 ) as answer:
                     body = await answer.read()
             except TROUBLE:
@@ -195,6 +195,7 @@ async def serve(door: Door, host: str, port: int, listening: Callable[[str], Non
     )
     try:
         await runner.setup()
+        gc.freeze()  # what is there now stays, and need not be searched for garbage while requests wait
         await web.TCPSite(runner, host, port, backlog=BACKLOG).start()
         host, port = runner.addresses[0][:2]
         listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")

@@ -105,15 +105,15 @@ class Exchange:
                 failed = failed or chunk.startswith(ERROR_EVENT)
                 events += chunk.count(b"\n\n")
                 tokens = completion_tokens(chunk) or tokens
-                record.finished = clock.now()
                 chunk = await self._read(upstream, answer)
+            record.finished = clock.now()
             await reply.write_eof()
         except (InstanceFailed, RequestFailed) as error:
             await self._break_off(reply, str(error))
             raise RequestFailed(str(error)) from error
         except ConnectionError as error:
             raise self._client_gone() from error
-        record.output_tokens = events - 1 if tokens is None else tokens  # [DONE] is an event too
+        record.output_tokens = events - 1 if tokens is None else tokens  # a guess without usage; [DONE] is no token
         if failed:
             raise RequestFailed(f"{upstream.url}: the stream tells of an error")
 

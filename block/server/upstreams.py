@@ -90,7 +90,7 @@ class HTTPInstance:
     async def healthy(self) -> bool:
         """Whether /health says so."""
         try:
-            async with self._session.get(f"{self.url}/health", timeout=aiohttp.ClientTimeout(HEALTH_S)) as answer:
+            async with self._session.get(f"{self.url}/health", timeout=quickly(self._session)) as answer:
                 return answer.status == 200
         except TROUBLE:
             return False
@@ -182,6 +182,11 @@ def _fitting(request: Request, limits: EngineLimits) -> Request:
 
 def _idle(instance_id: int) -> Snapshot:
     return Snapshot(instance_id, 0.0, math.nan, 0, 0, 0, 0, np.zeros((FIELDS, 0), dtype=np.int64))
+
+
+def quickly(session: aiohttp.ClientSession) -> aiohttp.ClientTimeout:
+    """The patience for questions that any server answers at once."""
+    return aiohttp.ClientTimeout(total=HEALTH_S, sock_connect=session.timeout.sock_connect)
 
 
 def session(connect_timeout_s: float, read_timeout_s: float) -> aiohttp.ClientSession:

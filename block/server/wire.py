@@ -6,6 +6,7 @@ redirects, retries, a task that writes the body), and so what it has use for is 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -42,7 +43,9 @@ class Wire:
         assert connector is not None
         self._connector = connector
         self._timeout = session.timeout
-        self._key = aiohttp.ClientRequest("POST", URL(url), loop=connector._loop)  # of the connections, no more
+        self._key = aiohttp.ClientRequest(
+            "POST", URL(url), loop=asyncio.get_running_loop()
+        )  # of the connections, no more
         self._prefix = self._key.url.raw_path.rstrip("/").encode()
         self._host = self._key.headers["Host"].encode()
 

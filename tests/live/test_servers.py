@@ -188,7 +188,13 @@ def test_a_run_goes_through_the_front_door_to_servers_that_run_already(mark: str
 
     model = tiny_model(Model("tiny", "none", 2, 64, 128, 4, 2, 32, 2048, tied_embeddings=True, dtype_bytes=4), 2048)
     first, second, door = free_ports(3)
-    environment = {**os.environ, mark: "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    environment = {**os.environ, mark: "1", **settings}
 
     def begin(*command: str, log: str) -> None:
         with (tmp_path / log).open("ab") as file:

@@ -100,6 +100,7 @@ class Mock:
     seen: list[tuple[str, CIMultiDictProxy[str], bytes]] = field(default_factory=list)
     cancelled: int = 0
     port: int = 0
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         self.go, self.never = asyncio.Event(), asyncio.Event()
@@ -107,7 +108,7 @@ class Mock:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://127.0.0.1:{self.port}{self.prefix}"
 
     async def _complete(self, http: web.Request) -> web.StreamResponse:
         self.seen.append((http.path_qs, http.headers, await http.read()))
@@ -124,10 +125,10 @@ class Mock:
         return web.Response(body=b'{"data": [{"id": "tiny"}]}', headers={"Content-Type": "application/json"})
 
     def routes(self, app: web.Application) -> None:
-        app.router.add_post("/v1/completions", self._complete)
-        app.router.add_post("/v1/chat/completions", self._complete)
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/health", self._health)
+        app.router.add_post(f"{self.prefix}/v1/completions", self._complete)
+        app.router.add_post(f"{self.prefix}/v1/chat/completions", self._complete)
+        app.router.add_get(f"{self.prefix}/v1/models", self._models)
+        app.router.add_get(f"{self.prefix}/health", self._health)
 
     async def start(self) -> None:
         app = web.Application(client_max_size=2**30)
@@ -193,7 +194,7 @@ async def house(
     for i, mock in enumerate(mocks):
         if started is None or i in started:
             await mock.start()
-        else:
+        elif not mock.port:
             (mock.port,) = free_ports(1)
     keys = {"probe_interval_s": 0.05, "grace_s": 2.0, **keys}
     config = ServerConfig(urls=tuple(mock.url for mock in mocks), **keys)
@@ -231,6 +232,15 @@ def test_bytes_pass_unchanged_both_ways(path: str) -> None:
             assert (seen_path, seen_body) == (f"{path}?a=b%20c", ASKED)
             assert seen["Authorization"] == "Bearer x"
             assert seen["Host"] == f"127.0.0.1:{one.mocks[0].port}"
+
+    run(main())
+
+
+def test_a_server_may_lie_below_a_path() -> None:
+    async def main() -> None:
+        async with house([Mock(prefix="/one")]) as one:
+            assert (await one.ask(ASKED, "/v1/completions?a=b"))[:2] == (200, ANSWER)
+            assert one.mocks[0].seen[0][0] == "/one/v1/completions?a=b"
 
     run(main())
 
@@ -527,6 +537,23 @@ def test_silence_fails_a_request_and_not_its_server() -> None:
             assert b'data: {"error"' in body
             assert list(one.door.dispatcher.active) == [0, 1]
             await eventually(lambda: [mock.cancelled for mock in one.mocks] == [1, 1])
+
+    run(main())
+
+
+def test_a_server_that_takes_no_connection_is_taken_out() -> None:
+    async def main() -> None:
+        with socket.socket() as full, socket.socket() as first:
+            full.bind(("127.0.0.1", 0))
+            full.listen(0)  # room for one, which nobody accepts
+            first.connect(full.getsockname())
+            deaf = Mock(port=full.getsockname()[1])
+            async with house([deaf, Mock()], started=[1], connect_timeout_s=0.2, probe_interval_s=60) as one:
+                assert list(one.door.dispatcher.active) == [1]
+                one.door.dispatcher.readmit(0)
+                assert (await one.ask())[:2] == (200, ANSWER)
+                assert list(one.door.dispatcher.active) == [1]
+                assert one.door.dispatcher.records[0].retries == 1
 
     run(main())
 
