@@ -21,7 +21,7 @@ from block.policies import Needs, Policy
 from block.server.exchange import Exchange, answer_headers, request_headers
 from block.server.metrics import CANCELLED, FAILED, OK, REFUSED, Metrics
 from block.server.openai import error_response, read, tagged
-from block.server.upstreams import PluginInstance, Upstream, quickly, session, upstreams
+from block.server.upstreams import PluginInstance, Upstream, make_upstreams, open_session, quickly
 from block.server.wire import TROUBLE
 from block.server_config import ServerConfig
 from block.types import Request
@@ -78,8 +78,8 @@ class Door:
     async def _open(self, app: web.Application) -> AsyncIterator[None]:
         """What lives as long as the application does."""
         config = self._config
-        async with session(config.connect_timeout_s, config.read_timeout_s) as self._session:
-            self.upstreams, forecaster = upstreams(config.urls, self._session, self._policy.needs, self._latency)
+        async with open_session(config.connect_timeout_s, config.read_timeout_s) as self._session:
+            self.upstreams, forecaster = make_upstreams(config.urls, self._session, self._policy.needs, self._latency)
             self.dispatcher = Dispatcher(
                 self.upstreams, self._policy, forecaster, self._dispatch, self._stream, history=HISTORY
             )

@@ -25,8 +25,18 @@ TURNED_AWAY = (502, 503)
 
 # Headers of a message as it was sent to us, not of what is passed on; the body of a request was read and unpacked.
 _HOP_BY_HOP = frozenset(
-    {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"}
-    | {"transfer-encoding", "upgrade", "content-length"}
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "content-length",
+    }
 )
 _OF_REQUESTS = frozenset(name.encode() for name in _HOP_BY_HOP | {"host", "content-encoding", "expect"})
 
@@ -113,7 +123,7 @@ class Exchange:
             raise RequestFailed(str(error)) from error
         except ConnectionError as error:
             raise self._client_gone() from error
-        record.output_tokens = events - 1 if tokens is None else tokens  # a guess without usage; [DONE] is no token
+        record.output_tokens = max(events - 1, 0) if tokens is None else tokens  # without usage, a guess
         if failed:
             raise RequestFailed(f"{upstream.url}: the stream tells of an error")
 

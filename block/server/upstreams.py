@@ -54,7 +54,7 @@ class Upstreams(NamedTuple):
     forecaster: Forecaster | None
 
 
-def upstreams(
+def make_upstreams(
     urls: Sequence[str], session: aiohttp.ClientSession, needs: Needs, latency: LatencyModel | None
 ) -> Upstreams:
     """Instances for the servers at `urls` that can show what a policy needs. Nothing is asked of them yet.
@@ -189,7 +189,7 @@ def quickly(session: aiohttp.ClientSession) -> aiohttp.ClientTimeout:
     return aiohttp.ClientTimeout(total=HEALTH_S, sock_connect=session.timeout.sock_connect)
 
 
-def session(connect_timeout_s: float, read_timeout_s: float) -> aiohttp.ClientSession:
+def open_session(connect_timeout_s: float, read_timeout_s: float) -> aiohttp.ClientSession:
     """Connections to the servers: as many as there are requests, adding and changing nothing."""
 
     def keen(address: Any) -> socket.socket:

@@ -7,10 +7,14 @@ redirects, retries, a task that writes the body), and so what it has use for is 
 from __future__ import annotations
 
 import asyncio
+import time
+import weakref
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import aiohttp
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.connector import Connection
 from aiohttp.http import HttpProcessingError, RawResponseMessage
 from aiohttp.streams import StreamReader
 from multidict import CIMultiDictProxy
@@ -18,6 +22,8 @@ from yarl import URL
 
 TROUBLE = (aiohttp.ClientError, HttpProcessingError, TimeoutError, OSError)
 """What can go wrong between us and a server."""
+STALE_S = 1.0
+"""A connection that was kept and fails sooner than this was closed before the request came."""
 READ_BUFFER = 2**16
 """Bytes of an answer that may wait to be read before the server has to."""
 
@@ -28,7 +34,7 @@ class Answer(NamedTuple):
     status: int
     headers: CIMultiDictProxy[str]
     content: StreamReader
-    connection: aiohttp.connector.Connection
+    connection: Connection
 
     def close(self) -> None:
         """Let go of the connection."""
@@ -43,9 +49,9 @@ class Wire:
         assert connector is not None
         self._connector = connector
         self._timeout = session.timeout
-        self._key = aiohttp.ClientRequest(
-            "POST", URL(url), loop=asyncio.get_running_loop()
-        )  # of the connections, no more
+        # What connections are asked for by; it is never sent.
+        self._key = aiohttp.ClientRequest("POST", URL(url), loop=asyncio.get_running_loop())
+        self._used: weakref.WeakSet[ResponseHandler] = weakref.WeakSet()
         self._prefix = self._key.url.raw_path.rstrip("/").encode()
         self._host = self._key.headers["Host"].encode()
 
@@ -54,30 +60,38 @@ class Wire:
         lines = [b"POST %s%s HTTP/1.1\r\nHost: %s" % (self._prefix, path.encode(), self._host)]
         lines += [b"%s: %s" % header for header in headers]
         lines.append(b"Content-Length: %d\r\n\r\n" % len(body))
-        connection = await self._connector.connect(self._key, [], self._timeout)
-        try:
-            protocol, transport = connection.protocol, connection.transport
+        request = b"\r\n".join(lines) + body
+        while True:
+            connection = await self._connector.connect(self._key, [], self._timeout)
+            protocol = connection.protocol
             assert protocol is not None
-            assert transport is not None
-            protocol.set_response_params(
-                auto_decompress=False,
-                read_until_eof=True,
-                read_timeout=self._timeout.sock_read,
-                read_bufsize=READ_BUFFER,
-            )
-            transport.write(b"\r\n".join(lines) + body)
-            protocol.start_timeout()
-            message, content = await _answer(protocol)
-        except BaseException:
-            connection.close()
-            raise
-        content.on_eof(connection.release)
-        return Answer(message.code, message.headers, content, connection)
+            kept = protocol in self._used
+            self._used.add(protocol)
+            sent = time.monotonic()
+            try:
+                message, content = await self._ask(protocol, request)
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                connection.close()
+                if not (kept and time.monotonic() - sent < STALE_S):
+                    raise
+                continue  # the server may have closed it before the request came
+            except BaseException:
+                connection.close()
+                raise
+            content.on_eof(connection.release)
+            return Answer(message.code, message.headers, content, connection)
 
-
-async def _answer(protocol: aiohttp.client_proto.ResponseHandler) -> tuple[RawResponseMessage, StreamReader]:
-    """The answer, without those that only announce it."""
-    while True:
-        message, content = await protocol.read()
-        if message.code >= 200:
-            return message, content
+    async def _ask(self, protocol: ResponseHandler, request: bytes) -> tuple[RawResponseMessage, StreamReader]:
+        protocol.set_response_params(
+            auto_decompress=False,
+            read_until_eof=True,
+            read_timeout=self._timeout.sock_read,
+            read_bufsize=READ_BUFFER,
+        )
+        assert protocol.transport is not None
+        protocol.transport.write(request)
+        protocol.start_timeout()
+        while True:
+            message, content = await protocol.read()
+            if message.code >= 200:  # others only announce it
+                return message, content

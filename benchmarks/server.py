@@ -1,0 +1,299 @@
+"""What the front door adds to a direct connection, what one process of it carries, and what a killed server costs.
+
+    python benchmarks/server.py [realtime]
+
+Four mock servers answer at once, or after as many ms as a request asks tokens, so that the door's own time is what is
+seen. The door has one core for itself; the load and the mocks, which are bare protocols, share another one. Rounds with
+the door and without take turns, so that what else the machine does meets both. `realtime` runs all of it before what
+else there is (SCHED_RR, which root may): P99 on a machine that is shared is that of its scheduler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import uvloop
+
+from block.instances.launch import free_ports
+
+RATE = 1000  # requests/s
+ROUNDS = 5
+ROUND_S = 3.0
+CLIENTS = 64
+MOCKS = 4
+EVENTS = 8  # of a streamed answer
+ROOT = Path(__file__).resolve().parent.parent
+
+ANSWER = json.dumps(
+    {
+        "id": "cmpl-1",
+        "object": "text_completion",
+        "model": "mock",
+        "choices": [{"index": 0, "text": " token" * 16, "logprobs": None, "finish_reason": "length"}],
+        "usage": {"prompt_tokens": 250, "completion_tokens": 16, "total_tokens": 266},
+    }
+).encode()
+EVENT = b'data: {"id":"cmpl-1","object":"text_completion","choices":[{"index":0,"text":" token"}],"usage":null}\n\n'
+LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
+TOKENS = re.compile(rb'"max_tokens": *(\d+)')
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+WHOLE = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(ANSWER), ANSWER)
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+class Mock(asyncio.Protocol):
+    """A server whose every answer is the same; a stream comes as an event a millisecond."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+        self.data = b""
+
+    def data_received(self, data: bytes) -> None:
+        self.data += data
+        head, found, body = self.data.partition(b"\r\n\r\n")
+        if not found:
+            return
+        length = LENGTH.search(head)
+        if length and len(body) < int(length[1]):
+            return
+        self.data = b""
+        loop = asyncio.get_running_loop()
+        tokens = TOKENS.search(body)
+        delay = int(tokens[1]) / 1000 if tokens else 0.0
+        if b'"stream":true' not in body:
+            loop.call_later(delay, self.write, WHOLE) if delay else self.write(WHOLE)
+            return
+        self.write(HEAD)
+        for i in range(EVENTS):
+            loop.call_later(delay + i / 1000, self.write, chunk(EVENT))
+        loop.call_later(delay + EVENTS / 1000, self.write, chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+
+    def write(self, data: bytes) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(data)
+
+
+class Client(asyncio.Protocol):
+    """A connection that sends a request and waits for the end of the answer."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+        self.done: asyncio.Future[bytes] | None = None
+
+    def send(self, request: bytes) -> asyncio.Future[bytes]:
+        self.data = b""
+        self.missing: int | None = None
+        self.done = asyncio.get_running_loop().create_future()
+        self.first = 0.0
+        self.transport.write(request)
+        return self.done
+
+    def data_received(self, data: bytes) -> None:
+        if not self.data:
+            self.first = time.perf_counter()
+        self.data += data
+        if self.missing is None:
+            head, found, _ = self.data.partition(b"\r\n\r\n")
+            if not found:
+                return
+            length = LENGTH.search(head)
+            self.missing = len(head) + 4 + int(length[1]) if length else 0
+        if self.done is None or self.done.done():
+            return
+        if len(self.data) == self.missing if self.missing else self.data.endswith(b"\r\n0\r\n\r\n"):
+            self.done.set_result(self.data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self.done is not None and not self.done.done():
+            self.done.set_exception(ConnectionResetError())
+
+
+class Load:
+    """Requests to `ports` in turn, over connections that are used again."""
+
+    def __init__(self, ports: Sequence[int], *, stream: bool = False, tokens: int = 0) -> None:
+        body = {"model": "mock", "prompt": "The quick brown fox. " * 50, "stream": stream}
+        if tokens:
+            body["max_tokens"] = tokens
+        text = json.dumps(body, separators=(",", ":")).encode()
+        self.request = b"POST /v1/completions HTTP/1.1\r\nhost: mock\r\ncontent-type: application/json\r\n"
+        self.request += b"content-length: %d\r\n\r\n%s" % (len(text), text)
+        self.ports = ports
+        self.idle: dict[int, list[Client]] = {port: [] for port in ports}
+        self.seconds: list[float] = []  # to the end of each answer
+        self.firsts: list[float] = []  # to its first byte
+        self.lost = 0
+        self.broken = 0  # streams that were ended by an error event
+
+    async def one(self, turn: int) -> None:
+        port = self.ports[turn % len(self.ports)]
+        idle = self.idle[port]
+        client = idle.pop() if idle else await self.connect(port)
+        began = time.perf_counter()
+        try:
+            answer = await client.send(self.request)
+        except ConnectionResetError:
+            self.lost += 1
+            return
+        self.seconds.append(time.perf_counter() - began)
+        self.firsts.append(client.first - began)
+        idle.append(client)
+        if not answer.startswith(b"HTTP/1.1 200"):
+            self.lost += 1
+        elif b'data: {"error"' in answer:
+            self.broken += 1
+
+    async def connect(self, port: int) -> Client:
+        _, client = await asyncio.get_running_loop().create_connection(Client, "127.0.0.1", port)
+        return client
+
+    async def open_loop(self, rate: float, seconds: float) -> None:
+        began = time.perf_counter()
+        async with asyncio.TaskGroup() as group:
+            for turn in range(round(rate * seconds)):
+                wait = began + turn / rate - time.perf_counter()
+                if wait > 0:
+                    await asyncio.sleep(wait)
+                group.create_task(self.one(turn))
+
+    async def closed_loop(self, clients: int, seconds: float) -> float:
+        """Requests/s of `clients` that each send when they have their answer."""
+        end = time.perf_counter() + seconds
+
+        async def client(turn: int) -> None:
+            while time.perf_counter() < end:
+                await self.one(turn)
+
+        await asyncio.gather(*(client(turn) for turn in range(clients)))
+        return len(self.seconds) / seconds
+
+    def close(self) -> None:
+        for clients in self.idle.values():
+            for client in clients:
+                client.transport.close()
+
+
+class Bench:
+    """The mocks and the door, as processes."""
+
+    def __init__(self, mock_core: set[int], door_core: set[int]) -> None:
+        *self.ports, self.port = free_ports(MOCKS + 1)
+        self.mock_core = mock_core
+        self.mocks = [self.start_mock(port) for port in self.ports]
+        urls = ",".join(f"http://127.0.0.1:{port}" for port in self.ports)
+        time.sleep(3.0)
+        arguments = ["scheduler=round_robin", f"server.urls=[{urls}]", f"server.port={self.port}"]
+        self.door = subprocess.Popen(
+            [sys.executable, "-m", "block.server", *arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        os.sched_setaffinity(self.door.pid, door_core)
+        assert self.door.stdout is not None
+        print(self.door.stdout.readline().decode().split(": http")[0])
+
+    def start_mock(self, port: int) -> subprocess.Popen[bytes]:
+        mock = subprocess.Popen([sys.executable, __file__, "mock", str(port)])
+        os.sched_setaffinity(mock.pid, self.mock_core)
+        return mock
+
+    def stop(self) -> None:
+        for process in (self.door, *self.mocks):
+            process.kill()
+            process.wait()
+
+    def door_cpu_s(self) -> float:
+        fields = Path(f"/proc/{self.door.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    async def added(self, *, stream: bool) -> None:
+        arms = [Load(self.ports, stream=stream), Load([self.port], stream=stream)]
+        rounds = []
+        for _ in range(ROUNDS + 1):
+            pair = []
+            for load in arms:
+                load.firsts.clear()
+                load.seconds.clear()
+                await load.open_loop(RATE, ROUND_S)
+                pair.append(np.percentile([load.firsts, load.seconds], [50, 99], axis=1) * 1e3)
+            rounds.append(pair)
+        kept = np.median(rounds[1:], axis=0)  # the first one warms up; [arm, percentile, first byte or last]
+        for which, name in enumerate(("first byte", "last byte") if stream else ("answer",)):
+            (p50, p99), (door_p50, door_p99) = kept[:, :, which]
+            print(
+                f"  {name:10}  P50 {p50:.2f} -> {door_p50:.2f} ms, added {door_p50 - p50:.2f};"
+                f"  P99 {p99:.2f} -> {door_p99:.2f} ms, added {door_p99 - p99:.2f}"
+            )
+        for load in arms:
+            assert load.lost == load.broken == 0
+            load.close()
+
+    async def most(self, *, stream: bool) -> None:
+        rates = []
+        for ports in (self.ports, [self.port]):
+            load = Load(ports, stream=stream)
+            await load.closed_loop(CLIENTS, 1.0)
+            load.seconds.clear()
+            before = self.door_cpu_s()
+            rates.append(await load.closed_loop(CLIENTS, 4.0))
+            cpu = (self.door_cpu_s() - before) / len(load.seconds)
+            load.close()
+        print(f"  {rates[1]:,.0f} requests/s ({rates[0]:,.0f} without the door); its CPU {cpu * 1e6:.0f} µs a request")
+
+    async def kill_one(self, *, stream: bool) -> None:
+        load = Load([self.port], stream=stream, tokens=20)
+        asyncio.get_running_loop().call_later(1.5, self.mocks[0].kill)
+        await load.open_loop(RATE, 3.0)
+        load.close()
+        print(f"  {len(load.seconds)} answers, {load.lost} lost, {load.broken} broken off after their first byte")
+        self.mocks[0].wait()
+        self.mocks[0] = self.start_mock(self.ports[0])
+        await asyncio.sleep(4.0)  # so that it is readmitted
+
+    async def run(self) -> None:
+        for stream, what in ((False, "Answers"), (True, f"Streams of {EVENTS} events, one a ms")):
+            print(f"{what}, {RATE} requests/s open loop over {MOCKS} mocks, without the door -> through it")
+            await self.added(stream=stream)
+            print(f"{what}, {CLIENTS} clients that ask without pause")
+            await self.most(stream=stream)
+            print(f"{what}, {RATE} requests/s, the first byte after 20 ms, one of {MOCKS} mocks killed")
+            await self.kill_one(stream=stream)
+
+
+async def serve_mock(port: int) -> None:
+    server = await asyncio.get_running_loop().create_server(Mock, "127.0.0.1", port)
+    await server.serve_forever()
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["mock"]:
+        uvloop.run(serve_mock(int(sys.argv[2])))
+    if "realtime" in sys.argv:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    cores = sorted(os.sched_getaffinity(0))
+    mine, doors = set(cores[1:2] or cores), set(cores[:1])
+    os.sched_setaffinity(0, mine)
+    bench = Bench(mine, doors)
+    try:
+        uvloop.run(bench.run())
+    finally:
+        bench.stop()
+
+
+if __name__ == "__main__":
+    main()
