@@ -9,6 +9,7 @@ when its parent ends, the zygote ends, and every server with it.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -19,7 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from block.latency import LatencyModel
 from block.vllm_plugin import serve
+from block.vllm_plugin.executor import LATENCY, step_seconds
 from block.vllm_plugin.lifetime import die_with_parent
 
 PRELOADED = (
@@ -28,8 +31,8 @@ PRELOADED = (
     "vllm.v1.engine.async_llm",
     "vllm.v1.core.sched.async_scheduler",
     "vllm.model_executor.models.llama",
-    "block.vllm_plugin.executor",
     "block.vllm_plugin.scheduler",
+    "block.vllm_plugin.view",
 )
 
 
@@ -41,6 +44,10 @@ def main() -> None:
     os.dup2(2, 1)  # what vLLM prints while it is imported is no answer
     for module in PRELOADED:
         importlib.import_module(module)
+    if LATENCY in os.environ:  # load what is compiled once, for all
+        step_seconds(LatencyModel.load(Path(os.environ[LATENCY])).pack(), [(2, 0), (1, 1)])
+    gc.collect()
+    gc.freeze()  # what is shared stays shared: a collection in a server would write to it
     wakeup, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
