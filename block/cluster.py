@@ -29,7 +29,7 @@ NOISE_STEPS = 4096  # an instance's noise repeats after so many steps
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """GPUs of one kind (one Hydra group). `gpu` names an entry of `block.hardware.GPUS`."""
+    """GPUs of one kind (one Hydra group). `gpu` names an entry of `block.hardware.GPUS`, or a FILE.yaml like one."""
 
     gpu: str = "a30"
     num_gpus: int = 12

@@ -4,6 +4,7 @@
     requests.parquet   a row per request, in the order of the workload
     decisions.parquet  a row per decision: candidates and scores (lists), chosen, fallback, time
     instances.parquet  time series of the instances
+    tokens.parquet     when each token of a request came; of real engines only
     run.log            what was logged meanwhile
     instances/         what real servers said
 
@@ -143,6 +144,9 @@ class RunWriter:
         """
         columns = tables.request_columns(records)
         _write_table(self.path / "requests.parquet", tables.requests_table(columns))
+        tokens = tables.tokens_table(records)
+        if tokens is not None:
+            _write_table(self.path / "tokens.parquet", tokens)
         _write_table(self.path / "decisions.parquet", tables.decisions_table(decisions))
         _write_table(self.path / "instances.parquet", tables.series_table(instances))
         ok = int(np.count_nonzero(columns["status"] == "ok"))

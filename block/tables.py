@@ -67,6 +67,16 @@ def decisions_table(rows: Collection[tuple[float, Decision, int]]) -> pa.Table:
     )
 
 
+def tokens_table(records: Sequence[RequestRecord]) -> pa.Table | None:
+    """A row per request whose token times are known; None if there is none."""
+    known = [record for record in records if record.token_times is not None]
+    if not known:
+        return None
+    times = [record.token_times or [] for record in known]
+    ids = np.fromiter((record.request.id for record in known), np.int64, len(known))
+    return pa.table({"request_id": _array(ids), "token_times": _lists(times, np.float64)})
+
+
 def series_table(columns: Mapping[str, ArrayLike]) -> pa.Table:
     """A table of equally long columns; raises ValueError naming the first whose length differs."""
     arrays = {name: _array(np.asarray(column)) for name, column in columns.items()}

@@ -108,7 +108,8 @@ class Decision(NamedTuple):
 class RequestRecord:
     """What happened to one request; its status is pending, ok or failed. Times are on the run's clock, NaN before.
 
-    retries: instances that it was lost on before; error: the last thing that went wrong.
+    retries: instances that it was lost on before; error: the last thing that went wrong. token_times: when each token
+    came, or the several that came at once, if that is known.
     """
 
     request: Request
@@ -122,3 +123,4 @@ class RequestRecord:
     output_tokens: int = 0
     retries: int = 0
     error: str | None = None
+    token_times: list[float] | None = None

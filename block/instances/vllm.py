@@ -152,6 +152,7 @@ class VLLMInstance:
     async def _stream(self, response: aiohttp.ClientResponse, record: RequestRecord) -> None:
         """Read server-sent events to [DONE]; the last one before it carries the token counts."""
         last = b""
+        times = record.token_times = []
         async for line in response.content:
             if not line.startswith(b"data: "):
                 continue
@@ -166,6 +167,7 @@ class VLLMInstance:
                 if record.first_token != record.first_token:  # NaN
                     record.first_token = now
                 record.finished = now
+                times.append(now)
             last = line[6:]
         raise InstanceFailed(f"{self.url}: the stream ended before its end")
 

@@ -2,15 +2,18 @@
 
     --scheduler-cls block.vllm_plugin.scheduler.publishing
 
-It changes no decision. The path of the board comes in the environment (BLOCK_BOARD), set by `serve`.
+It changes no decision. The path of the board comes in the environment (BLOCK_BOARD), set by `serve`. With BLOCK_RECORD,
+a file, every decision is written down too, a line of JSON each: what the twin is checked against.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections import deque
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,6 +73,33 @@ class Publishing:
         self._started = float("nan")  # when the step in flight began
         self._timing: tuple[float, tuple[float, ...]] | None = None  # the ended step that waits for its successor
         self._write_limits()
+        record = os.environ.get("BLOCK_RECORD")
+        self._record = Path(record).open("a", buffering=1) if record else None  # noqa: SIM115 — as long as this
+
+    def add_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's own."""
+        if self._record is not None:
+            self._note("add", self._tag(request))
+        return super().add_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def _note(self, kind: str, what: Any) -> None:
+        assert self._record is not None
+        self._record.write(json.dumps([kind, what]) + "\n")
+
+    def _note_step(self, output: Any) -> None:
+        """What was decided, by the requests' numbers: tokens, preempted, running, waiting; and the free blocks."""
+        waiting = chain.from_iterable(getattr(self, queue) for queue in self._queues)
+        number = {id_: tag[0] for id_, tag in self._tags.items()}
+        self._note(
+            "step",
+            {
+                "tokens": {number[id_]: tokens for id_, tokens in output.num_scheduled_tokens.items()},
+                "preempted": sorted(number[id_] for id_ in output.preempted_req_ids or ()),
+                "running": [number[one.request_id] for one in self.running],  # type: ignore[attr-defined]
+                "waiting": [number[one.request_id] for one in waiting],
+                "free": self.kv_cache_manager.block_pool.get_num_free_blocks(),  # type: ignore[attr-defined]
+            },
+        )
 
     def _write_limits(self) -> None:
         config: Any = self.vllm_config  # type: ignore[attr-defined]
@@ -114,11 +144,15 @@ class Publishing:
         self._steps.append(step)
         self._features.append((output.total_num_scheduled_tokens, decodes, kv, chunks, chunk_context, chunk_squared))
         self._publish()
+        if self._record is not None:
+            self._note_step(output)
         return output
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's own; the step in flight has ended."""
         now = time.monotonic()
+        if self._record is not None:
+            self._note("end", None)
         if self._steps:
             self._steps.popleft()
             features = self._features.popleft()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from processes import eventually, kill_all, marked
 
@@ -68,7 +69,13 @@ def progress(folder: Path) -> int:
 
 def test_four_emulated_engines_serve_and_are_gone(mark: str, tmp_path: Path) -> None:
     process = start(
-        mark, tmp_path, "backend=emulated", "cluster.num_gpus=4", "workload.num_requests=60", "workload.qps=20"
+        mark,
+        tmp_path,
+        "backend=emulated",
+        "backend.time_dilation=1",
+        "cluster.num_gpus=4",
+        "workload.num_requests=60",
+        "workload.qps=20",
     )
     run, said = finish(process, tmp_path)
     requests = run.requests()
@@ -80,6 +87,9 @@ def test_four_emulated_engines_serve_and_are_gone(mark: str, tmp_path: Path) -> 
     assert (requests.finished > requests.first_token).all()
     assert requests.forecast_e2e.notna().all()
     assert run.document["engines"]["total_blocks"] == 1051
+    tokens = pd.read_parquet(run.path / "tokens.parquet")
+    assert [len(times) for times in tokens.token_times] == list(requests.output_tokens)
+    assert all((np.diff(times) > 0).all() for times in tokens.token_times)
     assert len(list((run.path / "instances").glob("instance-*.log"))) == 4
     assert "60 ok" in said
     assert nothing_left(mark), marked(mark)
@@ -101,7 +111,13 @@ def test_two_real_tiny_models_on_the_cpu_serve_and_are_gone(mark: str, tmp_path:
 
 def test_a_server_killed_in_mid_run_loses_nothing(mark: str, tmp_path: Path) -> None:
     process = start(
-        mark, tmp_path, "backend=emulated", "cluster.num_gpus=3", "workload.num_requests=80", "workload.qps=10"
+        mark,
+        tmp_path,
+        "backend=emulated",
+        "backend.time_dilation=1",
+        "cluster.num_gpus=3",
+        "workload.num_requests=80",
+        "workload.qps=10",
     )
     assert eventually(lambda: progress(tmp_path) > 10, 120)
     zygote = next(pid for pid, line in servers(mark).items() if "zygote" in line)
@@ -120,7 +136,13 @@ def test_a_server_killed_in_mid_run_loses_nothing(mark: str, tmp_path: Path) -> 
 
 def test_a_run_that_is_killed_leaves_no_process_and_its_finished_records(mark: str, tmp_path: Path) -> None:
     process = start(
-        mark, tmp_path, "backend=emulated", "cluster.num_gpus=2", "workload.num_requests=200", "workload.qps=5"
+        mark,
+        tmp_path,
+        "backend=emulated",
+        "backend.time_dilation=1",
+        "cluster.num_gpus=2",
+        "workload.num_requests=200",
+        "workload.qps=5",
     )
     assert eventually(lambda: progress(tmp_path) > 5, 120)
     os.kill(process.pid, signal.SIGKILL)
@@ -139,7 +161,13 @@ def test_a_run_that_is_killed_leaves_no_process_and_its_finished_records(mark: s
 
 def test_a_run_whose_zygote_is_killed_ends_and_says_what_it_lost(mark: str, tmp_path: Path) -> None:
     process = start(
-        mark, tmp_path, "backend=emulated", "cluster.num_gpus=2", "workload.num_requests=40", "workload.qps=5"
+        mark,
+        tmp_path,
+        "backend=emulated",
+        "backend.time_dilation=1",
+        "cluster.num_gpus=2",
+        "workload.num_requests=40",
+        "workload.qps=5",
     )
     assert eventually(lambda: progress(tmp_path) > 2, 120)
     zygote = next(pid for pid, line in servers(mark).items() if "zygote" in line)
@@ -155,7 +183,13 @@ def test_a_run_whose_zygote_is_killed_ends_and_says_what_it_lost(mark: str, tmp_
 
 def test_interrupting_a_run_stops_its_servers_and_keeps_its_records(mark: str, tmp_path: Path) -> None:
     process = start(
-        mark, tmp_path, "backend=emulated", "cluster.num_gpus=2", "workload.num_requests=200", "workload.qps=5"
+        mark,
+        tmp_path,
+        "backend=emulated",
+        "backend.time_dilation=1",
+        "cluster.num_gpus=2",
+        "workload.num_requests=200",
+        "workload.qps=5",
     )
     assert eventually(lambda: progress(tmp_path) > 2, 120)
     os.kill(process.pid, signal.SIGINT)

@@ -112,6 +112,9 @@ def test_a_request_is_asked_for_exactly_and_its_times_are_noted() -> None:
     assert all(300 <= token < 1000 for token in body["prompt"])
     assert record.output_tokens == 3
     assert record.preemptions == 2
+    assert record.token_times is not None
+    assert len(record.token_times) == 3
+    assert (record.token_times[0], record.token_times[-1]) == (record.first_token, record.finished)
     assert 0.03 < record.finished - record.first_token < 1.0
 
 
