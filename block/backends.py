@@ -326,7 +326,7 @@ def _require(*modules: str) -> None:
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise LaunchFailed(
-                f"backend: {module} is not installed: pip install 'block-serving[gpu]', or [cpu] where there is no GPU"
+                f"backend: {module} is not installed: pip install -e '.[gpu]', or '.[cpu]' where there is no GPU"
             )
 
 

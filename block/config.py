@@ -319,17 +319,14 @@ def guard(main: Callable[[], Any]) -> int:
     sys.argv[1:] = sorted(sys.argv[1:], key=_is_override)  # which Hydra wants behind all options
     try:
         main()
-    except _Told:
-        return 2
+    except _Told as error:
+        return error.status
     except _WRONG as error:
         return _tell(error)
     except ValueError as error:
         if "Config group override must be" not in str(error):
             raise
         return _tell(ConfigError("a config group was given null or a number: choose one of its files in conf/"))
-    except LaunchFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -345,17 +342,21 @@ def told(job: Callable[[], Any]) -> None:
     try:
         job()
     except _WRONG as error:
-        _tell(error)
-        raise _Told from error
+        raise _Told(_tell(error)) from error
 
 
 class _Told(BaseException):
     """Told already. Hydra lets pass what is no Exception, and else would print a line about it."""
 
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
-_WRONG = (ConfigError, HydraException, OmegaConfBaseException, FileNotFoundError, MarkedYAMLError)
+
+_WRONG = (ConfigError, HydraException, OmegaConfBaseException, FileNotFoundError, MarkedYAMLError, LaunchFailed)
 
 
 def _tell(error: Exception) -> int:
+    """Say what is wrong; returns the exit code."""
     print(f"error: {explain(error)}", file=sys.stderr)
-    return 2
+    return 1 if isinstance(error, LaunchFailed) else 2

@@ -29,8 +29,11 @@ def announce(testbed: Testbed, backend: Backend, latency: LatencyModel, console:
         why = f"{gpus or 'no'} GPU{'s' * (gpus != 1)} visible, {testbed.cluster.num_gpus} asked for"
         console.print(f"[dim]{why}: running the simulated testbed[/dim]", soft_wrap=True)
     elif not backend.virtual:
-        what = type(backend).__name__
-        console.print(f"[dim]starting vLLM servers ({what}); their logs are in the run's folder[/dim]", soft_wrap=True)
+        urls = getattr(backend, "urls", ())
+        what = f"attaching to {len(urls)} servers" if urls else "starting vLLM servers; their logs are in the run's folder"
+        console.print(f"[dim]{what}[/dim]", soft_wrap=True)
+        if urls:
+            return
     console.print(
         f"{testbed.instances} × {testbed.model.name} on {testbed.cluster.gpu}, {testbed.total_blocks} KV blocks each; "
         f"step times: {latency.source['method']}",

@@ -33,7 +33,7 @@ def serve(settings: DictConfig, policy: str) -> None:
     wanted = config.node(settings.server)
     for module in ("aiohttp", "prometheus_client", "uvloop"):
         if importlib.util.find_spec(module) is None:
-            raise LaunchFailed(f"{module} is not installed: pip install 'block-serving[serve]'")
+            raise LaunchFailed(f"{module} is not installed: pip install -e '.[serve]'")
     import uvloop
 
     from block.server import door

@@ -20,7 +20,7 @@ def vllm_version() -> str:
             return version(name)
         except PackageNotFoundError:
             continue
-    raise Incompatible("vLLM is not installed: pip install 'block-serving[gpu]', or [cpu] for a machine without GPUs")
+    raise Incompatible("vLLM is not installed: pip install -e '.[gpu]', or '.[cpu]' for a machine without GPUs")
 
 
 def check_version() -> None:

@@ -124,7 +124,8 @@ def test_auto_says_why_it_simulates(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_real_servers_are_announced() -> None:
-    assert announced(VLLM()).startswith("starting vLLM servers (VLLM); their logs are in the run's folder\n")
+    assert announced(VLLM()).startswith("starting vLLM servers; their logs are in the run's folder\n4 ×")
+    assert announced(VLLM(urls=("http://a", "http://b"))) == "attaching to 2 servers\n"
 
 
 def test_a_simulation_asked_for_needs_no_reason() -> None:

@@ -36,7 +36,7 @@ def test_without_vllm_the_message_says_how_to_install_it(monkeypatch: pytest.Mon
         raise requirements.PackageNotFoundError(name)
 
     monkeypatch.setattr(requirements, "version", missing)
-    with pytest.raises(Incompatible, match=r"pip install 'block-serving\[gpu\]'"):
+    with pytest.raises(Incompatible, match=r"pip install -e '\.\[gpu\]'"):
         check_version()
 
 
