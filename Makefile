@@ -7,10 +7,11 @@ BIN := .venv/bin
 # Coverage does not see into compiled functions, so the tests of the engine run once more as plain Python.
 ENGINE_TESTS := tests/unit/test_scheduler.py tests/unit/test_engine.py tests/unit/test_predictor.py tests/unit/test_latency.py
 
-.PHONY: help run test lint fmt types bench clean
+.PHONY: help run test reproduce lint fmt types bench clean
 
 help:
 	@echo "make run    one simulated run; e.g. make run ARGS=workload.qps=30"
+	@echo "make reproduce   draw the paper's figures, running what is missing; e.g. make reproduce ARGS=fig6"
 	@echo "make test   lint, types, and the test suite with at least 90 % line coverage"
 	@echo "make lint   ruff and the import contracts      make fmt    let ruff rewrite"
 	@echo "make types  mypy                               make bench  run benchmarks/"
@@ -18,6 +19,9 @@ help:
 
 run: .venv/.run
 	$(BIN)/python run.py scheduler=block model=llama2-7b $(ARGS)
+
+reproduce: .venv/.run
+	$(BIN)/python scripts/reproduce.py $(ARGS)
 
 test: lint types
 	$(BIN)/pytest --cov=block --cov-report=

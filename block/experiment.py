@@ -31,10 +31,12 @@ from block.tracking import log_run
 from block.types import FIELDS, Request, Snapshot
 
 
-def execute(config: DictConfig, choices: Mapping[str, str], *, sweep: DictConfig | None = None) -> Run:
+def execute(
+    config: DictConfig, choices: Mapping[str, str], *, sweep: DictConfig | None = None, quiet: bool = False
+) -> Run:
     """Build, serve, store, mirror to W&B and report the run that `config` describes. ConfigError if it is wrong.
 
-    sweep: the Hydra config of the sweep that the run is a job of; such a run says one line only.
+    sweep: the Hydra config of the sweep that the run is a job of; such a run says one line only. quiet: say nothing.
     """
     run = build(config)
     try:
@@ -45,7 +47,7 @@ def execute(config: DictConfig, choices: Mapping[str, str], *, sweep: DictConfig
         Path(config.runs_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"runs_dir={config.runs_dir}: {error.strerror}") from error
-    console = Console(stderr=True, quiet=sweep is not None)
+    console = Console(stderr=True, quiet=quiet or sweep is not None)
     testbed = run.testbed
     latency = run.backend.latency(testbed)
     announce(testbed, run.backend, latency, console)
@@ -63,6 +65,8 @@ def execute(config: DictConfig, choices: Mapping[str, str], *, sweep: DictConfig
     wandb = log_run(writer.path, run.tracking)
     stored = read_run(writer.path)
     assert stored is not None
+    if quiet:
+        return stored
     if sweep is not None:
         report_line(stored, standing(sweep), Console())
     else:

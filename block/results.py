@@ -86,7 +86,7 @@ class RunWriter:
             "error": None,
             "choices": {k: v for k, v in _plain(choices or {}).items() if not k.startswith("hydra/")},
             "config": config,
-            "config_hash": provenance.config_hash({k: v for k, v in config.items() if k not in _NOT_THE_EXPERIMENT}),
+            "config_hash": experiment_hash(config),
             "hashes": dict(hashes or {}),
             "git": provenance.git(),
             "hardware": provenance.hardware(),
@@ -224,6 +224,11 @@ def _noted(path: Path) -> Iterator[RequestRecord]:
         forecast = fields["forecast"]
         request = Request(**fields.pop("request"))
         yield RequestRecord(request, **{**fields, "forecast": forecast and Forecast(*forecast)})
+
+
+def experiment_hash(config: Mapping[str, Any]) -> str:
+    """What tells the experiment that a resolved config describes from all others; a run keeps it as its config_hash."""
+    return provenance.config_hash({k: v for k, v in _plain(config).items() if k not in _NOT_THE_EXPERIMENT})
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

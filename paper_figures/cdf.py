@@ -1,0 +1,55 @@
+"""The distributions of TTFT and request latency, for each scheduler, at some request rates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from paper_figures import cells, style
+
+TITLE = "Distributions of TTFT and request latency"
+QPS = (20, 24, 28, 32, 36)
+CELLS = cells.grid(scheduler=tuple(style.SCHEDULERS), workload__qps=QPS, seed=(0,))
+SHARES = np.concatenate([np.arange(0.01, 0.99, 0.01), np.arange(0.99, 1.0, 0.001)])
+METRICS = {"ttft_s": "TTFT (s)", "e2e_s": "request latency (s)"}
+
+
+def table(stored: cells.Stored) -> pd.DataFrame:
+    """Quantiles of each run's requests."""
+    rows = []
+    for cell, run in zip(CELLS, cells.found(CELLS, stored), strict=True):
+        requests = run.requests()
+        requests = requests[requests["status"] == "ok"]
+        ttft = np.quantile(requests["first_token"] - requests["arrival"], SHARES)
+        e2e = np.quantile(requests["finished"] - requests["arrival"], SHARES)
+        rows.append(pd.DataFrame({**cell, "share": SHARES, "ttft_s": ttft, "e2e_s": e2e}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def draw(table: pd.DataFrame) -> Any:
+    """A row of panels for each metric."""
+    figure, axes = plt.subplots(
+        2, len(QPS), figsize=(2 * style.COLUMN, 3.4), layout="constrained", sharex="row", sharey=True
+    )
+    for row, (metric, label) in zip(axes, METRICS.items(), strict=True):
+        for axis, qps in zip(row, QPS, strict=True):
+            part = table[table["workload.qps"] == qps]
+            for scheduler, name in style.NAMES.items():
+                one = part[part["scheduler"] == scheduler]
+                axis.plot(one[metric], one["share"], color=style.COLOURS[name], label=name)
+            axis.set(xscale="log", xlabel=label)
+            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        row[0].set_ylabel("share of requests")
+    for axis, qps in zip(axes[0], QPS, strict=True):
+        axis.set_title(f"{qps} requests/s")
+    sns.despine(figure)
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=7, frameon=False)
+    return figure

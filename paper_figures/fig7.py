@@ -1,0 +1,62 @@
+"""Figure 7: free KV blocks over the instances, their variance, and preemptions, as the requests come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+
+from paper_figures import cells, style
+
+TITLE = "Free KV blocks and preemptions, by request"
+QPS = (28, 32)
+CELLS = cells.grid(scheduler=tuple(style.SCHEDULERS), workload__qps=QPS, seed=(0,))
+WIDTH = 200  # requests that a point stands for
+PANELS = {
+    "free_mean": "free KV blocks, mean",
+    "free_variance": "free KV blocks, variance",
+    "preemptions": "preemptions so far",
+}
+
+
+def table(stored: cells.Stored) -> pd.DataFrame:
+    """By request number: mean and variance over instances of the free blocks, and all preemptions so far."""
+    rows = []
+    for cell, run in zip(CELLS, cells.found(CELLS, stored), strict=True):
+        samples = run.instances().groupby("request_id")
+        one = pd.DataFrame(
+            {
+                "free_mean": samples["free_blocks"].mean(),
+                "free_variance": samples["free_blocks"].var(ddof=0),
+                "preemptions": samples["preemptions"].sum(),
+            }
+        )
+        one = one.groupby(one.index // WIDTH * WIDTH).agg(
+            {"free_mean": "mean", "free_variance": "mean", "preemptions": "max"}
+        )
+        rows.append(one.rename_axis("request").reset_index().assign(**cell))
+    return pd.concat(rows, ignore_index=True)
+
+
+def draw(table: pd.DataFrame) -> Any:
+    """A row of panels for each request rate."""
+    figure, axes = plt.subplots(len(QPS), 3, figsize=(2 * style.COLUMN, 3.6), layout="constrained", sharex=True)
+    for row, qps in zip(axes, QPS, strict=True):
+        part = table[table["workload.qps"] == qps]
+        for axis, (column, label) in zip(row, PANELS.items(), strict=True):
+            for scheduler, name in style.NAMES.items():
+                one = part[part["scheduler"] == scheduler]
+                axis.plot(one["request"], one[column], color=style.COLOURS[name], label=name)
+            if qps == QPS[0]:
+                axis.set_title(label)
+            if column == "preemptions":
+                axis.set_yscale("symlog", linthresh=10)
+        row[0].set_ylabel(f"{qps} requests/s")
+    for axis in axes[-1]:
+        axis.set_xlabel("request")
+    sns.despine(figure)
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=7, frameon=False)
+    return figure
