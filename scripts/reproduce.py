@@ -4,9 +4,9 @@
     python scripts/reproduce.py fig6           draw some
     python scripts/reproduce.py --list         what there is, and how many of its runs are stored
 
-A figure is written to artifacts/figures/ as PDF and PNG, a table as Markdown, each beside the CSV of what it shows. Runs
-are stored in artifacts/runs/ and found there again, so that a call that was interrupted goes on where it was; another
-one runs nothing.
+A figure is written to artifacts/figures/ as PDF and PNG, a table as Markdown, each beside the CSV of what it shows.
+Runs are stored in artifacts/runs/ and found there again, so that a call that was interrupted goes on where it was;
+another one runs nothing.
 """
 
 from __future__ import annotations
