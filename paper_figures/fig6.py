@@ -59,7 +59,7 @@ def draw(table: pd.DataFrame) -> Any:
             axis.set_yscale("log")
             for slo in SLO_S:
                 axis.axhline(slo, color="black", linewidth=0.7, linestyle=":")
-                axis.annotate(f"SLO {slo} s", (20, slo), fontsize=6, va="bottom")
+                axis.annotate(f"SLO {slo} s", (QPS[-1], slo), fontsize=6, ha="right", va="top")
     handles, names = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=7, frameon=False)
     return figure
