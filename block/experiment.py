@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from block.serving import Outcome, requests_of, serve
 from block.sweep import end_with, standing
 from block.tables import request_columns
 from block.tracking import log_run
-from block.types import FIELDS, Request, Snapshot
+from block.types import Request
 
 
 def execute(
@@ -52,7 +51,7 @@ def execute(
     latency = run.backend.latency(testbed)
     announce(testbed, run.backend, latency, console)
     if run.scheduler.needs is Needs.FORECAST:
-        _warm_up(Predictor(testbed.engine, latency, testbed.total_blocks))
+        Predictor(testbed.engine, latency, testbed.total_blocks).warm_up()
     hashes = {"latency_model": _hash(latency.pack()), "data_set": _hash(_lengths(requests))}
     with RunWriter(plain(config), choices, hashes=hashes, root=config.runs_dir) as writer:
         outcome = Outcome()
@@ -72,12 +71,6 @@ def execute(
     else:
         report(stored, wandb, Console())
     return stored
-
-
-def _warm_up(predictor: Predictor) -> None:
-    """Load the compiled forecast, so that the run does not measure that."""
-    idle = Snapshot(0, 0.0, math.nan, 0, 0, 0, 0, np.zeros((FIELDS, 0), dtype=np.int64))
-    predictor.forecasts([idle], [[]], Request(0, 0.0, 1, 1, 1), 0.0)
 
 
 def _store(writer: RunWriter, outcome: Outcome) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -100,13 +101,9 @@ class Zygote(AbstractContextManager["Zygote"]):
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._requests, self._answers = self._process.stdin, self._process.stdout
+        self._said = b""
         self._answer("ready")
         return self
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
 
     def start(self, spec: ServerSpec) -> tuple[int, Callable[[], int | None]]:
         """The process id, and what tells its exit status."""
@@ -120,20 +117,32 @@ class Zygote(AbstractContextManager["Zygote"]):
         return pid, lambda: self._status(pid)
 
     def _answer(self, key: str) -> Any:
-        """The next answer that has `key`; notes the servers that have ended meanwhile."""
+        """The next answer that has `key`. LaunchFailed if it does not come in time."""
+        deadline = time.monotonic() + self._deadline_s
         while True:
-            line = self._answers.readline()
-            if not line:
-                raise LaunchFailed(f"the zygote ended with status {self._process.wait()}; its log: {self._log}")
-            answer = json.loads(line)
-            if "ended" in answer:
-                self._ended[answer["ended"]] = answer["status"]
-            if key in answer:
-                return answer[key]
+            for answer in self._listen(max(deadline - time.monotonic(), 0.0)):
+                if key in answer:
+                    return answer[key]
+            if time.monotonic() > deadline:
+                raise LaunchFailed(f"the zygote was not ready in time (backend.ready_timeout_s); its log: {self._log}")
+
+    def _listen(self, seconds: float) -> list[dict[str, Any]]:
+        """What the zygote says within so many seconds; notes the servers that have ended. LaunchFailed at its end."""
+        if not select.select([self._answers], [], [], seconds)[0]:
+            return []
+        received = os.read(self._answers.fileno(), 65536)
+        if not received:
+            raise LaunchFailed(f"the zygote ended with status {self._process.wait()}; its log: {self._log}")
+        *lines, self._said = (self._said + received).split(b"\n")
+        answers = [json.loads(line) for line in lines]
+        self._ended |= {answer["ended"]: answer["status"] for answer in answers if "ended" in answer}
+        return answers
 
     def _status(self, pid: int) -> int | None:
+        with suppress(LaunchFailed):  # at its end its servers are ended too
+            self._listen(0.0)
         if pid not in self._ended and not _alive(pid):
-            return -signal.SIGKILL if self._process.poll() is not None else 0
+            return -signal.SIGKILL
         return self._ended.get(pid)
 
     def __exit__(

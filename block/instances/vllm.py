@@ -20,6 +20,7 @@ from block.instances.base import InstanceFailed, RequestFailed
 from block.instances.launch import answers
 from block.types import Floats, Request, RequestRecord, Snapshot
 from block.vllm_plugin.board import STEP, Board, EngineLimits, State, read_dump
+from block.vllm_plugin.scheduler import TAG_EXPECTED, TAG_ID
 
 POLL_S = 0.01  # wall-clock seconds between two fetches of a remote snapshot
 
@@ -67,11 +68,6 @@ class VLLMInstance:
         return self._read().limits
 
     @property
-    def observable(self) -> bool:
-        """Whether it can show snapshots: it is attached to, and has the plugin."""
-        return self._state is not None
-
-    @property
     def is_local(self) -> bool:
         """Whether snapshots come from shared memory, not over HTTP."""
         return self._board is not None
@@ -111,10 +107,8 @@ class VLLMInstance:
     async def _keep_fetching(self) -> None:
         while True:
             began = time.monotonic()
-            with suppress(
-                aiohttp.ClientError, TimeoutError, ValueError
-            ):  # `generate` will notice a server that is gone
-                await self._fetch()
+            with suppress(aiohttp.ClientError, TimeoutError, ValueError):
+                await self._fetch()  # `generate` will notice a server that is gone
             await asyncio.sleep(max(POLL_S - (time.monotonic() - began), 0.0))
 
     async def healthy(self) -> bool:
@@ -146,7 +140,7 @@ class VLLMInstance:
             "temperature": 0.0,
             "stream": True,
             "stream_options": {"include_usage": True},
-            "vllm_xargs": {"block_id": request.id, "block_expected": request.predicted_output_tokens},
+            "vllm_xargs": {TAG_ID: request.id, TAG_EXPECTED: request.predicted_output_tokens},
         }
 
     async def _stream(self, response: aiohttp.ClientResponse, record: RequestRecord) -> None:

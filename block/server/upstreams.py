@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import aiohttp
-import numpy as np
 
 from block.backends import engine_of
 from block.dispatcher import Forecaster
@@ -22,7 +21,7 @@ from block.latency import LatencyModel
 from block.policies import Needs
 from block.predictor import Predictor
 from block.server.wire import TROUBLE, Wire
-from block.types import FIELDS, Forecast, Request, RequestRecord, Snapshot
+from block.types import Forecast, Request, RequestRecord, Snapshot
 from block.vllm_plugin.board import EngineLimits
 
 log = logging.getLogger(__name__)
@@ -149,8 +148,7 @@ class FleetForecaster:
         self._instances = instances
         self._latency = latency
         self._predictors: dict[EngineLimits, Predictor] = {}
-        # Load the compiled forecast now, not when the first request comes.
-        Predictor(EngineConfig(), latency, 1000).forecasts([_idle(0)], [[]], Request(0, 0.0, 1, 1, 1), 0.0)
+        Predictor(EngineConfig(), latency, 1000).warm_up()
 
     def forecasts(
         self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
@@ -178,10 +176,6 @@ def _fitting(request: Request, limits: EngineLimits) -> Request:
     """The request, no longer than a server takes: what is estimated too long would bring the twin to a halt."""
     longest = limits.max_model_len - 1
     return request if request.prompt_tokens <= longest else replace(request, prompt_tokens=longest)
-
-
-def _idle(instance_id: int) -> Snapshot:
-    return Snapshot(instance_id, 0.0, math.nan, 0, 0, 0, 0, np.zeros((FIELDS, 0), dtype=np.int64))
 
 
 def quickly(session: aiohttp.ClientSession) -> aiohttp.ClientTimeout:

@@ -45,6 +45,12 @@ def start(mark: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+def emulate(mark: str, folder: Path, engines: int, requests: int, qps: int) -> subprocess.Popen[str]:
+    """`start` on emulated engines, undilated."""
+    backend = ["backend=emulated", "backend.time_dilation=1", f"cluster.num_gpus={engines}"]
+    return start(mark, folder, *backend, f"workload.num_requests={requests}", f"workload.qps={qps}")
+
+
 def finish(process: subprocess.Popen[str], folder: Path, seconds: float = 240) -> tuple[Run, str]:
     """The run that `process` stores, and what it printed."""
     said, _ = process.communicate(timeout=seconds)
@@ -68,15 +74,7 @@ def progress(folder: Path) -> int:
 
 
 def test_four_emulated_engines_serve_and_are_gone(mark: str, tmp_path: Path) -> None:
-    process = start(
-        mark,
-        tmp_path,
-        "backend=emulated",
-        "backend.time_dilation=1",
-        "cluster.num_gpus=4",
-        "workload.num_requests=60",
-        "workload.qps=20",
-    )
+    process = emulate(mark, tmp_path, engines=4, requests=60, qps=20)
     run, said = finish(process, tmp_path)
     requests = run.requests()
     assert run.counts == {"sent": 60, "ok": 60, "failed": 0, "fallback": 0, "preempted": 0, "failed_over": 0}
@@ -110,15 +108,7 @@ def test_two_real_tiny_models_on_the_cpu_serve_and_are_gone(mark: str, tmp_path:
 
 
 def test_a_server_killed_in_mid_run_loses_nothing(mark: str, tmp_path: Path) -> None:
-    process = start(
-        mark,
-        tmp_path,
-        "backend=emulated",
-        "backend.time_dilation=1",
-        "cluster.num_gpus=3",
-        "workload.num_requests=80",
-        "workload.qps=10",
-    )
+    process = emulate(mark, tmp_path, engines=3, requests=80, qps=10)
     assert eventually(lambda: progress(tmp_path) > 10, 120)
     zygote = next(pid for pid, line in servers(mark).items() if "zygote" in line)
     victim = next(pid for pid in servers(mark) if pid != zygote)
@@ -135,15 +125,7 @@ def test_a_server_killed_in_mid_run_loses_nothing(mark: str, tmp_path: Path) -> 
 
 
 def test_a_run_that_is_killed_leaves_no_process_and_its_finished_records(mark: str, tmp_path: Path) -> None:
-    process = start(
-        mark,
-        tmp_path,
-        "backend=emulated",
-        "backend.time_dilation=1",
-        "cluster.num_gpus=2",
-        "workload.num_requests=200",
-        "workload.qps=5",
-    )
+    process = emulate(mark, tmp_path, engines=2, requests=200, qps=5)
     assert eventually(lambda: progress(tmp_path) > 5, 120)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -160,15 +142,7 @@ def test_a_run_that_is_killed_leaves_no_process_and_its_finished_records(mark: s
 
 
 def test_a_run_whose_zygote_is_killed_ends_and_says_what_it_lost(mark: str, tmp_path: Path) -> None:
-    process = start(
-        mark,
-        tmp_path,
-        "backend=emulated",
-        "backend.time_dilation=1",
-        "cluster.num_gpus=2",
-        "workload.num_requests=40",
-        "workload.qps=5",
-    )
+    process = emulate(mark, tmp_path, engines=2, requests=40, qps=5)
     assert eventually(lambda: progress(tmp_path) > 2, 120)
     zygote = next(pid for pid, line in servers(mark).items() if "zygote" in line)
     os.kill(zygote, signal.SIGKILL)
@@ -182,15 +156,7 @@ def test_a_run_whose_zygote_is_killed_ends_and_says_what_it_lost(mark: str, tmp_
 
 
 def test_interrupting_a_run_stops_its_servers_and_keeps_its_records(mark: str, tmp_path: Path) -> None:
-    process = start(
-        mark,
-        tmp_path,
-        "backend=emulated",
-        "backend.time_dilation=1",
-        "cluster.num_gpus=2",
-        "workload.num_requests=200",
-        "workload.qps=5",
-    )
+    process = emulate(mark, tmp_path, engines=2, requests=200, qps=5)
     assert eventually(lambda: progress(tmp_path) > 2, 120)
     os.kill(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=30)
