@@ -50,6 +50,5 @@ def draw(table: pd.DataFrame) -> Any:
     for axis, qps in zip(axes[0], QPS, strict=True):
         axis.set_title(f"{qps} requests/s")
     sns.despine(figure)
-    handles, names = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=7, frameon=False)
+    style.legend(figure, axes.flat[0])
     return figure

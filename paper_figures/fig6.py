@@ -60,6 +60,5 @@ def draw(table: pd.DataFrame) -> Any:
             for slo in SLO_S:
                 axis.axhline(slo, color="black", linewidth=0.7, linestyle=":")
                 axis.annotate(f"SLO {slo} s", (QPS[-1], slo), fontsize=6, ha="right", va="top")
-    handles, names = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=7, frameon=False)
+    style.legend(figure, axes.flat[0])
     return figure

@@ -57,6 +57,5 @@ def draw(table: pd.DataFrame) -> Any:
     for axis in axes[-1]:
         axis.set_xlabel("request")
     sns.despine(figure)
-    handles, names = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=7, frameon=False)
+    style.legend(figure, axes.flat[0])
     return figure

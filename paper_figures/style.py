@@ -45,6 +45,12 @@ def use() -> None:
     )
 
 
+def legend(figure: Any, axis: Any) -> None:
+    """The schedulers that `axis` shows, below all panels."""
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(SCHEDULERS), frameon=False)
+
+
 def save(figure: Any, table: pd.DataFrame, folder: Path, name: str) -> None:
     """The picture as PDF and PNG (None: there is none), beside the table that it draws."""
     folder.mkdir(parents=True, exist_ok=True)
