@@ -57,6 +57,9 @@ def save(figure: Any, table: pd.DataFrame, folder: Path, name: str) -> None:
     table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
     if figure is None:
         return
+    undated = {"CreationDate": None}  # the same picture is the same bytes
     for kind in ("pdf", "png"):
-        figure.savefig(folder / f"{name}.{kind}", dpi=200, bbox_inches="tight", metadata={} if kind == "png" else None)
+        figure.savefig(
+            folder / f"{name}.{kind}", dpi=200, bbox_inches="tight", metadata=undated if kind == "pdf" else None
+        )
     plt.close(figure)
