@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig
 from rich.console import Console
 
-from block import provenance
-from block.capacity import Point, crossings, interval
-from block.config import ConfigError, build, explain, node, plain
+from block import provenance, searches
+from block.capacity import crossings
+from block.config import ConfigError, RunConfig, build, explain, node, plain
 from block.console import announce, progress, report, report_line
-from block.metrics import summarise
+from block.metrics import interval, summarise
 from block.policies import Needs
 from block.predictor import Predictor
-from block.results import Run, RunWriter, read_run, write_json
+from block.results import Run, RunWriter, read_run
+from block.searches import Search
 from block.serving import Outcome, requests_of, serve
 from block.sweep import end_with, standing
 from block.tables import request_columns
@@ -52,7 +53,7 @@ def execute(
     announce(testbed, run.backend, latency, console)
     if run.scheduler.needs is Needs.FORECAST:
         Predictor(testbed.engine, latency, testbed.total_blocks).warm_up()
-    hashes = {"latency_model": _hash(latency.pack()), "data_set": _hash(_lengths(requests))}
+    hashes = fingerprints(run, requests)
     with RunWriter(plain(config), choices, hashes=hashes, root=config.runs_dir) as writer:
         outcome = Outcome()
         try:
@@ -91,8 +92,20 @@ def _store(writer: RunWriter, outcome: Outcome) -> None:
     )
 
 
-def _lengths(requests: Sequence[Request]) -> NDArray[np.int64]:
-    return np.array([(request.prompt_tokens, request.output_tokens) for request in requests], dtype=np.int64)
+def fingerprints(run: RunConfig, requests: Sequence[Request] | None = None) -> dict[str, str]:
+    """Hashes of what a run's results depend on beside its config: the code, its step times, its requests' lengths and
+    what is believed of them. They are the same at every request rate, and for every scheduler.
+    """
+    requests = requests_of(run) if requests is None else requests
+    lengths = np.array(
+        [(r.prompt_tokens, r.output_tokens, r.predicted_output_tokens) for r in requests], dtype=np.int64
+    )
+    return {
+        "code": provenance.code_hash(),
+        "latency_model": _hash(run.backend.latency(run.testbed).pack()),
+        "data_set": _hash(lengths[:, :2]),
+        "estimates": _hash(lengths[:, 2]),
+    }
 
 
 def _hash(array: NDArray[Any]) -> str:
@@ -100,7 +113,8 @@ def _hash(array: NDArray[Any]) -> str:
 
 
 def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
-    """Find the capacity of what `config` describes (its node `capacity`), print it and write it; returns what it wrote.
+    """Find the capacity of what `config` describes (its node `capacity`) and print it; returns, for each objective, the
+    mean capacity_qps, its half_width_qps and those by_seed.
 
     Seeds run in parallel, one process each. ConfigError if the configuration is wrong.
     """
@@ -109,14 +123,14 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     seeds = range(config.seed, config.seed + wanted.seeds)
     console = Console()
     found = []
-    jobs = (delayed(_capacity)(config, seed, os.getpid()) for seed in seeds)
+    jobs = (delayed(_search)(config, choices, seed, os.getpid()) for seed in seeds)
     with progress(Console(stderr=True), "seeds", len(seeds)) as advance:
         for one in Parallel(n_jobs=-1, return_as="generator")(jobs):
             found.append(one)
             advance(1)
     objectives = {}
-    for i, slo in enumerate(wanted.slo_s):
-        rates = [capacities[i] for capacities, _ in found]
+    for slo in wanted.slo_s:
+        rates = [one.capacity(slo) for one in found]
         mean, half = interval(rates)
         objectives[f"{slo:g}"] = {"capacity_qps": mean, "half_width_qps": half, "by_seed": rates}
         spread = "" if half is None else f" ± {half:.2f}"
@@ -124,27 +138,28 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
         what = f"{choices['scheduler']} on {choices['model']}"
         how = f"{wanted.metric} ≤ {slo:g} s (95 % interval; by seed: {each})"
         console.print(f"{what}: {mean:.2f}{spread} requests/s at {how}", highlight=False, soft_wrap=True)
-    settings = plain(config)
-    document = {
-        "choices": {key: value for key, value in choices.items() if not key.startswith("hydra/")},
-        "config": settings,
-        "config_hash": provenance.config_hash(settings),
-        "git": provenance.git(),
-        "objectives_s": objectives,
-        "points": {str(seed): points for seed, (_, points) in zip(seeds, found, strict=True)},
-    }
-    path = Path("artifacts/capacity") / f"{document['config_hash']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, document)
-    console.print(f"[dim]{path}[/dim]", highlight=False, soft_wrap=True)
-    return document
+    for one in found:
+        console.print(f"[dim]{one.path}[/dim]", highlight=False, soft_wrap=True)
+    return objectives
 
 
-def _capacity(config: DictConfig, seed: int, main: int) -> tuple[list[float], list[Point]]:
-    """The capacities for one seed. A process of its own: it compiles, or loads what is compiled, and runs."""
+def _search(config: DictConfig, choices: Mapping[str, str], seed: int, main: int) -> Search:
     end_with(main)
-    run = replace(build(config), seed=seed)
+    seeded = config.copy()
+    seeded.seed = seed
+    return search_one(seeded, choices)
+
+
+def search_one(config: DictConfig, choices: Mapping[str, str]) -> Search:
+    """The search that `config` describes for its own seed: the stored one, or a new one that is stored.
+
+    ConfigError if the configuration is wrong.
+    """
+    run = build(config)
     wanted = node(config.capacity)
+    settings, hashes = plain(config), fingerprints(run)
+    if (stored := searches.find(settings, hashes)) is not None:
+        return stored
 
     def latency(qps: float) -> float:
         at_rate = replace(run, workload=replace(run.workload, qps=qps))
@@ -157,6 +172,15 @@ def _capacity(config: DictConfig, seed: int, main: int) -> tuple[list[float], li
         return float(value)
 
     try:
-        return crossings(latency, wanted)
+        rates, points = crossings(latency, wanted)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    document = {
+        "choices": {key: value for key, value in choices.items() if not key.startswith("hydra/")},
+        "config": settings,
+        "hashes": hashes,
+        "git": provenance.git(),
+        "capacities_qps": {f"{slo:g}": rate for slo, rate in zip(wanted.slo_s, rates, strict=True)},
+        "points": points,
+    }
+    return searches.store(document)

@@ -1,4 +1,4 @@
-"""What a run achieved: pure functions on the columns of its request table.
+"""What a run achieved, and several: pure functions on the columns of a request table, and on numbers of runs.
 
 TTFT = first token − arrival; E2E = last token − arrival; TPOT = (last token − first token) / (response tokens − 1), for
 responses of two tokens or more. Only requests with status "ok" count. A number that does not exist (no such request,
@@ -7,11 +7,15 @@ nothing measured) is None, never NaN and never filled in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+# Two-sided 95 % quantiles of Student's t, by degrees of freedom from 1.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 Columns = Mapping[str, NDArray[Any]]
 Summary = dict[str, float | int | None]
@@ -104,3 +108,14 @@ def _stats(name: str, values: ArrayLike | None, unit: str, *which: str | int) ->
         else:
             out[key] = float(array.mean() if isinstance(what, str) else np.percentile(array, what))
     return out
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95 % confidence interval (Student's t); None for a single value."""
+    array = np.asarray(values, dtype=np.float64)
+    if len(array) < 2:
+        return float(array.mean()), None
+    freedom = len(array) - 1
+    # Beyond the table, the expansion of t around the normal quantile 1.96.
+    t = _T95[freedom - 1] if freedom <= len(_T95) else 1.95996 + 2.3722 / freedom + 2.8225 / freedom**2
+    return float(array.mean()), float(t * array.std(ddof=1) / math.sqrt(len(array)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import json
@@ -42,6 +43,27 @@ def file_hash(path: Path) -> str:
 
 
 SOURCE = Path(__file__).resolve().parent.parent
+
+# What of the package only watches, reports or serves others: no result of a run depends on it.
+_BYSTANDERS = ("console", "profiling", "provenance", "searches", "server", "server_config", "sweep", "tracking")
+
+
+@cache
+def code_hash(package: Path = SOURCE / "block") -> str:
+    """16 hex digits of the code that results depend on; comments, docstrings and layout are none of it."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        part = path.relative_to(package)
+        if part.parts[0].removesuffix(".py") not in _BYSTANDERS:
+            digest.update(f"{part.as_posix()} {ast.dump(_Undocumented().visit(ast.parse(path.read_bytes())))}".encode())
+    return digest.hexdigest()[:16]
+
+
+class _Undocumented(ast.NodeTransformer):
+    """Takes the docstrings out, and every other expression that is a string and nothing else."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
 
 
 @cache

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from block.capacity import interval
+from block.metrics import interval
 from paper_figures import cells, style
 
 TITLE = "Latencies of each scheduler at 30 requests/s, beside the published ones"

@@ -1,4 +1,4 @@
-"""Capacity: where a known curve crosses its objective, and the interval of a few such rates."""
+"""Capacity: where a known curve crosses its objective."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from block.capacity import CapacityConfig, crossings, interval
+from block.capacity import CapacityConfig, crossings
 
 
 def exponential(qps: float, at: float = 30.0, per: float = 2.0) -> float:
@@ -92,34 +92,6 @@ def test_objectives_in_any_order_and_any_first_bracket_give_the_same(
     config = settings(*slos, low=low, high=low + width, tolerance=0.1)
     rates, _ = crossings(lambda qps: exponential(qps, at, at / 10), config)
     assert rates == pytest.approx([at + at / 10 * math.log(slo) for slo in slos])
-
-
-# ----------------------------------------------------------------------------------------------------------- interval
-
-
-def test_one_value_has_no_interval() -> None:
-    assert interval([31.5]) == (31.5, None)
-
-
-@pytest.mark.parametrize(
-    ("values", "mean", "half"),
-    [
-        ([10.0, 12.0], 11.0, 12.706),  # standard error 1
-        ([1.0, 2.0, 3.0], 2.0, 4.303 / math.sqrt(3)),  # standard deviation 1
-        ([5.0, 5.0, 5.0, 5.0], 5.0, 0.0),
-        ([4.0, 8.0, 6.0, 5.0, 3.0, 7.0], 5.5, 2.571 * math.sqrt(3.5 / 6)),  # squares 17.5 / 5 = variance 3.5
-    ],
-)
-def test_interval_by_hand(values: list[float], mean: float, half: float) -> None:
-    assert interval(values) == pytest.approx((mean, half), rel=1e-3)
-
-
-@pytest.mark.parametrize(("count", "t"), [(16, 2.131), (17, 2.120), (21, 2.086), (31, 2.042), (101, 1.984)])
-def test_many_values_use_the_tabulated_t(count: int, t: float) -> None:
-    values = [(-1.0) ** i for i in range(count)]
-    mean = sum(values) / count
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    assert interval(values)[1] == pytest.approx(t * deviation / math.sqrt(count), rel=5e-4)
 
 
 # ------------------------------------------------------------------------------------------------------ configuration

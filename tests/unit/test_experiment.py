@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from joblib import parallel_config
 from omegaconf import DictConfig, OmegaConf
 
-from block import config, policies
+from block import config, experiment, policies
 from block.config import ConfigError
 from block.experiment import execute, search
 from block.predictor import Predictor
@@ -114,7 +114,9 @@ def test_hashes_change_with_what_they_vouch_for(tmp_path: Path) -> None:
     seed = executed(tmp_path, "seed=1").document
     rate = executed(tmp_path, "workload.qps=7").document
     gpu = executed(tmp_path, "cluster.gpu=h100").document
-    assert scheduler["hashes"] == base["hashes"]
+    changed = {key for key, value in base["hashes"].items() if scheduler["hashes"][key] != value}
+    assert changed == {"estimates"}  # of the lengths
+    assert list(base["hashes"]) == ["code", "latency_model", "data_set", "estimates"]
     assert rate["hashes"] == base["hashes"]  # lengths, not arrivals
     assert seed["hashes"]["latency_model"] == base["hashes"]["latency_model"]
     assert seed["hashes"]["data_set"] != base["hashes"]["data_set"]
@@ -200,40 +202,72 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield tmp_path
 
 
-def test_a_search_tells_what_it_writes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    document = searched("seed=5", "capacity.seeds=2")
-    (path,) = (folder / "artifacts" / "capacity").iterdir()
-    # What was written is what was returned; tuples are lists in JSON.
-    assert json.loads(path.read_text()) == json.loads(json.dumps(document))
-    assert path.stem == document["config_hash"]
-    assert document["choices"] == {"scheduler": "random", "model": "llama2-7b"}
-    assert list(document["points"]) == ["5", "6"]
-    found = document["objectives_s"]["1"]
-    one, other = found["by_seed"]
-    assert one != other
-    assert found["capacity_qps"] == pytest.approx((one + other) / 2)
-    line, where = capsys.readouterr().out.splitlines()
+def stored(folder: Path) -> list[dict[str, Any]]:
+    files = sorted((folder / "artifacts" / "capacity").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    return [json.loads(path.read_text()) for path in files]
+
+
+def test_a_search_tells_what_it_found_and_stores_a_file_for_each_seed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = searched("seed=5", "capacity.seeds=2")["1"]
+    one, other = stored(folder)
+    assert (one["config"]["seed"], other["config"]["seed"]) == (5, 6)
+    assert one["choices"] == {"scheduler": "random", "model": "llama2-7b"}
+    assert found["by_seed"] == [one["capacities_qps"]["1"], other["capacities_qps"]["1"]]
+    assert found["by_seed"][0] != found["by_seed"][1]
+    assert found["capacity_qps"] == pytest.approx(sum(found["by_seed"]) / 2)
+    line, *where = capsys.readouterr().out.splitlines()
     assert line.startswith(
         f"random on llama2-7b: {found['capacity_qps']:.2f} ± {found['half_width_qps']:.2f} requests/s"
     )
-    assert line.endswith(f"by seed: {one:.2f}, {other:.2f})")
-    assert where == "artifacts/capacity/" + path.name
+    assert line.endswith("by seed: {:.2f}, {:.2f})".format(*found["by_seed"]))
+    assert sorted(where) == sorted(map(str, Path("artifacts/capacity").iterdir()))
+
+
+def test_a_search_is_done_once_for_each_seed_until_what_it_depends_on_changes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[int] = []
+    serve = experiment.serve
+
+    def counted(run: config.RunConfig, *arguments: Any) -> None:
+        served.append(run.seed)
+        serve(run, *arguments)
+
+    monkeypatch.setattr(experiment, "serve", counted)
+    first = searched("capacity.seeds=2")
+    assert set(served) == {0, 1}
+    served.clear()
+    assert searched("capacity.seeds=2", "workload.qps=9") == first
+    assert not served
+    assert searched("capacity.seeds=3")["1"]["by_seed"][:2] == first["1"]["by_seed"]
+    assert set(served) == {2}
+    served.clear()
+    searched("capacity.slo_s=[0.9]")
+    assert set(served) == {0}
+    served.clear()
+    monkeypatch.setattr(experiment.provenance, "code_hash", lambda: "another")
+    assert searched("capacity.seeds=2") == first
+    assert set(served) == {0, 1}
+    assert len(stored(folder)) == 4
 
 
 def test_a_point_of_a_search_is_the_latency_of_that_run(folder: Path) -> None:
-    document = searched("seed=3")
-    qps, latency = document["points"]["3"][-1]
+    objectives = searched("seed=3")
+    qps, latency = stored(folder)[0]["points"][-1]
     run = executed(folder, "scheduler=random", "seed=3", f"workload.qps={qps}")
     assert run.summary["ttft_p99_s"] == pytest.approx(latency)
-    assert document["objectives_s"]["1"]["half_width_qps"] is None
+    assert objectives["1"]["half_width_qps"] is None
 
 
 def test_another_latency_can_be_asked_for(folder: Path) -> None:
-    document = searched("capacity.metric=ttft_mean_s", "capacity.slo_s=[0.6]")
-    qps, latency = document["points"]["0"][0]
+    searched("capacity.metric=ttft_mean_s", "capacity.slo_s=[0.6]")
+    (document,) = stored(folder)
+    qps, latency = document["points"][0]
     run = executed(folder, "scheduler=random", f"workload.qps={qps}")
     assert run.summary["ttft_mean_s"] == pytest.approx(latency)
-    assert all(math.isfinite(latency) for _, latency in document["points"]["0"])
+    assert all(math.isfinite(latency) for _, latency in document["points"])
 
 
 def test_an_objective_that_no_rate_meets_is_a_wrong_configuration(folder: Path) -> None:

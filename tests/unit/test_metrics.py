@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from block.metrics import summarise
+from block.metrics import interval, summarise
 
 NAN = float("nan")
 
@@ -133,3 +133,31 @@ def test_agrees_with_the_standard_library(drawn):
         assert got[f"{name}_p99_s"] == pytest.approx(low + (rank % 1) * (high - low))
     errors = [abs(row[6] - (row[2] - row[0])) / (row[2] - row[0]) for row in ok if row[6] == row[6] and row[2] > row[0]]
     assert got["e2e_error_p50"] == (pytest.approx(statistics.median(errors)) if errors else None)
+
+
+# ----------------------------------------------------------------------------------------------------------- interval
+
+
+def test_one_value_has_no_interval() -> None:
+    assert interval([31.5]) == (31.5, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "mean", "half"),
+    [
+        ([10.0, 12.0], 11.0, 12.706),  # standard error 1
+        ([1.0, 2.0, 3.0], 2.0, 4.303 / math.sqrt(3)),  # standard deviation 1
+        ([5.0, 5.0, 5.0, 5.0], 5.0, 0.0),
+        ([4.0, 8.0, 6.0, 5.0, 3.0, 7.0], 5.5, 2.571 * math.sqrt(3.5 / 6)),  # squares 17.5 / 5 = variance 3.5
+    ],
+)
+def test_interval_by_hand(values: list[float], mean: float, half: float) -> None:
+    assert interval(values) == pytest.approx((mean, half), rel=1e-3)
+
+
+@pytest.mark.parametrize(("count", "t"), [(16, 2.131), (17, 2.120), (21, 2.086), (31, 2.042), (101, 1.984)])
+def test_many_values_use_the_tabulated_t(count: int, t: float) -> None:
+    values = [(-1.0) ** i for i in range(count)]
+    mean = sum(values) / count
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    assert interval(values)[1] == pytest.approx(t * deviation / math.sqrt(count), rel=5e-4)

@@ -1,0 +1,55 @@
+"""Stored capacity searches: ``artifacts/capacity/<hash>.json``, one for each experiment, seed and thing searched for.
+
+The file is written whole or not at all, and written again when what the search depends on has changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from block import provenance
+from block.results import experiment_hash, write_json
+
+DEFAULT_ROOT = Path("artifacts/capacity")  # relative to the current directory
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """One stored search: choices, config, hashes, git, capacities_qps by objective, and the points tried."""
+
+    path: Path
+    document: Mapping[str, Any]
+
+    def capacity(self, slo_s: float) -> float:
+        """Requests/s at which the latency crosses `slo_s`. KeyError if that was not searched for."""
+        return float(self.document["capacities_qps"][f"{slo_s:g}"])
+
+
+def path_of(config: Mapping[str, Any], root: Path = DEFAULT_ROOT) -> Path:
+    """Where the search that a resolved config describes, for its own seed, is stored. Its rate is not part of it."""
+    wanted = {key: value for key, value in config["capacity"].items() if key != "seeds"}
+    at_any_rate = {**config, "workload": {**config["workload"], "qps": None}}
+    return root / f"{provenance.config_hash([experiment_hash(at_any_rate), wanted])}.json"
+
+
+def find(config: Mapping[str, Any], hashes: Mapping[str, str], root: Path = DEFAULT_ROOT) -> Search | None:
+    """The stored search that `config` describes; None if there is none, or `hashes` tell that it is outdated."""
+    path = path_of(config, root)
+    try:
+        document = json.loads(path.read_bytes())
+        current = document["hashes"] == hashes and bool(document["capacities_qps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Search(path, document) if current else None
+
+
+def store(document: Mapping[str, Any], root: Path = DEFAULT_ROOT) -> Search:
+    """Write a search, over an outdated one if there is one. OSError if it cannot be written."""
+    path = path_of(document["config"], root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, document)
+    return Search(path, document)

@@ -1,0 +1,42 @@
+"""Where results come from: the hash of the code changes when the code does, and only then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from block.provenance import SOURCE, code_hash
+
+CODE = '"""Doc."""\n\ndef f(x):\n    """More."""\n    return x + 1  # why\n'
+
+
+def hash_of(folder: Path, **files: str) -> str:
+    for name, text in files.items():
+        path = folder / (name.replace("__", "/") + ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    code_hash.cache_clear()
+    return code_hash(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ('"""Other."""\n\n\ndef f(x):\n    return (x + 1)\n', True),
+        (CODE.replace("+ 1", "+ 2"), False),
+        (CODE.replace("return x + 1", 'return "x"'), False),
+    ],
+)
+def test_comments_docstrings_and_layout_are_not_code(tmp_path: Path, text: str, same: bool) -> None:
+    assert (hash_of(tmp_path, engine=CODE) == hash_of(tmp_path, engine=text)) is same
+
+
+def test_what_only_watches_is_no_part_of_it(tmp_path: Path) -> None:
+    base = hash_of(tmp_path, engine=CODE)
+    assert hash_of(tmp_path, console=CODE, server__door=CODE) == base
+    assert hash_of(tmp_path, instances__simulated=CODE) != base
+
+
+def test_the_package_has_one(tmp_path: Path) -> None:
+    assert len(code_hash(SOURCE / "block")) == 16
