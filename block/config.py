@@ -33,7 +33,7 @@ from block.dispatcher import DispatchConfig
 from block.engine import EngineConfig
 from block.hardware import Model
 from block.instances.base import LaunchFailed
-from block.lengths import Lengths, Noisy, Oracle
+from block.lengths import Injected, Lengths, Noisy, Oracle
 from block.server_config import ServerConfig
 from block.tracking import Tracking
 from block.workload import Workload
@@ -57,7 +57,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "least_tokens": policies.LeastTokens,
         "block": policies.Block,
     },
-    "lengths": {"oracle": Oracle, "noisy": Noisy},
+    "lengths": {"oracle": Oracle, "noisy": Noisy, "injected": Injected},
     "backend": {"simulated": Simulated, "vllm": VLLM, "vllm_cpu": VLLMCPU, "emulated": Emulated},
 }
 

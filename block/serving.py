@@ -11,11 +11,13 @@ from random import Random as Stream
 from typing import Any
 
 from block import clock, workload
+from block.cluster import Fleet
 from block.config import RunConfig
-from block.dispatcher import Dispatcher
+from block.dispatcher import Dispatcher, Forecaster
 from block.instances.base import LaunchFailed
 from block.lengths import tag
 from block.monitor import Monitor
+from block.noise import NoisyForecaster
 from block.policies import Needs
 from block.rng import stream
 from block.types import Request, RequestRecord
@@ -82,7 +84,7 @@ async def _serve(
         dispatcher = Dispatcher(
             fleet.instances,
             run.scheduler,
-            fleet.predictor,
+            _forecaster(run, fleet),
             run.dispatch,
             policy_stream,
             delay_s=run.backend.dispatch_delay_s,
@@ -108,3 +110,10 @@ async def _serve(
                 monitor.tick(clock.now(), request.id)
                 group.create_task(dispatcher.submit(request)).add_done_callback(count)
         finished(done % every)
+
+
+def _forecaster(run: RunConfig, fleet: Fleet) -> Forecaster | None:
+    """The fleet's predictor, with the error that the run injects."""
+    if fleet.predictor is None or run.dispatch.forecast_noise == 0:
+        return fleet.predictor
+    return NoisyForecaster(fleet.predictor, run.dispatch.forecast_noise, stream(run.seed, "forecast_noise"))
