@@ -13,6 +13,7 @@ from typing import Any
 from block import clock, workload
 from block.cluster import Fleet
 from block.config import RunConfig
+from block.counterfactual import Counterfactuals, sample
 from block.dispatcher import Dispatcher, Forecaster
 from block.instances.base import LaunchFailed
 from block.lengths import tag
@@ -31,6 +32,7 @@ class Outcome:
 
     dispatcher: Dispatcher | None = None
     monitor: Monitor | None = None
+    counterfactuals: Counterfactuals | None = None
     wall_time_s: float = 0.0
     engines: Mapping[str, Any] = field(default_factory=dict)
 
@@ -80,6 +82,10 @@ async def _serve(
                 "the servers show no snapshots, which this scheduler needs: start them by "
                 "python -m block.vllm_plugin.serve, or choose one that only counts, such as round_robin"
             )
+        if run.replay_share > 0:
+            sampled = sample(requests, run.replay_share, stream(run.seed, "replay"))
+            simulated: Sequence[Any] = fleet.instances
+            outcome.counterfactuals = Counterfactuals(simulated, sampled, run.backend.dispatch_delay_s)
         policy_stream = Stream(int(stream(run.seed, "policy").integers(2**63)))
         dispatcher = Dispatcher(
             fleet.instances,
@@ -88,6 +94,7 @@ async def _serve(
             run.dispatch,
             policy_stream,
             delay_s=run.backend.dispatch_delay_s,
+            placed=outcome.counterfactuals.placed if outcome.counterfactuals else None,
         )
         monitor = Monitor(fleet.instances if fleet.predictor else (), run.sample_every_s)
         outcome.dispatcher, outcome.monitor = dispatcher, monitor

@@ -109,6 +109,8 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["cluster.num_gpus=0"], "cluster.num_gpus=0: ", ["must be at least 1"]),
     (["engine.block_size=15"], "engine.block_size=15: ", ["power of two"]),
     (["model.tensor_parallel=3"], "model.tensor_parallel=3: ", ["choose from 1, 2, 4, 8, 16, 32"]),
+    (["replay_share=2"], "replay_share=2.0: ", ["between 0 and 1"]),
+    (["replay_share=0.5", "backend=emulated"], "replay_share=0.5: ", ["only simulated"]),
     (["dispatch.forecast_noise=-1"], "dispatch.forecast_noise=-1.0: ", ["0 or more"]),
     (["lengths=injected", "lengths.sigma=-1"], "lengths.sigma=-1.0: ", ["0 or more"]),
     (["dispatch.snapshot_interval_s=-1"], "dispatch.snapshot_interval_s=-1.0: ", ["0 or more"]),
