@@ -33,7 +33,7 @@ from block.dispatcher import DispatchConfig
 from block.engine import EngineConfig
 from block.hardware import Model
 from block.instances.base import LaunchFailed
-from block.lengths import Lengths, Noisy, Oracle
+from block.lengths import Injected, Lengths, Noisy, Oracle
 from block.server_config import ServerConfig
 from block.tracking import Tracking
 from block.workload import Workload
@@ -57,7 +57,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "least_tokens": policies.LeastTokens,
         "block": policies.Block,
     },
-    "lengths": {"oracle": Oracle, "noisy": Noisy},
+    "lengths": {"oracle": Oracle, "noisy": Noisy, "injected": Injected},
     "backend": {"simulated": Simulated, "vllm": VLLM, "vllm_cpu": VLLMCPU, "emulated": Emulated},
 }
 
@@ -71,6 +71,7 @@ class RunConfig:
     """One run, resolved and checked.
 
     seed: of every random stream of the run. sample_every_s: interval of the instances' time series.
+    replay_share: share of the requests that are tried on all instances, on copies of these (`block.counterfactual`).
     """
 
     scheduler: policies.Policy
@@ -84,12 +85,17 @@ class RunConfig:
     tracking: Tracking
     seed: int = 0
     sample_every_s: float = 1.0
+    replay_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must be 0 or more")
         if not 0 < self.sample_every_s < float("inf"):
             raise ValueError(f"sample_every_s={self.sample_every_s}: must be greater than 0")
+        if not 0 <= self.replay_share <= 1:
+            raise ValueError(f"replay_share={self.replay_share}: must be between 0 and 1")
+        if self.replay_share > 0 and not self.backend.virtual:
+            raise ValueError(f"replay_share={self.replay_share}: only simulated instances can be copied")
         longest = self.workload.max_total_tokens
         if longest > self.engine.max_model_len:
             raise ValueError(
@@ -121,6 +127,7 @@ class _Root:
     capacity: Any = field(default_factory=lambda: schema(CapacityConfig))  # read by scripts/capacity.py only
     seed: int = 0
     sample_every_s: float = 1.0
+    replay_share: float = 0.0
     runs_dir: str = "artifacts/runs"
     server: Any = field(default_factory=lambda: schema(ServerConfig))  # read by block.server only
 

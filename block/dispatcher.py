@@ -35,6 +35,9 @@ MAX_RETRIES = 3
 Deliver = Callable[[Instance, RequestRecord], Awaitable[None]]
 """Has an instance serve a record's request; raises what `Instance.generate` raises."""
 
+Placed = Callable[[RequestRecord, Sequence[InstanceView], Sequence[int]], None]
+"""Is told of a placement: the record, the views that it was decided by, and the instances that were active."""
+
 
 class Forecaster(Protocol):
     """Tells when a request would finish where: a `block.predictor.Predictor`, or several."""
@@ -52,14 +55,18 @@ class DispatchConfig:
 
     ledger: count in requests that were placed and are not yet visible in a snapshot.
     snapshot_interval_s: a snapshot is used again until it is this old; 0 takes a fresh one for every decision.
+    forecast_noise: standard deviation of the Gaussian factor by which each forecast is off on purpose; 0 for none.
     """
 
     ledger: bool = True
     snapshot_interval_s: float = 0.0
+    forecast_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.snapshot_interval_s < float("inf"):
             raise ValueError(f"dispatch.snapshot_interval_s={self.snapshot_interval_s}: must be 0 or more seconds")
+        if not 0 <= self.forecast_noise < float("inf"):
+            raise ValueError(f"dispatch.forecast_noise={self.forecast_noise}: must be 0 or more")
 
 
 @dataclass(slots=True)
@@ -80,7 +87,7 @@ class Dispatcher:
     An instance that fails a request is *ejected*, unless it only turned it away: no request goes there until `readmit`.
     Keeps what it did, all of it or the latest `history`: `records`, one per request, and `decisions`, (time, Decision,
     request id). forecast_s: wall-clock seconds that each batch of forecasts took, divided by its number of forecasts.
-    ejections: (time, instance id, reason).
+    ejections: (time, instance id, reason). placed: is told of each placement.
     """
 
     def __init__(
@@ -93,6 +100,7 @@ class Dispatcher:
         *,
         delay_s: float = 0.0,
         history: int | None = None,
+        placed: Placed | None = None,
     ) -> None:
         if policy.needs is Needs.FORECAST and predictor is None:
             raise ValueError(f"policy {type(policy).__name__} needs a predictor")
@@ -102,6 +110,7 @@ class Dispatcher:
         self._config = config
         self._stream = stream
         self._delay_s = delay_s
+        self._placed = placed
         self._books = [_Books([], 0, deque(), None) for _ in instances]
         self._active = list(range(len(instances)))  # ids of the instances that requests may go to
         self._turn = 0
@@ -201,6 +210,8 @@ class Dispatcher:
         books.recent.append(now)
         if self._config.ledger and self._policy.needs is not Needs.COUNTS:
             books.ledger.append(request)
+        if self._placed is not None:
+            self._placed(record, views, active)
         return chosen
 
     def _views(self, candidates: Sequence[int], request: Request, now: float) -> list[InstanceView]:

@@ -89,6 +89,7 @@ def _store(writer: RunWriter, outcome: Outcome) -> None:
         wall_time_s=outcome.wall_time_s,
         engines=outcome.engines,
         ejections=dispatcher.ejections,
+        counterfactuals=outcome.counterfactuals.columns() if outcome.counterfactuals else None,
     )
 
 

@@ -4,6 +4,7 @@
     requests.parquet   a row per request, in the order of the workload
     decisions.parquet  a row per decision: candidates and scores (lists), chosen, fallback, time
     instances.parquet  time series of the instances
+    counterfactuals.parquet  when sampled requests would have finished on each instance; of runs with `replay_share`
     tokens.parquet     when each token of a request came; of real engines only
     run.log            what was logged meanwhile
     instances/         what real servers said
@@ -135,10 +136,12 @@ class RunWriter:
         wall_time_s: float | None = None,
         engines: Mapping[str, Any] | None = None,
         ejections: Iterable[tuple[float, int, str]] = (),
+        counterfactuals: Mapping[str, ArrayLike] | None = None,
     ) -> metrics.Summary:
         """Write the tables, and return the summary that goes into run.json (see `metrics.summarise`).
 
         `decisions` are (time, decision, request id); `instances` maps a column's name to an array, all of one length.
+        counterfactuals: columns of a table, like `instances`.
         engines: what real engines said of themselves. ejections: (time, instance id, reason) of those lost.
         Raises OSError if the disk is full, ValueError if the records contradict themselves.
         """
@@ -149,6 +152,8 @@ class RunWriter:
             _write_table(self.path / "tokens.parquet", tokens)
         _write_table(self.path / "decisions.parquet", tables.decisions_table(decisions))
         _write_table(self.path / "instances.parquet", tables.series_table(instances))
+        if counterfactuals is not None:
+            _write_table(self.path / "counterfactuals.parquet", tables.series_table(counterfactuals))
         ok = int(np.count_nonzero(columns["status"] == "ok"))
         self._document["counts"] = {
             "sent": len(records),
@@ -339,6 +344,10 @@ class Run:
     def instances(self) -> pd.DataFrame:
         """The time series of the instances."""
         return _read_table(self.path / "instances.parquet")
+
+    def counterfactuals(self) -> pd.DataFrame:
+        """When sampled requests would have finished on each instance; OSError if the run had `replay_share=0`."""
+        return _read_table(self.path / "counterfactuals.parquet")
 
 
 def runs(*, root: str | Path = DEFAULT_ROOT, status: str | Iterable[str] | None = "ok", **where: Any) -> list[Run]:

@@ -11,11 +11,14 @@ from random import Random as Stream
 from typing import Any
 
 from block import clock, workload
+from block.cluster import Fleet
 from block.config import RunConfig
-from block.dispatcher import Dispatcher
+from block.counterfactual import Counterfactuals, sample
+from block.dispatcher import Dispatcher, Forecaster
 from block.instances.base import LaunchFailed
 from block.lengths import tag
 from block.monitor import Monitor
+from block.noise import NoisyForecaster
 from block.policies import Needs
 from block.rng import stream
 from block.types import Request, RequestRecord
@@ -29,6 +32,7 @@ class Outcome:
 
     dispatcher: Dispatcher | None = None
     monitor: Monitor | None = None
+    counterfactuals: Counterfactuals | None = None
     wall_time_s: float = 0.0
     engines: Mapping[str, Any] = field(default_factory=dict)
 
@@ -78,14 +82,19 @@ async def _serve(
                 "the servers show no snapshots, which this scheduler needs: start them by "
                 "python -m block.vllm_plugin.serve, or choose one that only counts, such as round_robin"
             )
+        if run.replay_share > 0:
+            sampled = sample(requests, run.replay_share, stream(run.seed, "replay"))
+            simulated: Sequence[Any] = fleet.instances
+            outcome.counterfactuals = Counterfactuals(simulated, sampled, run.backend.dispatch_delay_s)
         policy_stream = Stream(int(stream(run.seed, "policy").integers(2**63)))
         dispatcher = Dispatcher(
             fleet.instances,
             run.scheduler,
-            fleet.predictor,
+            _forecaster(run, fleet),
             run.dispatch,
             policy_stream,
             delay_s=run.backend.dispatch_delay_s,
+            placed=outcome.counterfactuals.placed if outcome.counterfactuals else None,
         )
         monitor = Monitor(fleet.instances if fleet.predictor else (), run.sample_every_s)
         outcome.dispatcher, outcome.monitor = dispatcher, monitor
@@ -108,3 +117,10 @@ async def _serve(
                 monitor.tick(clock.now(), request.id)
                 group.create_task(dispatcher.submit(request)).add_done_callback(count)
         finished(done % every)
+
+
+def _forecaster(run: RunConfig, fleet: Fleet) -> Forecaster | None:
+    """The fleet's predictor, with the error that the run injects."""
+    if fleet.predictor is None or run.dispatch.forecast_noise == 0:
+        return fleet.predictor
+    return NoisyForecaster(fleet.predictor, run.dispatch.forecast_noise, stream(run.seed, "forecast_noise"))

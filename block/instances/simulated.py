@@ -7,7 +7,9 @@ asks again when a request arrives. First-token times come out of the engine exac
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
+from collections.abc import Sequence
 
 from block import clock
 from block.engine import Engine
@@ -38,6 +40,18 @@ class SimulatedInstance:
         self._engine.add(request, now)
         self._plan()
         await finished
+
+    def would_finish(self, arrivals: Sequence[tuple[float, Request]]) -> float:
+        """When the last of `arrivals`, (time, request) in order of time, would finish if nothing else came; inf: never.
+
+        The instance itself is left as it is.
+        """
+        engine = copy.deepcopy(self._engine)
+        for at, request in arrivals:
+            engine.advance(at)
+            engine.add(request, at)
+        finished = {done.id: done.finished for done in engine.advance(math.nextafter(math.inf, 0.0))}
+        return finished.get(arrivals[-1][1].id, math.inf)
 
     async def healthy(self) -> bool:
         """Always: a twin does not fail."""

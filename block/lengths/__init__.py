@@ -70,3 +70,20 @@ class Noisy:
         astray = rng.random(len(output_tokens)) < self.outliers
         estimates = np.rint(np.where(astray, others, output_tokens * factors))
         return np.asarray(np.maximum(estimates, 1), dtype=np.int64)
+
+
+@final
+@dataclass(frozen=True)
+class Injected:
+    """The truth times a Gaussian factor N(1, sigma²), cut to 0.1 … 5: what the camera-ready's Fig 12 injects."""
+
+    sigma: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sigma < float("inf"):
+            raise ValueError(f"lengths.sigma={self.sigma}: must be 0 or more")
+
+    def estimate(self, output_tokens: Ints, rng: np.random.Generator) -> Ints:
+        """The truth, stretched or shrunk."""
+        factors = rng.normal(1.0, self.sigma, len(output_tokens)).clip(0.1, 5.0)
+        return np.asarray(np.maximum(np.rint(output_tokens * factors), 1), dtype=np.int64)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from testbed import request
 
-from block.lengths import Lengths, Noisy, Oracle, tag
+from block.lengths import Injected, Lengths, Noisy, Oracle, tag
 
 TRUTH = np.random.default_rng(0).geometric(1 / 250, 20_000)
 
@@ -54,6 +54,18 @@ def test_estimates_are_whole_and_at_least_one() -> None:
 def test_the_default_errs_as_much_as_the_papers_estimator() -> None:
     error_rate = np.abs(estimates(Noisy()) - TRUTH).sum() / TRUTH.sum()
     assert 0.10 < error_rate < 0.15
+
+
+def test_injected_factors_are_gaussian_and_cut() -> None:
+    long = np.full(20_000, 1000)
+    np.testing.assert_array_equal(estimates(Injected()), TRUTH)
+    factors = Injected(0.25).estimate(long, np.random.default_rng(1)) / 1000
+    assert (np.mean(factors), np.std(factors)) == (pytest.approx(1.0, abs=0.01), pytest.approx(0.25, rel=0.02))
+    factors = Injected(2.0).estimate(long, np.random.default_rng(1)) / 1000
+    assert (factors.min(), factors.max()) == (0.1, 5.0)
+    assert np.mean(factors == 0.1) == pytest.approx(0.326, abs=0.01)  # P(N(1, 2²) < 0.1)
+    with pytest.raises(ValueError, match=r"lengths\.sigma=-1"):
+        Injected(-1.0)
 
 
 @pytest.mark.parametrize(

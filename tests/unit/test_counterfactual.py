@@ -1,0 +1,124 @@
+"""Counterfactuals: what is replayed is what would have happened, and replaying leaves the run as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from random import Random as Stream
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from test_serving import run, served
+from testbed import constant_latency, engine_config, open_loop, request
+
+from block import clock, policies
+from block.cluster import Simulated
+from block.counterfactual import Counterfactuals, sample
+from block.dispatcher import DispatchConfig, Dispatcher
+from block.engine import Engine
+from block.instances.simulated import SimulatedInstance
+from block.types import Decision, InstanceView, Request
+
+
+@dataclass(frozen=True)
+class Always:
+    """Instance `target`, whatever comes."""
+
+    target: int
+    needs: ClassVar[policies.Needs] = policies.Needs.SNAPSHOT
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        return range(instances)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        return Decision(self.target, [view.instance_id for view in views], [0.0] * len(views))
+
+
+def replays(requests: Sequence[Request], delay_s: float) -> dict[tuple[int, int], float]:
+    """All requests go to instance 0 of two whose steps take a second: replayed E2E by (request, instance)."""
+    instances = [SimulatedInstance(i, Engine(engine_config("v1"), constant_latency(), 50)) for i in range(2)]
+    replayed = Counterfactuals(instances, [one.id for one in requests], delay_s)
+
+    async def main() -> None:
+        placed = replayed.placed
+        dispatcher = Dispatcher(instances, Always(0), None, DispatchConfig(), Stream(0), delay_s=delay_s, placed=placed)
+        await open_loop(requests, dispatcher)
+
+    clock.run(main(), virtual=True)
+    columns = replayed.columns()
+    assert columns["chosen"].tolist() == (columns["instance_id"] == 0).tolist()
+    assert np.isnan(columns["forecast_e2e"]).all()
+    keys = zip(columns["request_id"].tolist(), columns["instance_id"].tolist(), strict=True)
+    return dict(zip(keys, columns["replayed_e2e"].tolist(), strict=True))
+
+
+def test_a_request_is_tried_beside_what_is_there_and_what_is_underway() -> None:
+    # A prompt of 16 tokens fills a step of a second; two more tokens follow it.
+    first, second, third = request(0, 16, 3, 0.0), request(1, 16, 3, 0.25), request(2, 16, 3, 0.5)
+    assert replays([first, second, third], delay_s=0.0) == {
+        (0, 0): 3.0,
+        (0, 1): 3.0,
+        # It waits for the step in flight; the first one's decode leaves 15 of the next step's 16 tokens to its prompt.
+        (1, 0): 5.0 - 0.25,
+        (1, 1): 3.0,
+        # Two decodes and the last token of the second's prompt leave it less than a step, too.
+        (2, 0): 6.0 - 0.5,
+        (2, 1): 3.0,
+    }
+    # With a second's way to the instances all are underway when the second and the third are placed: the same, later.
+    assert replays([first, second, third], delay_s=1.0) == {
+        (0, 0): 4.0,
+        (0, 1): 4.0,
+        (1, 0): 6.0 - 0.25,
+        (1, 1): 4.0,
+        (2, 0): 7.0 - 0.5,
+        (2, 1): 4.0,
+    }
+
+
+def test_replaying_leaves_the_run_as_it_is() -> None:
+    plain = run(scheduler=policies.Block(), backend=Simulated(dispatch_delay_s=0.2))
+    with_replays = served(replace(plain, replay_share=0.5))
+    without = served(plain)
+    assert with_replays.dispatcher is not None
+    assert without.dispatcher is not None
+    assert list(with_replays.dispatcher.records) == list(without.dispatcher.records)
+    assert list(with_replays.dispatcher.decisions) == list(without.dispatcher.decisions)
+    assert without.counterfactuals is None
+
+
+def test_replays_of_a_run_agree_with_what_happened_where_nothing_came_later() -> None:
+    settings = run(scheduler=policies.Block(), backend=Simulated(dispatch_delay_s=0.2), replay_share=1.0)
+    outcome = served(settings)
+    assert outcome.dispatcher is not None
+    assert outcome.counterfactuals is not None
+    columns = outcome.counterfactuals.columns()
+    records = {record.request.id: record for record in outcome.dispatcher.records}
+    assert len(columns["request_id"]) == 40 * 2
+    chosen = {
+        int(columns["request_id"][row]): (float(columns["replayed_e2e"][row]), float(columns["forecast_e2e"][row]))
+        for row in np.flatnonzero(columns["chosen"])
+    }
+    assert chosen.keys() == records.keys()
+    assert [forecast for _, forecast in chosen.values()] == [r.forecast.e2e for r in records.values() if r.forecast]
+    later = [r.finished - r.request.arrival - chosen[id_][0] for id_, r in sorted(records.items())]
+    assert later[-1] == pytest.approx(0.0, abs=1e-9)
+    assert np.mean(later) > 0.001, "what comes later delays a request"
+
+
+def test_a_sample_is_a_share_without_repetition() -> None:
+    requests = [request(i + 7, 1, 1) for i in range(200)]
+    ids = sample(requests, 0.1, np.random.default_rng(3))
+    assert len(set(ids)) == len(ids) == 20
+    assert set(ids) <= {one.id for one in requests}
+    assert ids == sample(requests, 0.1, np.random.default_rng(3))
+
+
+def test_forecasts_are_of_those_who_were_asked() -> None:
+    outcome = served(run(scheduler=policies.Block(k=1), replay_share=1.0))
+    assert outcome.counterfactuals is not None
+    columns = outcome.counterfactuals.columns()
+    asked = [not math.isnan(forecast) for forecast in columns["forecast_e2e"].tolist()]
+    assert asked == columns["chosen"].tolist()
