@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,7 @@ def _store(writer: RunWriter, outcome: Outcome) -> None:
         dispatch_overhead_s=np.array(overheads),
         forecast_us=np.array(dispatcher.forecast_s) * 1e6,
         wall_time_s=outcome.wall_time_s,
+        peak_memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         engines=outcome.engines,
         ejections=dispatcher.ejections,
         counterfactuals=outcome.counterfactuals.columns() if outcome.counterfactuals else None,

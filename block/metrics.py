@@ -58,6 +58,7 @@ def summarise(
     dispatch_overhead_s: ArrayLike | None = None,
     forecast_us: ArrayLike | None = None,
     wall_time_s: float | None = None,
+    peak_memory_mib: float | None = None,
 ) -> Summary:
     """The summary of a run, ready for JSON.
 
@@ -66,7 +67,8 @@ def summarise(
 
     Throughput counts ok requests from the first arrival to the last token; tokens are those of prompts and responses
     together. The keyword arguments are measured by the caller: seconds that each dispatch took beside waiting for its
-    answer, microseconds that each forecast took, and wall-clock seconds of the run.
+    answer, microseconds that each forecast took, wall-clock seconds of the run, and the most memory that its process
+    held.
 
     Raises ValueError if an ok request lacks one of its times.
     """
@@ -89,8 +91,9 @@ def summarise(
         "preemptions": int(ok["preemptions"].sum()),
         **_stats("e2e_error", e2e_error(ok), "", "mean", 50),
         **_stats("dispatch_overhead", dispatch_overhead_s, "s", "mean", 99),
-        **_stats("forecast", forecast_us, "us", 50, 99),
+        **_stats("forecast", forecast_us, "us", "mean", 50, 99),
         "wall_time_s": None if wall_time_s is None else float(wall_time_s),
+        "peak_memory_mib": None if peak_memory_mib is None else float(peak_memory_mib),
     }
 
 

@@ -134,6 +134,7 @@ class RunWriter:
         dispatch_overhead_s: ArrayLike | None = None,
         forecast_us: ArrayLike | None = None,
         wall_time_s: float | None = None,
+        peak_memory_mib: float | None = None,
         engines: Mapping[str, Any] | None = None,
         ejections: Iterable[tuple[float, int, str]] = (),
         counterfactuals: Mapping[str, ArrayLike] | None = None,
@@ -164,7 +165,11 @@ class RunWriter:
             "failed_over": int(np.count_nonzero(columns["retries"])),
         }
         self._document["summary"] = metrics.summarise(
-            columns, dispatch_overhead_s=dispatch_overhead_s, forecast_us=forecast_us, wall_time_s=wall_time_s
+            columns,
+            dispatch_overhead_s=dispatch_overhead_s,
+            forecast_us=forecast_us,
+            wall_time_s=wall_time_s,
+            peak_memory_mib=peak_memory_mib,
         )
         self._document["engines"] = _plain(engines or {})
         self._document["ejections"] = _plain(list(ejections))

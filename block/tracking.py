@@ -99,6 +99,42 @@ def _marker(path: Path) -> Path:
     return path / "wandb" / "logged.json"
 
 
+def log_figures(folder: Path, tracking: Tracking) -> Path | None:
+    """Log the pictures, tables and summary in `folder` as one W&B run with an artifact; returns its W&B folder, or
+    None if tracking is disabled or W&B failed.
+    """
+    if tracking.resolved_mode == "disabled":
+        return None
+    try:
+        wandb: Any = import_module("wandb")
+        with _data_dir(folder / "wandb" / "data"):
+            settings = wandb.Settings(
+                console="off", silent=True, x_disable_stats=True, disable_git=True, init_timeout=30
+            )
+            mirror = wandb.init(
+                name="figures",
+                job_type="figures",
+                project=tracking.project,
+                entity=tracking.entity,
+                group=tracking.group,
+                tags=tracking.tags,
+                dir=folder,
+                mode=tracking.resolved_mode,
+                settings=settings,
+            )
+            with mirror:
+                artifact = wandb.Artifact("figures", type="figures")
+                for path in sorted(folder.glob("*.*")):
+                    if path.suffix in (".png", ".pdf", ".csv", ".md"):
+                        artifact.add_file(str(path))
+                mirror.log_artifact(artifact)
+                mirror.log({path.stem: wandb.Image(str(path)) for path in sorted(folder.glob("*.png"))})
+            return Path(mirror.dir).resolve().parent
+    except Exception as error:  # as in log_run
+        log.warning("W&B: the figures were not logged: %s: %s", type(error).__name__, error)
+        return None
+
+
 def _log(run: Run, tracking: Tracking) -> Path:
     wandb: Any = import_module("wandb")  # half a second, and as much for its service: only tracked runs pay
 

@@ -13,8 +13,9 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from paper_figures import cells, style
 
 TITLE = "Distributions of TTFT and request latency"
+PAPER = "v2 CDFs"
 QPS = (20, 24, 28, 32, 36)
-CELLS = cells.grid(scheduler=tuple(style.SCHEDULERS), workload__qps=QPS, seed=(0,))
+RUNS = cells.grid(scheduler=style.COMPARED, workload__qps=QPS, seed=(0,))
 SHARES = np.concatenate([np.arange(0.01, 0.99, 0.01), np.arange(0.99, 1.0, 0.001)])
 METRICS = {"ttft_s": "TTFT (s)", "e2e_s": "request latency (s)"}
 
@@ -22,7 +23,7 @@ METRICS = {"ttft_s": "TTFT (s)", "e2e_s": "request latency (s)"}
 def table(stored: cells.Stored) -> pd.DataFrame:
     """Quantiles of each run's requests."""
     rows = []
-    for cell, run in zip(CELLS, cells.found(CELLS, stored), strict=True):
+    for cell, run in stored.run(RUNS):
         requests = run.requests()
         requests = requests[requests["status"] == "ok"]
         ttft = np.quantile(requests["first_token"] - requests["arrival"], SHARES)
@@ -39,7 +40,8 @@ def draw(table: pd.DataFrame) -> Any:
     for row, (metric, label) in zip(axes, METRICS.items(), strict=True):
         for axis, qps in zip(row, QPS, strict=True):
             part = table[table["workload.qps"] == qps]
-            for scheduler, name in style.NAMES.items():
+            for scheduler in style.COMPARED:
+                name = style.NAMES[scheduler]
                 one = part[part["scheduler"] == scheduler]
                 axis.plot(one[metric], one["share"], color=style.COLOURS[name], label=name)
             axis.set(xscale="log", xlabel=label)

@@ -1,4 +1,6 @@
-"""The cells of a figure: which runs and searches it needs, found among the stored; a missing one is an error that names it."""
+"""The cells of a figure: which runs and searches it needs, found among the stored; a missing one is an error that
+names it.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,9 @@ Cell = Mapping[str, Any]
 
 Key = tuple[tuple[str, str], ...]
 """What tells a cell from all others."""
+
+LABELS = ("setting",)
+"""Keys of cells that name something for people and configure nothing."""
 
 Kind = TypeVar("Kind", Run, Search)
 
@@ -87,9 +92,9 @@ def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
 
 def overrides(cell: Cell) -> list[str]:
     """The cell as Hydra's overrides."""
-    return [f"{key}={value}" for key, value in cell.items()]
+    return [f"{key}={value}" for key, value in cell.items() if key not in LABELS]
 
 
 def key(cell: Cell) -> Key:
     """What tells a cell from all others."""
-    return tuple(sorted((name, str(value)) for name, value in cell.items()))
+    return tuple(sorted((name, str(value)) for name, value in cell.items() if name not in LABELS))

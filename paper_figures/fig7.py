@@ -9,10 +9,12 @@ import pandas as pd
 import seaborn as sns
 
 from paper_figures import cells, style
+from paper_figures.verdicts import Claim, order
 
 TITLE = "Free KV blocks and preemptions, by request"
+PAPER = "v2 Fig 7, camera-ready Fig 7"
 QPS = (28, 32)
-CELLS = cells.grid(scheduler=tuple(style.SCHEDULERS), workload__qps=QPS, seed=(0,))
+RUNS = cells.grid(scheduler=style.COMPARED, workload__qps=QPS, seed=(0,))
 WIDTH = 200  # requests that a point stands for
 PANELS = {
     "free_mean": "free KV blocks, mean",
@@ -24,7 +26,7 @@ PANELS = {
 def table(stored: cells.Stored) -> pd.DataFrame:
     """By request number: mean and variance over instances of the free blocks, and all preemptions so far."""
     rows = []
-    for cell, run in zip(CELLS, cells.found(CELLS, stored), strict=True):
+    for cell, run in stored.run(RUNS):
         samples = run.instances().groupby("request_id")
         one = pd.DataFrame(
             {
@@ -46,7 +48,8 @@ def draw(table: pd.DataFrame) -> Any:
     for row, qps in zip(axes, QPS, strict=True):
         part = table[table["workload.qps"] == qps]
         for axis, (column, label) in zip(row, PANELS.items(), strict=True):
-            for scheduler, name in style.NAMES.items():
+            for scheduler in style.COMPARED:
+                name = style.NAMES[scheduler]
                 one = part[part["scheduler"] == scheduler]
                 axis.plot(one["request"], one[column], color=style.COLOURS[name], label=name)
             if qps == QPS[0]:
@@ -59,3 +62,18 @@ def draw(table: pd.DataFrame) -> Any:
     sns.despine(figure)
     style.legend(figure, axes.flat[0])
     return figure
+
+
+def claims(table: pd.DataFrame) -> list[Claim]:
+    """That Block keeps the memory of the instances even, and preempts less."""
+    last = table.groupby(["workload.qps", "scheduler"]).agg({"free_variance": "mean", "preemptions": "max"})
+    found = []
+    for qps in QPS:
+        one = last.loc[qps]
+        for other in ("llumnix_minus", "round_robin"):
+            name = style.NAMES[other]
+            less = bool(one.loc["block", "preemptions"] < one.loc[other, "preemptions"])
+            found.append(order(f"Block preempts less than {name} at {qps} requests/s", [less]))
+        even = bool(one.loc["block", "free_variance"] < one.loc["round_robin", "free_variance"])
+        found.append(order(f"Block keeps free KV blocks more even than round robin at {qps} requests/s", [even]))
+    return found

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
-import yaml
 
 from block.metrics import interval
-from paper_figures import cells, style
+from paper_figures import cells, settings, style, verdicts
 
 TITLE = "Latencies of each scheduler at 30 requests/s, beside the published ones"
+PAPER = "camera-ready Table 2"
 QPS = 30
-CELLS = cells.grid(scheduler=tuple(style.SCHEDULERS), workload__qps=(QPS,), seed=(0, 1, 2))
+SCHEDULERS = (*style.COMPARED, "po2")
+RUNS = [
+    {**cell, **({"lengths": "noisy"} if cell["scheduler"] == "po2" else {})}
+    for cell in cells.grid(scheduler=SCHEDULERS, workload__qps=(QPS,), seed=settings.SEEDS)
+]
 METRICS = {
     "e2e_mean_s": "mean E2E (s)",
     "e2e_p99_s": "P99 E2E (s)",
@@ -20,38 +22,38 @@ METRICS = {
     "ttft_p99_s": "TTFT P99 (s)",
     "tpot_p50_s": "token latency P50 (s)",
 }
-PUBLISHED = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())["at_30_qps"]
+PUBLISHED = verdicts.PUBLISHED["at_30_qps"]
 
 
 def table(stored: cells.Stored) -> pd.DataFrame:
-    """A row per scheduler and metric: mean over seeds, half of its 95 % interval, published, difference as a share."""
-    return of(cells.table(CELLS, stored))
-
-
-def of(runs: pd.DataFrame) -> pd.DataFrame:
-    """The table of these runs, a row each with its scheduler and metrics."""
-    rows = []
-    for scheduler in style.SCHEDULERS:
-        for metric in METRICS:
-            mean, half = interval(runs.loc[runs["scheduler"] == scheduler, metric].tolist())
-            published = PUBLISHED.get(scheduler, {}).get(metric)
-            difference = None if published is None else mean / published - 1
-            rows.append((scheduler, metric, mean, half, published, difference))
-    return pd.DataFrame(rows, columns=["scheduler", "metric", "mean", "half_width", "published", "difference"])
+    """A row per run."""
+    return stored.summaries(RUNS)[["scheduler", "seed", *METRICS]]
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """The table for people."""
+    """A row per scheduler: mean over seeds, half of its 95 % interval, and the published value if there is one."""
     lines = ["| scheduler | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
-    for scheduler, name in style.NAMES.items():
-        part = table[table["scheduler"] == scheduler].set_index("metric")
-        shown = name.replace("*", "\\*")
-        lines.append(f"| {shown} | " + " | ".join(_cell(part.loc[metric]) for metric in METRICS) + " |")
+    for scheduler in SCHEDULERS:
+        part = table[table["scheduler"] == scheduler]
+        shown = style.NAMES[scheduler].replace("*", "\\*")
+        texts = []
+        for metric in METRICS:
+            mean, half = interval(part[metric].tolist())
+            text = verdicts.shown(mean, half)
+            published = PUBLISHED.get(scheduler, {}).get(metric)
+            if published is not None:
+                text += f" (published {published:g}, {mean / published - 1:+.1%})"
+            texts.append(text)
+        lines.append(f"| {shown} | " + " | ".join(texts) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(row: pd.Series) -> str:
-    text = f"{row['mean']:.3g} ± {row['half_width']:.2g}"
-    if pd.notna(row["published"]):
-        text += f" (published {row['published']:g}, {row['difference']:+.1%})"
-    return text
+def claims(table: pd.DataFrame) -> list[verdicts.Claim]:
+    """Every published cell."""
+    found = []
+    for scheduler, metrics in PUBLISHED.items():
+        part = table[table["scheduler"] == scheduler]
+        for metric, published in metrics.items():
+            what = f"{METRICS[metric].removesuffix(' (s)')} of {style.NAMES[scheduler]} at {QPS} requests/s"
+            found.append(verdicts.value(what, published, part[metric].tolist(), "s"))
+    return found

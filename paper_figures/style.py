@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,21 @@ import seaborn as sns
 
 # Names as the paper writes them, in its order; colours of Okabe and Ito, which the colour-blind can tell apart.
 SCHEDULERS = {
-    "random": ("random", "#999999"),
-    "round_robin": ("round robin", "#56B4E9"),
-    "min_qpm": ("min-QPM", "#F0E442"),
-    "infaas": ("INFaaS++", "#E69F00"),
-    "llumnix_minus": ("Llumnix-", "#009E73"),
-    "block": ("Block", "#D55E00"),
-    "block_star": ("Block*", "#0072B2"),
+    "random": ("random", "#999999", "X"),
+    "round_robin": ("round robin", "#56B4E9", "v"),
+    "min_qpm": ("min-QPM", "#F0E442", "P"),
+    "infaas": ("INFaaS++", "#E69F00", "D"),
+    "llumnix_minus": ("Llumnix-", "#009E73", "s"),
+    "block": ("Block", "#D55E00", "o"),
+    "block_star": ("Block*", "#0072B2", "^"),
+    "po2": ("Po2", "#CC79A7", "h"),
+    "llumnix": ("Llumnix", "#000000", "d"),
 }
-NAMES = {key: name for key, (name, _) in SCHEDULERS.items()}
-COLOURS = dict(SCHEDULERS.values())
-MARKERS = dict(zip(COLOURS, ("X", "v", "P", "D", "s", "o", "^"), strict=True))
+NAMES = {key: name for key, (name, _, _) in SCHEDULERS.items()}
+COLOURS = {name: colour for name, colour, _ in SCHEDULERS.values()}
+MARKERS = {name: marker for name, _, marker in SCHEDULERS.values()}
+COMPARED = ("random", "round_robin", "min_qpm", "infaas", "llumnix_minus", "block", "block_star")  # in Figs 6, 7, CDFs
+HEURISTICS = ("random", "round_robin", "min_qpm", "infaas", "llumnix_minus")
 COLUMN = 3.5  # inches
 
 
@@ -45,18 +50,75 @@ def use() -> None:
     )
 
 
-def legend(figure: Any, axis: Any) -> None:
-    """The schedulers that `axis` shows, below all panels."""
+def named(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with its schedulers by the paper's names."""
+    return table.assign(scheduler=table["scheduler"].map(NAMES))
+
+
+def lines(table: pd.DataFrame, axis: Any, x: str, y: str) -> None:
+    """A line for each scheduler: the mean over seeds, in a band from the least to the greatest of them."""
+    sns.lineplot(
+        named(table),
+        x=x,
+        y=y,
+        hue="scheduler",
+        style="scheduler",
+        palette=COLOURS,
+        markers=MARKERS,
+        dashes=False,
+        errorbar=("pi", 100),
+        markeredgewidth=0,
+        ax=axis,
+    )
+    axis.set(xlabel="", ylabel="")
+    axis.get_legend().remove()
+
+
+def bars(table: pd.DataFrame, axis: Any, x: str, y: str, order: Sequence[str]) -> None:
+    """Bars from the keys `order` of SCHEDULERS, grouped by x: the mean over seeds, whiskers from least to greatest."""
+    names = [NAMES[key] for key in order]
+    sns.barplot(
+        named(table),
+        x=x,
+        y=y,
+        hue="scheduler",
+        hue_order=names,
+        palette=COLOURS,
+        errorbar=("pi", 100),
+        err_kws={"linewidth": 0.8},
+        ax=axis,
+    )
+    axis.set(xlabel="", ylabel="")
+    axis.get_legend().remove()
+
+
+def zoom(axis: Any, values: pd.Series, share: float = 0.15) -> None:
+    """Let the values fill the axis: a capacity is no length, and its differences are what is to be seen."""
+    spread = float(values.max() - values.min()) or 1.0
+    axis.set_ylim(max(0.0, values.min() - share * spread - 0.5), values.max() + share * spread)
+
+
+def slo(axis: Any, seconds: Sequence[float], x: float) -> None:
+    """Dotted lines at the objectives, named at `x`."""
+    for one in seconds:
+        axis.axhline(one, color="black", linewidth=0.7, linestyle=":")
+        axis.annotate(f"SLO {one:g} s", (x, one), fontsize=6, ha="right", va="top")
+
+
+def legend(figure: Any, axis: Any, columns: int = 7) -> None:
+    """What `axis` shows, below all panels."""
     handles, names = axis.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(SCHEDULERS), frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def save(figure: Any, table: pd.DataFrame, folder: Path, name: str) -> None:
-    """The picture as PDF and PNG (None: there is none), beside the table that it draws."""
+def save(figure: Any, table: pd.DataFrame, folder: Path, name: str, label: str = "") -> None:
+    """The picture as PDF and PNG (None: there is none), beside the table that it draws; `label` stands above it."""
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
     if figure is None:
         return
+    if label:
+        figure.suptitle(label, fontsize=8)
     undated = {"CreationDate": None}  # the same picture is the same bytes
     for kind in ("pdf", "png"):
         figure.savefig(

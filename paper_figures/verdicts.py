@@ -12,6 +12,7 @@ import pandas as pd
 import yaml
 
 from block.metrics import interval
+from paper_figures.catalogue import FIGURES, NOT_YET
 
 PUBLISHED: Mapping[str, Any] = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())
 REASONS: Mapping[str, Mapping[str, str]] = yaml.safe_load((Path(__file__).parent / "reasons.yaml").read_text()) or {}
@@ -26,8 +27,8 @@ PARTLY = 3  # times the tolerance
 class Claim:
     """One published value or order beside ours.
 
-    published: None if the paper has no number; ours: mean over seeds; half_width: half of its 95 % interval, None for one
-    seed; tolerance: absolute, in `unit`; holds: for a claim of an order, whether it holds for each seed.
+    published: None if the paper has no number; ours: mean over seeds; half_width: half of its 95 % interval, None for
+    one seed; tolerance: absolute, in `unit`; holds: for a claim of an order, whether it holds for each seed.
     """
 
     what: str
@@ -75,9 +76,7 @@ def rows(figure: str, paper: str, claims: Sequence[Claim]) -> pd.DataFrame:
         published: float | str | None = claim.published
         if claim.holds is not None:
             published, ours = "claimed", f"{sum(claim.holds)} of {len(claim.holds)} seeds"
-        found.append(
-            (figure, paper, claim.what, claim.unit, published, ours, claim.half_width, claim.verdict, reason)
-        )
+        found.append((figure, paper, claim.what, claim.unit, published, ours, claim.half_width, claim.verdict, reason))
     columns = ["figure", "paper", "what", "unit", "published", "ours", "half_width", "verdict", "reason"]
     return pd.DataFrame(found, columns=columns)
 
@@ -90,13 +89,14 @@ def markdown(summary: pd.DataFrame) -> str:
         "# What is reproduced",
         "",
         f"{told}. Reproduced: within the authors' own tolerance for a single run (capacity ± 0.3 requests/s, other",
-        "numbers ± 4 %), or, for an order, for every seed. Partly: within three times that, or for most seeds. Ours: mean",
-        "over seeds ± half of its 95 % interval (Student's t). Written by `python scripts/reproduce.py`.",
+        "numbers ± 4 %), or, for an order, for every seed. Partly: within three times that, or for most seeds. Ours:",
+        "mean over seeds ± half of its 95 % interval (Student's t). Written by `python scripts/reproduce.py`.",
         "",
         "| figure | what | published | ours | difference | verdict | reason |",
         "|---|---|---|---|---|---|---|",
     ]
-    lines += ["| " + " | ".join(cell.replace("*", "\\*") for cell in _cells(row)) + " |" for _, row in summary.iterrows()]
+    for _, row in summary.iterrows():
+        lines.append("| " + " | ".join(cell.replace("*", "\\*") for cell in _cells(row)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -136,3 +136,27 @@ def difference(published: Any, ours: Any, unit: str = "") -> str:
     if math.isnan(one) or math.isnan(other):
         return "–"
     return f"{other - one:+.1f} points" if unit == "%" or one == 0 else f"{other / one - 1:+.1%}"
+
+
+def update(path: Path, figure: str, paper: str, claims: Sequence[Claim]) -> None:
+    """Put a figure's claims into the summary at `path`, in the place of those that it had."""
+    new = rows(figure, paper, claims)
+    if path.exists():
+        old = pd.read_csv(path, dtype=str)
+        new = pd.concat([old[old["figure"] != figure], new])
+    order_of = {name: i for i, name in enumerate(FIGURES)}
+    new = new.sort_values("figure", key=lambda names: names.map(order_of), kind="stable")
+    new.to_csv(path, index=False, float_format="%.6g")
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """The summary of a folder of figures, with a row for each figure that there is not yet."""
+    path = folder / "summary.csv"
+    found = pd.read_csv(path, dtype=str) if path.exists() else rows("", "", [])
+    missing = [(name, where, what, "not yet") for name, (what, where) in NOT_YET.items()]
+    return pd.concat([found, pd.DataFrame(missing, columns=["figure", "paper", "what", "verdict"])], ignore_index=True)
+
+
+def write(folder: Path) -> None:
+    """Write summary.md beside summary.csv."""
+    (folder / "summary.md").write_text(markdown(read(folder)))

@@ -1,23 +1,29 @@
-"""Draw the paper's figures and tables, running first what is missing.
+"""Reproduce the paper: run what is missing, draw every figure and table, and say what holds.
 
-    python scripts/reproduce.py                draw all
-    python scripts/reproduce.py fig6           draw some
-    python scripts/reproduce.py --list         what there is, and how many of its runs are stored
+    python scripts/reproduce.py                  all
+    python scripts/reproduce.py fig6 table2      some
+    python scripts/reproduce.py --list           what there is, what is stored of it, and what the rest will take
 
-A figure is written to artifacts/figures/ as PDF and PNG, a table as Markdown, each beside the CSV of what it shows.
-Runs are stored in artifacts/runs/ and found there again, so that a call that was interrupted goes on where it was;
-another one runs nothing.
+Writes to artifacts/figures/: for each figure a PDF and a PNG, for each table Markdown, each beside the CSV of what it
+shows; summary.md with the published values, ours and a verdict for each; and artifacts/report/index.html, one page of
+it all.
+
+Runs are stored in artifacts/runs/ and searches in artifacts/capacity/, and are found there again unless the code, the
+latency model or the workload that they depend on has changed. A call that was killed goes on where it was; another one
+does nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
+import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,102 +34,327 @@ from joblib import Parallel, delayed  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from block import config, experiment  # noqa: E402
+from block import config, experiment, searches  # noqa: E402
 from block.console import progress  # noqa: E402
+from block.provenance import code_hash  # noqa: E402
 from block.results import DEFAULT_ROOT, Run, experiment_hash, runs  # noqa: E402
 from block.sweep import end_with  # noqa: E402
-from paper_figures import cells, style  # noqa: E402
+from block.tracking import Tracking, log_figures, log_run  # noqa: E402
+from paper_figures import cells, readme, report, style, verdicts  # noqa: E402
+from paper_figures.catalogue import FIGURES, NOT_YET  # noqa: E402
 
-FIGURES = ("fig6", "cdf", "fig7", "snapshot")
-ALWAYS = ("backend=simulated", "tracking=none")
+FIGURE_FOLDER = Path("artifacts/figures")
+SEARCH_RUNS = 9  # runs that a search takes, about
+RUN_S = 1.3  # seconds that a simulated run of 10,000 requests takes, about
+REAL_BACKENDS = ("emulated", "vllm")
 
 
 def main() -> int:
     """Parse, run, draw."""
+    options = _options()
+    names = options.figures or [name for name in FIGURES if options.backend == "simulated" or _real(name)]
+    figures = {name: importlib.import_module(f"paper_figures.{name}") for name in names}
+    jobs = _jobs(figures, options)
+    if options.list:
+        _list(figures, jobs, options)
+        return 0
+    missing = [job for job in _distinct(jobs.values()) if job.stored is None]
+    failures = _do(missing, options.backend)
+    for job in missing:
+        job.stored = job.find(_stored_runs())
+    stored = cells.Stored(
+        {key[1]: job.stored for key, job in jobs.items() if isinstance(job.stored, Run)},
+        {key[1]: job.stored for key, job in jobs.items() if isinstance(job.stored, searches.Search)},
+        options.seeds,
+    )
+    lacking = _draw(figures, stored, options)
+    for text in (*failures, *lacking):
+        print(f"error: {text}", file=sys.stderr)
+    if options.wandb:
+        _to_wandb(figures, stored, options)
+    return 1 if failures or lacking else 0
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"some of {', '.join(FIGURES)} (default: all)")
     parser.add_argument("--list", action="store_true", help="say what there is and what is stored of it")
-    parser.add_argument("--out", type=Path, default=Path("artifacts/figures"), help="folder for the figures")
+    parser.add_argument("--out", type=Path, help=f"folder for the figures (default: {FIGURE_FOLDER})")
     parser.add_argument("--requests", type=int, default=10_000, help="requests a run; fewer are for a quick look")
-    arguments = parser.parse_args()
-    for name in arguments.figures:
+    parser.add_argument("--seeds", type=int, default=3, help="seeds, 1 to 3; fewer are for a quick look")
+    parser.add_argument(
+        "--backend",
+        default="simulated",
+        choices=("simulated", *REAL_BACKENDS),
+        help="what serves the requests; real engines schedule by V1, take wall-clock time and give some figures only",
+    )
+    parser.add_argument(
+        "--wandb", action="store_true", help="log the runs and the figures to Weights & Biases, as a group"
+    )
+    options = parser.parse_args()
+    for name in options.figures:
+        if name in NOT_YET:
+            parser.error(f"{name}: {NOT_YET[name][0]}: not yet")
         if name not in FIGURES:
             parser.error(f"{name}: choose from {', '.join(FIGURES)}")
-    if arguments.requests < 1:
-        parser.error(f"--requests={arguments.requests}: must be at least 1")
-    names = arguments.figures or FIGURES
-    modules = {name: importlib.import_module(f"paper_figures.{name}") for name in names}
-    jobs = {cells.key(cell): cell for module in modules.values() for cell in module.CELLS}
-    composed = _composed(list(jobs.values()), arguments.requests)
-    stored = _stored(composed)
-    if arguments.list:
-        for name, module in modules.items():
-            have = sum(cells.key(cell) in stored for cell in module.CELLS)
-            print(f"{name:8}{have:4} of {len(module.CELLS):3} runs stored   {module.TITLE}")
-        return 0
-    missing = [key for key in jobs if key not in stored]
-    if missing:
-        work = (delayed(_execute)(*composed[key], os.getpid()) for key in missing)
-        with progress(Console(stderr=True), "runs", len(missing)) as advance:
-            for _ in Parallel(n_jobs=-1, return_as="generator_unordered")(work):
-                advance(1)
-        stored = _stored(composed)
-    style.use()
-    for name, module in modules.items():
-        _draw(name, module, stored, arguments.out)
-    return 0
+        if options.backend != "simulated" and not _real(name):
+            parser.error(
+                f"{name}: needs --backend simulated; of real engines there are {', '.join(filter(_real, FIGURES))}"
+            )
+    if options.requests < 1:
+        parser.error(f"--requests={options.requests}: must be at least 1")
+    if not 1 <= options.seeds <= 3:
+        parser.error(f"--seeds={options.seeds}: must be between 1 and 3")
+    options.full = options.backend == "simulated" and options.requests == 10_000 and options.seeds == 3
+    if options.out is None:
+        quick = f"{options.backend}-{options.requests}x{options.seeds}"
+        options.out = FIGURE_FOLDER if options.full else FIGURE_FOLDER / quick
+    return options
 
 
-Composed = dict[tuple[Any, ...], tuple[dict[str, Any], dict[str, str]]]
+def _real(name: str) -> bool:
+    module = importlib.import_module(f"paper_figures.{name}")
+    return not getattr(module, "SIMULATED_ONLY", False) and not getattr(module, "SEARCHES", ())
 
 
-def _composed(wanted: Sequence[cells.Cell], requests: int) -> Composed:
-    """The resolved config of each cell's run, and its choices."""
-    config.register()
-    bases: dict[tuple[str, ...], tuple[Any, dict[str, str]]] = {}
-    found = {}
+# ---------------------------------------------------------------------------------------------------------------- jobs
+
+
+@dataclass
+class Job:
+    """A run or a search: the resolved config, what was chosen, what it depends on, and what is stored of it."""
+
+    search: bool
+    settings: dict[str, Any]
+    choices: dict[str, str]
+    hashes: dict[str, str]
+    stored: Run | searches.Search | None = None
+
+    @property
+    def identity(self) -> tuple[bool, str]:
+        """The same for jobs that do the same."""
+        return self.search, str(searches.path_of(self.settings)) if self.search else experiment_hash(self.settings)
+
+    @property
+    def weight(self) -> int:
+        """Its time, in runs."""
+        return SEARCH_RUNS if self.search else 1
+
+    def find(self, stored: Mapping[str, Run]) -> Run | searches.Search | None:
+        """What is stored of it, among runs by their config hash; None if there is none, or it is outdated."""
+        if self.search:
+            return searches.find(self.settings, self.hashes)
+        run = stored.get(self.identity[1])
+        return run if run is not None and run.document["hashes"] == self.hashes else None
+
+    def __str__(self) -> str:
+        at = "capacity" if self.search else f"qps={self.settings['workload']['qps']:g}"
+        return f"scheduler={self.choices['scheduler']} {at} seed={self.settings['seed']}"
+
+
+Jobs = dict[tuple[bool, cells.Key], Job]
+
+
+def _jobs(figures: Mapping[str, Any], options: argparse.Namespace) -> Jobs:
+    """The job of each cell, whether it is a search and its key."""
+    everything = cells.Stored({}, {}, options.seeds)
+    wanted = {
+        (search, cells.key(cell)): cell
+        for module in figures.values()
+        for search, each in ((False, module.RUNS), (True, getattr(module, "SEARCHES", ())))
+        for cell in everything.wanted(each)
+    }
+    always = (f"backend={options.backend}", "tracking=none", f"workload.num_requests={options.requests}")
+    composer = _Composer(always)
+    jobs = {}
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for cell in wanted:
-            groups = {key: value for key, value in cell.items() if key in config.GROUPS or key in config.CHOICES}
-            chosen = tuple(cells.overrides(groups))
-            if chosen not in bases:  # composing takes long; a value is set in no time
-                overrides = [*chosen, *ALWAYS, f"workload.num_requests={requests}"]
-                made = compose("config", overrides=overrides, return_hydra_config=True)
-                named = made.hydra.runtime.choices.items()
-                choices = {str(k): str(v) for k, v in named if not str(k).startswith("hydra/")}
-                bases[chosen] = (made, choices)
-            base, choices = bases[chosen]
-            settings = OmegaConf.masked_copy(base, [str(key) for key in base if key != "hydra"])
-            for key in cell.keys() - groups.keys():
-                OmegaConf.update(settings, key, cell[key])
-            found[cells.key(cell)] = (config.plain(settings), choices)
-    return found
+        for (search, key), cell in wanted.items():
+            settings, choices = composer.compose(cell)
+            jobs[search, key] = Job(search, settings, choices, composer.hashes(settings))
+    stored = _stored_runs()
+    for job in jobs.values():
+        job.stored = job.find(stored)
+    return jobs
 
 
-def _stored(composed: Composed) -> dict[tuple[Any, ...], Run]:
-    """The latest stored run of each cell that has one."""
-    by_hash = {run.document["config_hash"]: run for run in runs(root=DEFAULT_ROOT)}
-    found = {key: by_hash.get(experiment_hash(settings)) for key, (settings, _) in composed.items()}
-    return {key: run for key, run in found.items() if run is not None}
+class _Composer:
+    """Composes configs: once for each choice of files, which takes long; setting a value takes no time."""
+
+    def __init__(self, always: Sequence[str]) -> None:
+        config.register()
+        self._always = always
+        self._bases: dict[tuple[str, ...], tuple[Any, dict[str, str]]] = {}
+        self._hashes: dict[str, dict[str, str]] = {}
+
+    def compose(self, cell: cells.Cell) -> tuple[dict[str, Any], dict[str, str]]:
+        """The resolved config of a cell, and its choices."""
+        groups = {key: value for key, value in cell.items() if key in config.GROUPS or key in config.CHOICES}
+        chosen = tuple(cells.overrides(groups))
+        if chosen not in self._bases:
+            made = compose("config", overrides=[*chosen, *self._always], return_hydra_config=True)
+            named = made.hydra.runtime.choices.items()
+            choices = {str(k): str(v) for k, v in named if not str(k).startswith("hydra/")}
+            self._bases[chosen] = (made, choices)
+        base, choices = self._bases[chosen]
+        settings = OmegaConf.masked_copy(base, [str(key) for key in base if key != "hydra"])
+        for key in cell.keys() - groups.keys() - set(cells.LABELS):
+            OmegaConf.update(settings, key, cell[key])
+        return config.plain(settings), choices
+
+    def hashes(self, settings: dict[str, Any]) -> dict[str, str]:
+        """What its results depend on beside the config, which is the same at every rate and for every scheduler."""
+        same = {key: settings[key] for key in ("model", "cluster", "engine", "backend", "lengths", "seed")}
+        same["workload"] = {key: value for key, value in settings["workload"].items() if key != "qps"}
+        text = json.dumps(same, sort_keys=True)
+        if text not in self._hashes:
+            self._hashes[text] = experiment.fingerprints(config.build(OmegaConf.create(settings)))
+        return self._hashes[text]
 
 
-def _execute(settings: dict[str, Any], choices: dict[str, str], main: int) -> None:
-    """One run; in a process of its own."""
+def _stored_runs() -> dict[str, Run]:
+    """The latest stored run of each config hash."""
+    return {run.document["config_hash"]: run for run in runs(root=DEFAULT_ROOT)}
+
+
+def _distinct(jobs: Any) -> list[Job]:
+    """Each job once, the longest first, so that no core is idle at the end."""
+    return sorted({job.identity: job for job in jobs}.values(), key=lambda job: -job.weight)
+
+
+def _do(missing: Sequence[Job], backend: str) -> list[str]:
+    """Do the jobs, in parallel if they are simulated; returns what went wrong."""
+    if not missing:
+        return []
+    failures = []
+    at_once = -1 if backend == "simulated" else 1
+    work = (delayed(_one)(job, os.getpid()) for job in missing)
+    with progress(Console(stderr=True), "runs", sum(job.weight for job in missing)) as advance:
+        for weight, error in Parallel(n_jobs=at_once, return_as="generator_unordered")(work):
+            advance(weight)
+            if error:
+                failures.append(error)
+    return failures
+
+
+def _one(job: Job, main: int) -> tuple[int, str]:
+    """A job, in a process of its own; returns its weight and what went wrong."""
     end_with(main)
-    experiment.execute(OmegaConf.create(settings), choices, quiet=True)
+    settings = OmegaConf.create(job.settings)
+    try:
+        if job.search:
+            experiment.search_one(settings, job.choices)
+        else:
+            experiment.execute(settings, job.choices, quiet=True)
+    except Exception as error:  # the others go on, and what lacks is told at the end
+        return job.weight, f"{job}: {config.explain(error)}"
+    return job.weight, ""
 
 
-def _draw(name: str, module: ModuleType, stored: Mapping[tuple[Any, ...], Run], folder: Path) -> None:
-    """Write a figure or, if it is a table, its Markdown, beside the CSV of what it shows."""
-    table = module.table(stored)
-    if hasattr(module, "draw"):
-        style.save(module.draw(table), table, folder, name)
-        print(folder / f"{name}.png")
-    else:
-        style.save(None, table, folder, name)
-        (folder / f"{name}.md").write_text(f"{module.TITLE}:\n\n{module.markdown(table)}")
-        print(folder / f"{name}.md")
+def _list(figures: Mapping[str, Any], jobs: Jobs, options: argparse.Namespace) -> None:
+    for name, module in figures.items():
+        mine = [job for job, _ in _of(module, jobs, options)]
+        have, distinct = sum(job.stored is not None for job in mine), _distinct(mine)
+        left = sum(job.weight for job in distinct if job.stored is None)
+        seconds = left * RUN_S * options.requests / 10_000 / (os.cpu_count() or 1)
+        cost = "" if left == 0 else f", about {max(seconds / 60, 1):.0f} min" if options.backend == "simulated" else ""
+        print(f"{name:10}{have:4} of {len(mine):3} stored{cost:16}  {module.TITLE} ({module.PAPER})")
+    if not options.figures:
+        for name, (what, where) in NOT_YET.items():
+            print(f"{name:10}not yet{'':25}{what} ({where})")
+
+
+def _of(module: Any, jobs: Jobs, options: argparse.Namespace) -> Iterator[tuple[Job, cells.Cell]]:
+    everything = cells.Stored({}, {}, options.seeds)
+    for search, each in ((False, module.RUNS), (True, getattr(module, "SEARCHES", ()))):
+        for cell in everything.wanted(each):
+            yield jobs[search, cells.key(cell)], cell
+
+
+# ------------------------------------------------------------------------------------------------------------- drawing
+
+
+def _draw(figures: Mapping[str, Any], stored: cells.Stored, options: argparse.Namespace) -> list[str]:
+    """Write what has changed: figures, summary, report, README; returns which figures lack something."""
+    style.use()
+    folder: Path = options.out
+    folder.mkdir(parents=True, exist_ok=True)
+    stamps = _read(folder / ".stamps.json")
+    label = "" if options.full else _label(options)
+    lacking, changed = [], False
+    for name, module in figures.items():
+        try:
+            stamp = _stamp(module, stored)
+            if stamps.get(name) == stamp and (folder / f"{name}.csv").exists():
+                continue
+            table = module.table(stored)
+        except cells.MissingCells as error:
+            lacking.append(f"{name}: {error}")
+            continue
+        picture = module.draw(table) if hasattr(module, "draw") else None
+        style.save(picture, table, folder, name, label)
+        if picture is None:
+            (folder / f"{name}.md").write_text(f"{label or module.TITLE}:\n\n{module.markdown(table)}")
+        claims = module.claims(table) if hasattr(module, "claims") and options.seeds > 1 else []
+        verdicts.update(folder / "summary.csv", name, module.PAPER, claims)
+        stamps[name] = stamp
+        (folder / ".stamps.json").write_text(json.dumps(stamps))
+        print(folder / f"{name}.{'md' if picture is None else 'png'}")
+        changed = True
+    if changed or not (folder / "summary.md").exists():
+        verdicts.write(folder)
+    page = Path("artifacts/report") if options.full and folder == FIGURE_FOLDER else folder
+    if changed or not (page / "index.html").exists():
+        report.write(folder, page / "index.html")
+        print(page / "index.html")
+    if options.full and folder == FIGURE_FOLDER and Path("README.md").exists():
+        readme.update(Path("README.md"), folder)
+    return lacking
+
+
+def _label(options: argparse.Namespace) -> str:
+    kind = {"simulated": "Simulated", "emulated": "Real vLLM engines, emulated GPUs", "vllm": "Real vLLM engines"}
+    return f"{kind[options.backend]}: {options.requests:,} requests a run, seeds: {options.seeds}"
+
+
+def _stamp(module: Any, stored: cells.Stored) -> str:
+    """Changes with the runs and searches that a figure shows, and with the code that draws it."""
+    what = [run.id for _, run in stored.run(module.RUNS)]
+    what += [
+        json.dumps([search.path.name, search.document["hashes"]])
+        for _, search in stored.search(getattr(module, "SEARCHES", ()))
+    ]
+    what.append(code_hash(Path(style.__file__).parent))
+    what += [path.read_text() for path in sorted(Path(style.__file__).parent.glob("*.yaml"))]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _to_wandb(figures: Mapping[str, Any], stored: cells.Stored, options: argparse.Namespace) -> None:
+    """Each run once, tagged with the figures that show it, and one run that holds the figures themselves."""
+    tags: dict[str, list[str]] = {}
+    by_id: dict[str, Run] = {}
+    for name, module in figures.items():
+        for _, run in stored.run(module.RUNS):
+            tags.setdefault(run.id, []).append(name)
+            by_id[run.id] = run
+    tracking = Tracking(group="reproduce")
+    with progress(Console(stderr=True), "W&B", len(by_id)) as advance:
+        for run_id, run in by_id.items():
+            log_run(run.path, replace(tracking, tags=(*tags[run_id], options.backend)))
+            advance(1)
+    folder = log_figures(options.out, tracking)
+    print(folder if folder is not None else "W&B: the figures were not logged")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted: what is stored stays, and the next call goes on from there", file=sys.stderr)
+        sys.exit(130)

@@ -55,9 +55,11 @@ def test_hand_worked():
             "e2e_error_p50": 5 / 12,
             "dispatch_overhead_mean_s": 0.2,
             "dispatch_overhead_p99_s": 0.298,
+            "forecast_mean_us": pytest.approx(112 / 3),
             "forecast_p50_us": 7.0,
             "forecast_p99_us": 7 + 0.98 * 93,
             "wall_time_s": 2.0,
+            "peak_memory_mib": None,
         }
     )
 
@@ -67,9 +69,11 @@ def test_what_was_not_measured_is_none():
     assert {key for key, value in got.items() if value is None} == {
         "dispatch_overhead_mean_s",
         "dispatch_overhead_p99_s",
+        "forecast_mean_us",
         "forecast_p50_us",
         "forecast_p99_us",
         "wall_time_s",
+        "peak_memory_mib",
     }
 
 

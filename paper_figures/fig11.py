@@ -1,0 +1,75 @@
+"""Figure 11 of the camera-ready: bursty arrivals. Gaps are Gamma distributed; a shape below 1 is burstier than
+Poisson.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+
+from paper_figures import cells, settings, style
+from paper_figures.verdicts import PUBLISHED, Claim, order, value
+
+TITLE = "Bursty arrivals: latency at 32 requests/s, and capacity, by the shape of Gamma gaps"
+PAPER = "camera-ready Fig 11"
+SIMULATED_ONLY = True
+QPS = 32
+SHAPES = (0.25, 0.5, 1.0, 2.0)
+SCHEDULERS = ("round_robin", "infaas", "llumnix_minus", "block", "block_star")
+RUNS = cells.grid(
+    scheduler=SCHEDULERS,
+    workload__qps=(QPS,),
+    workload__arrivals=("gamma",),
+    workload__burst_shape=SHAPES,
+    seed=settings.SEEDS,
+)
+SEARCHES = [
+    {**cell, "workload.arrivals": "gamma", "workload.burst_shape": shape}
+    for shape in SHAPES
+    for cell in settings.searches("base", ("block_star",))
+]
+SHAPE = "workload.burst_shape"
+PANELS = {"e2e_mean_s": "mean request latency (s)", "ttft_p99_s": "P99 TTFT (s)"}
+
+
+def table(stored: cells.Stored) -> pd.DataFrame:
+    """A row per run, and one per search of Block* with its capacity_qps at 10 s."""
+    runs = stored.summaries(RUNS)[["scheduler", SHAPE, "seed", *PANELS]]
+    return pd.concat([runs, stored.capacities(SEARCHES, (10.0,))[["scheduler", SHAPE, "seed", "capacity_qps"]]])
+
+
+def draw(table: pd.DataFrame) -> Any:
+    """Latency of each scheduler; capacity of Block*."""
+    figure, axes = plt.subplots(1, 3, figsize=(2 * style.COLUMN, 2.3), layout="constrained")
+    runs = table[table["capacity_qps"].isna()]
+    searched = table[table["capacity_qps"].notna()]
+    for axis, (metric, label) in zip(axes, PANELS.items(), strict=False):
+        style.lines(runs, axis, SHAPE, metric)
+        axis.set(title=f"{label}, {QPS} requests/s")
+    style.lines(searched, axes[2], SHAPE, "capacity_qps")
+    axes[2].set(title="capacity (requests/s), P99 TTFT ≤ 10 s")
+    style.zoom(axes[2], searched["capacity_qps"], 1.0)
+    axes[1].set_yscale("log")
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(SHAPES, [f"{shape:g}" for shape in SHAPES])
+        axis.set_xlabel("shape (bursty ← 1 = Poisson → regular)")
+    style.legend(figure, axes[0])
+    sns.despine(figure)
+    return figure
+
+
+def claims(table: pd.DataFrame) -> list[Claim]:
+    """How much the shape moves the capacity, and who is ahead at each shape."""
+    by = table[table["capacity_qps"].notna()].pivot(index="seed", columns=SHAPE, values="capacity_qps")
+    width = 100 * (by.max(axis=1) / by.min(axis=1) - 1)
+    published = PUBLISHED["burstiness_capacity_percent"]
+    found = [value("capacity of Block* moves over the shapes by", published, width.tolist(), "%", tolerance=1)]
+    runs = table[table["capacity_qps"].isna()].set_index([SHAPE, "scheduler"])["e2e_mean_s"]
+    for shape in SHAPES:
+        less = runs[shape, "block"].to_numpy() < runs[shape, "llumnix_minus"].to_numpy()
+        found.append(order(f"Block's mean latency is below Llumnix-'s at shape {shape:g}", less))
+    return found

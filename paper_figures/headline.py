@@ -1,0 +1,127 @@
+"""The paper's headline claims, "+16.7 % capacity" and "-49.5 % P99": in which setting, and against whom, they hold
+here.
+
+Gains are paired: each seed's workload is served by both schedulers, and the interval is that of the seeds' own gains.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+from block.metrics import interval
+from paper_figures import cells, fig6, settings, style, table2
+from paper_figures.verdicts import PUBLISHED, Claim, order, value
+
+TITLE = "Gain in capacity in every setting, and in P99 latency at every rate, over each baseline"
+PAPER = "abstract"
+SIMULATED_ONLY = True
+OURS = ("block", "block_star")
+BASELINES = ("round_robin", "infaas", "llumnix_minus")
+QPS = tuple(range(28, 37))
+RUNS = [cell for cell in fig6.RUNS if cell["scheduler"] in OURS + BASELINES and cell["workload.qps"] in QPS]
+SEARCHES = table2.SEARCHES
+
+
+def table(stored: cells.Stored) -> pd.DataFrame:
+    """A row per scheduler, baseline and setting (with slo_s) or rate (workload.qps): gain_percent, its half_width,
+    by_seed.
+    """
+    searched = stored.capacities(SEARCHES, settings.SLO_S).set_index(["setting", "slo_s", "scheduler", "seed"])
+    capacity = searched["capacity_qps"].sort_index()
+    latency = stored.summaries(RUNS).set_index(["workload.qps", "scheduler", "seed"])["e2e_p99_s"].sort_index()
+    rows = []
+    for scheduler in OURS:
+        for baseline in BASELINES:
+            for setting in settings.SETTINGS:
+                for slo in settings.SLO_S:
+                    gains = capacity[setting, slo, scheduler] / capacity[setting, slo, baseline]
+                    rows.append({"setting": setting, "slo_s": slo, **_gain(scheduler, baseline, gains)})
+            for qps in QPS:
+                gains = latency[qps, scheduler] / latency[qps, baseline]
+                rows.append({"workload.qps": qps, **_gain(scheduler, baseline, gains)})
+    return pd.DataFrame(rows)
+
+
+def _gain(scheduler: str, baseline: str, ratios: pd.Series) -> dict[str, Any]:
+    percent = (100 * (ratios - 1)).tolist()
+    mean, half = interval(percent)
+    by_seed = " ".join(f"{one:.3f}" for one in percent)
+    return {"scheduler": scheduler, "baseline": baseline, "gain_percent": mean, "half_width": half, "by_seed": by_seed}
+
+
+def draw(table: pd.DataFrame) -> Any:
+    """A row for each of Block and Block*: capacities at both objectives by setting, P99 latency by rate."""
+    figure, axes = plt.subplots(
+        2, 3, figsize=(2 * style.COLUMN, 4.4), layout="constrained", sharex="col", width_ratios=(1, 1, 1.1)
+    )
+    places = {setting: -i for i, setting in enumerate(settings.SETTINGS)}
+    for row, scheduler in zip(axes, OURS, strict=True):
+        for axis, slo in zip(row, settings.SLO_S, strict=False):
+            part = table[(table["scheduler"] == scheduler) & (table["slo_s"] == slo)]
+            for shift, baseline in zip((0.22, 0.0, -0.22), BASELINES, strict=True):
+                one = part[part["baseline"] == baseline]
+                name = style.NAMES[baseline]
+                axis.errorbar(
+                    one["gain_percent"],
+                    [places[setting] + shift for setting in one["setting"]],
+                    xerr=one["half_width"].fillna(0),
+                    fmt=style.MARKERS[name],
+                    color=style.COLOURS[name],
+                    elinewidth=0.8,
+                    markersize=3,
+                    label=f"over {name}",
+                )
+            axis.axvline(0, color="black", linewidth=0.7)
+            axis.axvline(PUBLISHED["headline"]["capacity_percent"], color="black", linewidth=0.7, linestyle=":")
+            axis.set(title=f"{style.NAMES[scheduler]}: capacity gain (%), P99 TTFT ≤ {slo:g} s")
+            axis.title.set_fontsize(7)
+            names = [one.name for one in settings.SETTINGS.values()] if axis is row[0] else [""] * len(places)
+            axis.set_yticks(list(places.values()), names)
+        last = row[-1]
+        part = table[(table["scheduler"] == scheduler) & table["workload.qps"].notna()]
+        for baseline in BASELINES:
+            one = part[part["baseline"] == baseline]
+            name = style.NAMES[baseline]
+            last.plot(one["workload.qps"], one["gain_percent"], color=style.COLOURS[name], marker=style.MARKERS[name])
+            half = one["half_width"].fillna(0)
+            low, high = one["gain_percent"] - half, one["gain_percent"] + half
+            last.fill_between(one["workload.qps"], low, high, color=style.COLOURS[name], alpha=0.2, linewidth=0)
+        last.axhline(0, color="black", linewidth=0.7)
+        last.axhline(PUBLISHED["headline"]["p99_percent"], color="black", linewidth=0.7, linestyle=":")
+        last.set(title=f"{style.NAMES[scheduler]}: P99 latency, change (%)", ylim=(-80, 20))
+        last.title.set_fontsize(7)
+    axes[-1][-1].set_xlabel("requests/s")
+    style.legend(figure, axes[0][0])
+    sns.despine(figure)
+    return figure
+
+
+def claims(table: pd.DataFrame) -> list[Claim]:
+    """Where the two numbers come closest, and whether Block is ahead everywhere."""
+    searched = table[table["setting"].notna()].set_index(["scheduler", "baseline", "setting", "slo_s"])
+    latency = table[table["setting"].isna()].set_index(["scheduler", "baseline", "workload.qps"])
+    headline = PUBLISHED["headline"]
+    found = []
+    for scheduler in OURS:
+        name = style.NAMES[scheduler]
+        gains = _seeds(searched.loc[(scheduler, "llumnix_minus", "batch24", 10.0), "by_seed"])
+        what = f"capacity gain of {name} over Llumnix-, batch 24, P99 TTFT ≤ 10 s"
+        found.append(value(what, headline["capacity_percent"], gains, "%", tolerance=1))
+        gains = _seeds(latency.loc[(scheduler, "infaas", 32), "by_seed"])
+        what = f"P99 latency of {name} against INFaaS++ at 32 requests/s"
+        found.append(value(what, headline["p99_percent"], gains, "%", tolerance=2))
+        for baseline in BASELINES:
+            seeds = np.array([_seeds(text) for text in searched.loc[(scheduler, baseline), "by_seed"]])
+            everywhere = f"in all {len(settings.SETTINGS)} settings, at both objectives"
+            what = f"{name} carries more than {style.NAMES[baseline]} {everywhere}"
+            found.append(order(what, (seeds > 0).all(axis=0)))
+    return found
+
+
+def _seeds(text: str) -> list[float]:
+    return [float(one) for one in str(text).split()]
