@@ -68,7 +68,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
     width = 100 * (by.max(axis=1) / by.min(axis=1) - 1)
     published = PUBLISHED["burstiness_capacity_percent"]
     found = [value("capacity of Block* moves over the shapes by", published, width.tolist(), "%", tolerance=1)]
-    runs = table[table["capacity_qps"].isna()].set_index([SHAPE, "scheduler"])["e2e_mean_s"]
+    runs = table[table["capacity_qps"].isna()].set_index([SHAPE, "scheduler"])["e2e_mean_s"].sort_index()
     for shape in SHAPES:
         less = runs[shape, "block"].to_numpy() < runs[shape, "llumnix_minus"].to_numpy()
         found.append(order(f"Block's mean latency is below Llumnix-'s at shape {shape:g}", less))

@@ -69,7 +69,7 @@ def draw(table: pd.DataFrame) -> Any:
 def claims(table: pd.DataFrame) -> list[Claim]:
     """Published capacities, and who has the higher one."""
     found = []
-    by = table[table["capacity_qps"].notna()].set_index(["scheduler", "slo_s"])["capacity_qps"]
+    by = table[table["capacity_qps"].notna()].set_index(["scheduler", "slo_s"])["capacity_qps"].sort_index()
     for slo, published in PUBLISHED["capacity_qps"]["base"].items():
         for scheduler, number in published.items():
             what = f"capacity of {style.NAMES[scheduler]}, P99 TTFT ≤ {slo} s"

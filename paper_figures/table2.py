@@ -27,7 +27,7 @@ def markdown(table: pd.DataFrame) -> str:
     """A row per setting and objective: mean over seeds ± half of its 95 % interval, and the published value."""
     names = [style.NAMES[scheduler].replace("*", "\\*") for scheduler in SCHEDULERS]
     lines = ["| setting | P99 TTFT | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
-    by = table.set_index(["setting", "slo_s", "scheduler"])["capacity_qps"]
+    by = table.set_index(["setting", "slo_s", "scheduler"])["capacity_qps"].sort_index()
     for setting, one in settings.SETTINGS.items():
         for slo in settings.SLO_S:
             texts = []
@@ -41,7 +41,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 def claims(table: pd.DataFrame) -> list[Claim]:
     """What is published beside the base setting's, and who carries more in each setting."""
-    by = table.set_index(["setting", "slo_s", "scheduler"])["capacity_qps"]
+    by = table.set_index(["setting", "slo_s", "scheduler"])["capacity_qps"].sort_index()
     found = []
     for setting, one in settings.SETTINGS.items():
         for slo in settings.SLO_S:

@@ -1,11 +1,12 @@
-"""The figures: each is drawn from stored runs, saved beside what it draws, and refuses to be drawn with holes."""
+"""The figures: each is drawn from stored runs and searches, saved beside what it draws, and refuses to be drawn with holes."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -13,10 +14,13 @@ from hydra import compose, initialize_config_dir
 
 from block import config, experiment
 from block.results import Run
-from paper_figures import cells, style
+from block.searches import Search
+from paper_figures import cells, readme, report, style, verdicts
+from paper_figures.catalogue import FIGURES, NOT_YET
+from paper_figures.verdicts import Claim, order, value
 
 ROOT = Path(__file__).resolve().parents[2]
-FIGURES = ("fig6", "cdf", "fig7")
+TRACKED = ROOT / "artifacts" / "figures"
 
 
 @pytest.fixture(scope="module")
@@ -25,51 +29,79 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     config.register()
     folder = tmp_path_factory.mktemp("runs")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        settings = compose("config", ["workload.num_requests=80", "tracking=none", f"runs_dir={folder}"])
+        settings = compose(
+            "config", ["workload.num_requests=80", "tracking=none", "replay_share=0.5", f"runs_dir={folder}"]
+        )
     return experiment.execute(settings, {"scheduler": "block"}, quiet=True)
+
+
+def searched(cell: cells.Cell) -> Search:
+    """A search that found 30 requests/s at 3 s, and more by its seed."""
+    seed = cell["seed"]
+    return Search(Path("x.json"), {"capacities_qps": {"3": 30.0 + seed, "10": 31.0 + seed}, "hashes": {}})
+
+
+def everything(module: Any, run: Run) -> cells.Stored:
+    return cells.Stored(
+        {cells.key(cell): run for cell in module.RUNS},
+        {cells.key(cell): searched(cell) for cell in getattr(module, "SEARCHES", ())},
+    )
+
+
+def module_of(name: str) -> Any:
+    return import_module(f"paper_figures.{name}")
+
+
+# ------------------------------------------------------------------------------------------------------ every figure
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_is_drawn_and_saved_beside_its_table(name: str, run: Run, tmp_path: Path) -> None:
-    module = import_module(f"paper_figures.{name}")
+    module = module_of(name)
     style.use()
-    stored = {cells.key(cell): run for cell in module.CELLS}
-    table = module.table(stored)
-    if "scheduler" in table and name == "fig6":
-        table["scheduler"] = [cell["scheduler"] for cell in module.CELLS]
-    style.save(module.draw(table), table, tmp_path, name)
-    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-    assert (tmp_path / f"{name}.pdf").stat().st_size > 10_000
+    table = module.table(everything(module, run))
+    if hasattr(module, "draw"):
+        style.save(module.draw(table), table, tmp_path, name)
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+        assert (tmp_path / f"{name}.pdf").stat().st_size > 10_000
+    else:
+        assert module.markdown(table).count("\n|") > 3
+        style.save(None, table, tmp_path, name)
     drawn = pd.read_csv(tmp_path / f"{name}.csv")
     assert len(drawn) == len(table) > 0
+    assert module.PAPER
+    for claim in module.claims(table) if hasattr(module, "claims") else ():
+        assert claim.verdict in ("reproduced", "partly", "not", "ours")
 
 
-def test_the_snapshot_shows_what_was_published_beside_ours(run: Run) -> None:
-    module = import_module("paper_figures.snapshot")
-    stored = {cells.key(cell): run for cell in module.CELLS}
-    rows = module.cells.table(module.CELLS, stored)
-    rows["scheduler"] = [cell["scheduler"] for cell in module.CELLS]
-    table = module.of(rows)
-    mean = run.summary["e2e_mean_s"]
-    assert mean is not None
-    ours = table[table["metric"] == "e2e_mean_s"].set_index("scheduler")
-    assert ours.loc["block_star", "mean"] == pytest.approx(mean)
-    assert ours.loc["block_star", "half_width"] == pytest.approx(0.0)
-    assert ours.loc["block_star", "published"] == 10.92
-    assert ours.loc["block_star", "difference"] == pytest.approx(mean / 10.92 - 1)
-    assert pd.isna(ours.loc["random", "published"])
-    text = module.markdown(table)
-    assert f"| Block\\* | {mean:.3g} ± " in text
-    assert f" (published 10.92, {mean / 10.92 - 1:+.1%})" in text
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_missing_run_or_search_is_named(name: str, run: Run) -> None:
+    module = module_of(name)
+    whole = everything(module, run)
+    for what, wanted in (("runs", module.RUNS), ("searches", getattr(module, "SEARCHES", ()))):
+        if not wanted:
+            continue
+        lacking = cells.key(wanted[-1])
+        holed = cells.Stored(
+            {key: one for key, one in whole.runs.items() if what == "searches" or key != lacking},
+            {key: one for key, one in whole.searches.items() if what == "runs" or key != lacking},
+        )
+        told = " ".join(cells.overrides(wanted[-1]))
+        with pytest.raises(cells.MissingCells, match=f"1 of {len(wanted)} {what} are missing: {told}"):
+            module.table(holed)
 
 
-@pytest.mark.parametrize("name", [*FIGURES, "snapshot"])
-def test_a_missing_run_is_named(name: str, run: Run) -> None:
-    module = import_module(f"paper_figures.{name}")
-    stored = {cells.key(cell): run for cell in module.CELLS[:-1]}
-    lacking = " ".join(cells.overrides(module.CELLS[-1]))
-    with pytest.raises(cells.MissingCells, match=f"1 of {len(module.CELLS)} runs are missing: {lacking}"):
-        module.table(stored)
+def test_seeds_that_are_not_asked_for_are_not_missed(run: Run) -> None:
+    module = module_of("fig6")
+    whole = everything(module, run)
+    one = cells.Stored({key: run for key in whole.runs if ("seed", "0") in key}, whole.searches, seeds=1)
+    assert set(module.table(one)["seed"]) == {0}
+
+
+def test_every_figure_is_either_there_or_not_yet() -> None:
+    modules = {path.stem for path in (ROOT / "paper_figures").glob("*.py") if "TITLE = " in path.read_text()}
+    assert modules == set(FIGURES)
+    assert not set(FIGURES) & set(NOT_YET)
 
 
 def test_every_scheduler_has_a_colour_and_a_marker_of_its_own() -> None:
@@ -82,15 +114,127 @@ def test_a_grid_is_every_combination() -> None:
     ]
 
 
-def test_the_command_lists_what_there_is_and_refuses_what_there_is_not(tmp_path: Path) -> None:
-    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        script = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), *arguments]
-        return subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+# ------------------------------------------------------------------------------------------------------------ verdicts
 
-    listed = command("--list")
-    assert listed.returncode == 0, listed.stderr
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == [*FIGURES, "snapshot"]
-    assert "0 of 357 runs stored" in listed.stdout
-    refused = command("fig99")
-    assert refused.returncode == 2
-    assert "fig99: choose from fig6, cdf, fig7, snapshot" in refused.stderr.splitlines()[-1]
+
+@pytest.mark.parametrize(
+    ("claim", "verdict"),
+    [
+        (value("a", 10.0, [10.3, 10.5]), "reproduced"),  # 4 %
+        (value("a", 10.0, [10.5, 10.7]), "partly"),
+        (value("a", 10.0, [8.0, 8.2]), "not"),
+        (value("a", 32.0, [32.3], tolerance=0.3), "reproduced"),
+        (value("a", 32.0, [31.1], tolerance=0.3), "partly"),
+        (value("a", -49.5, [-51.0], tolerance=2), "reproduced"),
+        (value("a", None, [3.0]), "ours"),
+        (order("a", [True, True]), "reproduced"),
+        (order("a", [True, True, False]), "partly"),
+        (order("a", [True, False]), "not"),
+    ],
+)
+def test_a_verdict(claim: Claim, verdict: str) -> None:
+    assert claim.verdict == verdict
+
+
+def test_a_wide_interval_does_not_make_a_number_reproduced() -> None:
+    claim = value("a", 10.0, [5.0, 13.0])
+    assert claim.half_width is not None
+    assert claim.half_width > 10
+    assert claim.verdict == "partly"
+
+
+def test_the_summary_keeps_the_claims_of_other_figures_and_the_order_of_the_paper(tmp_path: Path) -> None:
+    path = tmp_path / "summary.csv"
+    verdicts.update(path, "fig9", "camera-ready Fig 9", [value("nine", 2.0, [2.0, 2.1], "s")])
+    verdicts.update(path, "fig6", "v2 Fig 6", [value("old", 1.0, [1.0]), order("six", [True, False, True])])
+    verdicts.update(path, "fig6", "v2 Fig 6", [order("six", [True, False, True])])
+    verdicts.write(tmp_path)
+    text = (tmp_path / "summary.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| fig") and "verdict" not in line]
+    assert rows[0] == "| fig6 (v2 Fig 6) | six | claimed | 2 of 3 seeds | – | partly |  |"
+    assert rows[1].startswith("| fig9 (camera-ready Fig 9) | nine | 2 s | 2.05 ± 0.64 s | +2.5% | reproduced |")
+    assert "old" not in text
+    assert "1 reproduced, 1 partly." in text
+
+
+def test_what_is_tracked_says_why_something_is_not_reproduced() -> None:
+    summary = verdicts.read(TRACKED)
+    unexplained = summary[summary["verdict"].isin(("partly", "not")) & summary["reason"].isna()]
+    assert unexplained["what"].tolist() == []
+    claimed = set(zip(summary["figure"], summary["what"], strict=True))
+    reasons = {(figure, what) for figure, each in verdicts.REASONS.items() for what in each}
+    assert reasons <= claimed
+
+
+def test_what_is_tracked_is_whole_and_the_readme_shows_it() -> None:
+    for name in FIGURES:
+        assert (TRACKED / f"{name}.csv").exists(), name
+        assert (TRACKED / f"{name}.png").exists() or (TRACKED / f"{name}.md").exists(), name
+    text = (ROOT / "README.md").read_text()
+    table = readme.table(pd.read_csv(TRACKED / "fig6.csv"))
+    assert f"{readme.BEGIN}\n{table}{readme.END}" in text
+
+
+def test_the_readme_is_changed_between_its_marks_only(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    readme.update(path, TRACKED)
+    text = path.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith(f"{readme.END}\nafter\n")
+    assert "old" not in text
+    path.write_text("no marks\n")
+    readme.update(path, TRACKED)
+    assert path.read_text() == "no marks\n"
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+@pytest.fixture(scope="module")
+def page(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("figures")
+    style.use()
+    for name in ("fig9", "snapshot"):
+        module = module_of(name)
+        table = module.table(everything(module, run))
+        style.save(module.draw(table) if hasattr(module, "draw") else None, table, folder, name)
+        verdicts.update(folder / "summary.csv", name, module.PAPER, module.claims(table))
+    report.write(folder, folder / "index.html")
+    return folder / "index.html"
+
+
+def test_the_report_needs_no_network_and_no_other_file(page: Path) -> None:
+    text = page.read_text()
+    assert "http" not in text
+    assert "src=" in text
+    assert text.count("src=") == text.count('src="data:image/png;base64,') == 1
+    assert "python scripts/reproduce.py fig9" in text
+
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium on this machine")
+def test_a_browser_sorts_and_filters_the_tables_of_the_report(page: Path, tmp_path: Path) -> None:
+    def rows(fragment: str) -> list[str]:
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
+        quiet = ["--disable-background-networking", f"--user-data-dir={tmp_path}", "--dump-dom"]
+        done = subprocess.run(
+            [*command, *quiet, f"{page.as_uri()}#{fragment}"], capture_output=True, text=True, timeout=60, check=True
+        )
+        _, _, table = done.stdout.partition('<table id="summary-table">')
+        body = table.partition("<tbody>")[2].partition("</tbody>")[0]
+        return [row for row in body.split("<tr")[1:] if not row.startswith(' hidden=""')]
+
+    everything = rows("")
+    filtered = rows("summary-table?filter=fig9 oracle")
+    assert 0 < len(filtered) < len(everything)
+    assert all("oracle" in row and "fig9" in row for row in filtered)
+    rising = rows("summary-table?sort=published&filter=fig9")
+    falling = rows("summary-table?sort=published&filter=fig9&descending")
+    numbers = [float(row.split('data-order="')[1].split('"')[0]) for row in rising if "data-order" in row]
+    assert numbers == sorted(numbers)
+    assert len(set(numbers)) > 1
+    back = [float(row.split('data-order="')[1].split('"')[0]) for row in falling if "data-order" in row]
+    assert back == numbers[::-1]
