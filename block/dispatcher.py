@@ -55,16 +55,20 @@ class DispatchConfig:
 
     ledger: count in requests that were placed and are not yet visible in a snapshot.
     snapshot_interval_s: a snapshot is used again until it is this old; 0 takes a fresh one for every decision.
+    correction_steps: observed steps by which forecasts are corrected (`block.correction`); 0: they are not.
     forecast_noise: standard deviation of the Gaussian factor by which each forecast is off on purpose; 0 for none.
     """
 
     ledger: bool = True
     snapshot_interval_s: float = 0.0
+    correction_steps: int = 0
     forecast_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.snapshot_interval_s < float("inf"):
             raise ValueError(f"dispatch.snapshot_interval_s={self.snapshot_interval_s}: must be 0 or more seconds")
+        if self.correction_steps < 0:
+            raise ValueError(f"dispatch.correction_steps={self.correction_steps}: must be 0 or more")
         if not 0 <= self.forecast_noise < float("inf"):
             raise ValueError(f"dispatch.forecast_noise={self.forecast_noise}: must be 0 or more")
 

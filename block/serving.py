@@ -13,6 +13,7 @@ from typing import Any
 from block import clock, workload
 from block.cluster import Fleet
 from block.config import RunConfig
+from block.correction import Corrected
 from block.counterfactual import Counterfactuals, sample
 from block.dispatcher import Dispatcher, Forecaster
 from block.instances.base import LaunchFailed
@@ -120,7 +121,12 @@ async def _serve(
 
 
 def _forecaster(run: RunConfig, fleet: Fleet) -> Forecaster | None:
-    """The fleet's predictor, with the error that the run injects."""
-    if fleet.predictor is None or run.dispatch.forecast_noise == 0:
-        return fleet.predictor
-    return NoisyForecaster(fleet.predictor, run.dispatch.forecast_noise, stream(run.seed, "forecast_noise"))
+    """The fleet's predictor, corrected by what it observes if the run says so, and with the error that it injects."""
+    if fleet.predictor is None:
+        return None
+    forecaster: Forecaster = fleet.predictor
+    if run.dispatch.correction_steps > 0:
+        forecaster = Corrected(forecaster, run.backend.latency(run.testbed), run.dispatch.correction_steps)
+    if run.dispatch.forecast_noise > 0:
+        forecaster = NoisyForecaster(forecaster, run.dispatch.forecast_noise, stream(run.seed, "forecast_noise"))
+    return forecaster
