@@ -112,6 +112,7 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["backend.predictor_gpu=h1000"], "backend.predictor_gpu=h1000: ", ["choose from t4"]),
     (["backend.slowdown=[0]"], "backend.slowdown=[0.0]: ", ["greater than 0"]),
     (["dispatch.correction_steps=-1"], "dispatch.correction_steps=-1: ", ["0 or more"]),
+    (["dispatch.dispatchers=0"], "dispatch.dispatchers=0: ", ["at least 1"]),
     (["replay_share=2"], "replay_share=2.0: ", ["between 0 and 1"]),
     (["replay_share=0.5", "backend=emulated"], "replay_share=0.5: ", ["only simulated"]),
     (["dispatch.forecast_noise=-1"], "dispatch.forecast_noise=-1.0: ", ["0 or more"]),
