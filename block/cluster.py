@@ -116,6 +116,8 @@ class Simulated:
     step_time_factor, step_overhead_s: calibration: a step takes its modelled time × factor + overhead.
     step_noise: standard deviation of the factor by which each step's duration differs from that; the predictor does not
         know it. The factors are at least 0.5.
+    slowdown: factors on the step times of instances 0, 1, …, as of GPUs that throttle, unknown to the predictor.
+    predictor_gpu: what GPUs the predictor takes the instances for; None: what they are.
     dispatch_delay_s: seconds from a request's arrival to its arrival at the instance chosen.
     auto: real GPUs were asked for if there are enough.
     """
@@ -123,6 +125,8 @@ class Simulated:
     step_time_factor: float = 1.0
     step_overhead_s: float = 0.0
     step_noise: float = 0.05
+    slowdown: tuple[float, ...] = ()
+    predictor_gpu: str | None = None
     dispatch_delay_s: float = 0.0
     auto: bool = False
     virtual: ClassVar[bool] = True
@@ -133,6 +137,11 @@ class Simulated:
             raise ValueError(f"backend.step_time_factor={self.step_time_factor}: must be greater than 0")
         if not 0 <= self.step_noise <= 1:
             raise ValueError(f"backend.step_noise={self.step_noise}: must be between 0 and 1")
+        object.__setattr__(self, "slowdown", tuple(self.slowdown))  # Hydra passes a list
+        if not all(0 < factor < math.inf for factor in self.slowdown):
+            raise ValueError(f"backend.slowdown={list(self.slowdown)}: must be greater than 0")
+        if self.predictor_gpu is not None:
+            gpu_named(self.predictor_gpu, "backend.predictor_gpu")
         for key in ("step_overhead_s", "dispatch_delay_s"):
             value = getattr(self, key)
             if not 0 <= value < math.inf:
@@ -140,19 +149,22 @@ class Simulated:
 
     def latency(self, testbed: Testbed) -> LatencyModel:
         """The profile of the GPU and model (or their roofline), calibrated."""
-        model, _ = latency_model(testbed.cluster.gpu, testbed.model)
+        return self._latency(self.predictor_gpu or testbed.cluster.gpu, testbed)
+
+    def _latency(self, gpu: str, testbed: Testbed) -> LatencyModel:
+        model, _ = latency_model(gpu, testbed.model)
         return model.scaled(self.step_time_factor, self.step_overhead_s)
 
     @asynccontextmanager
     async def start(self, testbed: Testbed, logs: Path) -> AsyncIterator[Fleet]:
         """Make the twins; there is nothing to stop."""
-        latency = self.latency(testbed)
+        latency = self._latency(testbed.cluster.gpu, testbed)
         blocks = testbed.total_blocks
-        instances = [
-            SimulatedInstance(i, Engine(testbed.engine, latency, blocks, self._noise(testbed.seed, i)))
-            for i in range(testbed.instances)
-        ]
-        yield Fleet(instances, Predictor(testbed.engine, latency, blocks), {})
+        instances = []
+        for i in range(testbed.instances):
+            own = latency.scaled(self.slowdown[i]) if i < len(self.slowdown) else latency
+            instances.append(SimulatedInstance(i, Engine(testbed.engine, own, blocks, self._noise(testbed.seed, i))))
+        yield Fleet(instances, Predictor(testbed.engine, self.latency(testbed), blocks), {})
 
     def _noise(self, seed: int, instance_id: int) -> Floats | None:
         if self.step_noise == 0:

@@ -76,28 +76,28 @@ GPUS: dict[str, GPU] = {
 }
 
 
-def gpu_named(name: str) -> GPU:
+def gpu_named(name: str, key: str = "cluster.gpu") -> GPU:
     """The catalogue's GPU of that name; for ``FILE.yaml``, the one whose data sheet the file holds.
 
-    ValueError lists the choices, or what a data sheet must hold.
+    ValueError names the config's `key` and lists the choices, or what a data sheet must hold.
     """
     if name.endswith(".yaml"):
-        return _data_sheet(name)
+        return _data_sheet(name, key)
     if name not in GPUS:
-        raise ValueError(f"cluster.gpu={name}: choose from {', '.join(GPUS)}, or give a data sheet, FILE.yaml")
+        raise ValueError(f"{key}={name}: choose from {', '.join(GPUS)}, or give a data sheet, FILE.yaml")
     return GPUS[name]
 
 
-def _data_sheet(path: str) -> GPU:
+def _data_sheet(path: str, key: str) -> GPU:
     wanted = ("memory_gib", "bandwidth", "tflops", "link")
     if not Path(path).is_file():
-        raise ValueError(f"cluster.gpu={path}: no such file")
+        raise ValueError(f"{key}={path}: no such file")
     sheet = yaml.safe_load(Path(path).read_text())
     if not isinstance(sheet, dict) or set(sheet) != set(wanted):
-        raise ValueError(f"cluster.gpu={path}: must hold {', '.join(wanted)}, and no other key")
-    for key, value in sheet.items():
+        raise ValueError(f"{key}={path}: must hold {', '.join(wanted)}, and no other key")
+    for name, value in sheet.items():
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"cluster.gpu={path}: {key}={value}: must be a number greater than 0")
+            raise ValueError(f"{key}={path}: {name}={value}: must be a number greater than 0")
     return GPU(path, **sheet, source=path)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from block import clock, workload
 from block.cluster import Fleet
 from block.config import RunConfig
+from block.correction import Corrected
 from block.counterfactual import Counterfactuals, sample
 from block.dispatcher import Dispatcher, Forecaster
 from block.instances.base import LaunchFailed
@@ -28,7 +29,10 @@ PROGRESS_EVERY = 100  # requests between two calls of `finished`
 
 @dataclass
 class Outcome:
-    """What a run has done so far, in memory; also of one that was interrupted."""
+    """What a run has done so far, in memory; also of one that was interrupted.
+
+    dispatcher: the first, if there are several; it keeps the history of all.
+    """
 
     dispatcher: Dispatcher | None = None
     monitor: Monitor | None = None
@@ -86,16 +90,18 @@ async def _serve(
             sampled = sample(requests, run.replay_share, stream(run.seed, "replay"))
             simulated: Sequence[Any] = fleet.instances
             outcome.counterfactuals = Counterfactuals(simulated, sampled, run.backend.dispatch_delay_s)
-        policy_stream = Stream(int(stream(run.seed, "policy").integers(2**63)))
         dispatcher = Dispatcher(
             fleet.instances,
             run.scheduler,
             _forecaster(run, fleet),
             run.dispatch,
-            policy_stream,
+            _policy_stream(run.seed, "policy"),
             delay_s=run.backend.dispatch_delay_s,
             placed=outcome.counterfactuals.placed if outcome.counterfactuals else None,
         )
+        replicas = range(1, run.dispatch.dispatchers)
+        dispatchers = [dispatcher, *(dispatcher.replica(_policy_stream(run.seed, f"policy/{i}")) for i in replicas)]
+        chosen = stream(run.seed, "dispatchers").integers(len(dispatchers), size=len(requests)).tolist()
         monitor = Monitor(fleet.instances if fleet.predictor else (), run.sample_every_s)
         outcome.dispatcher, outcome.monitor = dispatcher, monitor
         outcome.engines = fleet.engines
@@ -112,15 +118,24 @@ async def _serve(
         clock.restart()
 
         async with asyncio.TaskGroup() as group:
-            for request in requests:  # open loop: nothing that happens to a request delays the next
+            for request, i in zip(requests, chosen, strict=True):  # open loop: nothing that happens delays the next
                 await clock.sleep_until(request.arrival)
                 monitor.tick(clock.now(), request.id)
-                group.create_task(dispatcher.submit(request)).add_done_callback(count)
+                group.create_task(dispatchers[i].submit(request)).add_done_callback(count)
         finished(done % every)
 
 
+def _policy_stream(seed: int, name: str) -> Stream:
+    return Stream(int(stream(seed, name).integers(2**63)))
+
+
 def _forecaster(run: RunConfig, fleet: Fleet) -> Forecaster | None:
-    """The fleet's predictor, with the error that the run injects."""
-    if fleet.predictor is None or run.dispatch.forecast_noise == 0:
-        return fleet.predictor
-    return NoisyForecaster(fleet.predictor, run.dispatch.forecast_noise, stream(run.seed, "forecast_noise"))
+    """The fleet's predictor, corrected by what it observes if the run says so, and with the error that it injects."""
+    if fleet.predictor is None:
+        return None
+    forecaster: Forecaster = fleet.predictor
+    if run.dispatch.correction_steps > 0:
+        forecaster = Corrected(forecaster, run.backend.latency(run.testbed), run.dispatch.correction_steps)
+    if run.dispatch.forecast_noise > 0:
+        forecaster = NoisyForecaster(forecaster, run.dispatch.forecast_noise, stream(run.seed, "forecast_noise"))
+    return forecaster

@@ -31,8 +31,9 @@ def serve(settings: DictConfig, policy: str) -> None:
     """Serve what `settings` describe. ConfigError if that cannot be; `policy` is what they call it."""
     run = config.build(settings)
     wanted = config.node(settings.server)
-    if run.dispatch.forecast_noise > 0:
-        raise config.ConfigError(f"dispatch.forecast_noise={run.dispatch.forecast_noise}: for experiments only")
+    for key, off in (("forecast_noise", 0), ("dispatchers", 1)):
+        if (value := getattr(run.dispatch, key)) != off:
+            raise config.ConfigError(f"dispatch.{key}={value}: for experiments only; a front door has {off}")
     for module in ("aiohttp", "prometheus_client", "uvloop"):
         if importlib.util.find_spec(module) is None:
             raise LaunchFailed(f"{module} is not installed: pip install -e '.[serve]'")

@@ -15,6 +15,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from block import clock
+from block.correction import Corrected
 from block.dispatcher import DispatchConfig, Dispatcher
 from block.latency import LatencyModel
 from block.policies import Needs, Policy
@@ -80,6 +81,8 @@ class Door:
         config = self._config
         async with open_session(config.connect_timeout_s, config.read_timeout_s) as self._session:
             self.upstreams, forecaster = make_upstreams(config.urls, self._session, self._policy.needs, self._latency)
+            if forecaster is not None and self._latency is not None and self._dispatch.correction_steps > 0:
+                forecaster = Corrected(forecaster, self._latency, self._dispatch.correction_steps)
             self.dispatcher = Dispatcher(
                 self.upstreams, self._policy, forecaster, self._dispatch, self._stream, history=HISTORY
             )

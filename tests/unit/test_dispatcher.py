@@ -413,3 +413,22 @@ def test_a_lone_requests_forecast_comes_true() -> None:
     assert isinstance(record.forecast, Forecast)
     assert record.first_token - 2.0 == pytest.approx(record.forecast.ttft, rel=1e-9)
     assert record.finished - 2.0 == pytest.approx(record.forecast.e2e, rel=1e-9)
+
+
+def test_a_replica_knows_nothing_of_what_the_others_placed() -> None:
+    instances, spy = [Scripted(0)], Spy()
+
+    async def main() -> Dispatcher:
+        first = Dispatcher(instances, spy, None, DispatchConfig(), Stream(0))
+        second = first.replica(Stream(1))
+        for i, dispatcher in enumerate((first, second, first)):
+            asyncio.get_running_loop().create_task(dispatcher.submit(request(i, 10, 5)))
+            await clock.sleep(1.0)
+        await clock.sleep(20.0)
+        assert second.records is first.records
+        return first
+
+    dispatcher = clock.run(main(), virtual=True)
+    assert [[view.underway for view in views] for views in spy.views] == [[[]], [[]], [[0]]]
+    assert [views[0].outstanding for views in spy.views] == [0, 0, 1]
+    assert [record.request.id for record in dispatcher.records] == [0, 1, 2]

@@ -47,6 +47,25 @@ def served(settings: RunConfig, finished: Callable[[int], None] = lambda count: 
     return outcome
 
 
+def test_several_dispatchers_share_the_work_and_nothing_else() -> None:
+    workload = Workload("synthetic", 200, 20.0, source="synthetic", prompt_mean=100.0, output_mean=20.0)
+    settings = run(workload=workload, scheduler=policies.RoundRobin())
+    one, four = (
+        served(settings).dispatcher,
+        served(replace(settings, dispatch=DispatchConfig(dispatchers=4))).dispatcher,
+    )
+    assert one is not None
+    assert four is not None
+    assert [record.request for record in four.records] == [record.request for record in one.records]
+    assert {record.status for record in four.records} == {"ok"}
+    assert len(four.decisions) == 200
+    # One takes strict turns; four do so each for itself, and so together at random.
+    assert [record.instance_id for record in one.records] == [0, 1] * 100
+    repeated = sum(a.instance_id == b.instance_id for a, b in pairwise(four.records))
+    assert 60 < repeated < 140
+    assert sum(four.outstanding(i) for i in range(2)) == 0
+
+
 @dataclass(frozen=True)
 class Stopping:
     """A policy that raises `error` when it sees request number `at`."""
