@@ -23,6 +23,7 @@ from block.types import EXPECTED, FIELDS, ID, MAX_TOKENS, PROMPT, TARGET, Floats
 class EngineConfig:
     """The scheduler's settings, by vLLM's names. ``version`` "v0" is vLLM 0.7.2 (the paper's), "v1" the current one.
 
+    enable_chunked_prefill: False is vLLM 0.7.2's default (v0 only): prompts first, a step all prefill or all decode.
     watermark: share of the KV blocks that admission leaves free (vLLM: 0.01 in V0, 0.0 in V1).
     num_gpu_blocks: KV blocks of an instance; None takes the published count, or computes one from the GPU's memory.
     ValueError names the key, the value and the choices.
@@ -39,6 +40,7 @@ class EngineConfig:
     async_scheduling: bool = False
     long_prefill_token_threshold: int = 0
     scheduler_reserve_full_isl: bool = True
+    enable_chunked_prefill: bool = True
 
     def __post_init__(self) -> None:
         if self.version not in ("v0", "v1"):
@@ -61,6 +63,15 @@ class EngineConfig:
             raise ValueError(f"engine.gpu_memory_utilization={self.gpu_memory_utilization}: must be in (0, 1]")
         if self.async_scheduling and self.version == "v0":
             raise ValueError("engine.async_scheduling=True: only engine.version=v1 schedules asynchronously")
+        if not self.enable_chunked_prefill:
+            if self.version == "v1":
+                raise ValueError("engine.enable_chunked_prefill=False: engine.version=v1 always chunks; take v0")
+            least = max(self.max_model_len, self.max_num_seqs)
+            if self.max_num_batched_tokens < least:
+                raise ValueError(
+                    f"engine.max_num_batched_tokens={self.max_num_batched_tokens}: must be at least {least}, the "
+                    "larger of max_model_len and max_num_seqs, with engine.enable_chunked_prefill=False"
+                )
 
     def limits(self, total_blocks: int) -> Ints:
         """The settings as the compiled scheduler reads them, for an engine with `total_blocks` usable blocks."""
@@ -87,6 +98,7 @@ class EngineConfig:
         limits[s.WATERMARK] = watermark
         limits[s.LONG_PREFILL] = self.long_prefill_token_threshold
         limits[s.RESERVE_FULL] = self.scheduler_reserve_full_isl
+        limits[s.CHUNKED] = self.enable_chunked_prefill
         return limits
 
 

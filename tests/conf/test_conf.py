@@ -118,6 +118,7 @@ def test_a_trace_is_served_in_its_own_time(tmp_path: Path) -> None:
     "engine",
     [
         ["engine=vllm_v0"],
+        ["engine=vllm_v0_unchunked"],
         ["engine=vllm_v1"],
         ["engine=vllm_v1", "engine.async_scheduling=true"],
         ["engine=vllm_v1", "engine.long_prefill_token_threshold=128"],
