@@ -253,7 +253,7 @@ def schedule(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, packed: Floa
 
 
 @compiled
-def _remove(seqs: Ints, firsts: Floats, state: Ints, column: Int) -> None:
+def remove(seqs: Ints, firsts: Floats, state: Ints, column: Int) -> None:
     """A sequence, running or waiting, leaves and returns its blocks. Those to the left of it move to the right."""
     state[FREE] += seqs[BLOCKS, column]
     if column < state[HEAD] + state[RUNNING]:
@@ -269,7 +269,7 @@ def _remove_aborted(seqs: Ints, firsts: Floats, state: Ints) -> None:
     """Aborted sequences leave. What the steps in flight compute for them is lost, though it takes its time."""
     for column in range(state[HEAD], state[TAIL]):
         if seqs[TARGET, column] == GONE:
-            _remove(seqs, firsts, state, column)
+            remove(seqs, firsts, state, column)
     state[ABORTED] = 0
 
 
@@ -299,7 +299,7 @@ def _update(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, now: float, d
             done[DONE_PREEMPTED, found] = seqs[PREEMPTED, column]
             done[DONE_OUTPUT, found] = output
             found += 1
-            _remove(seqs, firsts, state, column)
+            remove(seqs, firsts, state, column)
         column += 1
     state[STALE] = 0
     return found
@@ -339,6 +339,14 @@ def begin_step(
 
 
 @compiled
+def end_step(seqs: Ints, firsts: Floats, state: Ints, times: Floats, limits: Ints, done: Floats, found: Int) -> Int:
+    """End the step in flight and begin none; `done` and the value returned are those of `complete_step`."""
+    if state[ABORTED] > 0:
+        _remove_aborted(seqs, firsts, state)
+    return _update(seqs, firsts, state, limits, times[ENDS], done, found)
+
+
+@compiled
 def complete_step(
     seqs: Ints,
     firsts: Floats,
@@ -355,9 +363,7 @@ def complete_step(
     Returns the new `found`. `done` is float64[DONE, n] with room for every live sequence.
     """
     now = times[ENDS]
-    if state[ABORTED] > 0:
-        _remove_aborted(seqs, firsts, state)
-    found = _update(seqs, firsts, state, limits, now, done, found)
+    found = end_step(seqs, firsts, state, times, limits, done, found)
     begin_step(seqs, firsts, state, times, limits, packed, noise, now)
     return found
 

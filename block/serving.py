@@ -96,6 +96,8 @@ async def _serve(
             delay_s=run.backend.dispatch_delay_s,
             placed=outcome.counterfactuals.placed if outcome.counterfactuals else None,
         )
+        if fleet.migrator is not None:
+            fleet.migrator.moved = dispatcher.moved
         monitor = Monitor(fleet.instances if fleet.predictor else (), run.sample_every_s)
         outcome.dispatcher, outcome.monitor = dispatcher, monitor
         outcome.engines = fleet.engines

@@ -24,6 +24,7 @@ SCHEDULERS = {
     "min_qpm": (policies.MinQPM, Oracle),
     "infaas": (policies.INFaaS, Oracle),
     "llumnix_minus": (policies.LlumnixMinus, Oracle),
+    "llumnix": (policies.Llumnix, Oracle),
     "block": (policies.Block, Oracle),
     "block_star": (policies.Block, Noisy),
 }
@@ -88,6 +89,12 @@ def test_defaults_are_the_paper_s_testbed() -> None:
 def test_a_scheduler_is_what_its_name_says(choice: str) -> None:
     run = built(f"scheduler={choice}")
     assert (type(run.scheduler), type(run.lengths)) == SCHEDULERS[choice]
+
+
+def test_only_llumnix_migrates_by_itself() -> None:
+    assert [choice for choice in SCHEDULERS if built(f"scheduler={choice}").migration.interval_s > 0] == ["llumnix"]
+    assert built("scheduler=llumnix", "migration=none").migration.interval_s == 0
+    assert built("scheduler=block", "migration=llumnix").migration == built("scheduler=llumnix").migration
 
 
 # -------------------------------------------------------------------------------------------------------- tiny runs
@@ -176,5 +183,5 @@ def test_a_job_of_every_experiment_runs(experiment: str) -> None:
 
 def test_the_main_sweep_is_the_paper_s() -> None:
     swept = grid("main_sweep")
-    assert set(swept["scheduler"]) == set(SCHEDULERS)
+    assert set(swept["scheduler"]) == set(SCHEDULERS) - {"llumnix"}
     assert [float(qps) for qps in swept["workload.qps"]] == list(range(20, 37))
