@@ -6,12 +6,13 @@ A *backend* makes instances. `Simulated` makes them of engine twins on virtual t
 
 from __future__ import annotations
 
+import asyncio
 import math
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ from block.hardware import Model, gpu_named, kv_blocks, latency_model
 from block.instances.base import Instance
 from block.instances.simulated import SimulatedInstance
 from block.latency import LatencyModel
+from block.migration import MigrationConfig, Migrator
 from block.predictor import Predictor
 from block.rng import stream
 from block.types import Floats
@@ -48,6 +50,7 @@ class Testbed:
     cluster: ClusterConfig
     engine: EngineConfig
     seed: int
+    migration: MigrationConfig = field(default_factory=MigrationConfig)
 
     def __post_init__(self) -> None:
         if self.instances < 1:
@@ -78,11 +81,13 @@ class Fleet(NamedTuple):
     """A running cluster, the predictor that knows its engines, and what real engines said of themselves.
 
     Without a predictor, the instances show no snapshots either, and only policies that count can be used.
+    migrator: moves requests between the instances, if any does.
     """
 
     instances: Sequence[Instance]
     predictor: Predictor | None
     engines: Mapping[str, Any]
+    migrator: Migrator | None = None
 
 
 class Backend(Protocol):
@@ -157,14 +162,30 @@ class Simulated:
 
     @asynccontextmanager
     async def start(self, testbed: Testbed, logs: Path) -> AsyncIterator[Fleet]:
-        """Make the twins; there is nothing to stop."""
         latency = self._latency(testbed.cluster.gpu, testbed)
         blocks = testbed.total_blocks
+        migrator = None
+        if testbed.migration.interval_s > 0:
+            model, size = testbed.model, testbed.engine.block_size
+            block_bytes = model.kv_bytes * model.tensor_parallel * model.layers * size
+            migrator = Migrator(testbed.migration, size, block_bytes)
+        wake = migrator.wake if migrator else None
         instances = []
         for i in range(testbed.instances):
             own = latency.scaled(self.slowdown[i]) if i < len(self.slowdown) else latency
-            instances.append(SimulatedInstance(i, Engine(testbed.engine, own, blocks, self._noise(testbed.seed, i))))
-        yield Fleet(instances, Predictor(testbed.engine, self.latency(testbed), blocks), {})
+            engine = Engine(testbed.engine, own, blocks, self._noise(testbed.seed, i))
+            instances.append(SimulatedInstance(i, engine, wake))
+        predictor = Predictor(testbed.engine, self.latency(testbed), blocks)
+        if migrator is None:
+            yield Fleet(instances, predictor, {})
+            return
+        migrating = asyncio.create_task(migrator.run(instances))
+        try:
+            yield Fleet(instances, predictor, {"migrations": migrator.counts}, migrator)
+        finally:
+            migrating.cancel()
+            with suppress(asyncio.CancelledError):
+                await migrating
 
     def _noise(self, seed: int, instance_id: int) -> Floats | None:
         if self.step_noise == 0:

@@ -34,6 +34,7 @@ from block.engine import EngineConfig
 from block.hardware import Model
 from block.instances.base import LaunchFailed
 from block.lengths import Injected, Lengths, Noisy, Oracle
+from block.migration import MigrationConfig
 from block.server_config import ServerConfig
 from block.tracking import Tracking
 from block.workload import Workload
@@ -43,6 +44,7 @@ GROUPS: dict[str, type] = {
     "model": Model,
     "cluster": ClusterConfig,
     "engine": EngineConfig,
+    "migration": MigrationConfig,
     "workload": Workload,
     "tracking": Tracking,
 }
@@ -54,6 +56,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "least_requests": policies.LeastRequests,
         "infaas": policies.INFaaS,
         "llumnix_minus": policies.LlumnixMinus,
+        "llumnix": policies.Llumnix,
         "least_tokens": policies.LeastTokens,
         "block": policies.Block,
     },
@@ -83,6 +86,7 @@ class RunConfig:
     backend: Backend
     dispatch: DispatchConfig
     tracking: Tracking
+    migration: MigrationConfig = field(default_factory=MigrationConfig)
     seed: int = 0
     sample_every_s: float = 1.0
     replay_share: float = 0.0
@@ -105,10 +109,22 @@ class RunConfig:
         if not self.backend.virtual and self.engine.version != "v1":
             raise ValueError(f"engine.version={self.engine.version}: real engines schedule by v1; take engine=vllm_v1")
 
+        if self.migration.interval_s > 0:
+            if not isinstance(self.backend, Simulated):
+                raise ValueError(
+                    f"migration.interval_s={self.migration.interval_s}: only backend=simulated migrates; take 0"
+                )
+            if self.engine.async_scheduling:
+                raise ValueError("engine.async_scheduling=True: requests do not migrate then; take migration=none")
+            if self.dispatch.dispatchers > 1:
+                raise ValueError(
+                    f"dispatch.dispatchers={self.dispatch.dispatchers}: none would know what moved; take migration=none"
+                )
+
     @property
     def testbed(self) -> Testbed:
         """The testbed that the backend is to bring up; ValueError if the model does not fit."""
-        return Testbed(self.model, self.cluster, self.engine, self.seed)
+        return Testbed(self.model, self.cluster, self.engine, self.seed, self.migration)
 
 
 @dataclass
@@ -119,6 +135,7 @@ class _Root:
     model: Any = None
     cluster: Any = None
     engine: Any = None
+    migration: Any = None
     workload: Any = None
     lengths: Any = None
     backend: Any = None

@@ -122,6 +122,7 @@ class Dispatcher:
         self._books = [_Books([], 0, deque(), None) for _ in instances]
         self._active = list(range(len(instances)))  # ids of the instances that requests may go to
         self._turn = 0
+        self._moved: dict[int, int] = {}  # request id → instance that it has migrated to
         self.records: deque[RequestRecord] = deque(maxlen=history)
         self.decisions: deque[tuple[float, Decision, int]] = deque(maxlen=history)
         self.forecast_s: deque[float] = deque(maxlen=history)
@@ -168,6 +169,12 @@ class Dispatcher:
         if instance_id not in self._active:
             self._active = sorted([*self._active, instance_id])
 
+    def moved(self, record: RequestRecord, source: int, target: int) -> None:
+        """A request has migrated between two instances: the books follow it, its record keeps where it was sent."""
+        self._release(source, record.request)
+        self._books[target].outstanding += 1
+        self._moved[record.request.id] = target
+
     async def submit(self, request: Request, deliver: Deliver | None = None) -> RequestRecord:
         """Place `request`, have it served and return its record, with status "ok" or "failed" and why.
 
@@ -203,7 +210,7 @@ class Dispatcher:
                 record.first_token = math.nan
                 record.output_tokens = 0
             finally:
-                self._release(chosen, request)
+                self._release(self._moved.pop(request.id, chosen), request)
         record.status = "failed"
         record.error = record.error or "no instance is left"
         return record

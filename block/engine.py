@@ -16,13 +16,30 @@ import numpy as np
 from block import scheduler as s
 from block.compiled import compiled
 from block.latency import LatencyModel
-from block.types import EXPECTED, FIELDS, ID, MAX_TOKENS, PROMPT, TARGET, Floats, Int, Ints, Request, Snapshot
+from block.types import (
+    BLOCKS,
+    COMPUTED,
+    EXPECTED,
+    FIELDS,
+    ID,
+    MAX_TOKENS,
+    OUTPUT,
+    PENDING,
+    PROMPT,
+    TARGET,
+    Floats,
+    Int,
+    Ints,
+    Request,
+    Snapshot,
+)
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """The scheduler's settings, by vLLM's names. ``version`` "v0" is vLLM 0.7.2 (the paper's), "v1" the current one.
 
+    enable_chunked_prefill: False is vLLM 0.7.2's default (v0 only): prompts first, a step all prefill or all decode.
     watermark: share of the KV blocks that admission leaves free (vLLM: 0.01 in V0, 0.0 in V1).
     num_gpu_blocks: KV blocks of an instance; None takes the published count, or computes one from the GPU's memory.
     ValueError names the key, the value and the choices.
@@ -39,6 +56,7 @@ class EngineConfig:
     async_scheduling: bool = False
     long_prefill_token_threshold: int = 0
     scheduler_reserve_full_isl: bool = True
+    enable_chunked_prefill: bool = True
 
     def __post_init__(self) -> None:
         if self.version not in ("v0", "v1"):
@@ -61,6 +79,15 @@ class EngineConfig:
             raise ValueError(f"engine.gpu_memory_utilization={self.gpu_memory_utilization}: must be in (0, 1]")
         if self.async_scheduling and self.version == "v0":
             raise ValueError("engine.async_scheduling=True: only engine.version=v1 schedules asynchronously")
+        if not self.enable_chunked_prefill:
+            if self.version == "v1":
+                raise ValueError("engine.enable_chunked_prefill=False: engine.version=v1 always chunks; take v0")
+            least = max(self.max_model_len, self.max_num_seqs)
+            if self.max_num_batched_tokens < least:
+                raise ValueError(
+                    f"engine.max_num_batched_tokens={self.max_num_batched_tokens}: must be at least {least}, the "
+                    "larger of max_model_len and max_num_seqs, with engine.enable_chunked_prefill=False"
+                )
 
     def limits(self, total_blocks: int) -> Ints:
         """The settings as the compiled scheduler reads them, for an engine with `total_blocks` usable blocks."""
@@ -87,6 +114,7 @@ class EngineConfig:
         limits[s.WATERMARK] = watermark
         limits[s.LONG_PREFILL] = self.long_prefill_token_threshold
         limits[s.RESERVE_FULL] = self.scheduler_reserve_full_isl
+        limits[s.CHUNKED] = self.enable_chunked_prefill
         return limits
 
 
@@ -100,11 +128,19 @@ class Finished(NamedTuple):
     output_tokens: int
 
 
+class Taken(NamedTuple):
+    """A decoding sequence between two engines: its column of `seqs`, and when it yielded its first token."""
+
+    column: Ints
+    first_token: float
+
+
 class Engine:
     """A simulated vLLM engine. Calls must come with times that never go back.
 
     total_blocks: usable KV blocks (vLLM V1 keeps one of `num_gpu_blocks` for itself).
     noise: float[n], factors on the durations of steps, repeated; defaults to none.
+    held_blocks: KV blocks of no sequence that is here: kept for one that is coming, or of one that was `taken`.
     """
 
     def __init__(
@@ -118,6 +154,9 @@ class Engine:
         self._state = np.zeros(s.STATE, dtype=np.int64)
         self._state[s.FREE] = total_blocks
         self._times = np.array([math.nan, math.inf, 0.0])
+        self._leaving: int | None = None
+        self.held_blocks = 0
+        self.taken: Taken | None = None
         self._ends = math.inf  # of the step in flight: times[ENDS], at hand for the callers that only ask
         self._allocate(64)
 
@@ -150,9 +189,94 @@ class Engine:
         self._seqs[EXPECTED, column] = request.predicted_output_tokens
         self._firsts[column] = math.nan
         state[s.TAIL] = column + 1
+        self._begin_if_idle(now)
+
+    def _begin_if_idle(self, now: float) -> None:
         if self._ends == math.inf:
-            s.begin_step(self._seqs, self._firsts, state, self._times, self._limits, self._packed, self._noise, now)
-            self._ends = float(self._times[s.ENDS])
+            self._begin_step(now)
+
+    def _begin_step(self, now: float) -> None:
+        s.begin_step(self._seqs, self._firsts, self._state, self._times, self._limits, self._packed, self._noise, now)
+        self._ends = float(self._times[s.ENDS])
+
+    @property
+    def step_ends(self) -> float:
+        """When the step in flight ends; inf when the engine is idle."""
+        return self._ends
+
+    def hold(self, blocks: int, seats: int) -> bool:
+        """Keep KV blocks and places in the batch for a sequence that is coming; False if there are too few.
+
+        What admission would leave free stays free.
+        """
+        if self._state[s.FREE] - blocks < self._limits[s.WATERMARK]:
+            return False
+        if seats > 0 and self._state[s.RUNNING] + seats > self._limits[s.MAX_NUM_SEQS]:
+            return False
+        self._keep(blocks, seats)
+        return True
+
+    def release(self, blocks: int, seats: int, now: float) -> None:
+        """Give back what was held, at time `now`, to which the engine must have been advanced."""
+        self._keep(-blocks, -seats)
+        if self._state[s.TAIL] > self._state[s.HEAD]:
+            self._begin_if_idle(now)  # it may be that nobody could run without them
+
+    def _keep(self, blocks: int, seats: int) -> None:
+        self._state[s.FREE] -= blocks
+        self._limits[s.MAX_NUM_SEQS] -= seats
+        self.held_blocks += blocks
+
+    def take(self, request_id: int) -> None:
+        """Have a sequence taken out of the batch when the step in flight ends, with what that step yields for it.
+
+        It is then `taken`; its blocks and its seat are held here, for `release` or `put`. `taken` is None if it does
+        not decode at that moment: it has finished, was preempted, or has left. Not for asynchronous scheduling, where
+        the step behind would have it still.
+        """
+        self.taken = None
+        self._leaving = request_id
+
+    def _take(self) -> None:
+        state, seqs = self._state, self._seqs
+        head = int(state[s.HEAD])
+        for column in range(head, head + int(state[s.RUNNING])):
+            known = seqs[PROMPT, column] + seqs[OUTPUT, column]
+            decodes = seqs[OUTPUT, column] > 0 and seqs[COMPUTED, column] == known - 1
+            if seqs[ID, column] == self._leaving and decodes:
+                self.taken = Taken(seqs[:, column].copy(), float(self._firsts[column]))
+                s.remove(seqs, self._firsts, state, column)
+                self._keep(int(self.taken.column[BLOCKS]), 1)
+                break
+        self._leaving = None
+
+    def put(self, taken: Taken, now: float) -> None:
+        """Let a sequence from elsewhere go on here at `now`, to which the engine must have been advanced.
+
+        The blocks and the seat that are held for it become its own. It decodes from the next step on, as the youngest
+        that does.
+        """
+        self._keep(-int(taken.column[BLOCKS]), -1)
+        self._state[s.FREE] -= taken.column[BLOCKS]
+        if self._state[s.TAIL] == self._seqs.shape[1]:
+            self._make_room()
+        state, seqs = self._state, self._seqs
+        column, tail = int(state[s.HEAD] + state[s.RUNNING]), int(state[s.TAIL])
+        while column > state[s.HEAD] and self._prefills(column - 1):
+            column -= 1
+        seqs[:, column + 1 : tail + 1] = seqs[:, column:tail].copy()
+        self._firsts[column + 1 : tail + 1] = self._firsts[column:tail].copy()
+        seqs[:, column] = taken.column
+        self._firsts[column] = taken.first_token
+        state[[s.RUNNING, s.TAIL, s.VISIBLE]] += 1
+        self._begin_if_idle(now)
+
+    def _prefills(self, column: int) -> bool:
+        """Is a running sequence in the middle of its prompt?"""
+        seqs = self._seqs
+        return bool(
+            seqs[PENDING, column] == 0 and seqs[COMPUTED, column] < seqs[PROMPT, column] + seqs[OUTPUT, column] - 1
+        )
 
     def abort(self, request_id: int, now: float) -> None:
         """Stop serving a request at time `now`, to which the engine must have been advanced; it will not be reported.
@@ -180,6 +304,12 @@ class Engine:
         """Complete the steps that end by `now`; returns the sequences that finished, in order of time."""
         if self._ends > now:
             return ()
+        found: Int = 0
+        if self._leaving is not None:
+            ends = self._ends
+            found = s.end_step(self._seqs, self._firsts, self._state, self._times, self._limits, self._done, 0)
+            self._take()
+            self._begin_step(ends)
         found = _advance(
             self._seqs,
             self._firsts,
@@ -189,6 +319,7 @@ class Engine:
             self._packed,
             self._noise,
             self._done,
+            found,
             now,
         )
         self._ends = float(self._times[s.ENDS])
@@ -241,9 +372,9 @@ def _advance(
     packed: Floats,
     noise: Floats,
     done: Floats,
+    found: Int,
     now: float,
 ) -> Int:
-    found: Int = 0
     while times[s.ENDS] <= now:
         found = s.complete_step(seqs, firsts, state, times, limits, packed, noise, done, found)
     return found

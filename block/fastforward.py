@@ -9,8 +9,8 @@ and its context less the number of the step, and a step costs a look at
 - the head of the waiting queue.
 
 Only finishes, admissions and preemptions touch single sequences. What does not fit this picture (an asynchronous
-scheduler, a limit on long prefills, a step whose budget decoding exhausts) is left to `block.scheduler`, which remains
-the one statement of the semantics.
+scheduler, a limit on long prefills, a step whose budget decoding exhausts, prompts that go first) is left to
+`block.scheduler`, which remains the one statement of the semantics.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from block.latency import decode_time, linear_time, prefill_time
 from block.scheduler import (
     ASYNC,
     BLOCK_SIZE,
+    CHUNKED,
     ENDS,
     FREE,
     HEAD,
@@ -81,7 +82,7 @@ def fast_forward(
     Its first-token time goes to ``firsts`` at the column where it stands. `group` is scratch, int64[GROUP, columns];
     `wanting`, int64[block size], the histogram: wanting[n % block size] sequences take a block in step n + 1.
     """
-    if limits[ASYNC] == 1 or limits[LONG_PREFILL] > 0:
+    if limits[ASYNC] == 1 or limits[LONG_PREFILL] > 0 or limits[CHUNKED] == 0:
         return UNFIT
     last = limits[BLOCK_SIZE] - 1  # x & last is x modulo the block size
     wanting[:] = 0

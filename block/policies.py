@@ -179,6 +179,37 @@ class LlumnixMinus:
         return least(views, scores, stream)
 
 
+def freeness(snapshot: Snapshot, underway: Sequence[Request], block_size: int) -> float:
+    """Llumnix's freeness: (KV blocks − virtual usage) / batch size, in blocks for each running request.
+
+    Virtual usage (arXiv 2406.03243, Algorithm 1, for one priority) is what running requests hold, what the first
+    waiting one demands, and nothing for those behind it. A request underway counts as if it were admitted.
+    """
+    wanted = sum(-(-other.prompt_tokens // block_size) for other in underway)
+    if snapshot.seqs.shape[1] > snapshot.running:
+        head = snapshot.seqs[:, snapshot.running]
+        wanted += -(-int(head[PROMPT] + head[OUTPUT]) // block_size)
+    return (snapshot.free_blocks - wanted) / max(snapshot.running, 1)
+
+
+@final
+@dataclass(frozen=True)
+class Llumnix:
+    """Llumnix's dispatcher: the instance of most `freeness`. Its other half is `block.migration`."""
+
+    block_size: int = 16
+    needs: ClassVar[Needs] = Needs.SNAPSHOT
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """All."""
+        return range(instances)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """Scores: minus freeness."""
+        scores = [-freeness(_snapshot(view), view.underway, self.block_size) for view in views]
+        return least(views, scores, stream)
+
+
 @final
 @dataclass(frozen=True)
 class LeastTokens:

@@ -1,15 +1,17 @@
 """The twin of vLLM's scheduler: what each step schedules, admits, preempts and finishes. Compiled, allocation-free.
 
-Two versions of one scheduler with continuous batching and chunked prefill:
+Two versions of one scheduler with continuous batching:
 
 - **V0** (vLLM 0.7.2, the paper): all blocks of a prompt are allocated at admission, above a watermark; a running
   sequence needs a free block in reach to go on; waiting sequences are admitted even in a step that preempted.
+  Without chunked prefill, prompts go first: a step prefills what can be admitted, whole, and decodes nothing; it
+  decodes only if nobody can be admitted.
 - **V1** (vLLM 0.27–0.33): a chunk's blocks are allocated as it is scheduled; admission asks whether the whole sequence
   would fit; no admission in a step that preempted; optionally *asynchronous*: a step is scheduled while the one before
   it runs, so that two are in flight.
 
-Both serve running sequences first in admission order, then waiting ones in order without skipping, and both preempt the
-youngest running sequence by recomputation. Prefix caching is off, as in the paper.
+With chunked prefill both serve running sequences first in admission order, then waiting ones in order without
+skipping, and both preempt the youngest running sequence by recomputation. Prefix caching is off, as in the paper.
 
 The state of an engine is four arrays:
 
@@ -75,7 +77,8 @@ WATERMARK = 6  # blocks that admission leaves free
 LONG_PREFILL = 7  # most tokens of one prompt in a step while others want the budget; 0: no limit
 RESERVE_FULL = 8  # 1: V1 admits a sequence only if all of it would fit
 BLOCK_SHIFT = 9  # log2 of the block size
-LIMITS = 10
+CHUNKED = 10  # 0: V0 without chunked prefill; its token budget holds any prompt
+LIMITS = 11
 
 # Rows of `done`: what `complete_step` reports of each finished sequence.
 DONE_ID = 0
@@ -171,6 +174,16 @@ def copy_column(seqs: Ints, firsts: Floats, source: Int, target: Int) -> None:
 
 
 @compiled
+def _head_fits(seqs: Ints, state: Ints, limits: Ints) -> bool | np.bool_:
+    """Can the first waiting sequence be admitted now?"""
+    head = state[HEAD] + state[RUNNING]
+    if head == state[TAIL] or state[RUNNING] >= limits[MAX_NUM_SEQS]:
+        return False
+    total = seqs[PROMPT, head] + seqs[OUTPUT, head]
+    return fits(total, total, state[FREE], state[RUNNING], limits)
+
+
+@compiled
 def schedule(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, packed: Floats) -> float:
     """Decide a step: row NEXT receives each sequence's tokens. Returns its duration, 0 if nothing is scheduled."""
     budget = limits[MAX_NUM_BATCHED_TOKENS]
@@ -178,8 +191,9 @@ def schedule(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, packed: Floa
     end = state[HEAD] + state[RUNNING]
     waiting = end  # first column that waited before this step
     free = state[FREE]
+    admits = limits[CHUNKED] == 1 or _head_fits(seqs, state, limits)
 
-    column = state[HEAD]
+    column = state[HEAD] if limits[CHUNKED] == 1 or not admits else end
     while column < end and budget > 0:
         total = seqs[PROMPT, column] + seqs[OUTPUT, column]
         pending = seqs[PENDING, column]
@@ -211,11 +225,13 @@ def schedule(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, packed: Floa
         column += 1
 
     state[STALE] = waiting - end
-    if limits[V1] == 0 or waiting == end:
+    if admits and (limits[V1] == 0 or waiting == end):
         while waiting < state[TAIL] and budget > 0 and end - state[HEAD] < limits[MAX_NUM_SEQS]:
             total = seqs[PROMPT, waiting] + seqs[OUTPUT, waiting]
             chunk = min(total, limit, budget)
             if not fits(total, chunk, free, end - state[HEAD], limits):
+                break
+            if chunk < total and limits[CHUNKED] == 0:
                 break
             if waiting > end:
                 move_left(seqs, firsts, waiting, end)  # V0: past those preempted in this step
@@ -237,7 +253,7 @@ def schedule(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, packed: Floa
 
 
 @compiled
-def _remove(seqs: Ints, firsts: Floats, state: Ints, column: Int) -> None:
+def remove(seqs: Ints, firsts: Floats, state: Ints, column: Int) -> None:
     """A sequence, running or waiting, leaves and returns its blocks. Those to the left of it move to the right."""
     state[FREE] += seqs[BLOCKS, column]
     if column < state[HEAD] + state[RUNNING]:
@@ -253,7 +269,7 @@ def _remove_aborted(seqs: Ints, firsts: Floats, state: Ints) -> None:
     """Aborted sequences leave. What the steps in flight compute for them is lost, though it takes its time."""
     for column in range(state[HEAD], state[TAIL]):
         if seqs[TARGET, column] == GONE:
-            _remove(seqs, firsts, state, column)
+            remove(seqs, firsts, state, column)
     state[ABORTED] = 0
 
 
@@ -283,7 +299,7 @@ def _update(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, now: float, d
             done[DONE_PREEMPTED, found] = seqs[PREEMPTED, column]
             done[DONE_OUTPUT, found] = output
             found += 1
-            _remove(seqs, firsts, state, column)
+            remove(seqs, firsts, state, column)
         column += 1
     state[STALE] = 0
     return found
@@ -323,6 +339,14 @@ def begin_step(
 
 
 @compiled
+def end_step(seqs: Ints, firsts: Floats, state: Ints, times: Floats, limits: Ints, done: Floats, found: Int) -> Int:
+    """End the step in flight and begin none; `done` and the value returned are those of `complete_step`."""
+    if state[ABORTED] > 0:
+        _remove_aborted(seqs, firsts, state)
+    return _update(seqs, firsts, state, limits, times[ENDS], done, found)
+
+
+@compiled
 def complete_step(
     seqs: Ints,
     firsts: Floats,
@@ -339,9 +363,7 @@ def complete_step(
     Returns the new `found`. `done` is float64[DONE, n] with room for every live sequence.
     """
     now = times[ENDS]
-    if state[ABORTED] > 0:
-        _remove_aborted(seqs, firsts, state)
-    found = _update(seqs, firsts, state, limits, now, done, found)
+    found = end_step(seqs, firsts, state, times, limits, done, found)
     begin_step(seqs, firsts, state, times, limits, packed, noise, now)
     return found
 

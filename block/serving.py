@@ -102,6 +102,8 @@ async def _serve(
         replicas = range(1, run.dispatch.dispatchers)
         dispatchers = [dispatcher, *(dispatcher.replica(_policy_stream(run.seed, f"policy/{i}")) for i in replicas)]
         chosen = stream(run.seed, "dispatchers").integers(len(dispatchers), size=len(requests)).tolist()
+        if fleet.migrator is not None:
+            fleet.migrator.moved = dispatcher.moved
         monitor = Monitor(fleet.instances if fleet.predictor else (), run.sample_every_s)
         outcome.dispatcher, outcome.monitor = dispatcher, monitor
         outcome.engines = fleet.engines

@@ -84,6 +84,11 @@ class ReferenceScheduler:
         self.unseen = []
         step = Step()
         victims: list[Sequence] = []
+        if not self.config.enable_chunked_prefill:
+            self.prefill(step)
+            if not step.tokens:
+                self.decode(step)
+            return step
         budget = self.config.max_num_batched_tokens
         threshold = self.config.long_prefill_token_threshold
         alone = len(self.running) + len(self.waiting) == 1
@@ -124,6 +129,34 @@ class ReferenceScheduler:
                 budget -= tokens
         self.waiting = victims + self.waiting
         return step
+
+    def prefill(self, step: Step) -> None:
+        """Without chunks: whole prompts, in order, until one finds no blocks, tokens or seat."""
+        spent = 0
+        while self.waiting and len(self.running) < self.config.max_num_seqs:
+            head = self.waiting[0]
+            spent += head.known
+            if spent > self.config.max_num_batched_tokens or not self.admissible(head, head.known):
+                return
+            self.running.append(self.waiting.pop(0))
+            self.take_blocks(head, head.known)
+            self.grant(step, head, head.known)
+
+    def decode(self, step: Step) -> None:
+        """Without chunks, when nobody can be admitted: a token for everyone who runs, the oldest first."""
+        todo = list(self.running)
+        while todo:
+            sequence = todo.pop(0)
+            while not self.has_room(sequence, 1):
+                victim = todo.pop() if todo else sequence
+                self.running.remove(victim)
+                self.waiting.insert(0, victim)
+                self.preempt(victim)
+                step.preempted.append(victim.id)
+                if victim is sequence:
+                    return
+            self.take_blocks(sequence, sequence.computed + 1)
+            self.grant(step, sequence, 1)
 
     def pages(self, tokens: int) -> int:
         return math.ceil(tokens / self.config.block_size)

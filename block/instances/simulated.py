@@ -9,18 +9,22 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from block import clock
-from block.engine import Engine
-from block.types import Request, RequestRecord, Snapshot
+from block.engine import Engine, Taken
+from block.types import ID, Request, RequestRecord, Snapshot
 
 
 class SimulatedInstance:
-    """An `Instance` backed by an `Engine`."""
+    """An `Instance` backed by an `Engine`. Its sequences can move to another one: see `block.migration`.
 
-    def __init__(self, instance_id: int, engine: Engine) -> None:
+    on_work: is called when a request arrives.
+    """
+
+    def __init__(self, instance_id: int, engine: Engine, on_work: Callable[[], None] | None = None) -> None:
         self.instance_id = instance_id
+        self._on_work = on_work
         self._engine = engine
         self._serving: dict[int, tuple[RequestRecord, asyncio.Future[None]]] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -39,6 +43,8 @@ class SimulatedInstance:
         self._serving[request.id] = (record, finished)
         self._engine.add(request, now)
         self._plan()
+        if self._on_work is not None:
+            self._on_work()
         await finished
 
     def would_finish(self, arrivals: Sequence[tuple[float, Request]]) -> float:
@@ -56,6 +62,49 @@ class SimulatedInstance:
     async def healthy(self) -> bool:
         """Always: a twin does not fail."""
         return True
+
+    @property
+    def serving(self) -> int:
+        """Requests that are here, or on their way from here to another instance."""
+        return len(self._serving)
+
+    def hold(self, blocks: int, seats: int) -> bool:
+        """Keep KV blocks and places in the batch for a sequence that is coming; False if there are too few."""
+        self._advance(clock.now())
+        kept = self._engine.hold(blocks, seats)
+        self._plan()
+        return kept
+
+    def release(self, blocks: int, seats: int) -> None:
+        """Give back what was held."""
+        now = clock.now()
+        self._advance(now)
+        self._engine.release(blocks, seats, now)
+        self._plan()
+
+    async def take(self, request_id: int) -> Taken | None:
+        """Take a decoding sequence out of the batch at the end of the step in flight; its blocks and seat stay held.
+
+        None if it does not decode at that moment.
+        """
+        self._advance(clock.now())
+        self._engine.take(request_id)
+        ended = asyncio.get_running_loop().create_future()
+        clock.call_at(self._engine.step_ends, lambda: ended.set_result(None))
+        await ended
+        self._advance(clock.now())
+        self._plan()
+        return self._engine.taken
+
+    def put(self, taken: Taken, source: SimulatedInstance) -> RequestRecord:
+        """Let a sequence taken out of `source` go on here, in what is held for it; returns its record."""
+        now = clock.now()
+        self._advance(now)
+        request_id = int(taken.column[ID])
+        self._serving[request_id] = source._serving.pop(request_id)
+        self._engine.put(taken, now)
+        self._plan()
+        return self._serving[request_id][0]
 
     def _advance(self, now: float) -> None:
         for done in self._engine.advance(now):

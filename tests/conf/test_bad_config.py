@@ -43,7 +43,9 @@ def leaves(node: DictConfig, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 WORKLOAD = "name, num_requests, qps, arrivals"
-ROOT_KEYS = "scheduler, model, cluster, engine, workload, lengths, backend, tracking, dispatch, capacity, seed"
+ROOT_KEYS = (
+    "scheduler, model, cluster, engine, migration, workload, lengths, backend, tracking, dispatch, capacity, seed"
+)
 
 # overrides; how the line begins (key and value); what else it says (choices or range, and the way out)
 WRONG: list[tuple[list[str], str, list[str]]] = [
@@ -105,6 +107,13 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["workload.num_requests=0"], "workload.num_requests=0: ", ["must be an integer >= 1"]),
     (["scheduler.k=0"], "scheduler.k=0: ", ["at least 1"]),
     (["lengths=noisy", "lengths.spread=-1"], "lengths.spread=-1.0: ", ["must be 0 or more"]),
+    (["migration.bandwidth=0"], "migration.bandwidth=0.0: ", ["greater than 0"]),
+    (["backend=emulated", "scheduler=llumnix"], "migration.interval_s=0.05: ", ["only backend=simulated migrates"]),
+    (
+        ["engine=vllm_v1", "engine.async_scheduling=true", "migration=llumnix"],
+        "engine.async_scheduling=True: ",
+        ["migration=none"],
+    ),
     (["backend.step_noise=2"], "backend.step_noise=2.0: ", ["must be between 0 and 1"]),
     (["cluster.num_gpus=0"], "cluster.num_gpus=0: ", ["must be at least 1"]),
     (["engine.block_size=15"], "engine.block_size=15: ", ["power of two"]),

@@ -24,6 +24,7 @@ SCHEDULERS = {
     "min_qpm": (policies.MinQPM, Oracle),
     "infaas": (policies.INFaaS, Oracle),
     "llumnix_minus": (policies.LlumnixMinus, Oracle),
+    "llumnix": (policies.Llumnix, Oracle),
     "block": (policies.Block, Oracle),
     "block_star": (policies.Block, Noisy),
 }
@@ -90,6 +91,12 @@ def test_a_scheduler_is_what_its_name_says(choice: str) -> None:
     assert (type(run.scheduler), type(run.lengths)) == SCHEDULERS[choice]
 
 
+def test_only_llumnix_migrates_by_itself() -> None:
+    assert [choice for choice in SCHEDULERS if built(f"scheduler={choice}").migration.interval_s > 0] == ["llumnix"]
+    assert built("scheduler=llumnix", "migration=none").migration.interval_s == 0
+    assert built("scheduler=block", "migration=llumnix").migration == built("scheduler=llumnix").migration
+
+
 # -------------------------------------------------------------------------------------------------------- tiny runs
 
 
@@ -118,6 +125,7 @@ def test_a_trace_is_served_in_its_own_time(tmp_path: Path) -> None:
     "engine",
     [
         ["engine=vllm_v0"],
+        ["engine=vllm_v0_unchunked"],
         ["engine=vllm_v1"],
         ["engine=vllm_v1", "engine.async_scheduling=true"],
         ["engine=vllm_v1", "engine.long_prefill_token_threshold=128"],
@@ -175,5 +183,5 @@ def test_a_job_of_every_experiment_runs(experiment: str) -> None:
 
 def test_the_main_sweep_is_the_paper_s() -> None:
     swept = grid("main_sweep")
-    assert set(swept["scheduler"]) == set(SCHEDULERS)
+    assert set(swept["scheduler"]) == set(SCHEDULERS) - {"llumnix"}
     assert [float(qps) for qps in swept["workload.qps"]] == list(range(20, 37))

@@ -18,9 +18,16 @@ from block.types import EXPECTED, ID, PROMPT, Request
 
 KINDS: dict[str, dict[str, Any]] = {
     "v0": {"version": "v0", "watermark": 0.02},
+    "v0-unchunked": {"version": "v0", "watermark": 0.02, "enable_chunked_prefill": False},
     "v1": {"version": "v1"},
     "v1-async": {"version": "v1", "async_scheduling": True},
 }
+
+
+def tokens(kind: str, budget: int) -> int:
+    """The token budget of a step: without chunks, it must hold any prompt."""
+    return 100 if kind == "v0-unchunked" else budget
+
 
 # ---------------------------------------------------------------------------------------------------- settings
 
@@ -39,6 +46,8 @@ KINDS: dict[str, dict[str, Any]] = {
         ({"watermark": -0.1}, "engine.watermark=-0.1", "at least 0"),
         ({"gpu_memory_utilization": 0.0}, "engine.gpu_memory_utilization=0.0", "(0, 1]"),
         ({"version": "v0", "async_scheduling": True}, "engine.async_scheduling=True", "v1"),
+        ({"version": "v1", "enable_chunked_prefill": False}, "engine.enable_chunked_prefill=False", "take v0"),
+        ({"enable_chunked_prefill": False}, "engine.max_num_batched_tokens=512", "at least 4096"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(changes: dict[str, Any], key: str, advice: str) -> None:
@@ -138,7 +147,7 @@ def through_reference(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("noise", [[1.0], [1.5, 0.5, 1.0, 2.0, 0.75]])
 def test_steps_take_what_the_latency_model_says_times_their_noise(kind: str, noise: list[float]) -> None:
-    config = engine_config(**KINDS[kind], max_model_len=100, max_num_seqs=8, max_num_batched_tokens=40)
+    config = engine_config(**KINDS[kind], max_model_len=100, max_num_seqs=8, max_num_batched_tokens=tokens(kind, 40))
     for seed in range(examples(10, 2)):
         requests = crowd(seed, 60, 0.4)
         engine = Engine(config, round_latency(), 50, np.array(noise))
@@ -180,7 +189,7 @@ def test_an_idle_engine_expects_nothing() -> None:
 @settings(max_examples=examples(60, 8))
 @given(seed=st.integers(0, 10**6), spread=st.sampled_from([0.05, 0.3, 2.0]))
 def test_next_finish_is_what_then_happens(kind: str, seed: int, spread: float) -> None:
-    config = engine_config(**KINDS[kind], max_model_len=100, max_num_seqs=6, max_num_batched_tokens=32)
+    config = engine_config(**KINDS[kind], max_model_len=100, max_num_seqs=6, max_num_batched_tokens=tokens(kind, 32))
     engine = Engine(config, round_latency(), 40, np.array([1.0, 1.2, 0.9]))
     requests = crowd(seed, 30, spread)
     while requests:
@@ -197,7 +206,7 @@ def test_next_finish_is_what_then_happens(kind: str, seed: int, spread: float) -
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_looking_often_or_seldom_makes_no_difference(kind: str) -> None:
-    config = engine_config(**KINDS[kind], max_model_len=100, max_num_seqs=6, max_num_batched_tokens=32)
+    config = engine_config(**KINDS[kind], max_model_len=100, max_num_seqs=6, max_num_batched_tokens=tokens(kind, 32))
     requests = crowd(1, 40, 0.3)
     seldom = through_engine(Engine(config, round_latency(), 40), requests)
     engine = Engine(config, round_latency(), 40)

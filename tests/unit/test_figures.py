@@ -212,7 +212,9 @@ def test_the_report_needs_no_network_and_no_other_file(page: Path) -> None:
     assert "python scripts/reproduce.py fig9" in text
 
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium on this machine")

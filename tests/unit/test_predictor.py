@@ -19,6 +19,12 @@ from block.types import CHUNK, ID, MAX_TOKENS, OUTPUT, PENDING, TARGET, Forecast
 
 KINDS: dict[str, dict[str, Any]] = {
     "v0": {"version": "v0", "watermark": 0.02},
+    "v0-unchunked": {
+        "version": "v0",
+        "watermark": 0.02,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": 2048,
+    },
     "v1": {"version": "v1"},
     "v1-long-prefill": {"version": "v1", "long_prefill_token_threshold": 8},
     "v1-watermark": {"version": "v1", "watermark": 0.1, "scheduler_reserve_full_isl": False},

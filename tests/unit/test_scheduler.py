@@ -301,6 +301,46 @@ def test_v0_a_prompt_with_one_token_left_counts_as_a_decode() -> None:
     assert (steps[1].free, steps[2].free, steps[2].waiting) == (1, 1, [2])
 
 
+# ---------------------------------------------------------------------------------------------------- prompts first
+
+
+def unchunked(**changes: Any) -> EngineConfig:
+    return engine_config("v0", **{"enable_chunked_prefill": False, "max_num_batched_tokens": 60} | changes)
+
+
+def test_without_chunks_a_step_is_all_prefill_or_all_decode() -> None:
+    steps, done = history(unchunked(), 30, request(0, 40, 3), request(1, 50, 2, arrival=0.5), request(2, 9, 1, 0.75))
+    assert [step.step for step in steps] == [
+        {0: 40},
+        {1: 50, 2: 9},  # both fit the 60 tokens of a step; 0, which has its first token, waits for them
+        {0: 1, 1: 1},
+        {0: 1},
+    ]
+    assert {i: d.first_token for i, d in done.items()} == {0: 1.0, 1: 2.0, 2: 2.0}
+    assert {i: d.finished for i, d in done.items()} == {0: 4.0, 1: 3.0, 2: 2.0}
+
+
+def test_without_chunks_a_prompt_beyond_the_budget_waits_for_the_next_step() -> None:
+    steps, _ = history(unchunked(), 30, *primed((40, 2), (21, 2), (9, 1)))
+    assert [step.step for step in steps] == [{0: 1}, {1: 40}, {2: 21, 3: 9}, {1: 1, 2: 1}]
+
+
+def test_without_chunks_it_decodes_when_the_head_finds_no_blocks_or_no_seat() -> None:
+    steps, _ = history(unchunked(max_model_len=28), 8, *primed((12, 3), (24, 1)))
+    assert [step.step for step in steps] == [{0: 1}, {1: 12}, {1: 1}, {1: 1}, {2: 24}]  # 6 blocks beside 3 of 8
+    steps, _ = history(unchunked(max_num_seqs=1), 30, *primed((4, 2), (4, 1)))
+    assert [step.step for step in steps] == [{0: 1}, {1: 4}, {1: 1}, {2: 4}]
+
+
+def test_without_chunks_nobody_is_admitted_in_a_step_that_preempted() -> None:
+    # As with chunks, but 3 does not get the block that 2 gave back: the step was to decode, and prompts come first in
+    # the next one. Then 2, first in line, has 5 tokens in 2 blocks, of which there is one.
+    steps, _ = history(unchunked(max_model_len=12, max_num_seqs=2), 4, *primed((8, 5), (4, 5), (1, 3)))
+    assert (steps[1].step, steps[1].waiting, steps[1].free) == ({1: 8, 2: 4}, [3], 1)
+    assert (steps[2].step, steps[2].waiting, steps[2].free) == ({1: 1}, [2, 3], 1)
+    assert (steps[3].step, steps[3].waiting) == ({1: 1}, [2, 3])
+
+
 # ---------------------------------------------------------------------------------------------------- asynchronous
 
 
@@ -494,6 +534,7 @@ def compare(snapshot: Snapshot, reference: ReferenceScheduler) -> None:
 
 KINDS: dict[str, dict[str, Any]] = {
     "v0": {"version": "v0"},
+    "v0-unchunked": {"version": "v0", "enable_chunked_prefill": False},
     "v1": {"version": "v1"},
     "v1-async": {"version": "v1", "async_scheduling": True},
 }
@@ -507,7 +548,9 @@ def workloads(draw: st.DrawFn, kind: str) -> tuple[EngineConfig, int, list[Reque
     settings_["max_num_batched_tokens"] = draw(st.integers(5, 40))
     settings_["max_num_seqs"] = draw(st.integers(1, 8))
     settings_["watermark"] = draw(st.sampled_from([0.0, 0.1]))
-    if kind != "v0":
+    if kind == "v0-unchunked":
+        settings_["max_num_batched_tokens"] += max(settings_["max_model_len"], settings_["max_num_seqs"]) - 5
+    if settings_["version"] == "v1":
         settings_["long_prefill_token_threshold"] = draw(st.sampled_from([0, 0, 4, 9]))
         settings_["scheduler_reserve_full_isl"] = draw(st.booleans())
     config = engine_config(**settings_)
@@ -539,7 +582,8 @@ def test_twin_and_reference_agree_on_a_crowded_engine(kind: str) -> None:
     preemptions = 0
     for seed in range(examples(10, 2)):
         rng = Random(seed)
-        config = engine_config(**KINDS[kind], max_model_len=100, max_num_seqs=12, max_num_batched_tokens=48)
+        tokens = 120 if kind == "v0-unchunked" else 48
+        config = engine_config(**KINDS[kind], max_model_len=100, max_num_seqs=12, max_num_batched_tokens=tokens)
         arrival = 0.0
         requests = []
         for i in range(80):
