@@ -162,6 +162,7 @@ class Simulated:
 
     @asynccontextmanager
     async def start(self, testbed: Testbed, logs: Path) -> AsyncIterator[Fleet]:
+        """Make the twins; there is nothing to stop but the migration of requests between them."""
         latency = self._latency(testbed.cluster.gpu, testbed)
         blocks = testbed.total_blocks
         migrator = None

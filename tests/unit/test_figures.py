@@ -1,4 +1,4 @@
-"""The figures: each is drawn from stored runs and searches, saved beside what it draws, and refuses to be drawn with holes."""
+"""The figures: each is drawn from what is stored, saved beside what it draws, and refuses to be drawn with holes."""
 
 from __future__ import annotations
 
