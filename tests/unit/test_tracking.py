@@ -12,7 +12,7 @@ import pytest
 from stored import CONFIG, record, store, warnings
 
 from block.results import RunWriter, runs
-from block.tracking import Tracking, log_run, logged
+from block.tracking import Tracking, log_figures, log_run, logged
 
 LOG_RUNS = Path(__file__).parents[2] / "scripts" / "log_runs.py"
 
@@ -264,3 +264,39 @@ def test_a_condition_needs_a_key_and_a_value(main, capsys, argument):
     with pytest.raises(SystemExit):
         main([argument])
     assert f"{argument!r} is not of the form key=value" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+
+
+@pytest.fixture
+def figures(tmp_path):
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    for name in ("fig6.png", "fig6.csv", "fig6.pdf", "summary.md", ".stamps.json"):
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+def test_figures_are_one_run_of_the_group_with_an_artifact(wandb, figures):
+    files = []
+    wandb.Artifact = lambda name, type: SimpleNamespace(name=name, add_file=lambda path: files.append(Path(path).name))
+    wandb.Image = lambda path: Path(path).name
+    wandb.log_artifact = lambda artifact: files.append(artifact.name)
+    folder = log_figures(figures, Tracking(group="reproduce", tags=("simulated",)))
+    assert folder == figures / "wandb" / "run-x"
+    (arguments,) = wandb.inits
+    assert (arguments["group"], arguments["job_type"], arguments["tags"]) == ("reproduce", "figures", ("simulated",))
+    assert files == ["fig6.csv", "fig6.pdf", "fig6.png", "summary.md", "figures"]
+    assert wandb.logs == [{"fig6": "fig6.png"}]
+    assert wandb.ended == 1
+
+
+def test_figures_that_wandb_refuses_are_a_warning(wandb, figures, caplog):
+    def refuse(**_):
+        raise OSError("no space")
+
+    wandb.init = refuse
+    assert log_figures(figures, Tracking()) is None
+    assert "the figures were not logged: OSError: no space" in caplog.text
+    assert log_figures(figures, Tracking(mode="disabled")) is None
