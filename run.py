@@ -1,7 +1,7 @@
 """Run one experiment, or a sweep of them: ``python run.py scheduler=block model=llama2-7b``.
 
-Groups: scheduler, model, cluster, engine, migration, workload, lengths, backend, tracking, experiment (the folders
-of conf/).
+Groups: scheduler, model, cluster, engine, migration, workload, lengths, backend, provisioner, tracking, experiment
+(the folders of conf/).
 Sweep with ``-m``; ``--cfg job`` shows every key.
 """
 

@@ -6,6 +6,7 @@ the engines comes from the engines themselves: their settings are on their board
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import logging
 import math
@@ -25,6 +26,7 @@ from block.predictor import Predictor
 from block.vllm_plugin.board import EngineLimits
 
 if TYPE_CHECKING:
+    from block.instances.launch import Launcher, Server, ServerSpec
     from block.instances.vllm import VLLMInstance
 
 log = logging.getLogger(__name__)
@@ -70,7 +72,7 @@ class Emulated:
     async def start(self, testbed: Testbed, logs: Path) -> AsyncIterator[Fleet]:
         """Fork the servers from one process that has imported vLLM."""
         _require("aiohttp", "vllm")
-        from block.instances.launch import ServerSpec, Zygote, running
+        from block.instances.launch import ServerSpec, Zygote
         from block.instances.model_files import emulated_model
 
         latency = self.latency(testbed)
@@ -94,10 +96,7 @@ class Emulated:
         }
         specs = [ServerSpec(arguments, logs / f"instance-{i}.log") for i in range(testbed.instances)]
         zygote = Zygote(logs / "zygote.log", environment, self.ready_timeout_s)
-        async with (
-            running(specs, zygote, deadline_s=self.ready_timeout_s) as servers,
-            _fleet([server.url for server in servers], latency, testbed) as fleet,
-        ):
+        async with _launched(specs, zygote, latency, testbed, self.ready_timeout_s) as fleet:
             yield fleet
 
 
@@ -131,7 +130,7 @@ class VLLMCPU:
     async def start(self, testbed: Testbed, logs: Path) -> AsyncIterator[Fleet]:
         """Start the servers, each a process of its own."""
         _require("aiohttp", "vllm")
-        from block.instances.launch import ServerSpec, Subprocesses, running
+        from block.instances.launch import ServerSpec, Subprocesses
         from block.instances.model_files import tiny_model
 
         logs.mkdir(parents=True, exist_ok=True)
@@ -146,10 +145,8 @@ class VLLMCPU:
         ]
         environment = {**_QUIET, **_OFFLINE, "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         specs = [ServerSpec(arguments, logs / f"instance-{i}.log", environment) for i in range(testbed.instances)]
-        async with (
-            running(specs, Subprocesses(), deadline_s=self.ready_timeout_s, at_once=self.at_once) as servers,
-            _fleet([server.url for server in servers], self.latency(testbed), testbed) as fleet,
-        ):
+        latency, patience = self.latency(testbed), self.ready_timeout_s
+        async with _launched(specs, Subprocesses(), latency, testbed, patience, at_once=self.at_once) as fleet:
             yield fleet
 
 
@@ -189,7 +186,10 @@ class VLLM:
 
     @asynccontextmanager
     async def start(self, testbed: Testbed, logs: Path) -> AsyncIterator[Fleet]:
-        """Attach to the servers of `urls`, or start one for each instance on GPUs of its own."""
+        """Attach to the servers of `urls`, or start one for each instance on GPUs of its own.
+
+        Servers of `urls` run whether they are needed or not: a provisioner decides whether requests go there.
+        """
         _require("aiohttp")
         latency = self.latency(testbed)
         if self.urls:
@@ -197,7 +197,7 @@ class VLLM:
                 yield fleet
             return
         _require("vllm")
-        from block.instances.launch import ServerSpec, Subprocesses, running
+        from block.instances.launch import ServerSpec, Subprocesses
 
         devices = _devices(testbed)
         logs.mkdir(parents=True, exist_ok=True)
@@ -212,10 +212,7 @@ class VLLM:
             ServerSpec(arguments, logs / f"instance-{i}.log", {**_QUIET, "CUDA_VISIBLE_DEVICES": ",".join(mine)})
             for i, mine in enumerate(devices)
         ]
-        async with (
-            running(specs, Subprocesses(), deadline_s=self.ready_timeout_s) as servers,
-            _fleet([server.url for server in servers], latency, testbed) as fleet,
-        ):
+        async with _launched(specs, Subprocesses(), latency, testbed, self.ready_timeout_s) as fleet:
             yield fleet
 
 
@@ -255,8 +252,65 @@ def _devices(testbed: Testbed) -> list[list[str]]:
 
 
 @asynccontextmanager
+async def _launched(
+    specs: Sequence[ServerSpec],
+    starter: Any,
+    latency: LatencyModel,
+    testbed: Testbed,
+    deadline_s: float,
+    at_once: int | None = None,
+) -> AsyncIterator[Fleet]:
+    """A fleet of the servers that `specs` describe, of which the first `testbed.initial` run from the start."""
+    from block.instances.launch import launching
+
+    async with launching(starter, deadline_s=deadline_s, at_once=at_once) as launcher:
+        async with asyncio.TaskGroup() as group:
+            starting = [group.create_task(launcher.start(spec)) for spec in specs[: testbed.initial]]
+        servers = {i: task.result() for i, task in enumerate(starting)}
+        urls = [servers[i].url if i in servers else "" for i in range(len(specs))]
+        async with _fleet(urls, latency, testbed) as fleet:
+            yield fleet._replace(servers=_Servers(launcher, specs, servers, fleet))
+
+
+class _Servers:
+    """The servers of a fleet, by instance id."""
+
+    def __init__(
+        self, launcher: Launcher, specs: Sequence[ServerSpec], running: dict[int, Server], fleet: Fleet
+    ) -> None:
+        self._launcher = launcher
+        self._specs = specs
+        self._running = running
+        self._instances: Sequence[VLLMInstance] = fleet.instances  # type: ignore[assignment]
+        self._engines = fleet.engines
+
+    async def start(self, instance_id: int) -> None:
+        """Start a server and attach to it. LaunchFailed if it does not come up, or not as the others are."""
+        server = self._running[instance_id] = await self._launcher.start(self._specs[instance_id])
+        instance = self._instances[instance_id]
+        instance.url = server.url
+        try:
+            limits = await _attached(instance)
+            if limits is None or _said(instance, limits) != self._engines:
+                raise LaunchFailed(f"{instance.url}: other settings than the first servers: {limits}")
+        except LaunchFailed:
+            await self.stop(instance_id)
+            raise
+
+    async def stop(self, instance_id: int) -> None:
+        """Detach from a server and stop it."""
+        await self._instances[instance_id].detach()
+        await self._launcher.stop(self._running.pop(instance_id))
+
+
+def _said(instance: VLLMInstance, limits: EngineLimits) -> dict[str, Any]:
+    """What a server says of itself."""
+    return {"vllm": instance.vllm_version, **limits._asdict()}
+
+
+@asynccontextmanager
 async def _fleet(urls: Sequence[str], latency: LatencyModel, testbed: Testbed) -> AsyncIterator[Fleet]:
-    """Instances for running servers, and the predictor for the settings that these servers report."""
+    """Instances for running servers ("": one that does not run yet), and a predictor for the settings they report."""
     import aiohttp
 
     from block.instances.vllm import VLLMInstance
@@ -267,13 +321,14 @@ async def _fleet(urls: Sequence[str], latency: LatencyModel, testbed: Testbed) -
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         instances = [VLLMInstance(i, url, session, testbed.model.vocab_size) for i, url in enumerate(urls)]
         try:
-            limits = [await _attached(instance) for instance in instances]
+            running = [instance for instance in instances if instance.url]
+            limits = [await _attached(instance) for instance in running]
             known = [one for one in limits if one is not None]
-            if len(known) < len(instances):  # or a front door: policies that only count need no more
+            if len(known) < len(running):  # or a front door: policies that only count need no more
                 log.warning("servers without the plugin show no snapshots: %s", ", ".join(urls))
                 yield Fleet(instances, None, {})
                 return
-            for instance, other in zip(instances, known, strict=True):
+            for instance, other in zip(running, known, strict=True):
                 if other != known[0]:
                     unlike = _unlike(other, known[0])
                     raise LaunchFailed(f"{instance.url}: other settings than {instances[0].url}: {unlike}")
@@ -283,7 +338,7 @@ async def _fleet(urls: Sequence[str], latency: LatencyModel, testbed: Testbed) -
             if engine != replace(testbed.engine, num_gpu_blocks=None, watermark=engine.watermark):
                 log.warning("the servers run with %s", known[0])
             predictor = Predictor(engine, latency, known[0].total_blocks)
-            yield Fleet(instances, predictor, {"vllm": instances[0].vllm_version, **known[0]._asdict()})
+            yield Fleet(instances, predictor, _said(instances[0], known[0]))
         finally:
             for instance in instances:
                 await instance.detach()

@@ -51,6 +51,7 @@ class Testbed:
     engine: EngineConfig
     seed: int
     migration: MigrationConfig = field(default_factory=MigrationConfig)
+    initial: int | None = None  # instances that run from the start; None: all
 
     def __post_init__(self) -> None:
         if self.instances < 1:
@@ -58,6 +59,8 @@ class Testbed:
                 f"cluster.num_gpus={self.cluster.num_gpus}: one instance of {self.model.name} needs "
                 f"model.tensor_parallel={self.model.tensor_parallel} GPUs"
             )
+        if self.initial is not None and self.initial > self.instances:
+            raise ValueError(f"provisioner.initial={self.initial}: the cluster holds {self.instances} instances")
         self.engine.limits(self.total_blocks)
 
     @property
@@ -77,17 +80,31 @@ class Testbed:
         return blocks - (engine.version == "v1")
 
 
+class Servers(Protocol):
+    """The processes behind a fleet's instances."""
+
+    async def start(self, instance_id: int) -> None:
+        """Start the server of an instance that has none. LaunchFailed if it does not come up."""
+        ...
+
+    async def stop(self, instance_id: int) -> None:
+        """Stop it, for certain."""
+        ...
+
+
 class Fleet(NamedTuple):
     """A running cluster, the predictor that knows its engines, and what real engines said of themselves.
 
     Without a predictor, the instances show no snapshots either, and only policies that count can be used.
-    migrator: moves requests between the instances, if any does.
+    migrator: moves requests between the instances, if any does. servers: starts and stops those of single instances;
+    None: all are there already.
     """
 
     instances: Sequence[Instance]
     predictor: Predictor | None
     engines: Mapping[str, Any]
     migrator: Migrator | None = None
+    servers: Servers | None = None
 
 
 class Backend(Protocol):

@@ -35,6 +35,7 @@ from block.hardware import Model
 from block.instances.base import LaunchFailed
 from block.lengths import Injected, Lengths, Noisy, Oracle
 from block.migration import MigrationConfig
+from block.provisioner import Elastic, Preempt, Relief, Static
 from block.server_config import ServerConfig
 from block.tracking import Tracking
 from block.workload import Workload
@@ -62,6 +63,7 @@ CHOICES: dict[str, dict[str, type]] = {
     },
     "lengths": {"oracle": Oracle, "noisy": Noisy, "injected": Injected},
     "backend": {"simulated": Simulated, "vllm": VLLM, "vllm_cpu": VLLMCPU, "emulated": Emulated},
+    "provisioner": {"static": Static, "preempt": Preempt, "relief": Relief},
 }
 
 
@@ -87,6 +89,7 @@ class RunConfig:
     dispatch: DispatchConfig
     tracking: Tracking
     migration: MigrationConfig = field(default_factory=MigrationConfig)
+    provisioner: Static | Elastic = field(default_factory=Static)
     seed: int = 0
     sample_every_s: float = 1.0
     replay_share: float = 0.0
@@ -108,7 +111,7 @@ class RunConfig:
             )
         if not self.backend.virtual and self.engine.version != "v1":
             raise ValueError(f"engine.version={self.engine.version}: real engines schedule by v1; take engine=vllm_v1")
-
+        self._check_provisioner()
         if self.migration.interval_s > 0:
             if not isinstance(self.backend, Simulated):
                 raise ValueError(
@@ -121,10 +124,26 @@ class RunConfig:
                     f"dispatch.dispatchers={self.dispatch.dispatchers}: none would know what moved; take migration=none"
                 )
 
+    def _check_provisioner(self) -> None:
+        scaling = self.provisioner
+        if not isinstance(scaling, Elastic):
+            return
+        if scaling.forecasts and self.scheduler.needs is not policies.Needs.FORECAST:
+            name = type(scaling).__name__.lower()
+            raise ValueError(f"provisioner={name}: needs forecasts; choose a scheduler that makes them, such as block")
+        for key, value, off in (
+            ("replay_share", self.replay_share, 0),
+            ("migration.interval_s", self.migration.interval_s, 0),
+            ("dispatch.dispatchers", self.dispatch.dispatchers, 1),
+        ):
+            if value > off:
+                raise ValueError(f"{key}={value}: counts on all instances; take provisioner=static")
+
     @property
     def testbed(self) -> Testbed:
         """The testbed that the backend is to bring up; ValueError if the model does not fit."""
-        return Testbed(self.model, self.cluster, self.engine, self.seed, self.migration)
+        initial = self.provisioner.initial if isinstance(self.provisioner, Elastic) else None
+        return Testbed(self.model, self.cluster, self.engine, self.seed, self.migration, initial)
 
 
 @dataclass
@@ -140,6 +159,7 @@ class _Root:
     lengths: Any = None
     backend: Any = None
     tracking: Any = None
+    provisioner: Any = None
     dispatch: Any = field(default_factory=lambda: schema(DispatchConfig))
     capacity: Any = field(default_factory=lambda: schema(CapacityConfig))  # read by scripts/capacity.py only
     seed: int = 0

@@ -92,6 +92,10 @@ def report(run: Run, wandb: Path | None, console: Console) -> None:
         "run": str(run.path),
         "W&B": str(wandb) if wandb is not None else "not logged",
     }
+    if "instance_seconds" in summary:
+        changes = run.document["changes"]
+        counted = ", ".join(f"{sum(one[2] == kind for one in changes)} {kind}ed" for kind in ("join", "drain"))
+        facts["provisioner"] = f"{counted}; {_cell(summary['instance_seconds'])} instance-seconds"
     for at, instance, reason in run.document.get("ejections", ()):
         lost = f"{'lost':<13}instance {instance} at {at:.1f} s: {reason}"
         console.print(lost, highlight=False, markup=False, soft_wrap=True)

@@ -49,6 +49,26 @@ class Forecaster(Protocol):
         ...
 
 
+class Watcher(Protocol):
+    """Is told what happens, and may change which instances requests go to: a `block.scaler.Scaler`."""
+
+    def arrived(self, views: Sequence[InstanceView]) -> int | None:
+        """A request is to be placed among these; the id of another instance that it is to go to instead, if any."""
+        ...
+
+    async def ready(self, instance_id: int) -> None:
+        """Wait until the instance takes requests. InstanceFailed if it never will."""
+        ...
+
+    def placed(self, views: Sequence[InstanceView]) -> None:
+        """It has been placed."""
+        ...
+
+    def finished(self, record: RequestRecord) -> None:
+        """It has left its instance, served or not."""
+        ...
+
+
 @dataclass(frozen=True)
 class DispatchConfig:
     """How requests get to instances (one Hydra node).
@@ -95,7 +115,8 @@ class Dispatcher:
     An instance that fails a request is *ejected*, unless it only turned it away: no request goes there until `readmit`.
     Keeps what it did, all of it or the latest `history`: `records`, one per request, and `decisions`, (time, Decision,
     request id). forecast_s: wall-clock seconds that each batch of forecasts took, divided by its number of forecasts.
-    ejections: (time, instance id, reason). placed: is told of each placement.
+    ejections: (time, instance id, reason). placed: is told of each placement. initial: so many instances, the first,
+    take requests from the start (None: all). watcher: is told of each request.
     """
 
     def __init__(
@@ -109,6 +130,7 @@ class Dispatcher:
         delay_s: float = 0.0,
         history: int | None = None,
         placed: Placed | None = None,
+        initial: int | None = None,
     ) -> None:
         if policy.needs is Needs.FORECAST and predictor is None:
             raise ValueError(f"policy {type(policy).__name__} needs a predictor")
@@ -120,8 +142,9 @@ class Dispatcher:
         self._delay_s = delay_s
         self._placed = placed
         self._books = [_Books([], 0, deque(), None) for _ in instances]
-        self._active = list(range(len(instances)))  # ids of the instances that requests may go to
+        self._active = list(range(len(instances)))[:initial]  # ids of the instances that requests may go to
         self._turn = 0
+        self.watcher: Watcher | None = None
         self._moved: dict[int, int] = {}  # request id → instance that it has migrated to
         self.records: deque[RequestRecord] = deque(maxlen=history)
         self.decisions: deque[tuple[float, Decision, int]] = deque(maxlen=history)
@@ -159,13 +182,17 @@ class Dispatcher:
     def eject(self, instance_id: int, reason: str) -> None:
         """Send nothing more to an instance; does nothing if it is out already."""
         if instance_id in self._active:
-            self._active.remove(instance_id)
+            self.retire(instance_id)
             self._books[instance_id].ejected += 1
             self.ejections.append((clock.now(), instance_id, reason))
             log.warning("instance %d gets no more requests: %s", instance_id, reason)
 
+    def retire(self, instance_id: int) -> None:
+        """Send nothing more to an instance that requests may go to, and that has done nothing wrong."""
+        self._active.remove(instance_id)
+
     def readmit(self, instance_id: int) -> None:
-        """Send requests to an instance again."""
+        """Send requests to an instance, again or for the first time."""
         if instance_id not in self._active:
             self._active = sorted([*self._active, instance_id])
 
@@ -189,6 +216,8 @@ class Dispatcher:
         while active := self._active if not failed else [i for i in self._active if i not in failed]:
             chosen = self._place(request, record, active, turn)
             try:
+                if self.watcher is not None:
+                    await self.watcher.ready(chosen)
                 if self._delay_s > 0:
                     await clock.sleep(self._delay_s)
                 record.dispatched = clock.now()
@@ -211,6 +240,8 @@ class Dispatcher:
                 record.output_tokens = 0
             finally:
                 self._release(self._moved.pop(request.id, chosen), request)
+                if self.watcher is not None:
+                    self.watcher.finished(record)
         record.status = "failed"
         record.error = record.error or "no instance is left"
         return record
@@ -228,7 +259,13 @@ class Dispatcher:
         if len(active) < len(self._instances):
             candidates = [active[candidate] for candidate in candidates]
         views = self._views(candidates, request, now)
-        decision = self._policy.choose(request, views, self._stream)
+        joining = None if self.watcher is None else self.watcher.arrived(views)
+        if joining is not None and joining in self._active:
+            views = self._views([joining], request, now)
+        if joining is None or joining in self._active:
+            decision = self._policy.choose(request, views, self._stream)
+        else:  # it has nothing to show yet
+            decision = Decision(joining, [joining], [math.nan])
         chosen = decision.instance_id
         record.instance_id = chosen
         for view in views:
@@ -242,6 +279,8 @@ class Dispatcher:
             books.ledger.append(request)
         if self._placed is not None:
             self._placed(record, views, active)
+        if self.watcher is not None:
+            self.watcher.placed(views)
         return chosen
 
     def _views(self, candidates: Sequence[int], request: Request, now: float) -> list[InstanceView]:

@@ -92,6 +92,8 @@ def _store(writer: RunWriter, outcome: Outcome) -> None:
         engines=outcome.engines,
         ejections=dispatcher.ejections,
         counterfactuals=outcome.counterfactuals.columns() if outcome.counterfactuals else None,
+        changes=() if outcome.scaler is None else outcome.scaler.changes,
+        instance_seconds=None if outcome.scaler is None else outcome.scaler.instance_seconds,
     )
 
 

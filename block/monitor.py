@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,11 @@ from block.instances.base import Instance
 
 
 class Monitor:
-    """Samples every instance at the first `tick` that is `every_s` or more after the last sample."""
+    """Samples the instances that are active at the first `tick` that is `every_s` or more after the last sample."""
 
-    def __init__(self, instances: Sequence[Instance], every_s: float) -> None:
+    def __init__(self, instances: Sequence[Instance], active: Callable[[], Iterable[int]], every_s: float) -> None:
         self._instances = instances
+        self._active = active
         self._every_s = every_s
         self._next = 0.0
         self._rows: list[tuple[float, int, int, int, int, int, int]] = []
@@ -25,8 +26,8 @@ class Monitor:
         if now < self._next:
             return
         self._next = now + self._every_s
-        for instance in self._instances:
-            seen = instance.snapshot()
+        for instance_id in self._active():
+            seen = self._instances[instance_id].snapshot()
             waiting = seen.seqs.shape[1] - seen.running
             row = (now, request_id, seen.instance_id, seen.free_blocks, seen.running, waiting, seen.preemptions)
             self._rows.append(row)

@@ -45,6 +45,8 @@ DEFAULT_ROOT = Path("artifacts/runs")  # relative to the current directory
 
 # Keys of a config that do not change what a run does: config_hash leaves them out.
 _NOT_THE_EXPERIMENT = ("runs_dir", "tracking", "capacity", "server")
+# What a node is when it does nothing: config_hash leaves it out, as if the key were not there.
+_OFF = {"provisioner": {"_target_": "block.provisioner.Static"}}
 
 log = logging.getLogger(__name__)
 _package_log = logging.getLogger("block")
@@ -138,12 +140,15 @@ class RunWriter:
         engines: Mapping[str, Any] | None = None,
         ejections: Iterable[tuple[float, int, str]] = (),
         counterfactuals: Mapping[str, ArrayLike] | None = None,
+        changes: Sequence[tuple[float, int, str, str]] = (),
+        instance_seconds: float | None = None,
     ) -> metrics.Summary:
         """Write the tables, and return the summary that goes into run.json (see `metrics.summarise`).
 
         `decisions` are (time, decision, request id); `instances` maps a column's name to an array, all of one length.
         counterfactuals: columns of a table, like `instances`.
         engines: what real engines said of themselves. ejections: (time, instance id, reason) of those lost.
+        changes: (time, instance id, change, reason) of those that joined or left; instance_seconds: what all have cost.
         Raises OSError if the disk is full, ValueError if the records contradict themselves.
         """
         columns = tables.request_columns(records)
@@ -171,6 +176,9 @@ class RunWriter:
             wall_time_s=wall_time_s,
             peak_memory_mib=peak_memory_mib,
         )
+        if instance_seconds is not None:
+            self._document["summary"]["instance_seconds"] = instance_seconds
+        self._document["changes"] = _plain(list(changes))
         self._document["engines"] = _plain(engines or {})
         self._document["ejections"] = _plain(list(ejections))
         self._document["status"] = "ok"
@@ -238,7 +246,8 @@ def _noted(path: Path) -> Iterator[RequestRecord]:
 
 def experiment_hash(config: Mapping[str, Any]) -> str:
     """What tells the experiment that a resolved config describes from all others; a run keeps it as its config_hash."""
-    return provenance.config_hash({k: v for k, v in _plain(config).items() if k not in _NOT_THE_EXPERIMENT})
+    told = {key: value for key, value in _plain(config).items() if _OFF.get(key, _ABSENT) != value}
+    return provenance.config_hash({key: value for key, value in told.items() if key not in _NOT_THE_EXPERIMENT})
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

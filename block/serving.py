@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random as Stream
@@ -21,7 +22,9 @@ from block.lengths import tag
 from block.monitor import Monitor
 from block.noise import NoisyForecaster
 from block.policies import Needs
+from block.provisioner import Elastic
 from block.rng import stream
+from block.scaler import Scaler
 from block.types import Request, RequestRecord
 
 PROGRESS_EVERY = 100  # requests between two calls of `finished`
@@ -37,6 +40,7 @@ class Outcome:
     dispatcher: Dispatcher | None = None
     monitor: Monitor | None = None
     counterfactuals: Counterfactuals | None = None
+    scaler: Scaler | None = None
     wall_time_s: float = 0.0
     engines: Mapping[str, Any] = field(default_factory=dict)
 
@@ -98,13 +102,15 @@ async def _serve(
             _policy_stream(run.seed, "policy"),
             delay_s=run.backend.dispatch_delay_s,
             placed=outcome.counterfactuals.placed if outcome.counterfactuals else None,
+            initial=run.testbed.initial,
         )
         replicas = range(1, run.dispatch.dispatchers)
         dispatchers = [dispatcher, *(dispatcher.replica(_policy_stream(run.seed, f"policy/{i}")) for i in replicas)]
         chosen = stream(run.seed, "dispatchers").integers(len(dispatchers), size=len(requests)).tolist()
         if fleet.migrator is not None:
             fleet.migrator.moved = dispatcher.moved
-        monitor = Monitor(fleet.instances if fleet.predictor else (), run.sample_every_s)
+        shown = bool(fleet.predictor)
+        monitor = Monitor(fleet.instances, lambda: dispatcher.active if shown else (), run.sample_every_s)
         outcome.dispatcher, outcome.monitor = dispatcher, monitor
         outcome.engines = fleet.engines
         done = 0
@@ -119,11 +125,14 @@ async def _serve(
 
         clock.restart()
 
-        async with asyncio.TaskGroup() as group:
-            for request, i in zip(requests, chosen, strict=True):  # open loop: nothing that happens delays the next
-                await clock.sleep_until(request.arrival)
-                monitor.tick(clock.now(), request.id)
-                group.create_task(dispatchers[i].submit(request)).add_done_callback(count)
+        async with AsyncExitStack() as stack:
+            if isinstance(run.provisioner, Elastic):
+                outcome.scaler = await stack.enter_async_context(Scaler(run.provisioner, fleet, dispatcher))
+            async with asyncio.TaskGroup() as group:
+                for request, i in zip(requests, chosen, strict=True):  # open loop: nothing that happens delays the next
+                    await clock.sleep_until(request.arrival)
+                    monitor.tick(clock.now(), request.id)
+                    group.create_task(dispatchers[i].submit(request)).add_done_callback(count)
         finished(done % every)
 
 

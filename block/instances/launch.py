@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from block.vllm_plugin.serve import PARENT
 GRACE_S = 5.0
 """From SIGTERM to SIGKILL."""
 POLL_S = 0.1
+STOP_POLL_S = 0.02
 _ERROR = re.compile(r"\b(\w*[Ee]rror|Incompatible): ")
 
 
@@ -159,43 +160,68 @@ class Zygote(AbstractContextManager["Zygote"]):
         self._answers.close()
 
 
-@asynccontextmanager
-async def running(
-    specs: Sequence[ServerSpec],
-    starter: AbstractContextManager[_Starter],
-    *,
-    deadline_s: float,
-    at_once: int | None = None,
-) -> AsyncIterator[list[Server]]:
-    """The servers, all of them answering ``/health``; stopped when the context ends, however it ends.
+class Launcher:
+    """Starts servers and stops them, one by one or all that are left.
 
-    deadline_s: wall-clock seconds for all to be up; at_once: how many may be starting at a time (None: all).
-    Raises LaunchFailed.
+    deadline_s: wall-clock seconds for a server to be up; at_once: how many may be starting at a time (None: all).
     """
-    ports = free_ports(len(specs))
-    deadline = time.monotonic() + deadline_s
-    servers: list[Server] = []
+
+    def __init__(
+        self, method: _Starter, session: aiohttp.ClientSession, deadline_s: float, at_once: int | None = None
+    ) -> None:
+        self._method = method
+        self._session = session
+        self._deadline_s = deadline_s
+        self._slots = asyncio.Semaphore(at_once or 1_000_000)
+        self._ports: set[int] = set()
+        self._servers: list[Server] = []
+
+    async def start(self, spec: ServerSpec) -> Server:
+        """A server that answers ``/health``. LaunchFailed if it does not come up; it is stopped then."""
+        deadline = time.monotonic() + self._deadline_s
+        async with self._slots:
+            port = self._port()
+            address = ["--host=127.0.0.1", f"--port={port}"]
+            pid, ended = self._method.start(ServerSpec([*spec.arguments, *address], spec.log, spec.environment))
+            server = Server(f"http://127.0.0.1:{port}", pid, spec.log, ended)
+            self._servers.append(server)
+            try:
+                await _healthy(self._session, server, deadline)
+            except LaunchFailed:
+                await self.stop(server)
+                raise
+            return server
+
+    async def stop(self, server: Server) -> None:
+        """Stop one, for certain."""
+        for _ in _stopping([server]):
+            await asyncio.sleep(STOP_POLL_S)
+        self._servers.remove(server)
+
+    def stop_all(self) -> None:
+        """Stop what is left, for certain; nothing else happens meanwhile."""
+        for _ in _stopping(self._servers):
+            time.sleep(STOP_POLL_S)
+
+    def _port(self) -> int:
+        """A free port that was not given before, for who has it may not listen yet."""
+        while (port := free_ports(1)[0]) in self._ports:
+            pass
+        self._ports.add(port)
+        return port
+
+
+@asynccontextmanager
+async def launching(
+    starter: AbstractContextManager[_Starter], *, deadline_s: float, at_once: int | None = None
+) -> AsyncIterator[Launcher]:
+    """A launcher; all its servers are stopped when the context ends, however it ends."""
     with ExitStack() as stack:
         method = stack.enter_context(starter)
-        stack.callback(
-            lambda: stop([server.pid for server in servers], lambda: all(s.ended() is not None for s in servers))
-        )
         async with aiohttp.ClientSession() as session:
-            slots = asyncio.Semaphore(at_once or max(len(specs), 1))
-
-            async def up(spec: ServerSpec, port: int) -> None:
-                async with slots:
-                    address = ["--host=127.0.0.1", f"--port={port}"]
-                    pid, ended = method.start(ServerSpec([*spec.arguments, *address], spec.log, spec.environment))
-                    server = Server(f"http://127.0.0.1:{port}", pid, spec.log, ended)
-                    servers.append(server)
-                    await _healthy(session, server, deadline)
-
-            async with asyncio.TaskGroup() as group:
-                for spec, port in zip(specs, ports, strict=True):
-                    group.create_task(up(spec, port))
-        order = {f"http://127.0.0.1:{port}": i for i, port in enumerate(ports)}
-        yield sorted(servers, key=lambda server: order[server.url])
+            launcher = Launcher(method, session, deadline_s, at_once)
+            stack.callback(launcher.stop_all)
+            yield launcher
 
 
 async def _healthy(session: aiohttp.ClientSession, server: Server, deadline: float) -> None:
@@ -235,18 +261,18 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def stop(groups: Sequence[int], all_ended: Callable[[], bool]) -> None:
-    """SIGTERM to the process groups, GRACE_S to end, SIGKILL to what is left of them."""
+def _stopping(servers: Sequence[Server]) -> Iterator[None]:
+    """SIGTERM to the process groups, GRACE_S to end, SIGKILL to what is left of them; yields while there is to wait."""
 
     def over() -> bool:
-        return all_ended() and not any(_group_alive(group) for group in groups)
+        return all(one.ended() is not None for one in servers) and not any(_group_alive(one.pid) for one in servers)
 
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for group in groups:
-            _signal(group, number)
+        for server in servers:
+            _signal(server.pid, number)
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline and not over():
-            time.sleep(0.02)
+            yield
 
 
 def _signal(group: int, number: int) -> None:

@@ -73,11 +73,12 @@ class VLLMInstance:
         return self._board is not None
 
     async def detach(self) -> None:
-        """Stop fetching."""
+        """Stop looking; `attach` may follow again, to another server."""
         if self._poll is not None:
             self._poll.cancel()
             with suppress(asyncio.CancelledError):
                 await self._poll
+        self._board = self._state = self._poll = None
 
     def _read(self) -> State:
         if self._board is not None:

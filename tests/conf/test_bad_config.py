@@ -43,9 +43,7 @@ def leaves(node: DictConfig, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 WORKLOAD = "name, num_requests, qps, arrivals"
-ROOT_KEYS = (
-    "scheduler, model, cluster, engine, migration, workload, lengths, backend, tracking, dispatch, capacity, seed"
-)
+ROOT_KEYS = "scheduler, model, cluster, engine, migration, workload, lengths, backend, tracking, provisioner, dispatch"
 
 # overrides; how the line begins (key and value); what else it says (choices or range, and the way out)
 WRONG: list[tuple[list[str], str, list[str]]] = [
@@ -60,7 +58,9 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["capacity.sedes=2"], "capacity.sedes: no such key", ["did you mean seeds?", "choose from metric, slo_s, seeds"]),
     (["+colour=blue"], "colour: no such key", [f"choose from {ROOT_KEYS}"]),
     (["+workload.qsp=3"], "workload.qsp: no such key", ["did you mean qps?", f"choose from {WORKLOAD}"]),
+    (["provisioner.threshold_s=70"], "provisioner.threshold_s: no such key", []),
     # a misspelt choice
+    (["provisioner=relieve"], "provisioner=relieve: ", ["did you mean relief?", "preempt, relief, static"]),
     (["scheduler=blok"], "scheduler=blok: ", ["did you mean block?", ", ".join(choices("scheduler"))]),
     (["model=llama-7b"], "model=llama-7b: ", ["did you mean llama2-7b?", ", ".join(choices("model"))]),
     (["cluster=a100"], "cluster=a100: ", [f"choose from {', '.join(choices('cluster'))}"]),
@@ -131,7 +131,20 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["capacity.slo_s=[]"], "capacity.slo_s=[]: ", ["such as [3,10]"]),
     (["capacity.low=40"], "capacity.high=36.0: ", ["must be greater than capacity.low=40.0"]),
     (["capacity.metric=speed"], "capacity.metric=speed: ", ["ttft_p99_s"]),
+    (["provisioner=preempt", "provisioner.initial=0"], "provisioner.initial=0: ", ["at least 1"]),
+    (["provisioner=relief", "provisioner.threshold_s=0"], "provisioner.threshold_s=0.0: ", ["greater than 0"]),
+    (["provisioner=relief", "provisioner.startup_s=-1"], "provisioner.startup_s=-1.0: ", ["0 or more"]),
     # what does not go together
+    (["provisioner=preempt", "scheduler=llumnix_minus"], "provisioner=preempt: ", ["such as block"]),
+    (
+        ["provisioner=relief", "scheduler=random", "provisioner.drain_after_s=9"],
+        "provisioner=relief: ",
+        ["such as block"],
+    ),
+    (["provisioner=relief", "replay_share=0.1"], "replay_share=0.1: ", ["provisioner=static"]),
+    (["provisioner=relief", "dispatch.dispatchers=2"], "dispatch.dispatchers=2: ", ["provisioner=static"]),
+    (["provisioner=relief", "migration.interval_s=1"], "migration.interval_s=1.0: ", ["provisioner=static"]),
+    (["provisioner=preempt", "cluster.num_gpus=5"], "provisioner.initial=6: ", ["holds 5 instances"]),
     (["model=llama2-70b"], "model=llama2-70b does not fit on gpu=a30: ", ["model.tensor_parallel=4", "h100"]),
     (
         ["model=llama2-70b", "cluster.gpu=h100", "cluster.num_gpus=2"],

@@ -246,3 +246,48 @@ def test_a_run_goes_through_the_front_door_to_servers_that_run_already(mark: str
         for process in started:
             process.wait(30)
     assert nothing_left(mark), marked(mark)
+
+
+def test_a_server_is_started_when_it_is_needed_and_stopped_when_not(mark: str, tmp_path: Path) -> None:
+    """An engine that two requests fill; a burst that is too much for it; then little to do."""
+    times = [0.1 * i for i in range(30)] + [3.0 + 0.5 * i for i in range(20)]
+    rows = "".join(f"30,20,{time}\n" for time in times)
+    (tmp_path / "burst.csv").write_text("prompt_tokens,output_tokens,arrival\n" + rows)
+    process = start(
+        *(mark, tmp_path, "backend=emulated", "backend.time_dilation=1", "cluster.num_gpus=2", "engine.max_num_seqs=2"),
+        *("workload.trace_path=burst.csv", "workload.arrivals=trace", f"workload.num_requests={len(times)}"),
+        *(f"workload.qps={(len(times) - 1) / times[-1]}", "provisioner=preempt", "provisioner.initial=1"),
+        *("provisioner.threshold_s=1.5", "provisioner.drain_after_s=2"),
+    )
+    run, said = finish(process, tmp_path)
+    assert run.counts is not None
+    assert (run.counts["sent"], run.counts["ok"], run.counts["failed_over"]) == (50, 50, 0)
+    changes = run.document["changes"]
+    assert [(i, change) for _, i, change, _ in changes] == [(1, what) for what in ("start", "join", "drain", "stop")]
+    started, joined, drained, stopped = (at for at, *_ in changes)
+    assert started + 0.1 < joined  # it took its time
+    theirs, decisions = run.requests().query("instance_id == 1"), run.decisions().query("chosen == 1")
+    assert decisions.time.iloc[0] == pytest.approx(started, abs=0.01)  # by the request that called for it
+    assert decisions.time.iloc[1] >= joined
+    assert theirs.dispatched.min() >= joined
+    assert decisions.time.max() <= drained
+    assert theirs.finished.max() <= stopped
+    active = run.instances().groupby("time").size()
+    assert (active.iloc[0], active.max(), active.iloc[-1]) == (1, 2, 1)
+    cost = run.requests().finished.max() + stopped - started
+    assert run.summary["instance_seconds"] == pytest.approx(cost, abs=0.5)
+    assert "1 joined, 1 drained" in said
+    assert nothing_left(mark), marked(mark)
+
+
+def test_a_server_that_has_not_joined_is_gone_when_the_run_ends(mark: str, tmp_path: Path) -> None:
+    process = start(
+        *(mark, tmp_path, "backend=emulated", "backend.time_dilation=1", "cluster.num_gpus=2", "engine.max_num_seqs=2"),
+        *("workload.num_requests=12", "workload.qps=12", "provisioner=relief", "provisioner.initial=1"),
+        *("provisioner.threshold_s=0.5", "provisioner.startup_s=60"),
+    )
+    run, _ = finish(process, tmp_path)
+    assert run.counts is not None
+    assert run.counts["ok"] == 12
+    assert [change for _, _, change, _ in run.document["changes"]] == ["start"]
+    assert nothing_left(mark), marked(mark)

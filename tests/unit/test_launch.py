@@ -10,8 +10,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pytest
 
 from block.instances import launch
 from block.instances.base import LaunchFailed
-from block.instances.launch import ServerSpec, free_ports, running
+from block.instances.launch import ServerSpec, free_ports, launching
 
 SERVER = textwrap.dedent(
     """
@@ -52,6 +52,15 @@ class Scripts(AbstractContextManager["Scripts"]):
 
     def __exit__(self, *_: Any) -> None:
         pass
+
+
+@asynccontextmanager
+async def running(specs: list[ServerSpec], starter: Scripts, **how: Any) -> AsyncIterator[list[launch.Server]]:
+    """The servers of a launcher that has started them all at once."""
+    async with launching(starter, **how) as launcher:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(launcher.start(spec)) for spec in specs]
+        yield [task.result() for task in tasks]
 
 
 def specs(folder: Path, *behaviours: str) -> list[ServerSpec]:
@@ -144,6 +153,35 @@ def test_as_many_start_at_once_as_may(tmp_path: Path) -> None:
 
     asyncio.run(main())
     assert started[1] - started[0] > 0.05  # the second waits until the first is well
+
+
+def test_one_of_several_can_be_stopped_and_another_started(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with launching(Scripts(), deadline_s=30) as launcher:
+            first, second = [await launcher.start(spec) for spec in specs(tmp_path, "well", "well")]
+            await launcher.stop(first)
+            assert gone(first.pid)
+            assert first.ended() == -signal.SIGTERM
+            assert second.ended() is None
+            third = await launcher.start(specs(tmp_path, "well")[0])
+            assert third.url not in (first.url, second.url)
+            pids.extend([second.pid, third.pid])
+
+    pids: list[int] = []
+    asyncio.run(main())
+    assert all(gone(pid) for pid in pids)
+
+
+def test_one_that_does_not_come_up_later_is_stopped_and_the_others_run_on(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with launching(Scripts(), deadline_s=1.0) as launcher:
+            well = await launcher.start(specs(tmp_path, "well")[0])
+            with pytest.raises(LaunchFailed, match="ready_timeout_s"):
+                await launcher.start(specs(tmp_path, "sick")[0])
+            assert [server.pid for server in launcher._servers] == [well.pid]
+            assert well.ended() is None
+
+    asyncio.run(main())
 
 
 def test_free_ports_differ() -> None:
