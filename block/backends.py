@@ -65,7 +65,7 @@ class Emulated:
 
     def latency(self, testbed: Testbed) -> LatencyModel:
         """The profile of the GPU and model (or their roofline), calibrated: the emulated GPU's, and the predictor's."""
-        model, _ = latency_model(testbed.cluster.gpu, testbed.model)
+        model, _ = latency_model(testbed.gpu, testbed.model)
         return model.scaled(self.step_time_factor, self.step_overhead_s)
 
     @asynccontextmanager
@@ -181,7 +181,7 @@ class VLLM:
         """The file's, or the GPU's."""
         if self.latency_model is not None:
             return LatencyModel.load(_found(self.latency_model))
-        model, _ = latency_model(testbed.cluster.gpu, testbed.model)
+        model, _ = latency_model(testbed.gpu, testbed.model)
         return model.scaled(self.step_time_factor, self.step_overhead_s)
 
     @asynccontextmanager

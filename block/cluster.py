@@ -12,17 +12,18 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+from block.dispatcher import Forecaster
 from block.engine import Engine, EngineConfig
 from block.hardware import Model, gpu_named, kv_blocks, latency_model
 from block.instances.base import Instance
 from block.instances.simulated import SimulatedInstance
 from block.latency import LatencyModel
 from block.migration import MigrationConfig, Migrator
-from block.predictor import Predictor
+from block.predictor import Predictor, Predictors
 from block.rng import stream
 from block.types import Floats
 
@@ -43,40 +44,84 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
+class Pool:
+    """GPUs of one kind in a cluster of several, and how many of them share an instance (None: as the model says)."""
+
+    gpu: str
+    num_gpus: int
+    tensor_parallel: int | None = None
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """GPUs of several kinds: the instances of the first pool, then those of the second, and so on."""
+
+    pools: tuple[Pool, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pools", tuple(self.pools))  # Hydra passes a list
+        if not self.pools:
+            raise ValueError("cluster.pools=[]: needs one pool or more, such as [{gpu: a30, num_gpus: 4}]")
+        for pool in self.pools:
+            ClusterConfig(pool.gpu, pool.num_gpus)
+
+    @property
+    def num_gpus(self) -> int:
+        """All of them."""
+        return sum(pool.num_gpus for pool in self.pools)
+
+
+@dataclass(frozen=True)
 class Testbed:
     """What a backend is asked to bring up. ValueError if the model does not fit on the GPUs."""
 
     model: Model
-    cluster: ClusterConfig
+    cluster: ClusterConfig | Mixed
     engine: EngineConfig
     seed: int
     migration: MigrationConfig = field(default_factory=MigrationConfig)
     initial: int | None = None  # instances that run from the start; None: all
 
     def __post_init__(self) -> None:
-        if self.instances < 1:
-            raise ValueError(
-                f"cluster.num_gpus={self.cluster.num_gpus}: one instance of {self.model.name} needs "
-                f"model.tensor_parallel={self.model.tensor_parallel} GPUs"
-            )
+        for kind in self.kinds:
+            if kind.instances < 1:
+                raise ValueError(
+                    f"cluster.num_gpus={kind.cluster.num_gpus}: one instance of {self.model.name} needs "
+                    f"model.tensor_parallel={kind.model.tensor_parallel} GPUs"
+                )
+            self.engine.limits(kind.total_blocks)
         if self.initial is not None and self.initial > self.instances:
             raise ValueError(f"provisioner.initial={self.initial}: the cluster holds {self.instances} instances")
-        self.engine.limits(self.total_blocks)
+
+    @property
+    def kinds(self) -> Sequence[Testbed]:
+        """Its parts whose instances are alike, in order; itself if all are."""
+        return [self] if isinstance(self.cluster, ClusterConfig) else [self._of(pool) for pool in self.cluster.pools]
+
+    def _of(self, pool: Pool) -> Testbed:
+        model = replace(self.model, tensor_parallel=pool.tensor_parallel or self.model.tensor_parallel)
+        return Testbed(model, ClusterConfig(pool.gpu, pool.num_gpus), self.engine, self.seed)
 
     @property
     def instances(self) -> int:
         """Instances that the GPUs hold."""
+        if isinstance(self.cluster, Mixed):
+            return sum(kind.instances for kind in self.kinds)
         return self.cluster.num_gpus // self.model.tensor_parallel
 
     @property
+    def gpu(self) -> str:
+        """The GPU of instances that are alike."""
+        assert isinstance(self.cluster, ClusterConfig), "of several kinds, each is asked"
+        return self.cluster.gpu
+
+    @property
     def total_blocks(self) -> int:
-        """Usable KV blocks of an instance; vLLM V1 keeps one for itself."""
+        """Usable KV blocks of each of the instances, which are alike; vLLM V1 keeps one for itself."""
         engine = self.engine
         blocks = engine.num_gpu_blocks
         if blocks is None:
-            blocks = kv_blocks(
-                gpu_named(self.cluster.gpu), self.model, engine.block_size, engine.gpu_memory_utilization
-            )
+            blocks = kv_blocks(gpu_named(self.gpu), self.model, engine.block_size, engine.gpu_memory_utilization)
         return blocks - (engine.version == "v1")
 
 
@@ -101,7 +146,7 @@ class Fleet(NamedTuple):
     """
 
     instances: Sequence[Instance]
-    predictor: Predictor | None
+    predictor: Forecaster | None
     engines: Mapping[str, Any]
     migrator: Migrator | None = None
     servers: Servers | None = None
@@ -123,7 +168,7 @@ class Backend(Protocol):
         ...
 
     def latency(self, testbed: Testbed) -> LatencyModel:
-        """The step times of the testbed's engines, as the predictor knows them."""
+        """The step times of a testbed's engines, which are alike, as the predictor knows them."""
         ...
 
     def start(self, testbed: Testbed, logs: Path) -> AbstractAsyncContextManager[Fleet]:
@@ -171,7 +216,7 @@ class Simulated:
 
     def latency(self, testbed: Testbed) -> LatencyModel:
         """The profile of the GPU and model (or their roofline), calibrated."""
-        return self._latency(self.predictor_gpu or testbed.cluster.gpu, testbed)
+        return self._latency(self.predictor_gpu or testbed.gpu, testbed)
 
     def _latency(self, gpu: str, testbed: Testbed) -> LatencyModel:
         model, _ = latency_model(gpu, testbed.model)
@@ -180,20 +225,22 @@ class Simulated:
     @asynccontextmanager
     async def start(self, testbed: Testbed, logs: Path) -> AsyncIterator[Fleet]:
         """Make the twins; there is nothing to stop but the migration of requests between them."""
-        latency = self._latency(testbed.cluster.gpu, testbed)
-        blocks = testbed.total_blocks
         migrator = None
         if testbed.migration.interval_s > 0:
             model, size = testbed.model, testbed.engine.block_size
             block_bytes = model.kv_bytes * model.tensor_parallel * model.layers * size
             migrator = Migrator(testbed.migration, size, block_bytes)
         wake = migrator.wake if migrator else None
-        instances = []
-        for i in range(testbed.instances):
-            own = latency.scaled(self.slowdown[i]) if i < len(self.slowdown) else latency
-            engine = Engine(testbed.engine, own, blocks, self._noise(testbed.seed, i))
-            instances.append(SimulatedInstance(i, engine, wake))
-        predictor = Predictor(testbed.engine, self.latency(testbed), blocks)
+        instances: list[SimulatedInstance] = []
+        predictors: list[Predictor] = []  # of each instance; those that are alike share one
+        for kind in testbed.kinds:
+            latency, blocks = self._latency(kind.gpu, kind), kind.total_blocks
+            predictors += [Predictor(testbed.engine, self.latency(kind), blocks)] * kind.instances
+            for i in range(len(instances), len(predictors)):
+                own = latency.scaled(self.slowdown[i]) if i < len(self.slowdown) else latency
+                engine = Engine(testbed.engine, own, blocks, self._noise(testbed.seed, i))
+                instances.append(SimulatedInstance(i, engine, wake))
+        predictor = predictors[0] if len(testbed.kinds) == 1 else Predictors(predictors)
         if migrator is None:
             yield Fleet(instances, predictor, {})
             return

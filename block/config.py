@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
@@ -28,7 +28,7 @@ from yaml import MarkedYAMLError  # type: ignore[import-untyped]
 from block import policies
 from block.backends import VLLM, VLLMCPU, Emulated
 from block.capacity import CapacityConfig
-from block.cluster import Backend, ClusterConfig, Simulated, Testbed, visible_gpus
+from block.cluster import Backend, ClusterConfig, Mixed, Simulated, Testbed, visible_gpus
 from block.dispatcher import DispatchConfig
 from block.engine import EngineConfig
 from block.hardware import Model
@@ -81,7 +81,7 @@ class RunConfig:
 
     scheduler: policies.Policy
     model: Model
-    cluster: ClusterConfig
+    cluster: ClusterConfig | Mixed
     engine: EngineConfig
     workload: Workload
     lengths: Lengths
@@ -112,6 +112,7 @@ class RunConfig:
         if not self.backend.virtual and self.engine.version != "v1":
             raise ValueError(f"engine.version={self.engine.version}: real engines schedule by v1; take engine=vllm_v1")
         self._check_provisioner()
+        self._check_mixed()
         if self.migration.interval_s > 0:
             if not isinstance(self.backend, Simulated):
                 raise ValueError(
@@ -138,6 +139,18 @@ class RunConfig:
         ):
             if value > off:
                 raise ValueError(f"{key}={value}: counts on all instances; take provisioner=static")
+
+    def _check_mixed(self) -> None:
+        if not isinstance(self.cluster, Mixed):
+            return
+        if not self.backend.virtual:
+            raise ValueError("cluster.pools: only the simulated testbed mixes GPUs; take backend=simulated")
+        for key, value in (
+            ("migration.interval_s", self.migration.interval_s),
+            ("dispatch.correction_steps", self.dispatch.correction_steps),
+        ):
+            if value > 0:
+                raise ValueError(f"{key}={value}: wants instances that are alike; take 0, or a cluster of one kind")
 
     @property
     def testbed(self) -> Testbed:
@@ -173,11 +186,17 @@ def schema(cls: type) -> type:
     """A mutable twin of the frozen dataclass `cls` for Hydra, with the class's own name as `_target_`."""
     hints = get_type_hints(cls)
     fields: list[tuple[str, Any, Any]] = [
-        (f.name, hints[f.name], field(default=f.default, default_factory=f.default_factory))
+        (f.name, _mutable(hints[f.name]), field(default=f.default, default_factory=f.default_factory))
         for f in dataclasses.fields(cls)
     ]
     fields.append(("_target_", str, field(default=f"{cls.__module__}.{cls.__qualname__}")))
     return dataclasses.make_dataclass(cls.__name__, fields, kw_only=True)
+
+
+def _mutable(hint: Any) -> Any:
+    """A list of schemas for a tuple of dataclasses; any other type as it is."""
+    item, *_ = get_args(hint) or (None,)
+    return list[schema(item)] if get_origin(hint) is tuple and dataclasses.is_dataclass(item) else hint  # type: ignore
 
 
 def register() -> None:
@@ -186,6 +205,7 @@ def register() -> None:
     store.store(name="run_schema", node=_Root)
     for group, cls in GROUPS.items():
         store.store(group="schema", name=group, node=schema(cls))
+    store.store(group="schema/cluster", name="mixed", node=schema(Mixed))
     for group, choices in CHOICES.items():
         for name, cls in choices.items():
             store.store(group=f"schema/{group}", name=name, node=schema(cls))
@@ -213,6 +233,8 @@ def _on_real_gpus(run: RunConfig) -> RunConfig:
     """What backend=auto means: the same on real engines if there are GPUs for it. These schedule by v1."""
     backend = run.backend
     if not (isinstance(backend, Simulated) and backend.auto and visible_gpus() >= run.cluster.num_gpus):
+        return run
+    if isinstance(run.cluster, Mixed):  # nothing here knows which of the GPUs is which
         return run
     engine = dataclasses.replace(run.engine, version="v1", watermark=0.0)
     return dataclasses.replace(run, engine=engine, backend=VLLM(step_overhead_s=backend.step_overhead_s))

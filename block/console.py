@@ -12,7 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from block.cluster import Backend, Simulated, Testbed, visible_gpus
-from block.latency import LatencyModel
 from block.results import Run
 
 HEADLINE = (
@@ -22,7 +21,7 @@ HEADLINE = (
 )
 
 
-def announce(testbed: Testbed, backend: Backend, latency: LatencyModel, console: Console) -> None:
+def announce(testbed: Testbed, backend: Backend, console: Console) -> None:
     """Say what is about to run, and why it is simulated if GPUs were asked for."""
     if isinstance(backend, Simulated) and backend.auto:
         gpus = visible_gpus()
@@ -36,12 +35,11 @@ def announce(testbed: Testbed, backend: Backend, latency: LatencyModel, console:
         console.print(f"[dim]{what}[/dim]", soft_wrap=True)
         if urls:
             return
-    console.print(
-        f"{testbed.instances} × {testbed.model.name} on {testbed.cluster.gpu}, {testbed.total_blocks} KV blocks each; "
-        f"step times: {latency.source['method']}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    for kind in testbed.kinds:
+        each = kind.gpu if kind.model.tensor_parallel == 1 else f"{kind.model.tensor_parallel} × {kind.gpu}"
+        what = f"{kind.instances} × {kind.model.name} on {each}, {kind.total_blocks} KV blocks each"
+        method = backend.latency(kind).source["method"]
+        console.print(f"{what}; step times: {method}", highlight=False, soft_wrap=True)
 
 
 @contextmanager

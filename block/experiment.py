@@ -50,10 +50,10 @@ def execute(
         raise ConfigError(f"runs_dir={config.runs_dir}: {error.strerror}") from error
     console = Console(stderr=True, quiet=quiet or sweep is not None)
     testbed = run.testbed
-    latency = run.backend.latency(testbed)
-    announce(testbed, run.backend, latency, console)
+    announce(testbed, run.backend, console)
     if run.scheduler.needs is Needs.FORECAST:
-        Predictor(testbed.engine, latency, testbed.total_blocks).warm_up()
+        alike = testbed.kinds[0]
+        Predictor(testbed.engine, run.backend.latency(alike), alike.total_blocks).warm_up()
     hashes = fingerprints(run, requests)
     with RunWriter(plain(config), choices, hashes=hashes, root=config.runs_dir) as writer:
         outcome = Outcome()
@@ -107,7 +107,7 @@ def fingerprints(run: RunConfig, requests: Sequence[Request] | None = None) -> d
     )
     return {
         "code": provenance.code_hash(),
-        "latency_model": _hash(run.backend.latency(run.testbed).pack()),
+        "latency_model": _hash(np.concatenate([run.backend.latency(kind).pack() for kind in run.testbed.kinds])),
         "data_set": _hash(lengths[:, :2]),
         "estimates": _hash(lengths[:, 2]),
     }

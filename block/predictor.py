@@ -106,6 +106,38 @@ class Predictor:
         return [Forecast(ttft, e2e) for ttft, e2e in out.tolist()]
 
 
+class Predictors:
+    """Forecasts for instances that differ, by the predictor of each; those that are alike share one."""
+
+    def __init__(self, of: Sequence[Predictor]) -> None:
+        self._of = of
+
+    def forecasts(
+        self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
+    ) -> list[Forecast]:
+        """One forecast for each snapshot, in a compiled call for each kind of instance."""
+        predictors = [self._of[snapshot.instance_id] for snapshot in snapshots]
+        return forecast_each(predictors, snapshots, underway, [request] * len(snapshots), now)
+
+
+def forecast_each(
+    predictors: Sequence[Predictor],
+    snapshots: Sequence[Snapshot],
+    underway: Sequence[Sequence[Request]],
+    requests: Sequence[Request],
+    now: float,
+) -> list[Forecast]:
+    """For each i the forecast of requests[i] at snapshots[i] by predictors[i]; a predictor has one request only."""
+    places: dict[Predictor, list[int]] = {}
+    for place, predictor in enumerate(predictors):
+        places.setdefault(predictor, []).append(place)
+    found: dict[int, Forecast] = {}
+    for predictor, mine in places.items():
+        shown, theirs = [snapshots[i] for i in mine], [underway[i] for i in mine]
+        found.update(zip(mine, predictor.forecasts(shown, theirs, requests[mine[0]], now), strict=True))
+    return [found[i] for i in range(len(snapshots))]
+
+
 @compiled
 def _append(seqs: Ints, column: Int, id_: Int, prompt: Int, expected: Int) -> None:
     for row in range(FIELDS):

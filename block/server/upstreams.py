@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from block.instances.base import Instance
 from block.instances.vllm import VLLMInstance
 from block.latency import LatencyModel
 from block.policies import Needs
-from block.predictor import Predictor
+from block.predictor import Predictor, forecast_each
 from block.server.wire import TROUBLE, Wire
 from block.types import Forecast, Request, RequestRecord, Snapshot
 from block.vllm_plugin.board import EngineLimits
@@ -154,17 +153,10 @@ class FleetForecaster:
         self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
     ) -> list[Forecast]:
         """One forecast for each snapshot, in a compiled call for each kind of server."""
-        kinds: dict[EngineLimits, list[int]] = {}
-        for place, snapshot in enumerate(snapshots):
-            kinds.setdefault(self._instances[snapshot.instance_id].limits, []).append(place)
-        out = [Forecast(math.nan, math.nan)] * len(snapshots)
-        for limits, places in kinds.items():
-            shown = [snapshots[place] for place in places]
-            theirs = [[_fitting(one, limits) for one in underway[place]] for place in places]
-            found = self._predictor(limits).forecasts(shown, theirs, _fitting(request, limits), now)
-            for place, forecast in zip(places, found, strict=True):
-                out[place] = forecast
-        return out
+        kinds = [self._instances[snapshot.instance_id].limits for snapshot in snapshots]
+        theirs = [[_fitting(one, limits) for one in some] for some, limits in zip(underway, kinds, strict=True)]
+        requests = [_fitting(request, limits) for limits in kinds]
+        return forecast_each([self._predictor(limits) for limits in kinds], snapshots, theirs, requests, now)
 
     def _predictor(self, limits: EngineLimits) -> Predictor:
         if limits not in self._predictors:

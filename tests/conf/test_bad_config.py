@@ -155,6 +155,11 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["engine.num_gpu_blocks=10"], "engine.num_gpu_blocks=10: ", ["engine.max_model_len=4096"]),
     (["workload.max_total_tokens=5000"], "workload.max_total_tokens=5000: ", ["engine.max_model_len=4096"]),
     (["workload.burst_shape=0.5"], "workload.burst_shape=0.5: ", ["arrivals=gamma"]),
+    (["cluster=mixed", "backend=emulated"], "cluster.pools: ", ["only the simulated testbed", "backend=simulated"]),
+    (["cluster=mixed", "cluster.pools=[]"], "cluster.pools=[]: ", ["gpu: a30"]),
+    (["cluster=mixed", "cluster.pools=[{gpu: a31, num_gpus: 1}]"], "cluster.gpu=a31: ", ["choose from"]),
+    (["cluster=mixed", "cluster.pools=[{gpu: a30, gpus: 1}]"], "cluster.pools", ["gpus"]),
+    (["cluster=mixed", "cluster.num_gpus=3"], "cluster.num_gpus: no such key", ["choose from pools"]),
     # files
     (["workload=trace"], "workload.trace_path=null: ", ["give FILE.csv", "workload.name from sharegpt"]),
     (["workload=trace", "workload.trace_path=gone.csv"], "workload.trace_path=gone.csv: ", ["no such file"]),

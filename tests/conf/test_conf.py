@@ -144,6 +144,15 @@ def test_the_second_testbed_holds_two_split_models() -> None:
     check_all_ok(run, 150)
 
 
+def test_a_cluster_of_several_kinds_is_given_in_a_file_or_on_the_command_line() -> None:
+    run = built("cluster=mixed", TINY[0], TINY[1], TINY[3])
+    assert run.testbed.instances == 10
+    check_all_ok(run, 150)
+    run = built("cluster=mixed", "cluster.pools=[{gpu: a30, num_gpus: 2}, {gpu: h100, num_gpus: 1}]")
+    assert [kind.gpu for kind in run.testbed.kinds] == ["a30", "h100"]
+    assert run.testbed.instances == 3
+
+
 def test_a_pair_that_nobody_profiled_runs_on_its_data_sheet() -> None:
     run = built("model=llama3-8b", "cluster.gpu=h100", *TINY)
     assert run.backend.latency(run.testbed).source["method"].startswith("roofline")

@@ -12,7 +12,7 @@ import pytest
 from testbed import open_loop, request
 
 from block import clock, cluster
-from block.cluster import ClusterConfig, Simulated, visible_gpus
+from block.cluster import ClusterConfig, Mixed, Pool, Simulated, visible_gpus
 from block.dispatcher import DispatchConfig, Dispatcher
 from block.engine import EngineConfig
 from block.hardware import Model
@@ -65,6 +65,76 @@ def test_a_cluster_needs_a_gpu_and_a_known_kind() -> None:
         ClusterConfig("a31", 1)
 
 
+# ---------------------------------------------------------------------------------------------------- several kinds
+
+POOLS = (Pool("a30", 2), Pool("a30", 4, tensor_parallel=2), Pool("a100-40gb", 1))
+
+
+def mixed(*pools: Pool, **engine: Any) -> cluster.Testbed:
+    settings: dict[str, Any] = {"max_model_len": 1024}
+    return cluster.Testbed(LLAMA, Mixed(pools or POOLS), EngineConfig(**settings | engine), 1)
+
+
+def test_a_mixed_cluster_is_its_pools_one_after_the_other() -> None:
+    bed = mixed()
+    assert bed.instances == 5
+    assert [(kind.gpu, kind.instances, kind.model.tensor_parallel) for kind in bed.kinds] == [
+        ("a30", 2, 1),
+        ("a30", 2, 2),
+        ("a100-40gb", 1, 1),
+    ]
+    alone = [on(gpus=2, num_gpu_blocks=None), on(TWO_GPUS, num_gpu_blocks=None)]
+    assert [kind.total_blocks for kind in bed.kinds[:2]] == [one.total_blocks for one in alone]
+    assert bed.kinds[2].total_blocks > 2 * bed.kinds[0].total_blocks
+
+
+def test_each_instance_has_the_memory_and_the_speed_of_its_kind_and_is_forecast_so() -> None:
+    bed = mixed()
+    one = request(0, 300, 40)
+
+    async def main() -> tuple[list[int], list[float], list[float]]:
+        async with Simulated(step_noise=0.0).start(bed, Path()) as fleet:
+            assert fleet.predictor is not None
+            snapshots = [instance.snapshot() for instance in fleet.instances]
+            shuffled = [4, 0, 3, 1, 2]
+            found = fleet.predictor.forecasts([snapshots[i] for i in shuffled], [[]] * 5, one, 0.0)
+            forecasts = [found[shuffled.index(i)].e2e for i in range(5)]
+            free = [snapshot.free_blocks for snapshot in snapshots]
+            records = [RequestRecord(one) for _ in fleet.instances]
+            for instance, record in zip(fleet.instances, records, strict=True):
+                began = clock.now()
+                await instance.generate(one, record)
+                record.finished -= began
+            return free, forecasts, [record.finished for record in records]
+
+    free, forecasts, finished = clock.run(main(), virtual=True)
+    assert free == [kind.total_blocks for kind in bed.kinds for _ in range(kind.instances)]
+    assert finished == pytest.approx(forecasts, rel=1e-9)
+    assert forecasts[0] == forecasts[1] != forecasts[2] == forecasts[3]
+    assert forecasts[0] > max(forecasts[2:])
+
+
+def test_a_pool_of_one_kind_serves_as_a_cluster_of_it() -> None:
+    alone = served(Simulated(), on(gpus=3), Block())
+    pooled = cluster.Testbed(LLAMA, Mixed((Pool("a30", 1), Pool("a30", 2))), on().engine, 1)
+    assert served(Simulated(), pooled, Block()) == alone
+
+
+@pytest.mark.parametrize(
+    ("pools", "said"),
+    [
+        ((), r"cluster\.pools=\[\]: needs one pool"),
+        ((Pool("a31", 1),), "cluster.gpu=a31: choose from"),
+        ((Pool("a30", 1), Pool("a30", 1, tensor_parallel=2)), "cluster.num_gpus=1: .*tensor_parallel=2"),
+        ((Pool("a30", 3, tensor_parallel=3),), "model.tensor_parallel=3: choose from"),
+        ((Pool("a30", 0),), "cluster.num_gpus=0: must be at least 1"),
+    ],
+)
+def test_pools_that_cannot_be_are_refused(pools: tuple[Pool, ...], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        cluster.Testbed(LLAMA, Mixed(pools), EngineConfig(max_model_len=1024), 1)
+
+
 # ---------------------------------------------------------------------------------------------------- the backend
 
 
@@ -99,7 +169,8 @@ def served(backend: Simulated, bed: cluster.Testbed, policy: Any = None, count: 
         async with backend.start(bed, Path()) as fleet:
             assert len(fleet.instances) == bed.instances
             assert [instance.instance_id for instance in fleet.instances] == list(range(bed.instances))
-            assert [i.snapshot().free_blocks for i in fleet.instances] == [bed.total_blocks] * bed.instances
+            blocks = [kind.total_blocks for kind in bed.kinds for _ in range(kind.instances)]
+            assert [i.snapshot().free_blocks for i in fleet.instances] == blocks
             dispatcher = Dispatcher(
                 fleet.instances, policy or RoundRobin(), fleet.predictor, DispatchConfig(), Stream(0)
             )

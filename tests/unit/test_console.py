@@ -108,7 +108,7 @@ def fake_driver(folder: Path, monkeypatch: pytest.MonkeyPatch, *, gpus: int = 0,
 
 def announced(backend: Simulated, gpus: int = 4) -> str:
     testbed = cluster.Testbed(LLAMA, ClusterConfig("a30", gpus), EngineConfig(), 0)
-    return text_of(lambda console: announce(testbed, backend, backend.latency(testbed), console))
+    return text_of(lambda console: announce(testbed, backend, console))
 
 
 def test_auto_says_why_it_simulates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,8 +138,8 @@ def test_a_simulation_asked_for_needs_no_reason() -> None:
 def test_instances_are_counted_not_gpus() -> None:
     testbed = cluster.Testbed(replace(LLAMA, tensor_parallel=2), ClusterConfig("a30", 5), EngineConfig(), 0)
     backend = Simulated()
-    text = text_of(lambda console: announce(testbed, backend, backend.latency(testbed), console))
-    assert text.startswith("2 × llama on a30, ")
+    text = text_of(lambda console: announce(testbed, backend, console))
+    assert text.startswith("2 × llama on 2 × a30, ")
 
 
 # ------------------------------------------------------------------------------------------------------------ progress
