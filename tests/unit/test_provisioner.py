@@ -122,7 +122,7 @@ def play(
             [SimulatedInstance(i, engine) for i, engine in enumerate(engines)],
             Predictor(settings, model, total_blocks),
             {},
-            servers,
+            servers=servers,
         )
         dispatcher = Dispatcher(
             fleet.instances,
