@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Protocol
 
 import aiohttp
 
-from block.backends import engine_of
 from block.dispatcher import Forecaster
 from block.engine import EngineConfig
+from block.fleet import engine_of
 from block.instances.base import Instance
 from block.instances.vllm import VLLMInstance
 from block.latency import LatencyModel

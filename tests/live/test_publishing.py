@@ -11,7 +11,7 @@ import pytest
 from test_twin_vllm import MODES, MakeReal, Pair, Workload, crowd
 from testbed import engine_config, request
 
-from block.backends import engine_of
+from block.fleet import engine_of
 from block.types import CHUNK, EXPECTED, ID, MAX_TOKENS, PROMPT, Request, Snapshot
 from block.vllm_plugin.board import STARTED, TIMED, Board, read_dump
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from block import backends, cluster
-from block.backends import VLLM, VLLMCPU, Emulated, engine_of
+from block.backends import VLLM, VLLMCPU, Emulated
 from block.cluster import ClusterConfig
 from block.engine import EngineConfig
+from block.fleet import _unlike, engine_of
 from block.hardware import Model
 from block.instances.base import LaunchFailed
 from block.vllm_plugin.board import EngineLimits
@@ -81,7 +82,7 @@ def test_the_predictor_knows_the_engine_by_its_board() -> None:
 
 def test_settings_that_differ_are_named() -> None:
     one = EngineLimits(500, 16, 24, 1024, 2048, 12, 7, False, True, False)
-    assert backends._unlike(one._replace(max_num_seqs=48), one) == "max_num_seqs 48 and 24"
+    assert _unlike(one._replace(max_num_seqs=48), one) == "max_num_seqs 48 and 24"
 
 
 @pytest.mark.parametrize(
