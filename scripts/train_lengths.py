@@ -1,7 +1,7 @@
 """Train a length estimator on pairs of prompts and responses, and say how far it is off on those held out.
 
     python scripts/train_lengths.py lengths=compact                          GPTeacher, from $BLOCK_DATA
-    python scripts/train_lengths.py lengths=roberta estimation.data=sharegpt lengths.path=mine/roberta
+    python scripts/train_lengths.py lengths=roberta estimation.data=sharegpt_text lengths.path=mine/roberta
     python scripts/train_lengths.py lengths=roberta lengths.encoder=FOLDER estimation.data=mine.jsonl
 
 The model is written to `lengths.path`. Training that was interrupted goes on where it was; the curves of roberta's go

@@ -38,11 +38,11 @@ def _silent(steps: int) -> AbstractContextManager[Callable[[int], None]]:
 class EstimationConfig:
     """How length estimators are trained and evaluated (the node `estimation` of the config).
 
-    data: what to train on: gpteacher, sharegpt, or a FILE.json, .jsonl or .parquet of prompts and responses.
+    data: what to train on: gpteacher, sharegpt_text, or a FILE.json, .jsonl or .parquet of prompts and responses.
     tokenizer: name or folder of a Hugging Face tokenizer to count responses by; null counts without one.
     train, test: pairs of each side at most; the paper's are 40,000 and 10,000.
     data_sets, estimators: of the table. A learned estimator of another data set than gpteacher is looked for beside its
-        own file, as NAME-DATA (artifacts/lengths/compact-sharegpt.npz). scores: the file that the table is written to.
+        own file, as NAME-DATA (artifacts/lengths/compact-sharegpt_text.npz). scores: where the table is written.
     epochs, batch_size, learning_rate, patience, checkpoint_every: of roberta's training: passes, pairs a step, AdamW's
         step size, passes without improvement until it stops, steps between checkpoints.
     """

@@ -20,7 +20,7 @@ from block.types import Ints
 
 SETS: Mapping[str, tuple[str, ...]] = {
     "gpteacher": ("text/codegen-instruct.json", "text/roleplay-simple-deduped-roleplay-instruct.json"),
-    "sharegpt": ("text/ShareGPT_V3_unfiltered_cleaned_split.json",),
+    "sharegpt_text": ("text/ShareGPT_V3_unfiltered_cleaned_split.json",),
 }
 """Files of the known data sets below a data directory."""
 
@@ -66,7 +66,7 @@ class Split(NamedTuple):
 
 
 def load(data: str, tokenizer: str | None = None, train: int = 40_000, test: int = 10_000) -> Split:
-    """The split of a data set, at most `train` and `test` pairs of each side: those with the smallest hashes.
+    """The split into sides of at most `train` and `test` pairs: those with the smallest hashes.
 
     data: a name of SETS, or a FILE.json, .jsonl or .parquet. tokenizer: name or folder of a Hugging Face tokenizer to
     count by; None counts without one (`COUNTED`). FileNotFoundError or ValueError, in one line, if it is not to be had.
@@ -97,6 +97,11 @@ def load(data: str, tokenizer: str | None = None, train: int = 40_000, test: int
         tokens = np.maximum(count([row[2] for row in chosen]), 1)
         parts.append(Pairs([row[1] for row in chosen], tokens, np.array([row[3] for row in chosen], dtype=np.int64)))
     return Split(parts[2], parts[1], parts[0], tuple(path.stem for path in paths), counted)
+
+
+def is_pairs(data: str) -> bool:
+    """Whether `load` takes it, by its name."""
+    return data in SETS or Path(data).suffix in (".json", ".jsonl", ".parquet")
 
 
 def pieces(text: str) -> int:
@@ -131,7 +136,7 @@ def _paths(data: str) -> list[Path]:
     if data in SETS:
         advice = (
             "`python scripts/fetch_data.py sharegpt_text` gets it"
-            if data == "sharegpt"
+            if data == "sharegpt_text"
             else "it is of GPTeacher, github.com/teknium1/GPTeacher"
         )
         return [find_data(path, f"{advice}, or give estimation.data=FILE") for path in SETS[data]]
