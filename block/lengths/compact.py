@@ -105,7 +105,7 @@ def load(path: str) -> Model:
             "lengths=noisy goes without"
         )
     try:
-        with np.load(found, allow_pickle=False) as file:
+        with found.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             origin = json.loads(str(file["origin"]))
             parts = {name: np.asarray(file[name], dtype=np.float64) for name in Model._fields if name != "origin"}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:

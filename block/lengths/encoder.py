@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import logging as chatter
 
 from block.lengths import Estimates
 from block.lengths.compact import LONGEST
@@ -21,7 +21,8 @@ HEAD = "head.pt"
 CHARACTERS = 8
 """Of a prompt per token at most that are shown to the tokenizer, half of them from its end."""
 
-log = logging.getLogger(__name__)
+chatter.set_verbosity_error()  # it tells of poolers that are not used, and draws bars of its own
+chatter.disable_progress_bar()
 
 
 class Regressor(torch.nn.Module):  # type: ignore[misc]

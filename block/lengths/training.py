@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,7 +78,7 @@ def train(
         schedule.step()
         step += 1
         advance(1)
-        log(step, {"loss": float(value), "learning_rate": schedule.get_last_lr()[0]})
+        log(step, {"loss": value.item(), "learning_rate": schedule.get_last_lr()[0]})
         if step % per_epoch == 0:
             error = float(np.abs(model.predict(tune.prompts, config.batch_size).tokens - tune.tokens).mean())
             log(step, {"epoch": step // per_epoch, "tune_error_tokens": error})
@@ -136,7 +135,7 @@ def _best(place: Path, model: Regressor) -> dict[str, torch.Tensor]:
 def _read(place: Path, model: Regressor) -> dict[str, Any]:
     try:
         return torch.load(place, map_location=model.device, weights_only=True)  # type: ignore[no-any-return]
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever an unpickler stumbles over
         raise ValueError(f"{place}: is not a sound checkpoint; move it away to begin anew") from error
 
 
