@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, final, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, final, runtime_checkable
 
 import numpy as np
 
@@ -30,6 +30,13 @@ class Estimates(NamedTuple):
 
 class Lengths(Protocol):
     """Estimates response lengths."""
+
+    @property
+    def outrun_share(self) -> float:
+        """How long a response that has outrun its estimate is expected to go on, as a share of what it has; 0 leaves it
+        at the paper's 10 tokens, which are the least.
+        """
+        ...
 
     def estimate(self, output_tokens: Ints, rng: np.random.Generator) -> Ints:
         """int[n] estimates, at least 1, for responses whose true lengths are `output_tokens`.
@@ -70,6 +77,8 @@ def tag(requests: Sequence[Request], lengths: Lengths, seed: int) -> list[Reques
 class Oracle:
     """The true lengths."""
 
+    outrun_share: ClassVar[float] = 0.0
+
     def estimate(self, output_tokens: Ints, rng: np.random.Generator) -> Ints:
         """The truth."""
         return output_tokens
@@ -85,6 +94,7 @@ class Constant:
 
     tokens: int = 256
     spread: float = 1.0
+    outrun_share: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -114,6 +124,7 @@ class Noisy:
     spread: float = 0.1
     outliers: float = 0.05
     bias: float = 0.0
+    outrun_share: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.spread < float("inf"):
@@ -138,6 +149,7 @@ class Injected:
     """The truth times a Gaussian factor N(1, sigma²), cut to 0.1 … 5: what the camera-ready's Fig 12 injects."""
 
     sigma: float = 0.0
+    outrun_share: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.sigma < float("inf"):

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, final
 import numpy as np
 
 from block.lengths import Estimates
-from block.lengths.errors import resampled
+from block.lengths.errors import OUTRUN_SHARE, check_share, resampled
 from block.types import Floats, Ints
 
 FEATURES = 1 << 14
@@ -39,9 +39,18 @@ _TOKENS = re.compile(r"\w+|[^\w\s]")
 @final
 @dataclass(frozen=True)
 class Compact:
-    """The small linear model. path: its file, by scripts/train_lengths.py; looked for here, then beside the package."""
+    """The small linear model.
+
+    path: its file, by scripts/train_lengths.py; looked for here, then beside the package.
+    outrun_share: a response that has outrun its estimate is expected to go on for this share of what it has, and for 10
+        tokens at least; 0 is the paper's rule.
+    """
 
     path: str = "artifacts/lengths/compact.npz"
+    outrun_share: float = OUTRUN_SHARE
+
+    def __post_init__(self) -> None:
+        check_share(self.outrun_share)
 
     def estimate(self, output_tokens: Ints, rng: np.random.Generator) -> Ints:
         """The truth, off by what the model was on prompts held out."""

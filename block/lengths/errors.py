@@ -13,6 +13,10 @@ import numpy as np
 
 from block.types import Floats, Ints
 
+OUTRUN_SHARE = 0.3
+"""Tokens still to come of a response that has outrun its estimate, per token that it has: the mean of `compact`'s
+resampled errors, once a response is past its estimate by a tenth to a half (docs/lengths.md)."""
+
 BINS = 16
 QUANTILES = 32
 
@@ -42,3 +46,9 @@ def resampled(table: Floats, output_tokens: Ints, rng: np.random.Generator) -> I
     draws = rng.integers(table.shape[1], size=count)
     estimates = np.rint(output_tokens * np.exp(table[bins, draws]))
     return np.asarray(np.maximum(estimates, 1), dtype=np.int64)
+
+
+def check_share(outrun_share: float) -> None:
+    """ValueError if it can be none."""
+    if not 0 <= outrun_share < float("inf"):
+        raise ValueError(f"lengths.outrun_share={outrun_share}: must be 0 or more")

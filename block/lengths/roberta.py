@@ -18,7 +18,7 @@ import numpy as np
 
 from block.lengths import Estimates
 from block.lengths.compact import beside
-from block.lengths.errors import resampled
+from block.lengths.errors import OUTRUN_SHARE, check_share, resampled
 from block.types import Floats, Ints
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class RoBERTa:
     path: folder of the trained model; looked for here, then beside the package.
     encoder: what training starts from: a name on the Hugging Face Hub, or a folder.
     max_prompt_tokens: longer prompts lose their middle. batch_size: prompts at a time, when predicting.
-    device: cpu, cuda, or auto: cuda if there is one.
+    device: cpu, cuda, or auto: cuda if there is one. outrun_share: as of `Compact`.
     """
 
     path: str = "artifacts/lengths/roberta"
@@ -44,8 +44,10 @@ class RoBERTa:
     max_prompt_tokens: int = 512
     batch_size: int = 32
     device: str = "auto"
+    outrun_share: float = OUTRUN_SHARE
 
     def __post_init__(self) -> None:
+        check_share(self.outrun_share)
         for key in ("max_prompt_tokens", "batch_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"lengths.{key}={getattr(self, key)}: must be at least 1")

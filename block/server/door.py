@@ -65,6 +65,7 @@ class Door:
         self._latency = latency
         self._tags = policy.needs is not Needs.COUNTS
         self._reader = lengths if self._tags and isinstance(lengths, Reader) else None
+        self._outrun_share = float(lengths.outrun_share) if self._reader is not None else 0.0
         self._estimator: Estimator | None = None
         # Requests of several doors, or of one that was started again, must not share a number on a server.
         self._numbers = itertools.count(secrets.randbits(52))
@@ -86,7 +87,9 @@ class Door:
         """What lives as long as the application does."""
         config = self._config
         async with open_session(config.connect_timeout_s, config.read_timeout_s) as self._session:
-            self.upstreams, forecaster = make_upstreams(config.urls, self._session, self._policy.needs, self._latency)
+            self.upstreams, forecaster = make_upstreams(
+                config.urls, self._session, self._policy.needs, self._latency, self._outrun_share
+            )
             if forecaster is not None and self._latency is not None and self._dispatch.correction_steps > 0:
                 forecaster = Corrected(forecaster, self._latency, self._dispatch.correction_steps)
             self.dispatcher = Dispatcher(

@@ -47,6 +47,12 @@ def test_who_reads() -> None:
     assert not any(isinstance(one, Reader) for one in (Oracle(), Noisy()))
 
 
+@pytest.mark.parametrize("kind", [Compact, RoBERTa])
+def test_a_share_below_nothing_is_refused(kind: Any) -> None:
+    with pytest.raises(ValueError, match=r"lengths.outrun_share=-0.1: must be 0 or more"):
+        kind(outrun_share=-0.1)
+
+
 def test_a_constant_is_one() -> None:
     assert Constant(7).estimate(np.array([1, 500]), np.random.default_rng(0)).tolist() == [7, 7]
     assert Constant(7).predict(["a", "b" * 99]).tokens.tolist() == [7, 7]

@@ -1142,6 +1142,8 @@ def test_a_port_that_is_taken_is_told() -> None:
 class Slow:
     """Estimates the number of a prompt's characters, as slowly as it is told to, and remembers its batches."""
 
+    outrun_share = 0.0
+
     def __init__(self, pause_s: float = 0.0, fails: bool = False) -> None:
         self.pause_s = pause_s
         self.fails = fails
