@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from block import clock
 from block.lengths import Reader
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Estimator:
         if prompt is None:
             self._fell_back(NO_TEXT)
             return None
-        began = clock.now()
+        began = time.perf_counter()  # the loop's clock may count milliseconds
         answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._waiting.append((prompt, answer))
         if self._worker is None or self._worker.done():
@@ -60,7 +60,7 @@ class Estimator:
                 log.warning("no response lengths are estimated: %s: %s", type(error).__name__, error)
             self._complained = True
             return None
-        self._took(clock.now() - began)
+        self._took(time.perf_counter() - began)
         return tokens
 
     async def _work(self) -> None:

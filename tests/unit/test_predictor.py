@@ -156,14 +156,14 @@ def test_an_estimate_that_is_just_reached_is_outrun_too() -> None:
 def test_an_outrun_estimate_goes_on_for_a_share_of_what_is_there_and_the_margin_at_least(
     share: float, more: int
 ) -> None:
-    config = engine_config("v1", max_num_seqs=1)
-    engine = Engine(config, constant_latency(1.0), 16)
+    config = engine_config("v1", max_num_seqs=1, max_model_len=200)
+    engine = Engine(config, constant_latency(1.0), 60)
     engine.add(request(0, 4, 100, predicted=2), 0.0)
     list(engine.advance(40.0))
     snapshot = engine.snapshot(0, 40.0)
     assert snapshot.seqs[OUTPUT].tolist() == [40]
-    plain = Predictor(config, constant_latency(1.0), 16)
-    for predictor in (Predictor(config, constant_latency(1.0), 16, outrun_share=share), plain.correcting(share)):
+    plain = Predictor(config, constant_latency(1.0), 60)
+    for predictor in (Predictor(config, constant_latency(1.0), 60, outrun_share=share), plain.correcting(share)):
         assert predictor.forecasts([snapshot], [[]], request(1, 4, 1), 40.0) == [Forecast(more + 1.0, more + 1.0)]
     assert plain.forecasts([snapshot], [[]], request(1, 4, 1), 40.0) == [Forecast(11.0, 11.0)]
 
