@@ -77,7 +77,7 @@ class Predictor:
         self._firsts: Floats = np.zeros(columns)
         self._done: Floats = np.zeros((s.DONE, columns))
 
-    def correcting(self, outrun_share: float) -> Predictor:
+    def going_on(self, outrun_share: float) -> Predictor:
         """The same, with another `outrun_share`."""
         other = copy(self)
         other._outrun_share = float(outrun_share)

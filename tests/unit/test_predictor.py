@@ -163,7 +163,7 @@ def test_an_outrun_estimate_goes_on_for_a_share_of_what_is_there_and_the_margin_
     snapshot = engine.snapshot(0, 40.0)
     assert snapshot.seqs[OUTPUT].tolist() == [40]
     plain = Predictor(config, constant_latency(1.0), 60)
-    for predictor in (Predictor(config, constant_latency(1.0), 60, outrun_share=share), plain.correcting(share)):
+    for predictor in (Predictor(config, constant_latency(1.0), 60, outrun_share=share), plain.going_on(share)):
         assert predictor.forecasts([snapshot], [[]], request(1, 4, 1), 40.0) == [Forecast(more + 1.0, more + 1.0)]
     assert plain.forecasts([snapshot], [[]], request(1, 4, 1), 40.0) == [Forecast(11.0, 11.0)]
 
