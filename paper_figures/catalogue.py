@@ -10,6 +10,8 @@ FIGURES = (
     "fig7",
     "snapshot",
     "table2",
+    "table1",
+    "lengths",
     "fig9",
     "fig11",
     "fig12",
@@ -18,7 +20,6 @@ FIGURES = (
 
 # What is not drawn yet: what it is, and where the paper has it.
 NOT_YET = {
-    "table1": ("accuracy of the length estimator", "v2 Table 1, camera-ready Table 1"),
     "fig8": ("auto-provisioning", "v2 Fig 8"),
     "migration": ("Llumnix with migration, on A100", "camera-ready Fig 8"),
 }
