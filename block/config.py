@@ -33,7 +33,10 @@ from block.dispatcher import DispatchConfig
 from block.engine import EngineConfig
 from block.hardware import Model
 from block.instances.base import LaunchFailed
-from block.lengths import Injected, Lengths, Noisy, Oracle
+from block.lengths import Constant, Injected, Lengths, Noisy, Oracle
+from block.lengths.compact import Compact
+from block.lengths.estimation import EstimationConfig
+from block.lengths.roberta import RoBERTa
 from block.migration import MigrationConfig
 from block.provisioner import Elastic, Preempt, Relief, Static
 from block.server_config import ServerConfig
@@ -61,7 +64,14 @@ CHOICES: dict[str, dict[str, type]] = {
         "least_tokens": policies.LeastTokens,
         "block": policies.Block,
     },
-    "lengths": {"oracle": Oracle, "noisy": Noisy, "injected": Injected},
+    "lengths": {
+        "oracle": Oracle,
+        "noisy": Noisy,
+        "injected": Injected,
+        "constant": Constant,
+        "compact": Compact,
+        "roberta": RoBERTa,
+    },
     "backend": {"simulated": Simulated, "vllm": VLLM, "vllm_cpu": VLLMCPU, "emulated": Emulated},
     "provisioner": {"static": Static, "preempt": Preempt, "relief": Relief},
 }
@@ -180,6 +190,7 @@ class _Root:
     replay_share: float = 0.0
     runs_dir: str = "artifacts/runs"
     server: Any = field(default_factory=lambda: schema(ServerConfig))  # read by block.server only
+    estimation: Any = field(default_factory=lambda: schema(EstimationConfig))  # read by scripts/*_lengths.py only
 
 
 def schema(cls: type) -> type:

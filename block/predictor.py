@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 
@@ -52,11 +53,20 @@ class Predictor:
     """Forecasts for instances that share engine settings, KV blocks and latency model.
 
     compressed: skip runs of decode steps in closed form; the forecasts are the same up to rounding.
+    outrun_share: a response that has outrun its estimate is expected to go on for this share of what it has, if that is
+        more than OUTRUN_MARGIN tokens.
     """
 
     def __init__(
-        self, config: EngineConfig, latency: LatencyModel, total_blocks: int, *, compressed: bool = True
+        self,
+        config: EngineConfig,
+        latency: LatencyModel,
+        total_blocks: int,
+        *,
+        compressed: bool = True,
+        outrun_share: float = 0.0,
     ) -> None:
+        self._outrun_share = outrun_share
         self._limits = config.limits(total_blocks)
         self._packed = latency.pack()
         self._compressed = compressed
@@ -66,6 +76,12 @@ class Predictor:
         self._seqs: Ints = np.zeros((instances, FIELDS, columns), dtype=np.int64)
         self._firsts: Floats = np.zeros(columns)
         self._done: Floats = np.zeros((s.DONE, columns))
+
+    def going_on(self, outrun_share: float) -> Predictor:
+        """The same, with another `outrun_share`."""
+        other = copy(self)
+        other._outrun_share = float(outrun_share)
+        return other
 
     def warm_up(self) -> None:
         """Load the compiled forecast, so that the first request neither waits for that nor measures it."""
@@ -102,6 +118,7 @@ class Predictor:
             out,
             now,
             self._compressed,
+            self._outrun_share,
         )
         return [Forecast(ttft, e2e) for ttft, e2e in out.tolist()]
 
@@ -162,6 +179,7 @@ def _forecasts(
     out: Floats,
     now: float,
     compressed: bool,
+    outrun_share: float,
 ) -> None:
     state = np.zeros(s.STATE, dtype=np.int64)
     times = np.zeros(s.TIMES)
@@ -190,6 +208,7 @@ def _forecasts(
             wanting,
             now,
             compressed,
+            outrun_share,
         )
         out[i, 0] = done[s.DONE_FIRST, 0] - now
         out[i, 1] = done[s.DONE_AT, 0] - now
@@ -211,6 +230,7 @@ def _forecast(
     wanting: Ints,
     now: float,
     compressed: bool,
+    outrun_share: float,
 ) -> None:
     """Run the twin from a loaded snapshot until the candidate finishes; its times end up in column 0 of `done`.
 
@@ -226,7 +246,8 @@ def _forecast(
     for column in range(heads[_COLUMNS]):
         output = seqs[OUTPUT, column]
         expected = max(seqs[EXPECTED, column], 1)
-        seqs[TARGET, column] = expected if expected > output else output + OUTRUN_MARGIN
+        more = max(OUTRUN_MARGIN, int(outrun_share * output))
+        seqs[TARGET, column] = expected if expected > output else output + more
         seqs[MAX_TOKENS, column] = seqs[TARGET, column]
         firsts[column] = np.nan if output == 0 else now
     # A step whose modelled end has passed is about to end.

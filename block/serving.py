@@ -141,10 +141,12 @@ def _policy_stream(seed: int, name: str) -> Stream:
 
 
 def _forecaster(run: RunConfig, fleet: Fleet) -> Forecaster | None:
-    """The fleet's predictor, corrected by what it observes if the run says so, and with the error that it injects."""
+    """The fleet's predictor, with the rule of the run's estimator for what outruns it; corrected by what it observes if
+    the run says so, and with the error that it injects.
+    """
     if fleet.predictor is None:
         return None
-    forecaster: Forecaster = fleet.predictor
+    forecaster: Forecaster = fleet.predictor.going_on(run.lengths.outrun_share)
     if run.dispatch.correction_steps > 0:
         forecaster = Corrected(forecaster, run.backend.latency(run.testbed), run.dispatch.correction_steps)
     if run.dispatch.forecast_noise > 0:

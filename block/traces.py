@@ -6,6 +6,7 @@ No trace is part of the project. `scripts/fetch_data.py` puts them into $BLOCK_D
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +38,14 @@ TRACES = {
 
 @dataclass(frozen=True)
 class Trace:
-    """Requests in the order of their arrival: lengths int[n] in tokens, times float[n] in seconds (if recorded)."""
+    """Requests in the order of their arrival: lengths int[n] in tokens, times float[n] in seconds and prompts (if
+    recorded).
+    """
 
     prompt: Ints
     output: Ints
     times: Floats | None
+    prompts: Sequence[str] | None = None
 
 
 def data_dirs() -> list[Path]:

@@ -10,7 +10,7 @@ import json
 import logging
 import netrc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -93,6 +93,36 @@ def log_run(path: str | Path, tracking: Tracking) -> Path | None:
         log.warning("W&B: %s is stored but was not logged: %s: %s", run.path, type(error).__name__, error)
         return None
     return run.path / folder.relative_to(run.path.resolve())
+
+
+@contextmanager
+def curves(
+    tracking: Tracking, folder: Path, config: Mapping[str, Any]
+) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """A W&B run of its own for a training: gives what logs values at a step. Its files lie in `folder`.
+
+    Nothing is logged where tracking is disabled; that W&B cannot be had is one warning, and no reason not to train.
+    """
+    mirror: Any = None
+    if tracking.resolved_mode != "disabled":
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            mirror = import_module("wandb").init(
+                project=tracking.project,
+                entity=tracking.entity,
+                group=tracking.group or "length_estimation",
+                tags=tracking.tags,
+                dir=folder,
+                mode=tracking.resolved_mode,
+                config=dict(config),
+            )
+        except Exception as error:  # W&B has no common base class
+            log.warning("W&B: training goes on without curves: %s: %s", type(error).__name__, error)
+    try:
+        yield (lambda step, values: mirror.log(values, step=step)) if mirror is not None else lambda step, values: None
+    finally:
+        if mirror is not None:
+            mirror.finish()
 
 
 def _marker(path: Path) -> Path:

@@ -39,7 +39,7 @@ class Request:
     """One request of a workload. `output_tokens` is the truth, known to the engine only.
 
     max_tokens: the most tokens that it asks for. The model may stop before, which no scheduler can foresee; None asks
-    for `output_tokens` exactly, as a replay does that ignores the model's end of sequence.
+    for `output_tokens` exactly, as a replay does that ignores the model's end of sequence. prompt: its text, if known.
     """
 
     id: int
@@ -48,6 +48,7 @@ class Request:
     output_tokens: int
     predicted_output_tokens: int
     max_tokens: int | None = None
+    prompt: str | None = None
 
 
 class Snapshot(NamedTuple):

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import cycle, islice, repeat
 from pathlib import Path
 
 import numpy as np
 
 from block.arrivals import constant_gaps, gamma_gaps, recorded_gaps
+from block.lengths import pairs
 from block.rng import stream
 from block.sketch import LengthSketch
 from block.traces import TRACES, Trace, TraceFile, find_data, read_trace
@@ -40,6 +42,8 @@ class Workload:
     prompt_mean, prompt_cv, output_mean, output_cv: of the synthetic lengths: mean in tokens, coefficient of variation.
     trace_path, *_column: any CSV; None stands for the data set's own file and columns, and for a file of one's own for
         the columns prompt_tokens, output_tokens and arrival (seconds or timestamps, read if arrivals is "trace").
+        A data set of prompts (gpteacher, sharegpt_text) or a FILE.json, .jsonl or .parquet of prompts and responses
+        gives its held-out side, and requests that have prompts; they have no times.
     """
 
     name: str = "sharegpt"
@@ -88,7 +92,8 @@ class Workload:
     def _records_times(self) -> bool:
         if self.source == "sketch":
             return _sketch(self.name).profile is not None
-        return self.source == "trace" and self._columns().time is not None
+        named = self.trace_path is not None and pairs.is_pairs(self.trace_path)
+        return self.source == "trace" and not named and self._columns().time is not None
 
     def _columns(self) -> TraceFile:
         own = TRACES.get(self.name, CUSTOM)
@@ -113,7 +118,9 @@ def generate(workload: Workload, seed: int) -> list[Request]:
     prompt = np.minimum(prompt, workload.max_total_tokens - output)
     arrival = np.cumsum(_gaps(workload, trace, stream(seed, "workload.arrivals"))) / workload.qps
     outputs = output.tolist()
-    return list(map(Request, range(count), arrival.tolist(), prompt.tolist(), outputs, outputs))
+    texts = [None] * count if trace is None or trace.prompts is None else islice(cycle(trace.prompts), count)
+    numbers = (range(count), arrival.tolist(), prompt.tolist(), outputs, outputs)
+    return list(map(Request, *numbers, repeat(None), texts))
 
 
 def _lengths(workload: Workload, trace: Trace | None, rng: np.random.Generator) -> tuple[Ints, Ints]:
@@ -146,6 +153,10 @@ def _gaps(workload: Workload, trace: Trace | None, rng: np.random.Generator) -> 
 
 
 def _trace(workload: Workload) -> Trace:
+    if workload.trace_path is not None and pairs.is_pairs(workload.trace_path):
+        held_out = pairs.load(workload.trace_path).test
+        prompt = np.array([max(pairs.pieces(text), 1) for text in held_out.prompts], dtype=np.int64)
+        return Trace(prompt, held_out.tokens, None, held_out.prompts)
     columns = workload._columns()
     if workload.trace_path is None:
         advice = f"`python scripts/fetch_data.py {workload.name}` gets it, workload.source=sketch goes without"

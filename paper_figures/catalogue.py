@@ -11,6 +11,8 @@ FIGURES = (
     "fig8",
     "snapshot",
     "table2",
+    "table1",
+    "lengths",
     "fig9",
     "fig11",
     "fig12",
@@ -20,6 +22,5 @@ FIGURES = (
 
 # What is not drawn yet: what it is, and where the paper has it.
 NOT_YET = {
-    "table1": ("accuracy of the length estimator", "v2 Table 1, camera-ready Table 1"),
     "migration": ("Llumnix with migration, on A100", "camera-ready Fig 8"),
 }

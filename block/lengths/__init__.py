@@ -1,34 +1,75 @@
 """Response lengths: what a scheduler believes of a response that does not exist yet.
 
-An estimator is a frozen dataclass whose fields are its Hydra options. `Oracle` makes the scheduler the paper's Block,
-`Noisy` stands for a learned estimator and makes it Block*.
+An estimator is a frozen dataclass whose fields are its Hydra options. There are two kinds, and one of them is enough:
+
+- every estimator tells what it would say of responses of known length (`Lengths`), which is how a simulated workload
+  without prompts is tagged: a learned estimator answers with its own measured errors (`errors`);
+- one that *reads* (`Reader`) tells it from prompts, which is how real requests are tagged.
+
+`Oracle` makes the scheduler the paper's Block; any other makes it Block*. `compact` and `roberta` are learned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, final
+from typing import ClassVar, NamedTuple, Protocol, final, runtime_checkable
 
 import numpy as np
 
 from block.rng import stream
-from block.types import Ints, Request
+from block.types import Floats, Ints, Request
+
+
+class Estimates(NamedTuple):
+    """Of n prompts: tokens int[n], at least 1; spread float[n], the standard deviation of the length's logarithm."""
+
+    tokens: Ints
+    spread: Floats
 
 
 class Lengths(Protocol):
     """Estimates response lengths."""
 
+    @property
+    def outrun_share(self) -> float:
+        """How long a response that has outrun its estimate is expected to go on, as a share of what it has; 0 leaves it
+        at the paper's 10 tokens, which are the least.
+        """
+        ...
+
     def estimate(self, output_tokens: Ints, rng: np.random.Generator) -> Ints:
-        """int[n] estimates, at least 1, for responses whose true lengths are `output_tokens`."""
+        """int[n] estimates, at least 1, for responses whose true lengths are `output_tokens`.
+
+        FileNotFoundError or ValueError, in one line, if what was learned is not there or not to be used.
+        """
+        ...
+
+
+@runtime_checkable
+class Reader(Lengths, Protocol):
+    """Estimates them from prompts as well."""
+
+    def predict(self, prompts: Sequence[str]) -> Estimates:
+        """What to expect of each prompt, of any text; the same for the same prompt, whatever stands beside it.
+
+        FileNotFoundError or ValueError, in one line, if what was learned is not there or not to be used.
+        """
         ...
 
 
 def tag(requests: Sequence[Request], lengths: Lengths, seed: int) -> list[Request]:
-    """The requests, each with its predicted_output_tokens set. Draws from its own stream, "lengths"."""
-    truth = np.array([request.output_tokens for request in requests], dtype=np.int64)
-    estimates = lengths.estimate(truth, stream(seed, "lengths")).tolist()
-    return [replace(r, predicted_output_tokens=e) for r, e in zip(requests, estimates, strict=True)]
+    """The requests, each with its predicted_output_tokens set: from their prompts, if they have any and it reads.
+
+    What is drawn comes from a stream of its own, "lengths".
+    """
+    prompts = [request.prompt for request in requests if request.prompt is not None]
+    if isinstance(lengths, Reader) and len(prompts) == len(requests):
+        estimates = lengths.predict(prompts).tokens
+    else:
+        truth = np.array([request.output_tokens for request in requests], dtype=np.int64)
+        estimates = lengths.estimate(truth, stream(seed, "lengths"))
+    return [replace(r, predicted_output_tokens=e) for r, e in zip(requests, estimates.tolist(), strict=True)]
 
 
 @final
@@ -36,9 +77,38 @@ def tag(requests: Sequence[Request], lengths: Lengths, seed: int) -> list[Reques
 class Oracle:
     """The true lengths."""
 
+    outrun_share: ClassVar[float] = 0.0
+
     def estimate(self, output_tokens: Ints, rng: np.random.Generator) -> Ints:
         """The truth."""
         return output_tokens
+
+
+@final
+@dataclass(frozen=True)
+class Constant:
+    """The same length for all: what a scheduler does that knows nothing of its requests.
+
+    spread: claimed standard deviation of the length's logarithm.
+    """
+
+    tokens: int = 256
+    spread: float = 1.0
+    outrun_share: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"lengths.tokens={self.tokens}: must be at least 1")
+        if not 0 <= self.spread < float("inf"):
+            raise ValueError(f"lengths.spread={self.spread}: must be 0 or more")
+
+    def estimate(self, output_tokens: Ints, rng: np.random.Generator) -> Ints:
+        """`tokens`, for each."""
+        return np.full(len(output_tokens), self.tokens, dtype=np.int64)
+
+    def predict(self, prompts: Sequence[str]) -> Estimates:
+        """`tokens`, for each."""
+        return Estimates(np.full(len(prompts), self.tokens, dtype=np.int64), np.full(len(prompts), self.spread))
 
 
 @final
@@ -54,6 +124,7 @@ class Noisy:
     spread: float = 0.1
     outliers: float = 0.05
     bias: float = 0.0
+    outrun_share: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.spread < float("inf"):
@@ -78,6 +149,7 @@ class Injected:
     """The truth times a Gaussian factor N(1, sigma²), cut to 0.1 … 5: what the camera-ready's Fig 12 injects."""
 
     sigma: float = 0.0
+    outrun_share: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.sigma < float("inf"):

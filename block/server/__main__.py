@@ -1,7 +1,8 @@
 """Serve a front door: ``python -m block.server scheduler=round_robin server.urls=[http://h1:8000,http://h2:8000]``.
 
-Takes every key of run.py, and those of the node `server` (--cfg job shows them). Only the policy, `dispatch`, `seed`
-and, for policies that forecast, what the latency model follows from (`model`, `cluster`, `backend`) have an effect.
+Takes every key of run.py, and those of the node `server` (--cfg job shows them). Only the policy, `lengths` (if it
+reads prompts), `dispatch`, `seed` and, for policies that forecast, what the latency model follows from (`model`,
+`cluster`, `backend`) have an effect.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from omegaconf import DictConfig
 
 from block import config
 from block.instances.base import LaunchFailed
+from block.lengths import Reader
 from block.policies import Needs
 
 config.register()
@@ -43,7 +45,12 @@ def serve(settings: DictConfig, policy: str) -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     latency = run.backend.latency(run.testbed) if run.scheduler.needs is Needs.FORECAST else None
-    front = door.Door(wanted, run.scheduler, run.dispatch, Stream(run.seed), latency)
+    if run.scheduler.needs is not Needs.COUNTS and isinstance(run.lengths, Reader):
+        try:
+            run.lengths.predict([""])  # what is wrong with the estimator is told now; and it is loaded
+        except (OSError, ValueError) as error:
+            raise config.ConfigError(config.explain(error)) from error
+    front = door.Door(wanted, run.scheduler, run.dispatch, Stream(run.seed), latency, run.lengths)
 
     def listening(address: str) -> None:
         print(f"{address}: {policy} over {len(wanted.urls)} servers: {', '.join(wanted.urls)}", flush=True)

@@ -18,10 +18,12 @@ from block import clock
 from block.correction import Corrected
 from block.dispatcher import DispatchConfig, Dispatcher
 from block.latency import LatencyModel
+from block.lengths import Lengths, Oracle, Reader
 from block.policies import Needs, Policy
+from block.server.estimates import Estimator
 from block.server.exchange import Exchange, answer_headers, request_headers
 from block.server.metrics import CANCELLED, FAILED, OK, REFUSED, Metrics
-from block.server.openai import error_response, read, tagged
+from block.server.openai import error_response, prompt_text, read, tagged
 from block.server.upstreams import PluginInstance, Upstream, make_upstreams, open_session, quickly
 from block.server.wire import TROUBLE
 from block.server_config import ServerConfig
@@ -40,7 +42,8 @@ BACKLOG = 2048
 class Door:
     """A front door in front of `config.urls`, by `policy`; `application` serves it.
 
-    latency: the servers' step times; policies that need forecasts need it.
+    latency: the servers' step times; policies that need forecasts need it. lengths: estimates responses, if it reads
+    prompts and the policy looks at more than counts; else each is expected to have `config.expected_output_tokens`.
     """
 
     upstreams: Sequence[Upstream]
@@ -53,6 +56,7 @@ class Door:
         dispatch: DispatchConfig,
         stream: Stream,
         latency: LatencyModel | None = None,
+        lengths: Lengths = Oracle(),  # noqa: B008 — frozen
     ) -> None:
         self._config = config
         self._policy = policy
@@ -60,6 +64,9 @@ class Door:
         self._stream = stream
         self._latency = latency
         self._tags = policy.needs is not Needs.COUNTS
+        self._reader = lengths if self._tags and isinstance(lengths, Reader) else None
+        self._outrun_share = float(lengths.outrun_share) if self._reader is not None else 0.0
+        self._estimator: Estimator | None = None
         # Requests of several doors, or of one that was started again, must not share a number on a server.
         self._numbers = itertools.count(secrets.randbits(52))
 
@@ -80,13 +87,19 @@ class Door:
         """What lives as long as the application does."""
         config = self._config
         async with open_session(config.connect_timeout_s, config.read_timeout_s) as self._session:
-            self.upstreams, forecaster = make_upstreams(config.urls, self._session, self._policy.needs, self._latency)
+            self.upstreams, forecaster = make_upstreams(
+                config.urls, self._session, self._policy.needs, self._latency, self._outrun_share
+            )
             if forecaster is not None and self._latency is not None and self._dispatch.correction_steps > 0:
                 forecaster = Corrected(forecaster, self._latency, self._dispatch.correction_steps)
             self.dispatcher = Dispatcher(
                 self.upstreams, self._policy, forecaster, self._dispatch, self._stream, history=HISTORY
             )
-            self._metrics = Metrics(self.upstreams, self.dispatcher, self._policy.needs)
+            self._metrics = metrics = Metrics(self.upstreams, self.dispatcher, self._policy.needs)
+            if self._reader is not None:
+                self._estimator = Estimator(
+                    self._reader, config.estimate_timeout_s, metrics.not_estimated, metrics.estimated
+                )
             for upstream, well in zip(
                 self.upstreams, await asyncio.gather(*(one.healthy() for one in self.upstreams)), strict=True
             ):
@@ -100,6 +113,8 @@ class Door:
             for upstream in self.upstreams:
                 if isinstance(upstream, PluginInstance):
                     await upstream.detach()
+            if self._estimator is not None:
+                self._estimator.close()
 
     async def _watch(self, upstream: Upstream) -> None:
         """Readmit an instance that was ejected once it is well."""
@@ -122,17 +137,19 @@ class Door:
         """A completion or chat completion."""
         try:
             body = await http.read()
-            asked = read(body, self._config.expected_output_tokens)
+            asked = read(body)
         except web.HTTPRequestEntityTooLarge:
             self._metrics.turned_away()
             return error_response(413, f"the body exceeds server.max_body_mib={self._config.max_body_mib}")
         except (ValueError, web.RequestPayloadError) as error:
             self._metrics.turned_away()
             return error_response(400, str(error))
-        number, expected = next(self._numbers), asked.expected_tokens
+        number, arrived = next(self._numbers), clock.now()
+        estimate = await self._estimator.tokens(prompt_text(asked.fields)) if self._estimator is not None else None
+        expected = asked.capped(self._config.expected_output_tokens if estimate is None else estimate)
         if self._tags:
             body = tagged(body, asked.fields, number, expected)
-        request = Request(number, clock.now(), asked.prompt_tokens, expected, expected)
+        request = Request(number, arrived, asked.prompt_tokens, expected, expected)
         exchange = Exchange(http, self.upstreams, body, self._metrics.placed)
         try:
             record = await self.dispatcher.submit(request, exchange.deliver)

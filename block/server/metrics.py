@@ -18,6 +18,8 @@ from prometheus_client.registry import Collector
 
 from block.dispatcher import Dispatcher
 from block.policies import Needs
+from block.server.estimates import FAILED as FAILED_TO
+from block.server.estimates import NO_TEXT, TIMEOUT
 from block.server.upstreams import Upstream
 from block.types import RequestRecord
 
@@ -29,6 +31,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a time beside each
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 _RATIOS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
+_ESTIMATE = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25)
 _FORECAST = (1e-6, 2.5e-6, 5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 1e-2)
 
 
@@ -56,6 +59,12 @@ class Metrics:
         self._fallbacks = Counter(
             "block_fallbacks", "Decisions not by the policy's own rule", ["reason"], registry=registry
         )
+        self._not_estimated = Counter(
+            "block_length_fallbacks", "Requests whose response length was not estimated", ["reason"], registry=registry
+        )
+        for reason in (TIMEOUT, FAILED_TO, NO_TEXT):
+            self._not_estimated.labels(reason)
+        self._estimate_s = histogram("block_length_seconds", "Time that a request waits for its estimate", _ESTIMATE)
         self._forecast_s = histogram("block_forecast_seconds", "Time that one forecast takes", _FORECAST)
         self._actual, self._predicted, self._ratio = {}, {}, {}
         for what, text in (("ttft", "ime to the first token"), ("e2e", "ime to the last token")):
@@ -71,6 +80,14 @@ class Metrics:
             self._fallbacks.labels(fallback).inc()
         if self._forecasts:
             self._forecast_s.observe(dispatcher.forecast_s[-1])
+
+    def not_estimated(self, reason: str) -> None:
+        """A request goes by the constant length."""
+        self._not_estimated.labels(reason).inc()
+
+    def estimated(self, seconds: float) -> None:
+        """A request has waited so long for its estimate."""
+        self._estimate_s.observe(seconds)
 
     def ended(self, record: RequestRecord, status: str) -> None:
         """A request was answered, refused or given up."""

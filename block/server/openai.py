@@ -22,18 +22,22 @@ _COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
 
 
 class Asked(NamedTuple):
-    """What a body asks for; `fields` are its own, parsed."""
+    """What a body asks for; `fields` are its own, parsed, `allowed_tokens` the most that it lets a response have."""
 
     prompt_tokens: int
-    expected_tokens: int
+    allowed_tokens: int | None
     fields: dict[str, Any]
 
+    def capped(self, tokens: int) -> int:
+        """So many response tokens, or as many as are allowed."""
+        return tokens if self.allowed_tokens is None else min(tokens, self.allowed_tokens)
 
-def read(body: bytes, expected_tokens: int) -> Asked:
+
+def read(body: bytes) -> Asked:
     """What `body` asks for. ValueError if it is no JSON object; all else is for the server to judge.
 
     Prompt tokens are exact for prompts of token ids, and estimated from the length of the text otherwise; of several
-    prompts they are the sum. expected_tokens: of a response whose length is not limited.
+    prompts they are the sum.
     """
     try:
         fields = json.loads(body)
@@ -43,9 +47,18 @@ def read(body: bytes, expected_tokens: int) -> Asked:
         raise ValueError("the body is not a JSON object")
     tokens = _prompt_tokens(fields.get("prompt")) + _message_tokens(fields.get("messages"))
     allowed = fields.get("max_completion_tokens") or fields.get("max_tokens")
-    if isinstance(allowed, int) and 0 < allowed < expected_tokens:
-        expected_tokens = int(allowed)
-    return Asked(max(tokens, 1), expected_tokens, fields)
+    limit = int(allowed) if isinstance(allowed, int) and allowed > 0 else None
+    return Asked(max(tokens, 1), limit, fields)
+
+
+def prompt_text(fields: dict[str, Any]) -> str | None:
+    """The text that is asked about: the prompt, or all messages in their order; None if it is token ids, or nothing."""
+    prompt, messages = fields.get("prompt"), fields.get("messages")
+    texts = prompt if isinstance(prompt, list) else [prompt]
+    if isinstance(messages, list):
+        texts = [text for message in messages for text in _texts(message)]
+    said = [text for text in texts if isinstance(text, str)]
+    return "\n".join(said) if said else None
 
 
 def _prompt_tokens(prompt: Any) -> int:
@@ -62,11 +75,16 @@ def _message_tokens(messages: Any) -> int:
         return 0
     tokens = 0
     for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        parts = content if isinstance(content, list) else [{"text": content}]
-        texts = [part.get("text") for part in parts if isinstance(part, dict)]
-        tokens += TOKENS_PER_MESSAGE + sum(_text_tokens(text) for text in texts if isinstance(text, str))
+        tokens += TOKENS_PER_MESSAGE + sum(map(_text_tokens, _texts(message)))
     return tokens
+
+
+def _texts(message: Any) -> list[str]:
+    """What a message says, part by part."""
+    content = message.get("content") if isinstance(message, dict) else None
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _text_tokens(text: str) -> int:

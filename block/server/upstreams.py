@@ -53,11 +53,15 @@ class Upstreams(NamedTuple):
 
 
 def make_upstreams(
-    urls: Sequence[str], session: aiohttp.ClientSession, needs: Needs, latency: LatencyModel | None
+    urls: Sequence[str],
+    session: aiohttp.ClientSession,
+    needs: Needs,
+    latency: LatencyModel | None,
+    outrun_share: float,
 ) -> Upstreams:
     """Instances for the servers at `urls` that can show what a policy needs. Nothing is asked of them yet.
 
-    latency: the servers' step times, for forecasts.
+    latency: the servers' step times, for forecasts. outrun_share: as of `Predictor`.
     """
     if needs is Needs.COUNTS:
         return Upstreams([HTTPInstance(i, url, session) for i, url in enumerate(urls)], None)
@@ -65,7 +69,7 @@ def make_upstreams(
     if needs is Needs.SNAPSHOT:
         return Upstreams(instances, None)
     assert latency is not None, "who asks for forecasts has a latency model"
-    return Upstreams(instances, FleetForecaster(instances, latency))
+    return Upstreams(instances, FleetForecaster(instances, latency, outrun_share))
 
 
 class HTTPInstance:
@@ -143,7 +147,8 @@ class PluginInstance(HTTPInstance):
 class FleetForecaster:
     """Forecasts for servers that may differ in their settings, as they report them, but not in their step times."""
 
-    def __init__(self, instances: Sequence[PluginInstance], latency: LatencyModel) -> None:
+    def __init__(self, instances: Sequence[PluginInstance], latency: LatencyModel, outrun_share: float) -> None:
+        self._outrun_share = outrun_share
         self._instances = instances
         self._latency = latency
         self._predictors: dict[EngineLimits, Predictor] = {}
@@ -160,7 +165,9 @@ class FleetForecaster:
 
     def _predictor(self, limits: EngineLimits) -> Predictor:
         if limits not in self._predictors:
-            self._predictors[limits] = Predictor(engine_of(limits), self._latency, limits.total_blocks)
+            self._predictors[limits] = Predictor(
+                engine_of(limits), self._latency, limits.total_blocks, outrun_share=self._outrun_share
+            )
         return self._predictors[limits]
 
 

@@ -152,6 +152,22 @@ def test_an_estimate_that_is_just_reached_is_outrun_too() -> None:
     assert predictor.forecasts([engine.snapshot(0, 5.0)], [[]], request(1, 4, 1), 5.0) == [Forecast(11.0, 11.0)]
 
 
+@pytest.mark.parametrize(("share", "more"), [(0.0, 10), (0.25, 10), (0.5, 20), (1.0, 40)])
+def test_an_outrun_estimate_goes_on_for_a_share_of_what_is_there_and_the_margin_at_least(
+    share: float, more: int
+) -> None:
+    config = engine_config("v1", max_num_seqs=1, max_model_len=200)
+    engine = Engine(config, constant_latency(1.0), 60)
+    engine.add(request(0, 4, 100, predicted=2), 0.0)
+    list(engine.advance(40.0))
+    snapshot = engine.snapshot(0, 40.0)
+    assert snapshot.seqs[OUTPUT].tolist() == [40]
+    plain = Predictor(config, constant_latency(1.0), 60)
+    for predictor in (Predictor(config, constant_latency(1.0), 60, outrun_share=share), plain.going_on(share)):
+        assert predictor.forecasts([snapshot], [[]], request(1, 4, 1), 40.0) == [Forecast(more + 1.0, more + 1.0)]
+    assert plain.forecasts([snapshot], [[]], request(1, 4, 1), 40.0) == [Forecast(11.0, 11.0)]
+
+
 @pytest.mark.parametrize("guess", [0, 1])
 def test_an_estimate_below_one_token_counts_as_one(guess: int) -> None:
     predictor = Predictor(engine_config("v1"), constant_latency(1.0), 16)

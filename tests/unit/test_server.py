@@ -13,6 +13,8 @@ import runpy
 import signal
 import socket
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -22,6 +24,7 @@ from random import Random as Stream
 from typing import Any
 
 import aiohttp
+import numpy as np
 import pytest
 from aiohttp import web
 from multidict import CIMultiDictProxy
@@ -30,9 +33,11 @@ from testbed import constant_latency
 from block import policies
 from block.dispatcher import DispatchConfig
 from block.instances.launch import free_ports
+from block.lengths import Estimates, Lengths, Oracle
 from block.server.door import Door
 from block.server.openai import completion_tokens, error_event, read, tagged
 from block.server_config import ServerConfig
+from block.types import Ints
 from block.vllm_plugin import board as b
 from block.vllm_plugin.board import Board, EngineLimits
 
@@ -189,7 +194,11 @@ async def eventually(true: Callable[[], bool]) -> None:
 
 @asynccontextmanager
 async def house(
-    mocks: Sequence[Mock], policy: policies.Policy | None = None, started: Sequence[int] | None = None, **keys: Any
+    mocks: Sequence[Mock],
+    policy: policies.Policy | None = None,
+    started: Sequence[int] | None = None,
+    lengths: Lengths | None = None,
+    **keys: Any,
 ) -> AsyncIterator[House]:
     """Whatever happens in it, no request stays in the books and no connection is leaked."""
     for i, mock in enumerate(mocks):
@@ -199,7 +208,14 @@ async def house(
             (mock.port,) = free_ports(1)
     keys = {"probe_interval_s": 0.05, "grace_s": 2.0, **keys}
     config = ServerConfig(urls=tuple(mock.url for mock in mocks), **keys)
-    door = Door(config, policy or policies.RoundRobin(), DispatchConfig(), Stream(0), constant_latency())
+    door = Door(
+        config,
+        policy or policies.RoundRobin(),
+        DispatchConfig(),
+        Stream(0),
+        constant_latency(),
+        lengths if lengths is not None else Oracle(),
+    )
     runner = web.AppRunner(door.application(), handler_cancellation=True, shutdown_timeout=0.5)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -942,8 +958,8 @@ CHAT: list[dict[str, Any]] = [
     ],
 )
 def test_what_a_body_asks_for(fields: dict[str, Any], prompt: int, expected: int) -> None:
-    asked = read(json.dumps(fields).encode(), 100)
-    assert (asked.prompt_tokens, asked.expected_tokens) == (prompt, expected)
+    asked = read(json.dumps(fields).encode())
+    assert (asked.prompt_tokens, asked.capped(100)) == (prompt, expected)
 
 
 @pytest.mark.parametrize(
@@ -1116,5 +1132,107 @@ def test_a_port_that_is_taken_is_told() -> None:
         assert last.startswith(f"error: server.port={port}: cannot listen on 127.0.0.1: ")
         assert "in use" in last
         assert door.returncode == 2
+
+    run(main())
+
+
+# ---------------------------------------------------------------------------------------------------- response lengths
+
+
+class Slow:
+    """Estimates the number of a prompt's characters, as slowly as it is told to, and remembers its batches."""
+
+    outrun_share = 0.0
+
+    def __init__(self, pause_s: float = 0.0, fails: bool = False) -> None:
+        self.pause_s = pause_s
+        self.fails = fails
+        self.batches: list[list[str]] = []
+        self.threads: set[int] = set()
+
+    def estimate(self, output_tokens: Ints, rng: np.random.Generator) -> Ints:
+        raise NotImplementedError
+
+    def predict(self, prompts: Sequence[str]) -> Estimates:
+        self.batches.append(list(prompts))
+        self.threads.add(threading.get_ident())
+        time.sleep(self.pause_s)
+        if self.fails:
+            raise ValueError("cannot say")
+        return Estimates(np.array([len(prompt) for prompt in prompts]), np.ones(len(prompts)))
+
+
+def expected_of(mock: Mock) -> list[int]:
+    return [json.loads(body)["vllm_xargs"]["block_expected"] for _, _, body in mock.seen]
+
+
+def test_requests_are_tagged_by_their_prompts_in_batches_and_off_the_loop() -> None:
+    async def main() -> None:
+        reader = Slow(pause_s=0.05)
+        async with house([PluginMock()], policies.Block(), lengths=reader, estimate_timeout_s=5.0) as one:
+            bodies = [b'{"prompt": "%s"}' % (b"x" * (10 + i)) for i in range(9)]
+            assert {(await answer)[0] for answer in [asyncio.ensure_future(one.ask(body)) for body in bodies]} == {200}
+            assert sorted(expected_of(one.mocks[0])) == list(range(10, 19))
+            assert len(reader.batches) < 9
+            assert threading.get_ident() not in reader.threads
+            metrics = await one.metrics()
+            assert metrics["block_length_seconds_count"] == 9
+            assert metrics.get('block_length_fallbacks_total{reason="timeout"}', 0) == 0
+            record = one.door.dispatcher.records[0]
+            assert record.dispatched - record.request.arrival >= 0.05  # the wait for the estimate is part of its time
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b'{"prompt": "hello", "max_tokens": 3}', 3),
+        (b'{"prompt": ["hello", "you"]}', 9),
+        (b'{"messages": [{"role": "user", "content": "hi"}, {"content": [{"type": "text", "text": "ho"}]}]}', 5),
+        (b'{"prompt": [1, 2, 3]}', 256),
+        (b'{"prompt": [1, 2, 3], "max_tokens": 7}', 7),
+        (b'{"prompt": ""}', 0),
+        (b"{}", 256),
+    ],
+)
+def test_what_is_estimated_is_the_text_and_a_limit_caps_it(body: bytes, expected: int) -> None:
+    async def main() -> None:
+        async with house([PluginMock()], policies.LeastTokens(), lengths=Slow(), estimate_timeout_s=5.0) as one:
+            assert (await one.ask(body))[0] == 200
+            assert expected_of(one.mocks[0]) == [expected]
+            no_text = int(expected in (256, 7))
+            counted = (await one.metrics()).get('block_length_fallbacks_total{reason="no_text"}', 0)
+            assert counted == no_text
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("reader", "reason"), [(Slow(pause_s=0.3), "timeout"), (Slow(fails=True), "failed")], ids=["slow", "failing"]
+)
+def test_without_an_estimate_in_time_a_constant_stands_in_and_is_counted(
+    reader: Slow, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with house(
+            [PluginMock()], policies.Block(), lengths=reader, estimate_timeout_s=0.02, expected_output_tokens=77
+        ) as one:
+            assert [(await one.ask(ASKED.replace(b', "max_tokens": 5', b"")))[0] for _ in range(3)] == [200] * 3
+            assert expected_of(one.mocks[0]) == [77] * 3
+            assert (await one.metrics())[f'block_length_fallbacks_total{{reason="{reason}"}}'] == 3
+
+    run(main())
+    told = [record.message for record in caplog.records if "no response lengths" in record.message]
+    assert len(told) == (reason == "failed")
+
+
+def test_policies_that_count_do_not_wait_for_estimates() -> None:
+    async def main() -> None:
+        reader = Slow()
+        async with house([Mock()], policies.RoundRobin(), lengths=reader) as one:
+            assert (await one.ask())[0] == 200
+            assert reader.batches == []
+            assert one.mocks[0].seen[0][2] == ASKED
 
     run(main())

@@ -1,0 +1,50 @@
+"""Train a length estimator on pairs of prompts and responses, and say how far it is off on those held out.
+
+    python scripts/train_lengths.py lengths=compact                          GPTeacher, from $BLOCK_DATA
+    python scripts/train_lengths.py lengths=roberta estimation.data=sharegpt_text lengths.path=mine/roberta
+    python scripts/train_lengths.py lengths=roberta lengths.encoder=FOLDER estimation.data=mine.jsonl
+
+The model is written to `lengths.path`. Training that was interrupted goes on where it was; the curves of roberta's go
+to W&B (`tracking`). Takes every key of run.py, and those of the node `estimation` (--cfg job shows them).
+"""
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+
+from block import config
+from block.console import progress
+from block.lengths.estimation import train
+from block.lengths.roberta import RoBERTa
+from block.tracking import curves
+
+config.register()
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(settings: DictConfig) -> None:
+    """One estimator."""
+    config.told(lambda: run(settings))
+
+
+def run(settings: DictConfig) -> None:
+    """Train what `settings` describe. ConfigError if that cannot be."""
+    lengths, wanted, tracking = (config.node(settings[key]) for key in ("lengths", "estimation", "tracking"))
+    console = Console(stderr=True)
+    settled = config.plain(settings)
+    slow = isinstance(lengths, RoBERTa)
+    mirror = curves(tracking, Path(lengths.path), settled) if slow else nullcontext(lambda step, values: None)
+    try:
+        with mirror as log:
+            found = train(lengths, wanted, settled["seed"], log, lambda steps: progress(console, "steps", steps))
+    except (ValueError, OSError) as error:
+        raise config.ConfigError(config.explain(error)) from error
+    print(lengths.path, *(f"{name} {value:.4g}" for name, value in found._asdict().items()), sep="\n  ")
+
+
+if __name__ == "__main__":
+    sys.exit(config.guard(main))
