@@ -14,6 +14,9 @@ FIGURES = (
     "fig11",
     "fig12",
     "fig13",
+    "robustness",
+    "herding",
+    "scale",
 )
 
 # What is not drawn yet: what it is, and where the paper has it.

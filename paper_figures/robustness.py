@@ -30,8 +30,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Block, corrected": {"scheduler": "block", "dispatch.correction_steps": STEPS},
 }
 RUNS = [
-    {"workload.qps": QPS, **variant, **scenario, "seed": seed}
-    for scenario in SCENARIOS.values()
+    {"setting": scenario, "workload.qps": QPS, **variant, **values, "seed": seed}
+    for scenario, values in SCENARIOS.items()
     for variant in VARIANTS.values()
     for seed in settings.SEEDS
 ]
@@ -45,18 +45,10 @@ PANELS = {
 def table(stored: cells.Stored) -> pd.DataFrame:
     """A row per run."""
     rows = []
-    for scenario, values in SCENARIOS.items():
-        for name, variant in VARIANTS.items():
-            wanted = [{"workload.qps": QPS, **variant, **values, "seed": seed} for seed in settings.SEEDS]
-            for cell, run in stored.run(wanted):
-                rows.append(
-                    {
-                        "scenario": scenario,
-                        "variant": name,
-                        "seed": cell["seed"],
-                        **{metric: run.summary[metric] for metric in (*PANELS, "e2e_mean_s")},
-                    }
-                )
+    for cell, run in stored.run(RUNS):
+        variant = next(name for name, values in reversed(VARIANTS.items()) if values.items() <= cell.items())
+        numbers = {metric: run.summary[metric] for metric in (*PANELS, "e2e_mean_s")}
+        rows.append({"scenario": cell["setting"], "variant": variant, "seed": cell["seed"], **numbers})
     return pd.DataFrame(rows).astype({"e2e_error_mean": float})
 
 

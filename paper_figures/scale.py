@@ -30,17 +30,18 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 
 
-def _cell(variant: str, instances: int) -> dict[str, Any]:
-    return {
-        **VARIANTS[variant][0],
+RUNS = [
+    {
+        "setting": variant,
+        **values,
         "cluster.num_gpus": instances,
         "workload.num_requests": REQUESTS * instances,
         "workload.qps": QPS * instances,
         "seed": 0,
     }
-
-
-RUNS = [_cell(variant, instances) for variant, (_, sizes) in VARIANTS.items() for instances in sizes]
+    for variant, (values, sizes) in VARIANTS.items()
+    for instances in sizes
+]
 PANELS = {
     "e2e_p99_s": "P99 request latency (s)",
     "ttft_p99_s": "P99 TTFT (s)",
@@ -51,12 +52,10 @@ PANELS = {
 def table(stored: cells.Stored) -> pd.DataFrame:
     """A row per run; cost_us: wall-clock time of the run, simulated engines and all, over its requests."""
     rows = []
-    for variant, (_, sizes) in VARIANTS.items():
-        found = stored.run([_cell(variant, instances) for instances in sizes])
-        for instances, (cell, run) in zip(sizes, found, strict=True):
-            cost = 1e6 * float(run.summary["wall_time_s"] or 0.0) / cell["workload.num_requests"]
-            latencies = {metric: run.summary[metric] for metric in ("e2e_mean_s", "e2e_p99_s", "ttft_p99_s")}
-            rows.append({"variant": variant, "instances": instances, **latencies, "cost_us": cost})
+    for cell, run in stored.run(RUNS):
+        cost = 1e6 * float(run.summary["wall_time_s"] or 0.0) / cell["workload.num_requests"]
+        latencies = {metric: run.summary[metric] for metric in ("e2e_mean_s", "e2e_p99_s", "ttft_p99_s")}
+        rows.append({"variant": cell["setting"], "instances": cell["cluster.num_gpus"], **latencies, "cost_us": cost})
     return pd.DataFrame(rows)
 
 
