@@ -18,6 +18,9 @@ FIGURES = (
     "fig12",
     "fig13",
     "heterogeneous",
+    "robustness",
+    "herding",
+    "scale",
 )
 
 # What is not drawn yet: what it is, and where the paper has it.
