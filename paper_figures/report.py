@@ -32,9 +32,9 @@ def write(folder: Path, page: Path) -> None:
 
 def _counts(summary: pd.DataFrame) -> str:
     counts = summary["verdict"].value_counts()
-    words = ("reproduced", "partly", "not", "ours", "not yet")
+    words = ("reproduced", "partly", "not", "ours")
     return " ".join(
-        f'<button class="verdict {word.replace(" ", "-")}" data-filter="{word}">{counts[word]} {word}</button>'
+        f'<button class="verdict {word}" data-filter="{word}">{counts[word]} {word}</button>'
         for word in words
         if word in counts
     )
@@ -45,14 +45,14 @@ def _summary(summary: pd.DataFrame) -> str:
     for _, row in summary.iterrows():
         unit = "" if pd.isna(row["unit"]) else str(row["unit"])
         figure, verdict = html.escape(str(row["figure"])), str(row["verdict"])
-        name = f'<a href="#{figure}">{figure}</a>' if verdict != "not yet" else figure
+        name = f'<a href="#{figure}">{figure}</a>'
         cells = [
             (name, ""),
             (html.escape(str(row["what"])), ""),
             (verdicts.shown(row["published"], unit=unit), _number(row["published"])),
             (verdicts.shown(row["ours"], row["half_width"], unit), _number(row["ours"])),
             (verdicts.difference(row["published"], row["ours"], unit), ""),
-            (f'<span class="verdict {verdict.replace(" ", "-")}">{verdict}</span>', ""),
+            (f'<span class="verdict {verdict}">{verdict}</span>', ""),
             ("" if pd.isna(row["reason"]) else html.escape(str(row["reason"])), ""),
         ]
         rows.append("<tr>" + "".join(f"<td{order}>{text}</td>" for text, order in cells) + "</tr>")

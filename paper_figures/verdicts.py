@@ -12,7 +12,7 @@ import pandas as pd
 import yaml
 
 from block.metrics import interval
-from paper_figures.catalogue import FIGURES, NOT_YET
+from paper_figures.catalogue import FIGURES
 
 PUBLISHED: Mapping[str, Any] = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())
 REASONS: Mapping[str, Mapping[str, str]] = yaml.safe_load((Path(__file__).parent / "reasons.yaml").read_text()) or {}
@@ -150,11 +150,9 @@ def update(path: Path, figure: str, paper: str, claims: Sequence[Claim]) -> None
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """The summary of a folder of figures, with a row for each figure that there is not yet."""
+    """The summary of a folder of figures."""
     path = folder / "summary.csv"
-    found = pd.read_csv(path, dtype=str) if path.exists() else rows("", "", [])
-    missing = [(name, where, what, "not yet") for name, (what, where) in NOT_YET.items()]
-    return pd.concat([found, pd.DataFrame(missing, columns=["figure", "paper", "what", "verdict"])], ignore_index=True)
+    return pd.read_csv(path, dtype=str) if path.exists() else rows("", "", [])
 
 
 def write(folder: Path) -> None:

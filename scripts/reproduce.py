@@ -41,7 +41,7 @@ from block.results import DEFAULT_ROOT, Run, experiment_hash, runs  # noqa: E402
 from block.sweep import end_with  # noqa: E402
 from block.tracking import Tracking, log_figures, log_run  # noqa: E402
 from paper_figures import cells, readme, report, style, verdicts  # noqa: E402
-from paper_figures.catalogue import FIGURES, NOT_YET  # noqa: E402
+from paper_figures.catalogue import FIGURES  # noqa: E402
 
 FIGURE_FOLDER = Path("artifacts/figures")
 SEARCH_RUNS = 9  # runs that a search takes, about
@@ -93,8 +93,6 @@ def _options() -> argparse.Namespace:
     )
     options = parser.parse_args()
     for name in options.figures:
-        if name in NOT_YET:
-            parser.error(f"{name}: {NOT_YET[name][0]}: not yet")
         if name not in FIGURES:
             parser.error(f"{name}: choose from {', '.join(FIGURES)}")
         if options.backend != "simulated" and not _real(name):
@@ -258,9 +256,6 @@ def _list(figures: Mapping[str, Any], jobs: Jobs, options: argparse.Namespace) -
         seconds = left * RUN_S * options.requests / 10_000 / (os.cpu_count() or 1)
         cost = "" if left == 0 else f", about {max(seconds / 60, 1):.0f} min" if options.backend == "simulated" else ""
         print(f"{name:10}{have:4} of {len(mine):3} stored{cost:16}  {module.TITLE} ({module.PAPER})")
-    if not options.figures:
-        for name, (what, where) in NOT_YET.items():
-            print(f"{name:10}not yet{'':25}{what} ({where})")
 
 
 def _of(module: Any, jobs: Jobs, options: argparse.Namespace) -> Iterator[tuple[Job, cells.Cell]]:
