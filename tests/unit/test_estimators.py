@@ -82,12 +82,10 @@ def test_the_tracked_model_is_small_and_says_where_it_is_from() -> None:
 
 
 def test_it_answers_within_200_us_a_prompt() -> None:
-    prompts = [
-        f"Write a Python function that returns the {i}th prime number, and explain how it works." for i in range(300)
-    ]
-    Compact().predict(prompts[:5])
+    ask = "Write a Python function that returns the {}th prime number, and explain how it works."
+    prompts = [ask.format(i) for i in range(20)]
     best = math.inf
-    for _ in range(5):
+    for _ in range(50):  # other work on the machine only ever adds
         began = time.perf_counter()
         Compact().predict(prompts)
         best = min(best, (time.perf_counter() - began) / len(prompts))
