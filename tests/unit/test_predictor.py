@@ -14,7 +14,7 @@ from testbed import constant_latency, engine_config, examples, poisson, request,
 
 from block.engine import Engine, EngineConfig
 from block.policies import Block
-from block.predictor import OUTRUN_MARGIN, Predictor
+from block.predictor import OUTRUN_MARGIN, Predictor, Predictors
 from block.types import CHUNK, ID, MAX_TOKENS, OUTPUT, PENDING, TARGET, Forecast, Request, Snapshot
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -361,3 +361,16 @@ def test_all_decisions_of_a_run_are_the_same(kind: str) -> None:
         assert fast.forecast == approx(slow.forecast)
     if len(requests) > 1000:
         assert sum(r.preemptions for r in runs[0].records) > 100
+
+
+def test_instances_that_differ_go_on_alike_and_those_alike_share_a_predictor() -> None:
+    config = engine_config("v1", max_num_seqs=1, max_model_len=200)
+    engine = Engine(config, constant_latency(1.0), 60)
+    engine.add(request(0, 4, 100, predicted=2), 0.0)
+    list(engine.advance(40.0))
+    fast, slow = (Predictor(config, constant_latency(seconds), 60) for seconds in (1.0, 2.0))
+    several = Predictors([fast, slow, fast]).going_on(0.5)
+    shown = [engine.snapshot(i, 40.0) for i in range(3)]
+    found = several.forecasts(shown, [[], [], []], request(1, 4, 1), 40.0)
+    assert [one.e2e for one in found] == [21.0, 42.0, 21.0]
+    assert several._of[0] is several._of[2]
