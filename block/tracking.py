@@ -107,7 +107,8 @@ def curves(
     if tracking.resolved_mode != "disabled":
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            mirror = import_module("wandb").init(
+            wandb: Any = import_module("wandb")
+            mirror = wandb.init(
                 project=tracking.project,
                 entity=tracking.entity,
                 group=tracking.group or "length_estimation",
@@ -115,6 +116,7 @@ def curves(
                 dir=folder,
                 mode=tracking.resolved_mode,
                 config=dict(config),
+                settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, disable_git=True),
             )
         except Exception as error:  # W&B has no common base class
             log.warning("W&B: training goes on without curves: %s: %s", type(error).__name__, error)
