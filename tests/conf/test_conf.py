@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from block import policies
 from block.config import RunConfig
-from block.lengths import Noisy, Oracle
+from block.lengths import Oracle
+from block.lengths.compact import Compact
 from block.serving import Outcome, requests_of, serve
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "experiment")
@@ -26,7 +27,7 @@ SCHEDULERS = {
     "llumnix_minus": (policies.LlumnixMinus, Oracle),
     "llumnix": (policies.Llumnix, Oracle),
     "block": (policies.Block, Oracle),
-    "block_star": (policies.Block, Noisy),
+    "block_star": (policies.Block, Compact),
 }
 
 
