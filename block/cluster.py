@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from block.dispatcher import Forecaster
 from block.engine import Engine, EngineConfig
 from block.hardware import Model, gpu_named, kv_blocks, latency_model
 from block.instances.base import Instance
@@ -146,7 +145,7 @@ class Fleet(NamedTuple):
     """
 
     instances: Sequence[Instance]
-    predictor: Forecaster | None
+    predictor: Predictor | Predictors | None
     engines: Mapping[str, Any]
     migrator: Migrator | None = None
     servers: Servers | None = None

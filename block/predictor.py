@@ -129,6 +129,11 @@ class Predictors:
     def __init__(self, of: Sequence[Predictor]) -> None:
         self._of = of
 
+    def going_on(self, outrun_share: float) -> Predictors:
+        """The same, with another `outrun_share`."""
+        others = {one: one.going_on(outrun_share) for one in set(self._of)}
+        return Predictors([others[one] for one in self._of])
+
     def forecasts(
         self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
     ) -> list[Forecast]:
