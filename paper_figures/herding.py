@@ -43,6 +43,7 @@ RUNS = [
     for seed in settings.SEEDS
 ]
 METRICS = {"ttft_p99_s": "P99 TTFT (s)", "e2e_p99_s": "P99 request latency (s)"}
+TICKS = ([2, 5, 10, 20, 40], [30, 35, 40, 50, 60, 70])
 
 
 def table(stored: cells.Stored) -> pd.DataFrame:
@@ -56,7 +57,7 @@ def draw(table: pd.DataFrame) -> Any:
         len(METRICS), len(AGES), figsize=(2 * style.COLUMN, 3.8), layout="constrained", sharex=True, sharey="row"
     )
     colours = dict(zip(ASKED, (style.COLOURS["Po2"], style.COLOURS["Block*"], style.COLOURS["Block"]), strict=True))
-    for row, (metric, label) in zip(axes, METRICS.items(), strict=True):
+    for row, (metric, label), ticks in zip(axes, METRICS.items(), TICKS, strict=True):
         for axis, age in zip(row, AGES, strict=True):
             part = table[table[STALENESS] == age]
             for (ledger, k), one in part.groupby([LEDGER, K]):
@@ -69,14 +70,14 @@ def draw(table: pd.DataFrame) -> Any:
             axis.xaxis.set_major_locator(FixedLocator([1, 2, 4, 8, 16]))
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_formatter(NullFormatter())
-            axis.yaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 30, 40, 60, 80]))
+            axis.yaxis.set_major_locator(FixedLocator(ticks))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
-            if row is axes[0]:
-                axis.set_title("fresh snapshots" if age == 0 else f"snapshots up to {age} s old")
-            if row is axes[-1]:
-                axis.set_xlabel("dispatchers")
         row[0].set_ylabel(label)
+    for axis, age in zip(axes[0], AGES, strict=True):
+        axis.set_title("fresh snapshots" if age == 0 else f"snapshots up to {age} s old")
+    for axis in axes[-1]:
+        axis.set_xlabel("dispatchers")
     sns.despine(figure)
     style.legend(figure, axes[0][0], 5)
     return figure

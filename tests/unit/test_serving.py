@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from block import policies
-from block.cluster import ClusterConfig, Simulated
+from block.cluster import ClusterConfig, Mixed, Pool, Simulated
 from block.config import RunConfig
 from block.dispatcher import DispatchConfig
 from block.engine import EngineConfig
@@ -64,6 +64,14 @@ def test_several_dispatchers_share_the_work_and_nothing_else() -> None:
     repeated = sum(a.instance_id == b.instance_id for a, b in pairwise(four.records))
     assert 60 < repeated < 140
     assert sum(four.outstanding(i) for i in range(2)) == 0
+
+
+def test_instances_that_differ_are_forecast_and_served() -> None:
+    settings = run(scheduler=policies.Block(), cluster=Mixed((Pool("a30", 1), Pool("a10", 1))))
+    dispatcher = served(settings).dispatcher
+    assert dispatcher is not None
+    assert {record.status for record in dispatcher.records} == {"ok"}
+    assert all(record.forecast is not None for record in dispatcher.records)
 
 
 @dataclass(frozen=True)
