@@ -20,7 +20,7 @@ INSTANCES = 12
 ASKED = {"block_star": INSTANCES, "po2": 2}
 RUNS = [
     *cells.grid(scheduler=("block_star",), workload__qps=QPS, seed=settings.SEEDS),
-    *cells.grid(lengths=("noisy",), scheduler=("po2",), workload__qps=QPS, seed=settings.SEEDS),
+    *cells.grid(lengths=("compact",), scheduler=("po2",), workload__qps=QPS, seed=settings.SEEDS),
 ]
 
 

@@ -23,7 +23,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "Po4": ({"scheduler": "po_k", "scheduler.k": 4}, (12, 50, 100, 200)),
     "Po2": ({"scheduler": "po2"}, (12, 50, 100, 200)),
     "Po2, estimated lengths, 16 dispatchers": (
-        {"scheduler": "po2", "lengths": "noisy", "dispatch.dispatchers": 16, "dispatch.snapshot_interval_s": 1},
+        {"scheduler": "po2", "lengths": "compact", "dispatch.dispatchers": 16, "dispatch.snapshot_interval_s": 1},
         (12, 50, 100, 200),
     ),
     "Llumnix-": ({"scheduler": "llumnix_minus"}, (12, 50, 100)),
