@@ -73,6 +73,8 @@ def test_a_run_prints_its_summary_and_stores_it(tmp_path: Path) -> None:
         "workload": "sharegpt",
         "lengths": "oracle",
         "backend": "auto",
+        "provisioner": "static",
+        "migration": "none",
         "tracking": "wandb",
         "experiment": None,
     }
@@ -118,7 +120,7 @@ def test_every_key_is_shown(tmp_path: Path) -> None:
 
 
 def test_a_sweep_in_several_processes_stores_every_combination(tmp_path: Path) -> None:
-    done = sweep(tmp_path, "hydra/launcher=joblib", "lengths=glob(*,exclude=injected)", "workload.qps=5,6")
+    done = sweep(tmp_path, "hydra/launcher=joblib", "lengths=glob([noisy,or*])", "workload.qps=5,6")
     assert done.returncode == 0, done.stderr
     stored = {(run.get("lengths"), run.get("workload.qps")) for run in runs(root=tmp_path / "runs")}
     assert stored == {("noisy", 5.0), ("noisy", 6.0), ("oracle", 5.0), ("oracle", 6.0)}
@@ -196,23 +198,22 @@ def test_a_capacity_search_tells_rate_and_interval(tmp_path: Path) -> None:
     keys = ["capacity.slo_s=[0.8,2]", "capacity.seeds=2", "capacity.low=4", "capacity.high=8", "capacity.tolerance=1"]
     done = command("scripts/capacity.py", *TINY, *keys, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    strict, loose, where = done.stdout.splitlines()
+    strict, loose, *where = done.stdout.splitlines()
     assert strict.startswith("block on llama2-7b: ")
     assert "requests/s at ttft_p99_s ≤ 0.8 s (95 % interval; by seed: " in strict
     assert "≤ 2 s" in loose
-    document = json.loads((tmp_path / where).read_text())
-    assert document["choices"]["scheduler"] == "block"
-    assert set(document["points"]) == {"0", "1"}
-    for i in range(2):
-        low, high = (document["objectives_s"][slo]["by_seed"][i] for slo in ("0.8", "2"))
+    documents = [json.loads((tmp_path / path).read_text()) for path in where]
+    assert [document["config"]["seed"] for document in documents] == [0, 1]
+    for document in documents:
+        assert document["choices"]["scheduler"] == "block"
+        low, high = (document["capacities_qps"][slo] for slo in ("0.8", "2"))
         assert low < high
         for slo, found in ((0.8, low), (2, high)):
-            points = document["points"][str(i)]
-            met = max(qps for qps, latency in points if latency <= slo and qps <= found)
-            missed = min(qps for qps, latency in points if latency > slo and qps >= found)
+            met = max(qps for qps, latency in document["points"] if latency <= slo and qps <= found)
+            missed = min(qps for qps, latency in document["points"] if latency > slo and qps >= found)
             assert met <= found <= missed <= met + 1
     for slo in ("0.8", "2"):
-        one, other = document["objectives_s"][slo]["by_seed"]
-        assert document["objectives_s"][slo]["capacity_qps"] == pytest.approx((one + other) / 2)
+        one, other = (document["capacities_qps"][slo] for document in documents)
         # Two seeds: t = 12.706 with one degree of freedom, standard error |difference| / 2.
-        assert document["objectives_s"][slo]["half_width_qps"] == pytest.approx(12.706 * abs(one - other) / 2)
+        told = f": {(one + other) / 2:.2f} ± {12.706 * abs(one - other) / 2:.2f} requests/s at ttft_p99_s ≤ {slo} s"
+        assert told in done.stdout
