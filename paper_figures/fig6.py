@@ -27,8 +27,8 @@ PANELS = {
     "e2e_p99_s": "P99 request latency (s)",
     "ttft_mean_s": "mean TTFT (s)",
     "ttft_p99_s": "P99 TTFT (s)",
-    "overhead_ms": "scheduling overhead (ms)",
-    "overhead_percent": "scheduling overhead (% of latency)",
+    "overhead_ms": "overhead (ms)",
+    "overhead_percent": "overhead (% of latency)",
     "request_throughput_rps": "throughput (requests/s)",
 }
 CAPACITY = "capacity (requests/s)"
