@@ -21,7 +21,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,8 @@ def main() -> int:
         return 0
     missing = [job for job in _distinct(jobs.values()) if job.stored is None]
     failures = _do(missing, options.backend)
-    for job in missing:
-        job.stored = job.find(_stored_runs())
+    if missing:
+        _find(jobs.values())
     stored = cells.Stored(
         {key[1]: job.stored for key, job in jobs.items() if isinstance(job.stored, Run)},
         {key[1]: job.stored for key, job in jobs.items() if isinstance(job.stored, searches.Search)},
@@ -169,9 +169,7 @@ def _jobs(figures: Mapping[str, Any], options: argparse.Namespace) -> Jobs:
         for (search, key), cell in wanted.items():
             settings, choices = composer.compose(cell)
             jobs[search, key] = Job(search, settings, choices, composer.hashes(settings))
-    stored = _stored_runs()
-    for job in jobs.values():
-        job.stored = job.find(stored)
+    _find(jobs.values())
     return jobs
 
 
@@ -209,12 +207,14 @@ class _Composer:
         return self._hashes[text]
 
 
-def _stored_runs() -> dict[str, Run]:
-    """The latest stored run of each config hash."""
-    return {run.document["config_hash"]: run for run in runs(root=DEFAULT_ROOT)}
+def _find(jobs: Iterable[Job]) -> None:
+    """Give each job what is stored of it; of runs with the same config hash the latest."""
+    stored = {run.document["config_hash"]: run for run in runs(root=DEFAULT_ROOT)}
+    for job in jobs:
+        job.stored = job.find(stored)
 
 
-def _distinct(jobs: Any) -> list[Job]:
+def _distinct(jobs: Iterable[Job]) -> list[Job]:
     """Each job once, the longest first, so that no core is idle at the end."""
     return sorted({job.identity: job for job in jobs}.values(), key=lambda job: -job.weight)
 
