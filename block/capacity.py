@@ -7,7 +7,7 @@ crossing can be bracketed; several seeds give an interval (`block.metrics.interv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,9 +19,10 @@ class CapacityConfig:
     """What to search for (the node `capacity` of the config).
 
     metric: a latency of a run's summary; slo_s: its objectives; seeds: how many, from `seed` on.
-    low, high: requests/s where the search begins; the bracket is widened if the crossing is not in it.
-    tolerance: width of the bracket, in requests/s, within which the crossing is interpolated (log-linearly). From 0.5
-        to 0.1, single results moved by 0.05 at most, less than by another seed, for a third more runs.
+    low, high: requests/s between which the search begins; it goes on beyond if the crossing is not there.
+    tolerance: the rates tried are multiples of it, in requests/s; between two that are next to each other the crossing
+        is interpolated (log-linearly). From 0.5 to 0.1, single results moved by 0.05 at most, less than by another
+        seed, for a third more runs.
     """
 
     metric: str = "ttft_p99_s"
@@ -56,46 +57,68 @@ class Point(NamedTuple):
 def crossings(latency: Callable[[float], float], config: CapacityConfig) -> tuple[list[float], list[Point]]:
     """The rate at which `latency(qps)` crosses each objective, and the points tried, in order of rate.
 
-    What was tried for one objective serves the others. ValueError if an objective is missed at 1/100 of `low` or still
-    met at 100 times `high`.
+    What was tried for one objective serves the others. ValueError if an objective is missed at 1/100 of `low` (or at
+    the least rate there is, `tolerance`) or still met at 100 times `high`.
     """
-    tried: dict[float, float] = {}
+    tried: dict[int, float] = {}  # latency by rate, in units of `tolerance`
 
-    def at(qps: float) -> float:
-        if qps not in tried:
-            tried[qps] = latency(qps)
-        return tried[qps]
+    def at(rate: int) -> float:
+        if rate not in tried:
+            tried[rate] = latency(_qps(rate, config))
+        return tried[rate]
 
     rates = [_crossing(at, tried, slo, config) for slo in config.slo_s]
-    return rates, [Point(*point) for point in sorted(tried.items())]
+    return rates, [Point(_qps(rate, config), tried[rate]) for rate in sorted(tried)]
 
 
-def _crossing(at: Callable[[float], float], tried: dict[float, float], slo: float, config: CapacityConfig) -> float:
-    def excess(qps: float) -> float:
-        return math.log(max(at(qps), 1e-9) / slo)
+def _qps(rate: int, config: CapacityConfig) -> float:
+    return round(rate * config.tolerance, 9)
 
-    low = max((qps for qps, latency in tried.items() if latency <= slo), default=config.low)
-    high = min((qps for qps, latency in tried.items() if latency > slo and qps > low), default=max(config.high, low))
-    while at(low) > slo:
-        high = low
-        low /= 1.5
-        if low < config.low / 100:
-            raise ValueError(f"capacity: {config.metric} misses {slo:g} s even at {high:.3g} requests/s")
-    while at(high) <= slo:
-        low = high
-        high *= 1.5
-        if high > config.high * 100:
-            raise ValueError(f"capacity: {config.metric} meets {slo:g} s even at {low:.3g} requests/s")
-    # Regula falsi on the logarithm, which grows about linearly with the rate; the Illinois rule halves the weight of an
-    # end that stays, so that the bracket closes from both sides.
-    below, above, side = excess(low), excess(high), 0
-    while high - low > config.tolerance:
-        margin = min(config.tolerance / 2, (high - low) / 4)
-        middle = min(max(low - below * (high - low) / (above - below), low + margin), high - margin)
-        value = excess(middle)
-        if value > 0:
-            high, above, below, side = middle, value, below / 2 if side > 0 else below, 1
+
+def _crossing(at: Callable[[int], float], tried: dict[int, float], slo: float, config: CapacityConfig) -> float:
+    def excess(rate: int) -> float:
+        return math.log(max(at(rate), 1e-9) / slo)
+
+    least, most = max(round(config.low / config.tolerance), 1), round(config.high / config.tolerance)
+    met = max((rate for rate, latency in tried.items() if latency <= slo), default=0)
+    missed = min((rate for rate, latency in tried.items() if latency > slo and rate > met), default=0)
+    # An end that was not tried is only assumed: most searches never come near it, and one that does goes beyond.
+    low = met or max(min(least, missed - 2 if missed else least), 1)
+    high = missed or max(most, low + 2)
+    reach = high - low
+    width = 0  # of the bracket, before a step by the line
+    while high - low > 1 or low not in tried or high not in tried:
+        first = low + 1 if low in tried else max(low - reach, 1)
+        last = high - 1 if high in tried else high + reach
+        # The line misleads where the curve bends: if it did not halve the bracket, the middle does.
+        by_line = 2 * (high - low) <= width or width == 0
+        rate = _on_line(excess, tried) if by_line and len(tried) > 1 else (low + high) // 2
+        if high - low == 1:  # and one of them is only assumed
+            rate = high if low in tried else low
+        rate = min(max(rate, first), last)
+        width = high - low if by_line else 0
+        if excess(rate) > 0:
+            high = rate
+            if rate <= low:
+                low, reach = max(rate - reach, 1), 2 * reach
+                if rate <= max(least / 100, 1):
+                    raise ValueError(
+                        f"capacity: {config.metric} misses {slo:g} s even at {_qps(rate, config):.3g} requests/s"
+                    )
         else:
-            low, below, above, side = middle, value, above / 2 if side < 0 else above, -1
+            low = rate
+            if rate >= high:
+                high, reach = rate + reach, 2 * reach
+                if rate > most * 100:
+                    raise ValueError(
+                        f"capacity: {config.metric} meets {slo:g} s even at {_qps(rate, config):.3g} requests/s"
+                    )
     below, above = excess(low), excess(high)
-    return float(low - below * (high - low) / (above - below))
+    return config.tolerance * (low - below * (high - low) / (above - below))
+
+
+def _on_line(excess: Callable[[int], float], tried: Iterable[int]) -> int:
+    """The rate where the line through the two tried ones that came nearest to the objective meets it."""
+    one, other = sorted(tried, key=lambda rate: (abs(excess(rate)), rate))[:2]
+    slope = (excess(other) - excess(one)) / (other - one)
+    return round(one - excess(one) / slope) if slope > 0 else (one + other) // 2

@@ -10,21 +10,21 @@ import asyncio
 import math
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from block.engine import Engine, EngineConfig
+from block.engine import Bank, Engine, EngineConfig
 from block.hardware import Model, gpu_named, kv_blocks, latency_model
 from block.instances.base import Instance
-from block.instances.simulated import SimulatedInstance
+from block.instances.simulated import Looks, SimulatedInstance
 from block.latency import LatencyModel
 from block.migration import MigrationConfig, Migrator
 from block.predictor import Predictor, Predictors
 from block.rng import stream
-from block.types import Floats
+from block.types import Floats, Snapshot
 
 NOISE_STEPS = 4096  # an instance's noise repeats after so many steps
 
@@ -141,7 +141,7 @@ class Fleet(NamedTuple):
 
     Without a predictor, the instances show no snapshots either, and only policies that count can be used.
     migrator: moves requests between the instances, if any does. servers: starts and stops those of single instances;
-    None: all are there already.
+    None: all are there already. look: snapshots of many of them, faster than one by one.
     """
 
     instances: Sequence[Instance]
@@ -149,6 +149,7 @@ class Fleet(NamedTuple):
     engines: Mapping[str, Any]
     migrator: Migrator | None = None
     servers: Servers | None = None
+    look: Callable[[Sequence[int]], Sequence[Snapshot]] | None = None
 
 
 class Backend(Protocol):
@@ -231,21 +232,23 @@ class Simulated:
             migrator = Migrator(testbed.migration, size, block_bytes)
         wake = migrator.wake if migrator else None
         instances: list[SimulatedInstance] = []
+        bank = Bank(testbed.instances)
         predictors: list[Predictor] = []  # of each instance; those that are alike share one
         for kind in testbed.kinds:
             latency, blocks = self._latency(kind.gpu, kind), kind.total_blocks
             predictors += [Predictor(testbed.engine, self.latency(kind), blocks)] * kind.instances
             for i in range(len(instances), len(predictors)):
                 own = latency.scaled(self.slowdown[i]) if i < len(self.slowdown) else latency
-                engine = Engine(testbed.engine, own, blocks, self._noise(testbed.seed, i))
+                engine = Engine(testbed.engine, own, blocks, self._noise(testbed.seed, i), bank)
                 instances.append(SimulatedInstance(i, engine, wake))
+        look = Looks(instances, bank)
         predictor = predictors[0] if len(testbed.kinds) == 1 else Predictors(predictors)
         if migrator is None:
-            yield Fleet(instances, predictor, {})
+            yield Fleet(instances, predictor, {}, look=look)
             return
         migrating = asyncio.create_task(migrator.run(instances))
         try:
-            yield Fleet(instances, predictor, {"migrations": migrator.counts}, migrator)
+            yield Fleet(instances, predictor, {"migrations": migrator.counts}, migrator, look=look)
         finally:
             migrating.cancel()
             with suppress(asyncio.CancelledError):

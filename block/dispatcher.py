@@ -15,7 +15,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random as Stream
 from typing import Protocol
 
@@ -34,6 +34,9 @@ MAX_RETRIES = 3
 
 Deliver = Callable[[Instance, RequestRecord], Awaitable[None]]
 """Has an instance serve a record's request; raises what `Instance.generate` raises."""
+
+Look = Callable[[Sequence[int]], Sequence[Snapshot]]
+"""Snapshots of the instances with these ids."""
 
 Placed = Callable[[RequestRecord, Sequence[InstanceView], Sequence[int]], None]
 """Is told of a placement: the record, the views that it was decided by, and the instances that were active."""
@@ -99,12 +102,13 @@ class DispatchConfig:
 
 @dataclass(slots=True)
 class _Books:
-    """What the dispatcher knows of one instance without asking it."""
+    """What the dispatcher knows of one instance without asking it; `landed`: ids in the ledger that have got there."""
 
-    ledger: list[Request]
-    outstanding: int
-    recent: deque[float]
-    snapshot: Snapshot | None
+    ledger: list[Request] = field(default_factory=list)
+    landed: set[int] = field(default_factory=set)
+    outstanding: int = 0
+    recent: deque[float] = field(default_factory=deque)
+    snapshot: Snapshot | None = None
     ejected: int = 0
 
 
@@ -116,7 +120,8 @@ class Dispatcher:
     Keeps what it did, all of it or the latest `history`: `records`, one per request, and `decisions`, (time, Decision,
     request id). forecast_s: wall-clock seconds that each batch of forecasts took, divided by its number of forecasts.
     ejections: (time, instance id, reason). placed: is told of each placement. initial: so many instances, the first,
-    take requests from the start (None: all). watcher: is told of each request.
+    take requests from the start (None: all). look: snapshots of many instances at once; by default one by one.
+    watcher: is told of each request.
     """
 
     def __init__(
@@ -131,6 +136,7 @@ class Dispatcher:
         history: int | None = None,
         placed: Placed | None = None,
         initial: int | None = None,
+        look: Look | None = None,
     ) -> None:
         if policy.needs is Needs.FORECAST and predictor is None:
             raise ValueError(f"policy {type(policy).__name__} needs a predictor")
@@ -141,7 +147,9 @@ class Dispatcher:
         self._stream = stream
         self._delay_s = delay_s
         self._placed = placed
-        self._books = [_Books([], 0, deque(), None) for _ in instances]
+        self._look = look or (lambda ids: [instances[i].snapshot() for i in ids])
+        self._books = [_Books() for _ in instances]
+        self._keeps_ledger = config.ledger and policy.needs is not Needs.COUNTS
         self._active = list(range(len(instances)))[:initial]  # ids of the instances that requests may go to
         self._turn = 0
         self.watcher: Watcher | None = None
@@ -161,6 +169,7 @@ class Dispatcher:
             stream,
             delay_s=self._delay_s,
             placed=self._placed,
+            look=self._look,
         )
         other.records, other.decisions = self.records, self.decisions
         other.forecast_s, other.ejections = self.forecast_s, self.ejections
@@ -221,6 +230,8 @@ class Dispatcher:
                 if self._delay_s > 0:
                     await clock.sleep(self._delay_s)
                 record.dispatched = clock.now()
+                if self._keeps_ledger:
+                    self._books[chosen].landed.add(request.id)
                 instance = self._instances[chosen]
                 await (instance.generate(request, record) if deliver is None else deliver(instance, record))
                 record.status = "ok"
@@ -251,6 +262,7 @@ class Dispatcher:
         books.outstanding -= 1
         if request in books.ledger:
             books.ledger.remove(request)
+        books.landed.discard(request.id)
 
     def _place(self, request: Request, record: RequestRecord, active: Sequence[int], turn: int) -> int:
         """Decide to which of the instances `active` the `turn`-th request goes and enter it in the books."""
@@ -275,7 +287,7 @@ class Dispatcher:
         books = self._books[chosen]
         books.outstanding += 1
         books.recent.append(now)
-        if self._config.ledger and self._policy.needs is not Needs.COUNTS:
+        if self._keeps_ledger:
             books.ledger.append(request)
         if self._placed is not None:
             self._placed(record, views, active)
@@ -288,7 +300,7 @@ class Dispatcher:
         snapshots: list[Snapshot | None] = [None] * len(candidates)
         forecasts: list[Forecast | None] = [None] * len(candidates)
         if needs is not Needs.COUNTS:
-            seen = [self._look(candidate, now) for candidate in candidates]
+            seen = self._seen(candidates, now)
             snapshots = list(seen)
             if needs is Needs.FORECAST and self._predictor is not None:
                 underway = [self._books[candidate].ledger for candidate in candidates]
@@ -304,17 +316,25 @@ class Dispatcher:
             views.append(InstanceView(candidate, books.ledger, books.outstanding, len(recent), snapshot, forecast))
         return views
 
-    def _look(self, candidate: int, now: float) -> Snapshot:
-        """The snapshot of an instance to decide by; what it shows leaves the ledger."""
-        books = self._books[candidate]
+    def _seen(self, candidates: Sequence[int], now: float) -> Sequence[Snapshot]:
+        """The snapshots of instances to decide by; what they show leaves the ledger."""
         interval = self._config.snapshot_interval_s
-        if books.snapshot is not None and now - books.snapshot.taken_at < interval:
-            return books.snapshot
-        snapshot = self._instances[candidate].snapshot()
-        if interval > 0:
-            snapshot = snapshot._replace(seqs=snapshot.seqs.copy())  # it will outlive this instant
-            books.snapshot = snapshot
-        if books.ledger:
-            visible = set(snapshot.seqs[ID].tolist())
-            books.ledger = [request for request in books.ledger if request.id not in visible]
-        return snapshot
+        if interval == 0:
+            seen = self._look(candidates)
+            for candidate, snapshot in zip(candidates, seen, strict=True):
+                self._prune(self._books[candidate], snapshot)
+            return seen
+        known = {candidate: self._books[candidate].snapshot for candidate in candidates}
+        outdated = [i for i, snapshot in known.items() if snapshot is None or now - snapshot.taken_at >= interval]
+        for candidate, snapshot in zip(outdated, self._look(outdated), strict=True):
+            books = self._books[candidate]
+            known[candidate] = books.snapshot = snapshot._replace(seqs=snapshot.seqs.copy())  # to outlive this instant
+            self._prune(books, snapshot)
+        return [snapshot for snapshot in known.values() if snapshot is not None]
+
+    def _prune(self, books: _Books, snapshot: Snapshot) -> None:
+        if books.landed:
+            visible = books.landed.intersection(snapshot.seqs[ID].tolist())
+            if visible:
+                books.ledger = [request for request in books.ledger if request.id not in visible]
+                books.landed -= visible

@@ -6,12 +6,14 @@ last looked at, and `next_finish` looks ahead on a copy for the next moment that
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from block import scheduler as s
 from block.compiled import compiled
@@ -135,36 +137,119 @@ class Taken(NamedTuple):
     first_token: float
 
 
+class Bank:
+    """The arrays of several engines, a row for each, so that one compiled call can advance many.
+
+    Rows are of one length: `make_room` makes all of them longer.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.state: Ints = np.zeros((rows, s.STATE), dtype=np.int64)
+        self.times: Floats = np.tile((math.nan, math.inf, 0.0), (rows, 1))
+        self.limits: Ints = np.zeros((rows, s.LIMITS), dtype=np.int64)
+        self.packed: Floats = np.zeros((rows, 0))
+        self.noise: Floats = np.ones((rows, 1))
+        self.found: Ints = np.zeros(rows, dtype=np.int64)  # columns of `done` that the last `advance` has filled
+        self.seqs: Ints = np.zeros((rows, FIELDS, 0), dtype=np.int64)
+        self.firsts: Floats = np.zeros((rows, 0))
+        self.done: Floats = np.zeros((rows, s.DONE, 0))
+        self.engines: list[Engine] = []
+        self.make_room(64)
+
+    def make_room(self, columns: int) -> None:
+        """Make every row so long, if it is not."""
+        if columns > self.seqs.shape[2]:
+            self.seqs, self.firsts, self.done = (_wider(rows, columns) for rows in (self.seqs, self.firsts, self.done))
+            # Where engines look ahead, one after the other.
+            self.scratch = (np.zeros_like(self.seqs[0]), np.zeros_like(self.firsts[0]), np.zeros_like(self.done[0]))
+            self._bind()
+
+    def enter(self, engine: Engine, limits: Ints, packed: Floats, noise: Floats) -> int:
+        """Give an engine the next row; returns it. All engines have noise of one length, or none."""
+        row = len(self.engines)
+        self.engines.append(engine)
+        self.limits[row] = limits
+        self.packed = _wider(self.packed, len(packed))
+        self.packed[row, : len(packed)] = packed
+        if self.noise.shape[1] < len(noise):
+            self.noise = np.ones((len(self.noise), len(noise)))
+        self.noise[row] = noise
+        self._bind()
+        return row
+
+    def _bind(self) -> None:
+        for row, engine in enumerate(self.engines):
+            engine.bind(row)
+
+    def advance(self, rows: Ints, now: float) -> bool:
+        """Complete the steps that end by `now` of these rows; whether a sequence finished. `found` tells how many."""
+        return bool(
+            _advance_rows(
+                rows,
+                now,
+                self.seqs,
+                self.firsts,
+                self.state,
+                self.times,
+                self.limits,
+                self.packed,
+                self.noise,
+                self.done,
+                self.found,
+            )
+        )
+
+
+def _wider(rows: NDArray[Any], columns: int) -> NDArray[Any]:
+    """A copy of an array whose last axis has at least so many columns, the new ones 0."""
+    more = [(0, 0)] * (rows.ndim - 1) + [(0, max(columns - rows.shape[-1], 0))]
+    return np.pad(rows, more)
+
+
 class Engine:
     """A simulated vLLM engine. Calls must come with times that never go back.
 
     total_blocks: usable KV blocks (vLLM V1 keeps one of `num_gpu_blocks` for itself).
     noise: float[n], factors on the durations of steps, repeated; defaults to none.
+    bank: where its arrays lie; by default in one of its own.
     held_blocks: KV blocks of no sequence that is here: kept for one that is coming, or of one that was `taken`.
     """
 
     def __init__(
-        self, config: EngineConfig, latency: LatencyModel, total_blocks: int, noise: Floats | None = None
+        self,
+        config: EngineConfig,
+        latency: LatencyModel,
+        total_blocks: int,
+        noise: Floats | None = None,
+        bank: Bank | None = None,
     ) -> None:
         self.total_blocks = total_blocks
-        self._limits = config.limits(total_blocks)
         self._max_model_len = config.max_model_len
-        self._packed = latency.pack()
-        self._noise = np.ones(1) if noise is None else noise
-        self._state = np.zeros(s.STATE, dtype=np.int64)
-        self._state[s.FREE] = total_blocks
-        self._times = np.array([math.nan, math.inf, 0.0])
         self._leaving: int | None = None
         self.held_blocks = 0
         self.taken: Taken | None = None
-        self._ends = math.inf  # of the step in flight: times[ENDS], at hand for the callers that only ask
-        self._allocate(64)
+        self._bank = Bank(1) if bank is None else bank
+        noise = np.ones(1) if noise is None else noise
+        self.row = self._bank.enter(self, config.limits(total_blocks), latency.pack(), noise)
+        self._state[s.FREE] = total_blocks
 
-    def _allocate(self, capacity: int) -> None:
-        self._seqs: Ints = np.zeros((FIELDS, capacity), dtype=np.int64)
-        self._firsts: Floats = np.zeros(capacity)
-        self._done: Floats = np.zeros((s.DONE, capacity))
-        self._scratch = (np.zeros_like(self._seqs), np.zeros_like(self._firsts), np.zeros_like(self._done))
+    def bind(self, row: int) -> None:
+        """Take the arrays of a row of the bank for its own."""
+        bank = self._bank
+        self._seqs, self._firsts, self._done = bank.seqs[row], bank.firsts[row], bank.done[row]
+        self._state, self._times, self._limits = bank.state[row], bank.times[row], bank.limits[row]
+        self._packed, self._noise = bank.packed[row], bank.noise[row]
+
+    def copy(self) -> Engine:
+        """One like it, in a bank of its own."""
+        other = copy.copy(self)
+        other._bank = Bank(1)
+        other._bank.make_room(self._seqs.shape[1])
+        other.row = other._bank.enter(other, self._limits, self._packed, self._noise)
+        for mine, its in ((self._seqs, other._seqs), (self._firsts, other._firsts)):
+            its[:] = mine
+        other._state[:], other._times[:] = self._state, self._times
+        return other
 
     def add(self, request: Request, now: float) -> None:
         """Receive `request` at time `now`, to which the engine must have been advanced.
@@ -192,17 +277,16 @@ class Engine:
         self._begin_if_idle(now)
 
     def _begin_if_idle(self, now: float) -> None:
-        if self._ends == math.inf:
+        if self.step_ends == math.inf:
             self._begin_step(now)
 
     def _begin_step(self, now: float) -> None:
         s.begin_step(self._seqs, self._firsts, self._state, self._times, self._limits, self._packed, self._noise, now)
-        self._ends = float(self._times[s.ENDS])
 
     @property
     def step_ends(self) -> float:
         """When the step in flight ends; inf when the engine is idle."""
-        return self._ends
+        return float(self._times.item(s.ENDS))
 
     def hold(self, blocks: int, seats: int) -> bool:
         """Keep KV blocks and places in the batch for a sequence that is coming; False if there are too few.
@@ -293,20 +377,24 @@ class Engine:
     def _make_room(self) -> None:
         """Move the live columns to the front of arrays with room for as many again."""
         head, tail = int(self._state[s.HEAD]), int(self._state[s.TAIL])
-        seqs, firsts = self._seqs[:, head:tail].copy(), self._firsts[head:tail].copy()
         if 2 * (tail - head) > self._seqs.shape[1]:
-            self._allocate(2 * self._seqs.shape[1])
-        self._seqs[:, : tail - head] = seqs
-        self._firsts[: tail - head] = firsts
+            self._bank.make_room(2 * self._seqs.shape[1])
+        for rows in (self._seqs, self._firsts):
+            rows[..., : tail - head] = rows[..., head:tail].copy()
         self._state[[s.HEAD, s.TAIL, s.VISIBLE]] -= head
+
+    @property
+    def leaving(self) -> bool:
+        """Is a sequence to be taken out when the step in flight ends?"""
+        return self._leaving is not None
 
     def advance(self, now: float) -> Sequence[Finished]:
         """Complete the steps that end by `now`; returns the sequences that finished, in order of time."""
-        if self._ends > now:
+        ends = self.step_ends
+        if ends > now:
             return ()
         found: Int = 0
         if self._leaving is not None:
-            ends = self._ends
             found = s.end_step(self._seqs, self._firsts, self._state, self._times, self._limits, self._done, 0)
             self._take()
             self._begin_step(ends)
@@ -322,7 +410,10 @@ class Engine:
             found,
             now,
         )
-        self._ends = float(self._times[s.ENDS])
+        return self.finished(int(found))
+
+    def finished(self, found: int) -> Sequence[Finished]:
+        """The first `found` sequences that `advance`, of the engine or of its bank, has finished."""
         return [
             Finished(int(id_), first, at, int(preempted), int(output))
             for id_, first, at, preempted, output in self._done[:, :found].T.tolist()
@@ -330,9 +421,9 @@ class Engine:
 
     def next_finish(self) -> float:
         """When the next sequence will finish if nothing more arrives; inf if none will."""
-        if self._ends == math.inf:
+        if self.step_ends == math.inf:
             return math.inf
-        seqs, firsts, done = self._scratch
+        seqs, firsts, done = self._bank.scratch
         return _next_finish(
             self._seqs,
             self._firsts,
@@ -349,17 +440,51 @@ class Engine:
     def snapshot(self, instance_id: int, now: float) -> Snapshot:
         """What the scheduler published when it last ran; a view, valid until the engine changes."""
         state = self._state.tolist()
-        started = float(self._times[s.STARTED]) if self._ends != math.inf else math.nan
+        started, ends, _ = self._times.tolist()
         return Snapshot(
             instance_id,
             now,
-            started,
+            started if ends != math.inf else math.nan,
             state[s.RUNNING],
             state[s.STALE],
             state[s.FREE],
             state[s.PREEMPTIONS],
             self._seqs[:, state[s.HEAD] : state[s.VISIBLE]],
         )
+
+
+@compiled
+def _advance_rows(
+    rows: Ints,
+    now: float,
+    seqs: Ints,
+    firsts: Floats,
+    state: Ints,
+    times: Floats,
+    limits: Ints,
+    packed: Floats,
+    noise: Floats,
+    done: Floats,
+    found: Ints,
+) -> bool:
+    finished = False
+    for row in rows:
+        found[row] = 0
+        if times[row, s.ENDS] <= now:
+            found[row] = _advance(
+                seqs[row],
+                firsts[row],
+                state[row],
+                times[row],
+                limits[row],
+                packed[row],
+                noise[row],
+                done[row],
+                0,
+                now,
+            )
+            finished |= found[row] > 0
+    return finished
 
 
 @compiled

@@ -103,8 +103,8 @@ def fingerprints(run: RunConfig, requests: Sequence[Request] | None = None) -> d
     """
     requests = requests_of(run) if requests is None else requests
     lengths = np.array(
-        [(r.prompt_tokens, r.output_tokens, r.predicted_output_tokens) for r in requests], dtype=np.int64
-    )
+        [n for r in requests for n in (r.prompt_tokens, r.output_tokens, r.predicted_output_tokens)], dtype=np.int64
+    ).reshape(-1, 3)
     return {
         "code": provenance.code_hash(),
         "latency_model": _hash(np.concatenate([run.backend.latency(kind).pack() for kind in run.testbed.kinds])),

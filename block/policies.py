@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from random import Random as Stream
 from typing import ClassVar, Protocol, final
 
+from block.compiled import compiled
 from block.types import (
     COMPUTED,
     EXPECTED,
@@ -21,6 +22,8 @@ from block.types import (
     PROMPT,
     Decision,
     InstanceView,
+    Int,
+    Ints,
     Request,
     Snapshot,
 )
@@ -173,10 +176,18 @@ class LlumnixMinus:
             snapshot = _snapshot(view)
             wanted = sum(-(-other.prompt_tokens // size) for other in view.underway)
             if snapshot.seqs.shape[1] > snapshot.running:
-                waiting = snapshot.seqs[:, snapshot.running :]
-                wanted += int((-(-(waiting[PROMPT] + waiting[OUTPUT]) // size)).sum())
+                wanted += int(_wanted(snapshot.seqs, snapshot.running, size))
             scores.append(-(snapshot.free_blocks - wanted) / max(snapshot.running, 1))
         return least(views, scores, stream)
+
+
+@compiled
+def _wanted(seqs: Ints, running: int, block_size: int) -> Int:
+    """KV blocks that the waiting sequences want."""
+    wanted: Int = 0
+    for column in range(running, seqs.shape[1]):
+        wanted += (seqs[PROMPT, column] + seqs[OUTPUT, column] + block_size - 1) // block_size
+    return wanted
 
 
 def freeness(snapshot: Snapshot, underway: Sequence[Request], block_size: int) -> float:

@@ -47,6 +47,9 @@ _COLUMNS = 0
 _RUNNING = 1
 _STALE = 2
 _FREE = 3
+_HEADS = 4
+
+_ARRIVAL = 4  # numbers of an arrival: instance, id, prompt, expected
 
 
 class Predictor:
@@ -70,10 +73,10 @@ class Predictor:
         self._limits = config.limits(total_blocks)
         self._packed = latency.pack()
         self._compressed = compressed
-        self._allocate(1, 64)
+        self._allocate(64)
 
-    def _allocate(self, instances: int, columns: int) -> None:
-        self._seqs: Ints = np.zeros((instances, FIELDS, columns), dtype=np.int64)
+    def _allocate(self, columns: int) -> None:
+        self._seqs: Ints = np.zeros((FIELDS, columns), dtype=np.int64)
         self._firsts: Floats = np.zeros(columns)
         self._done: Floats = np.zeros((s.DONE, columns))
 
@@ -95,22 +98,25 @@ class Predictor:
 
         underway[i]: requests on their way to instance i that its snapshot does not show, in order.
         """
-        arrivals = [(i, r.id, r.prompt_tokens, r.predicted_output_tokens) for i, rs in enumerate(underway) for r in rs]
-        count = len(snapshots)
-        widest = max(snapshot.seqs.shape[1] for snapshot in snapshots) + len(arrivals) + 1
-        if count > self._seqs.shape[0] or widest > self._seqs.shape[2]:
-            self._allocate(max(count, self._seqs.shape[0]), max(2 * widest, self._seqs.shape[2]))
-        for target, snapshot in zip(self._seqs, snapshots, strict=False):
-            target[:, : snapshot.seqs.shape[1]] = snapshot.seqs
-        heads = [(x.seqs.shape[1], x.running, x.stale, x.free_blocks) for x in snapshots]
-        out = np.empty((count, 2))
+        arrivals = [
+            n
+            for i, requests in enumerate(underway)
+            for r in requests
+            for n in (i, r.id, r.prompt_tokens, r.predicted_output_tokens)
+        ]
+        heads = [n for x in snapshots for n in (x.seqs.shape[1], x.running, x.stale, x.free_blocks)]
+        widest = max(heads[_COLUMNS::_HEADS]) + len(arrivals) // _ARRIVAL + 1
+        if widest > self._seqs.shape[1]:
+            self._allocate(2 * widest)
+        out = np.empty((len(snapshots), 2))
         _forecasts(
-            self._seqs,
-            np.array(heads, dtype=np.int64),
+            np.concatenate([x.seqs for x in snapshots], axis=1),
+            np.array(heads, dtype=np.int64).reshape(-1, _HEADS),
             np.array([x.step_started for x in snapshots]),
-            np.array(arrivals, dtype=np.int64).reshape(-1, 4),
+            np.array(arrivals, dtype=np.int64).reshape(-1, _ARRIVAL),
             request.prompt_tokens,
             request.predicted_output_tokens,
+            self._seqs,
             self._firsts,
             self._limits,
             self._packed,
@@ -171,12 +177,13 @@ def _append(seqs: Ints, column: Int, id_: Int, prompt: Int, expected: Int) -> No
 
 @compiled
 def _forecasts(
-    seqs: Ints,
+    shown: Ints,
     heads: Ints,
     started: Floats,
     arrivals: Ints,
     prompt: int,
     expected: int,
+    seqs: Ints,
     firsts: Floats,
     limits: Ints,
     packed: Floats,
@@ -186,20 +193,28 @@ def _forecasts(
     compressed: bool,
     outrun_share: float,
 ) -> None:
+    """`shown`: the columns of all snapshots, one after the other; `arrivals`: in order of the instance."""
     state = np.zeros(s.STATE, dtype=np.int64)
     times = np.zeros(s.TIMES)
     noise = np.ones(1)
     group = np.empty((GROUP, firsts.shape[0]), dtype=np.int64)
     wanting = np.empty(limits[s.BLOCK_SIZE], dtype=np.int64)
-    for arrival in range(arrivals.shape[0]):
-        i = arrivals[arrival, 0]
-        _append(seqs[i], heads[i, _COLUMNS], arrivals[arrival, 1], arrivals[arrival, 2], arrivals[arrival, 3])
-        heads[i, _COLUMNS] += 1
+    begin = 0
+    arrival = 0
     for i in range(heads.shape[0]):
-        _append(seqs[i], heads[i, _COLUMNS], _CANDIDATE, prompt, expected)
-        heads[i, _COLUMNS] += 1
+        columns = heads[i, _COLUMNS]
+        for row in range(FIELDS):
+            for column in range(columns):
+                seqs[row, column] = shown[row, begin + column]
+        begin += columns
+        while arrival < arrivals.shape[0] and arrivals[arrival, 0] == i:
+            _append(seqs, columns, arrivals[arrival, 1], arrivals[arrival, 2], arrivals[arrival, 3])
+            columns += 1
+            arrival += 1
+        _append(seqs, columns, _CANDIDATE, prompt, expected)
+        heads[i, _COLUMNS] = columns + 1
         _forecast(
-            seqs[i],
+            seqs,
             heads[i],
             started[i],
             firsts,

@@ -103,6 +103,7 @@ async def _serve(
             delay_s=run.backend.dispatch_delay_s,
             placed=outcome.counterfactuals.placed if outcome.counterfactuals else None,
             initial=run.testbed.initial,
+            look=fleet.look,
         )
         replicas = range(1, run.dispatch.dispatchers)
         dispatchers = [dispatcher, *(dispatcher.replica(_policy_stream(run.seed, f"policy/{i}")) for i in replicas)]

@@ -19,15 +19,13 @@ SIMULATED_ONLY = True
 K = (2, 4, 8)
 ALL = 12
 LENGTHS = {"estimated": "compact", "oracle": "oracle"}
-BASE = settings.SETTINGS["base"]
-BRACKET = {"capacity.low": BASE.low, "capacity.high": BASE.high}
 RUNS: list[cells.Cell] = []
 SEARCHES: list[cells.Cell] = [
     *(
-        {"lengths": lengths, "scheduler": "po_k", "scheduler.k": k, **BRACKET, "seed": seed}
+        {"lengths": lengths, "scheduler.k": k, **cell}
         for lengths in LENGTHS.values()
         for k in K
-        for seed in settings.SEEDS
+        for cell in settings.searches("base", ("po_k",))
     ),
     *settings.searches("base", ("block", "block_star", "llumnix_minus")),
 ]

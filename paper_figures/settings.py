@@ -10,30 +10,43 @@ SLO_S = (3.0, 10.0)
 
 
 class Setting(NamedTuple):
-    """A setting by its name for people, what is set in it, and where a search begins (requests/s)."""
+    """A setting by its name for people, what is set in it, and between which rates (requests/s) the search for Block's
+    capacity begins. Where it begins decides how many runs a search takes, not what it finds.
+    """
 
     name: str
     values: Mapping[str, Any]
     low: float
     high: float
+    tolerance: float = 0.5
 
 
 SETTINGS = {
-    "base": Setting("Llama-2-7B, ShareGPT", {}, 24, 34),
-    "qwen": Setting("Qwen2-7B", {"model": "qwen2-7b"}, 50, 75),
-    "burstgpt": Setting("BurstGPT", {"workload": "burstgpt"}, 35, 50),
-    "batch24": Setting("batch 24", {"engine.max_num_seqs": 24}, 18, 30),
-    "chunk2048": Setting("chunk 2048", {"engine.max_num_batched_tokens": 2048}, 24, 34),
+    "base": Setting("Llama-2-7B, ShareGPT", {}, 30, 34),
+    "qwen": Setting("Qwen2-7B", {"model": "qwen2-7b"}, 60, 70, 1.0),
+    "burstgpt": Setting("BurstGPT", {"workload": "burstgpt"}, 44, 52, 1.0),
+    "batch24": Setting("batch 24", {"engine.max_num_seqs": 24}, 26, 30),
+    "chunk2048": Setting("chunk 2048", {"engine.max_num_batched_tokens": 2048}, 30, 34),
     "azure_conv": Setting("Azure conversation", {"workload": "azure_conv", "workload.arrivals": "trace"}, 15, 30),
     "azure_code": Setting("Azure code", {"workload": "azure_code", "workload.arrivals": "trace"}, 15, 30),
 }
+
+SHARE = {"random": 0.7, "round_robin": 0.76, "min_qpm": 0.75, "infaas": 0.9}
+"""What a scheduler carries of what Block does, about: where its searches begin."""
 
 
 def searches(setting: str, schedulers: Sequence[str], seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
     """The cells of the capacity searches of a setting."""
     one = SETTINGS[setting]
     return [
-        {"scheduler": scheduler, **one.values, "capacity.low": one.low, "capacity.high": one.high, "seed": seed}
+        {
+            "scheduler": scheduler,
+            **one.values,
+            "capacity.low": float(round(one.low * SHARE.get(scheduler, 1.0))),
+            "capacity.high": float(round(one.high * SHARE.get(scheduler, 1.0))),
+            "capacity.tolerance": one.tolerance,
+            "seed": seed,
+        }
         for scheduler in schedulers
         for seed in seeds
     ]

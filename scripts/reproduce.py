@@ -21,31 +21,26 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hydra import compose, initialize_config_dir  # noqa: E402
-from joblib import Parallel, delayed  # noqa: E402
-from omegaconf import OmegaConf  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from block import config, experiment, searches  # noqa: E402
+from block import campaign, searches  # noqa: E402
+from block.campaign import Composer, Job  # noqa: E402
 from block.console import progress  # noqa: E402
 from block.provenance import code_hash  # noqa: E402
-from block.results import DEFAULT_ROOT, Run, experiment_hash, runs  # noqa: E402
-from block.sweep import end_with  # noqa: E402
+from block.results import Run  # noqa: E402
 from block.tracking import Tracking, log_figures, log_run  # noqa: E402
 from paper_figures import cells, readme, report, style, verdicts  # noqa: E402
 from paper_figures.catalogue import FIGURES  # noqa: E402
 
 FIGURE_FOLDER = Path("artifacts/figures")
-SEARCH_RUNS = 9  # runs that a search takes, about
-RUN_S = 1.3  # seconds that a simulated run of 10,000 requests takes, about
 REAL_BACKENDS = ("emulated", "vllm")
 
 
@@ -58,10 +53,10 @@ def main() -> int:
     if options.list:
         _list(figures, jobs, options)
         return 0
-    missing = [job for job in _distinct(jobs.values()) if job.stored is None]
-    failures = _do(missing, options.backend)
+    missing = [job for job in campaign.distinct(jobs.values()) if job.stored is None]
+    failures = campaign.do(missing, at_once=-1 if options.backend == "simulated" else 1)
     if missing:
-        _find(jobs.values())
+        campaign.find(jobs.values())
     stored = cells.Stored(
         {key[1]: job.stored for key, job in jobs.items() if isinstance(job.stored, Run)},
         {key[1]: job.stored for key, job in jobs.items() if isinstance(job.stored, searches.Search)},
@@ -118,142 +113,31 @@ def _real(name: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------- jobs
 
 
-@dataclass
-class Job:
-    """A run or a search: the resolved config, what was chosen, what it depends on, and what is stored of it."""
-
-    search: bool
-    settings: dict[str, Any]
-    choices: dict[str, str]
-    hashes: dict[str, str]
-    stored: Run | searches.Search | None = None
-
-    @property
-    def identity(self) -> tuple[bool, str]:
-        """The same for jobs that do the same."""
-        return self.search, str(searches.path_of(self.settings)) if self.search else experiment_hash(self.settings)
-
-    @property
-    def weight(self) -> int:
-        """Its time, in runs."""
-        return SEARCH_RUNS if self.search else 1
-
-    def find(self, stored: Mapping[str, Run]) -> Run | searches.Search | None:
-        """What is stored of it, among runs by their config hash; None if there is none, or it is outdated."""
-        if self.search:
-            return searches.find(self.settings, self.hashes)
-        run = stored.get(self.identity[1])
-        return run if run is not None and run.document["hashes"] == self.hashes else None
-
-    def __str__(self) -> str:
-        at = "capacity" if self.search else f"qps={self.settings['workload']['qps']:g}"
-        return f"scheduler={self.choices['scheduler']} {at} seed={self.settings['seed']}"
-
-
 Jobs = dict[tuple[bool, cells.Key], Job]
 
 
 def _jobs(figures: Mapping[str, Any], options: argparse.Namespace) -> Jobs:
-    """The job of each cell, whether it is a search and its key."""
+    """The job of each cell, by whether it is a search and its key."""
     everything = cells.Stored({}, {}, options.seeds)
     wanted = {
-        (search, cells.key(cell)): cell
+        (search, cells.key(cell)): {key: value for key, value in cell.items() if key not in cells.LABELS}
         for module in figures.values()
         for search, each in ((False, module.RUNS), (True, getattr(module, "SEARCHES", ())))
         for cell in everything.wanted(each)
     }
     always = (f"backend={options.backend}", "tracking=none", f"workload.num_requests={options.requests}")
-    composer = _Composer(always)
-    jobs = {}
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for (search, key), cell in wanted.items():
-            settings, choices = composer.compose(cell)
-            jobs[search, key] = Job(search, settings, choices, composer.hashes(settings))
-    _find(jobs.values())
+    composer = Composer(ROOT / "conf", always)
+    jobs = {key: composer.job(cell, search=key[0]) for key, cell in wanted.items()}
+    campaign.find(jobs.values())
     return jobs
-
-
-class _Composer:
-    """Composes configs: once for each choice of files, which takes long; setting a value takes no time."""
-
-    def __init__(self, always: Sequence[str]) -> None:
-        config.register()
-        self._always = always
-        self._bases: dict[tuple[str, ...], tuple[Any, dict[str, str]]] = {}
-        self._hashes: dict[str, dict[str, str]] = {}
-
-    def compose(self, cell: cells.Cell) -> tuple[dict[str, Any], dict[str, str]]:
-        """The resolved config of a cell, and its choices."""
-        groups = {key: value for key, value in cell.items() if key in config.GROUPS or key in config.CHOICES}
-        chosen = tuple(cells.overrides(groups))
-        if chosen not in self._bases:
-            made = compose("config", overrides=[*chosen, *self._always], return_hydra_config=True)
-            named = made.hydra.runtime.choices.items()
-            choices = {str(k): str(v) for k, v in named if not str(k).startswith("hydra/")}
-            self._bases[chosen] = (made, choices)
-        base, choices = self._bases[chosen]
-        settings = OmegaConf.masked_copy(base, [str(key) for key in base if key != "hydra"])
-        for key in cell.keys() - groups.keys() - set(cells.LABELS):
-            OmegaConf.update(settings, key, cell[key])
-        return config.plain(settings), choices
-
-    def hashes(self, settings: dict[str, Any]) -> dict[str, str]:
-        """What its results depend on beside the config, which is the same at every rate and for every scheduler."""
-        same = {key: settings[key] for key in ("model", "cluster", "engine", "backend", "lengths", "seed")}
-        same["workload"] = {key: value for key, value in settings["workload"].items() if key != "qps"}
-        text = json.dumps(same, sort_keys=True)
-        if text not in self._hashes:
-            self._hashes[text] = experiment.fingerprints(config.build(OmegaConf.create(settings)))
-        return self._hashes[text]
-
-
-def _find(jobs: Iterable[Job]) -> None:
-    """Give each job what is stored of it; of runs with the same config hash the latest."""
-    stored = {run.document["config_hash"]: run for run in runs(root=DEFAULT_ROOT)}
-    for job in jobs:
-        job.stored = job.find(stored)
-
-
-def _distinct(jobs: Iterable[Job]) -> list[Job]:
-    """Each job once, the longest first, so that no core is idle at the end."""
-    return sorted({job.identity: job for job in jobs}.values(), key=lambda job: -job.weight)
-
-
-def _do(missing: Sequence[Job], backend: str) -> list[str]:
-    """Do the jobs, in parallel if they are simulated; returns what went wrong."""
-    if not missing:
-        return []
-    failures = []
-    at_once = -1 if backend == "simulated" else 1
-    work = (delayed(_one)(job, os.getpid()) for job in missing)
-    with progress(Console(stderr=True), "runs", sum(job.weight for job in missing)) as advance:
-        for weight, error in Parallel(n_jobs=at_once, return_as="generator_unordered")(work):
-            advance(weight)
-            if error:
-                failures.append(error)
-    return failures
-
-
-def _one(job: Job, main: int) -> tuple[int, str]:
-    """A job, in a process of its own; returns its weight and what went wrong."""
-    end_with(main)
-    settings = OmegaConf.create(job.settings)
-    try:
-        if job.search:
-            experiment.search_one(settings, job.choices)
-        else:
-            experiment.execute(settings, job.choices, quiet=True)
-    except Exception as error:  # the others go on, and what lacks is told at the end
-        return job.weight, f"{job}: {config.explain(error)}"
-    return job.weight, ""
 
 
 def _list(figures: Mapping[str, Any], jobs: Jobs, options: argparse.Namespace) -> None:
     for name, module in figures.items():
         mine = [job for job, _ in _of(module, jobs, options)]
-        have, distinct = sum(job.stored is not None for job in mine), _distinct(mine)
+        have, distinct = sum(job.stored is not None for job in mine), campaign.distinct(mine)
         left = sum(job.weight for job in distinct if job.stored is None)
-        seconds = left * RUN_S * options.requests / 10_000 / (os.cpu_count() or 1)
+        seconds = left * campaign.RUN_S * options.requests / 10_000 / (os.cpu_count() or 1)
         cost = "" if left == 0 else f", about {max(seconds / 60, 1):.0f} min" if options.backend == "simulated" else ""
         print(f"{name:10}{have:4} of {len(mine):3} stored{cost:16}  {module.TITLE} ({module.PAPER})")
 

@@ -7,12 +7,13 @@ asks again when a request arrives. First-token times come out of the engine exac
 from __future__ import annotations
 
 import asyncio
-import copy
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from block import clock
-from block.engine import Engine, Taken
+from block.engine import Bank, Engine, Finished, Taken
 from block.types import ID, Request, RequestRecord, Snapshot
 
 
@@ -52,7 +53,7 @@ class SimulatedInstance:
 
         The instance itself is left as it is.
         """
-        engine = copy.deepcopy(self._engine)
+        engine = self._engine.copy()
         for at, request in arrivals:
             engine.advance(at)
             engine.add(request, at)
@@ -107,7 +108,10 @@ class SimulatedInstance:
         return self._serving[request_id][0]
 
     def _advance(self, now: float) -> None:
-        for done in self._engine.advance(now):
+        self._finish(self._engine.advance(now))
+
+    def _finish(self, sequences: Sequence[Finished]) -> None:
+        for done in sequences:
             record, finished = self._serving.pop(done.id)
             record.first_token = done.first_token
             record.finished = done.finished
@@ -126,3 +130,24 @@ class SimulatedInstance:
         self._timer = None
         self._advance(clock.now())
         self._plan()
+
+
+class Looks:
+    """Snapshots of many simulated instances at once, whose engines lie in one bank in the same order."""
+
+    def __init__(self, instances: Sequence[SimulatedInstance], bank: Bank) -> None:
+        self._instances = instances
+        self._bank = bank
+
+    def __call__(self, ids: Sequence[int]) -> list[Snapshot]:
+        """What `SimulatedInstance.snapshot` shows, of each of these."""
+        now = clock.now()
+        bank, instances = self._bank, self._instances
+        for i in ids:
+            if instances[i]._engine.leaving:
+                instances[i]._advance(now)
+        if bank.advance(np.array(ids), now):
+            for i in ids:
+                if bank.found[i] > 0:
+                    instances[i]._finish(instances[i]._engine.finished(int(bank.found[i])))
+        return [instances[i]._engine.snapshot(i, now) for i in ids]

@@ -12,7 +12,7 @@ An estimator is a frozen dataclass whose fields are its Hydra options. There are
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol, final, runtime_checkable
 
 import numpy as np
@@ -69,7 +69,10 @@ def tag(requests: Sequence[Request], lengths: Lengths, seed: int) -> list[Reques
     else:
         truth = np.array([request.output_tokens for request in requests], dtype=np.int64)
         estimates = lengths.estimate(truth, stream(seed, "lengths"))
-    return [replace(r, predicted_output_tokens=e) for r, e in zip(requests, estimates.tolist(), strict=True)]
+    return [
+        Request(r.id, r.arrival, r.prompt_tokens, r.output_tokens, estimate, r.max_tokens, r.prompt)
+        for r, estimate in zip(requests, estimates.tolist(), strict=True)
+    ]
 
 
 @final

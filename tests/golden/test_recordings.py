@@ -39,17 +39,18 @@ class Twin:
         """End the step in flight, if there is one, let the requests in, and go on."""
         engine = self.engine
         queued = bool(engine._state[s.QUEUED])
-        idle = engine._ends == float("inf")
-        self.now = self.now if idle else engine._ends
-        engine._ends = -1.0  # so that `add` does not begin a step with the first of several
+        ends = engine.step_ends
+        idle = ends == float("inf")
+        self.now = self.now if idle else ends
+        engine._times[s.ENDS] = -1.0  # so that `add` does not begin a step with the first of several
         for one in self.pending:
             engine.add(one, self.now)
         self.pending = []
+        engine._times[s.ENDS] = ends
         if idle:
             arrays = (engine._seqs, engine._firsts, engine._state, engine._times, engine._limits)
             s.begin_step(*arrays, engine._packed, engine._noise, self.now)
         engine.advance(self.now)
-        engine._ends = float(engine._times[s.ENDS])
         rows = (NEXT,) if queued else (CHUNK, NEXT)
         seqs = self.snapshot().seqs
         for row in rows:

@@ -15,7 +15,7 @@ from block.capacity import CapacityConfig, crossings
 
 def exponential(qps: float, at: float = 30.0, per: float = 2.0) -> float:
     """A latency of 1 s at `at` requests/s, e times as long every `per` requests/s."""
-    return math.exp((qps - at) / per)
+    return math.exp(min((qps - at) / per, 700.0))  # no float is larger
 
 
 def settings(*slo_s: float, **changes: Any) -> CapacityConfig:
@@ -63,6 +63,14 @@ def test_a_curve_that_never_misses_or_never_meets_is_an_error_that_tells_how_far
         crossings(lambda qps: 0.1, settings(3.0, metric="e2e_p99_s"))
     with pytest.raises(ValueError, match=r"capacity: ttft_p99_s misses 3 s even at 0\.\d+"):
         crossings(lambda qps: 9.0, settings(3.0))
+
+
+def test_rates_are_multiples_of_the_tolerance_and_few() -> None:
+    """So that searches that begin elsewhere try the same rates."""
+    found = [crossings(exponential, settings(3.0, 10.0, low=low, high=low + 4)) for low in (28.0, 30.0, 33.0)]
+    assert found[0][0] == pytest.approx(found[1][0])
+    assert all(point.qps % 0.5 == 0 for _, points in found for point in points)
+    assert all(len(points) <= 7 for _, points in found)
 
 
 def test_objectives_share_what_was_tried_and_each_rate_is_tried_once() -> None:

@@ -54,7 +54,7 @@ def test_one_step_and_a_run_of_decodes_are_known_and_nothing_else() -> None:
     engine = Engine(CONFIG, round_latency(), 1000)
     engine.add(request(0, 20, 50), 0.0)
     prompt = seen(engine, 0.0)
-    ends = engine._ends
+    ends = engine.step_ends
     first = seen(engine, ends)
     assert between(prompt, first) == pytest.approx(ends), "the prompt's step, whatever it is made of"
     assert between(prompt, prompt) == 0.0
@@ -63,7 +63,7 @@ def test_one_step_and_a_run_of_decodes_are_known_and_nothing_else() -> None:
     assert between(first, fourth) == pytest.approx(decode_step(1, 21) + decode_step(1, 22) + decode_step(1, 23))
     assert between(prompt, fourth) == 0.0, "several steps, of which one was a prompt's"
     engine.add(request(1, 20, 50), ends + 1e-9)
-    both = seen(engine, engine._ends)
+    both = seen(engine, engine.step_ends)
     assert between(fourth, both) == pytest.approx(decode_step(1, 24)), "one step, after which another sequence joined"
     later = seen(engine, ends + 1.0)
     assert between(fourth, later) == 0.0, "another sequence joined meanwhile"
