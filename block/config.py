@@ -185,12 +185,13 @@ class _Root:
     provisioner: Any = None
     dispatch: Any = field(default_factory=lambda: schema(DispatchConfig))
     capacity: Any = field(default_factory=lambda: schema(CapacityConfig))  # read by scripts/capacity.py only
+    command: str = "serve"  # what run.py does: a name of experiment.COMMANDS
     seed: int = 0
     sample_every_s: float = 1.0
     replay_share: float = 0.0
     runs_dir: str = "artifacts/runs"
     server: Any = field(default_factory=lambda: schema(ServerConfig))  # read by block.server only
-    estimation: Any = field(default_factory=lambda: schema(EstimationConfig))  # read by scripts/*_lengths.py only
+    estimation: Any = field(default_factory=lambda: schema(EstimationConfig))  # how lengths are estimated
 
 
 def schema(cls: type) -> type:
@@ -212,6 +213,7 @@ def _mutable(hint: Any) -> Any:
 
 def register() -> None:
     """Show the dataclasses to Hydra."""
+    OmegaConf.register_new_resolver("doc", lambda: sys.modules["__main__"].__doc__ or "", replace=True)  # for --help
     store = ConfigStore.instance()
     store.store(name="run_schema", node=_Root)
     for group, cls in GROUPS.items():
@@ -305,7 +307,7 @@ def explain(error: BaseException) -> str:
         )
         if missing:
             group, value, choices = missing.groups()
-            return f"{group}={value}: {_choose(value, choices.split())}"
+            return f"{group}={value}: {choose(value, choices.split())}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not of the form key=value"
     several = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'", text)
@@ -333,7 +335,7 @@ def _wrong_in_file(file: str, trouble: str, key: str) -> str:
     group, _, part = key.partition(".")
     if "not in '" in trouble:
         known = [f.name for f in dataclasses.fields(GROUPS[group])] if group in GROUPS else []
-        return f"{key}: no such key in {file}.yaml{_choose(part, known, '; ') if known else ''}"
+        return f"{key}: no such key in {file}.yaml{choose(part, known, '; ') if known else ''}"
     value = re.search(r"[Vv]alue '(.*)' (?:of type|is not|for field)", trouble)
     given = f"={value.group(1)}" if value else ""
     return f"{key}{given}: {_mismatch(trouble)}, in {file}.yaml"
@@ -341,10 +343,11 @@ def _wrong_in_file(file: str, trouble: str, key: str) -> str:
 
 def _no_such_key(key: str, part: str, known: Sequence[str]) -> str:
     """The message for `key`, of which `part` is not among the `known` ones."""
-    return f"{key}: no such key{_choose(part, known, '; ') if known else ', nor any other here'}"
+    return f"{key}: no such key{choose(part, known, '; ') if known else ', nor any other here'}"
 
 
-def _choose(given: str, choices: Sequence[str], separator: str = "") -> str:
+def choose(given: str, choices: Sequence[str], separator: str = "") -> str:
+    """What a message says of a value that is none of `choices`."""
     near = get_close_matches(given, choices, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{separator}{hint}choose from {', '.join(choices)}"

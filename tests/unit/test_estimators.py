@@ -310,14 +310,19 @@ def test_scores_are_those_of_pencil_and_paper() -> None:
 
 def test_a_calibrated_estimator_covers_what_it_claims() -> None:
     rng = np.random.default_rng(0)
-    middles = rng.integers(100, 2000, 20_000)
+    middles = rng.integers(1000, 2000, 20_000)
     truths = np.rint(middles * np.exp(rng.normal(0, 0.3, len(middles)))).astype(np.int64)
     found = calibration(Estimates(middles, np.full(len(middles), 0.3)), truths)
-    for claimed, held in found["coverage"]:
-        assert held == pytest.approx(claimed, abs=0.02)
-    for mean, low, median, high in found["by_estimate"]:
-        assert low < median < high
-        assert median == pytest.approx(mean, rel=0.05)
+    for row in found["coverage"]:
+        assert row["held"] == pytest.approx(row["stated"], abs=0.02)
+    assert len(found["by_estimate"]) == 10
+    for row in found["by_estimate"]:
+        assert row["true_p50"] == pytest.approx(row["estimate"], rel=0.05)
+        assert row["true_mean"] == pytest.approx(row["estimate"] * math.exp(0.3**2 / 2), rel=0.05)
+        assert row["true_p10"] == pytest.approx(row["stated_p10"], rel=0.1)
+        assert row["true_p90"] == pytest.approx(row["stated_p90"], rel=0.1)
+    sure = calibration(Estimates(middles, np.full(len(middles), 0.1)), truths)
+    assert all(row["held"] < row["stated"] - 0.05 for row in sure["coverage"])
 
 
 def test_baselines_are_fitted_to_the_training_side() -> None:
