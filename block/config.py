@@ -213,7 +213,7 @@ def _mutable(hint: Any) -> Any:
 
 def register() -> None:
     """Show the dataclasses to Hydra."""
-    OmegaConf.register_new_resolver("doc", lambda: sys.modules["__main__"].__doc__ or "", replace=True)  # for --help
+    OmegaConf.register_new_resolver("doc", _doc, replace=True)  # what --help begins with
     store = ConfigStore.instance()
     store.store(name="run_schema", node=_Root)
     for group, cls in GROUPS.items():
@@ -222,6 +222,11 @@ def register() -> None:
     for group, choices in CHOICES.items():
         for name, cls in choices.items():
             store.store(group=f"schema/{group}", name=name, node=schema(cls))
+
+
+def _doc() -> str:
+    """What the command says of itself, for a `string.Template`."""
+    return (sys.modules["__main__"].__doc__ or "").replace("$", "$$")
 
 
 def build(config: DictConfig) -> RunConfig:

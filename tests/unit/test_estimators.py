@@ -81,9 +81,11 @@ def test_the_tracked_model_is_small_and_says_where_it_is_from() -> None:
     assert origin["scores"]["error_rate"] < 0.30
 
 
-def test_it_answers_within_200_us_a_prompt() -> None:
-    ask = "Write a Python function that returns the {}th prime number, and explain how it works."
-    prompts = [ask.format(i) for i in range(20)]
+ASKED = "Write a Python function that returns the {}th prime number, and explain how it works."
+
+
+@pytest.mark.parametrize("prompts", [[ASKED.format(i) for i in range(20)], [ASKED * 1200]], ids=["usual", "huge"])
+def test_it_answers_within_200_us_a_prompt(prompts: list[str]) -> None:
     best = math.inf
     for _ in range(50):  # other work on the machine only ever adds
         began = time.perf_counter()
@@ -100,12 +102,6 @@ def test_whatever_is_asked_gets_an_estimate_of_its_own() -> None:
     assert (np.isfinite(said.spread) & (said.spread > 0)).all()
     assert [Compact().predict([prompt]).tokens[0] for prompt in ODD] == said.tokens.tolist()
     assert Compact().predict([]).tokens.shape == (0,)
-
-
-def test_a_huge_prompt_costs_no_more_than_a_long_one() -> None:
-    began = time.perf_counter()
-    Compact().predict(["lorem ipsum " * 80_000] * 10)
-    assert time.perf_counter() - began < 0.5
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"PK\x03\x04" + bytes(50)])
