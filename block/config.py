@@ -312,7 +312,7 @@ def explain(error: BaseException) -> str:
         )
         if missing:
             group, value, choices = missing.groups()
-            return f"{group}={value}: {choose(value, choices.split())}"
+            return f"{group}={value}: {_choose(value, choices.split())}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not of the form key=value"
     several = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'", text)
@@ -340,7 +340,7 @@ def _wrong_in_file(file: str, trouble: str, key: str) -> str:
     group, _, part = key.partition(".")
     if "not in '" in trouble:
         known = [f.name for f in dataclasses.fields(GROUPS[group])] if group in GROUPS else []
-        return f"{key}: no such key in {file}.yaml{choose(part, known, '; ') if known else ''}"
+        return f"{key}: no such key in {file}.yaml{_choose(part, known, '; ') if known else ''}"
     value = re.search(r"[Vv]alue '(.*)' (?:of type|is not|for field)", trouble)
     given = f"={value.group(1)}" if value else ""
     return f"{key}{given}: {_mismatch(trouble)}, in {file}.yaml"
@@ -348,11 +348,10 @@ def _wrong_in_file(file: str, trouble: str, key: str) -> str:
 
 def _no_such_key(key: str, part: str, known: Sequence[str]) -> str:
     """The message for `key`, of which `part` is not among the `known` ones."""
-    return f"{key}: no such key{choose(part, known, '; ') if known else ', nor any other here'}"
+    return f"{key}: no such key{_choose(part, known, '; ') if known else ', nor any other here'}"
 
 
-def choose(given: str, choices: Sequence[str], separator: str = "") -> str:
-    """What a message says of a value that is none of `choices`."""
+def _choose(given: str, choices: Sequence[str], separator: str = "") -> str:
     near = get_close_matches(given, choices, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{separator}{hint}choose from {', '.join(choices)}"

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from block import provenance, searches
 from block.capacity import crossings
-from block.config import ConfigError, RunConfig, build, choose, explain, node, plain
+from block.config import ConfigError, RunConfig, build, explain, node, plain
 from block.console import announce, progress, report, report_line, report_scores
 from block.lengths.estimation import evaluate
 from block.metrics import interval, summarise
@@ -39,7 +39,7 @@ from block.types import Request
 def do(config: DictConfig, choices: Mapping[str, str], *, sweep: DictConfig | None = None) -> None:
     """What `config.command`, a name of COMMANDS, stands for. ConfigError if it is none. sweep: as of `execute`."""
     if config.command not in COMMANDS:
-        raise ConfigError(f"command={config.command}: {choose(config.command, list(COMMANDS))}")
+        raise ConfigError(f"command={config.command}: choose from {', '.join(COMMANDS)}")
     COMMANDS[config.command](config, choices, sweep=sweep)
 
 
