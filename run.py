@@ -1,5 +1,9 @@
 """Run one experiment, or a sweep of them: ``python run.py scheduler=block model=llama2-7b``.
 
+    python run.py scheduler=block workload.qps=32     serve a workload, on simulated or real engines
+    python run.py experiment=main_sweep               sweep over what a file of conf/experiment says
+    python run.py experiment=length_estimation        Table 1: how far length estimators are off (needs BLOCK_DATA)
+
 Groups: scheduler, model, cluster, engine, migration, workload, lengths, backend, provisioner, tracking, experiment
 (the folders of conf/).
 Sweep with ``-m``; ``--cfg job`` shows every key.
@@ -22,9 +26,9 @@ def main(settings: DictConfig) -> None:
     """One job."""
     job = HydraConfig.get()
     if job.mode is RunMode.RUN:
-        config.told(lambda: experiment.execute(settings, job.runtime.choices))
+        config.told(lambda: experiment.do(settings, job.runtime.choices))
     else:
-        sweep.attempt(lambda: experiment.execute(settings, job.runtime.choices, sweep=job), job)
+        sweep.attempt(lambda: experiment.do(settings, job.runtime.choices, sweep=job), job)
 
 
 if __name__ == "__main__":

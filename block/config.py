@@ -185,12 +185,13 @@ class _Root:
     provisioner: Any = None
     dispatch: Any = field(default_factory=lambda: schema(DispatchConfig))
     capacity: Any = field(default_factory=lambda: schema(CapacityConfig))  # read by scripts/capacity.py only
+    command: str = "serve"  # what run.py does: a name of experiment.COMMANDS
     seed: int = 0
     sample_every_s: float = 1.0
     replay_share: float = 0.0
     runs_dir: str = "artifacts/runs"
     server: Any = field(default_factory=lambda: schema(ServerConfig))  # read by block.server only
-    estimation: Any = field(default_factory=lambda: schema(EstimationConfig))  # read by scripts/*_lengths.py only
+    estimation: Any = field(default_factory=lambda: schema(EstimationConfig))  # how lengths are estimated
 
 
 def schema(cls: type) -> type:
@@ -212,6 +213,7 @@ def _mutable(hint: Any) -> Any:
 
 def register() -> None:
     """Show the dataclasses to Hydra."""
+    OmegaConf.register_new_resolver("doc", _doc, replace=True)  # what --help begins with
     store = ConfigStore.instance()
     store.store(name="run_schema", node=_Root)
     for group, cls in GROUPS.items():
@@ -220,6 +222,11 @@ def register() -> None:
     for group, choices in CHOICES.items():
         for name, cls in choices.items():
             store.store(group=f"schema/{group}", name=name, node=schema(cls))
+
+
+def _doc() -> str:
+    """What the command says of itself, for a `string.Template`."""
+    return (sys.modules["__main__"].__doc__ or "").replace("$", "$$")
 
 
 def build(config: DictConfig) -> RunConfig:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from block.cluster import Backend, Simulated, Testbed, visible_gpus
+from block.lengths.estimation import Scores
 from block.results import Run
 
 HEADLINE = (
@@ -108,6 +110,22 @@ def report_line(run: Run, standing: str, console: Console) -> None:
     figures = f"TTFT P99 {_cell(summary['ttft_p99_s'])} s, E2E mean {_cell(summary['e2e_mean_s'])} s"
     line = f"{standing}{job}: {figures}, {counts.get('ok')} ok → {run.path}"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def report_scores(rows: Sequence[Mapping[str, Any]], path: Path, console: Console) -> None:
+    """Table 1, of the rows of `lengths.estimation.evaluate`; what could not be measured, and why; where it is."""
+    heads = ("error", "rate", "Acc-10", "Acc-50", "Acc-100", "bias", "covered")
+    missing: dict[str, list[str]] = {}
+    lines = [f"{'data set':<44}{'estimator':<15}{'pairs':>6}" + "".join(f"{head:>10}" for head in heads)]
+    for row in rows:
+        if "missing" in row:
+            missing.setdefault(row["missing"], []).append(f"{row['data']} {row['estimator']}")
+            continue
+        cells = [f"{row[name]:.2f}" if name == "average_error" else f"{row[name]:.1%}" for name in Scores._fields]
+        start = f"{row['data']:<44}{row['estimator']:<15}{row['pairs']:>6}"
+        lines.append(start + "".join(f"{cell:>10}" for cell in cells))
+    lines += [f"not measured: {', '.join(names)}: {why}" for why, names in missing.items()]
+    console.print("\n".join([*lines, str(path)]), highlight=False, markup=False, soft_wrap=True)
 
 
 def _cell(value: float | None, factor: float = 1.0) -> str:

@@ -1,11 +1,14 @@
-"""What the commands do: one run (`execute`), one capacity search (`search`)."""
+"""What the commands do: one run (`execute`), one capacity search (`search`), Table 1 (`evaluate_lengths`).
+
+`do` does what the key `command` of a config names, so that run.py makes every experiment of conf/experiment.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +22,25 @@ from rich.console import Console
 from block import provenance, searches
 from block.capacity import crossings
 from block.config import ConfigError, RunConfig, build, explain, node, plain
-from block.console import announce, progress, report, report_line
+from block.console import announce, progress, report, report_line, report_scores
+from block.lengths.estimation import evaluate
 from block.metrics import interval, summarise
 from block.policies import Needs
 from block.predictor import Predictor
-from block.results import Run, RunWriter, read_run
+from block.results import Run, RunWriter, read_run, write_json
 from block.searches import Search
 from block.serving import Outcome, requests_of, serve
 from block.sweep import end_with, standing
 from block.tables import request_columns
 from block.tracking import log_run
 from block.types import Request
+
+
+def do(config: DictConfig, choices: Mapping[str, str], *, sweep: DictConfig | None = None) -> None:
+    """What `config.command`, a name of COMMANDS, stands for. ConfigError if it is none. sweep: as of `execute`."""
+    if config.command not in COMMANDS:
+        raise ConfigError(f"command={config.command}: choose from {', '.join(COMMANDS)}")
+    COMMANDS[config.command](config, choices, sweep=sweep)
 
 
 def execute(
@@ -189,3 +200,29 @@ def search_one(config: DictConfig, choices: Mapping[str, str]) -> Search:
         "points": points,
     }
     return searches.store(document)
+
+
+def evaluate_lengths(
+    config: DictConfig, choices: Mapping[str, str], *, sweep: DictConfig | None = None
+) -> list[dict[str, Any]]:
+    """Measure, print and write to `estimation.scores` what the node `estimation` of `config` asks for; returns the rows
+    of `evaluate`. ConfigError if it is wrong, or nothing of it can be measured.
+    """
+    wanted = node(config.estimation)
+    rows = evaluate(wanted)
+    measured = [row for row in rows if "missing" not in row]
+    if not measured:
+        raise ConfigError("; ".join(dict.fromkeys(row["missing"] for row in rows)))
+    path = Path(wanted.scores)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        missing = [[row["data"], row["estimator"]] for row in rows if "missing" in row]
+        write_json(path, {"config": plain(config.estimation), "rows": measured, "missing": missing})
+    except OSError as error:
+        raise ConfigError(f"estimation.scores={path}: {error.strerror}") from error
+    report_scores(rows, path, Console())
+    return rows
+
+
+COMMANDS: Mapping[str, Callable[..., Any]] = {"serve": execute, "evaluate_lengths": evaluate_lengths}
+"""What `do` does by the name that a config's key `command` gives."""

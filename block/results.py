@@ -44,7 +44,7 @@ STARTED, FINISHED = "started.json", "finished.jsonl"  # of a run on real servers
 DEFAULT_ROOT = Path("artifacts/runs")  # relative to the current directory
 
 # Keys of a config that do not change what a run does: config_hash leaves them out.
-_NOT_THE_EXPERIMENT = ("runs_dir", "tracking", "capacity", "server", "estimation")
+_NOT_THE_EXPERIMENT = ("command", "runs_dir", "tracking", "capacity", "server", "estimation")
 # What a node is when it does nothing: config_hash leaves it out, as if the key were not there.
 _OFF = {"provisioner": {"_target_": "block.provisioner.Static"}}
 

@@ -11,6 +11,7 @@ FIGURES = (
     "fig8",
     "snapshot",
     "table1",
+    "length_calibration",
     "table2",
     "fig8_camera",
     "fig9",

@@ -42,7 +42,8 @@ def run(settings: DictConfig) -> None:
         with mirror as log:
             found = train(lengths, wanted, settled["seed"], log, lambda steps: progress(console, "steps", steps))
     except (ValueError, OSError) as error:
-        raise config.ConfigError(config.explain(error)) from error
+        why = getattr(error, "strerror", None)  # what the system says of a path names no key
+        raise config.ConfigError(f"lengths.path={lengths.path}: {why}" if why else config.explain(error)) from error
     print(lengths.path, *(f"{name} {value:.4g}" for name, value in found._asdict().items()), sep="\n  ")
 
 

@@ -28,10 +28,12 @@ from block.types import Floats, Ints
 
 FEATURES = 1 << 14
 SHAPE = 8
-ENDS = 2048
+ENDS = 384
 """Characters of a prompt that are read at its beginning and at its end; what is between does not count."""
 LONGEST = 1 << 20
 """Tokens that no estimate exceeds."""
+
+ADVICE = "`python scripts/train_lengths.py lengths=compact` makes one, lengths=noisy goes without"
 
 _TOKENS = re.compile(r"\w+|[^\w\s]")
 
@@ -109,22 +111,19 @@ def load(path: str) -> Model:
     """The model in a file. FileNotFoundError or ValueError, in one line, if there is none, or not one of this kind."""
     found = beside(path)
     if not found.is_file():
-        raise FileNotFoundError(
-            f"lengths.path={path}: no such file; `python scripts/train_lengths.py lengths=compact` makes one, "
-            "lengths=noisy goes without"
-        )
+        raise FileNotFoundError(f"lengths.path={path}: no such file; {ADVICE}")
     try:
         with found.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             origin = json.loads(str(file["origin"]))
             parts = {name: np.asarray(file[name], dtype=np.float64) for name in Model._fields if name != "origin"}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"lengths.path={path}: is not a compact model: {' '.join(str(error).split())}") from error
+        raise ValueError(f"lengths.path={path}: is not a compact model, or not a whole one; {ADVICE}") from error
     parts["weights"] = parts["weights"].astype(np.float32)
     parts["rarity"] = parts["rarity"].astype(np.float32)
     shapes = (parts["weights"].shape, parts["rarity"].shape, parts["centre"].shape, parts["bias"].shape)
     sound = shapes == ((FEATURES + SHAPE, 2), (FEATURES,), (SHAPE,), (2,)) and parts["errors"].ndim == 2
     if not sound or not all(np.isfinite(part).all() for part in parts.values()):
-        raise ValueError(f"lengths.path={path}: is not a compact model of this version; train it again")
+        raise ValueError(f"lengths.path={path}: is not a compact model of this version; {ADVICE}")
     return Model(**parts, origin=origin)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ CHARACTERS = 8
 
 chatter.set_verbosity_error()  # it tells of poolers that are not used, and draws bars of its own
 chatter.disable_progress_bar()
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # and of each time that it knocks at the Hub
 
 
 class Regressor(torch.nn.Module):  # type: ignore[misc]

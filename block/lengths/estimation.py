@@ -107,13 +107,20 @@ def scores(said: Estimates, truths: Ints) -> Scores:
 def calibration(said: Estimates, truths: Ints) -> dict[str, Any]:
     """How estimates lie against the truth, in tenths of the estimates, and how often intervals hold what they should.
 
-    by_estimate: rows (mean estimate, P10, P50 and P90 of the truth). coverage: rows (share that should lie within, by a
-    normal distribution of the logarithm, share that does).
+    by_estimate: of each tenth, in tokens, the means of the estimate, of the P10 and P90 that are stated with it and of
+    the truth, and the truth's P10, P50 and P90. coverage: of each of LEVELS, the share of the truths that lie within
+    the interval that is stated to hold that share. Stated is a normal distribution of the length's logarithm.
     """
-    parts = np.array_split(np.argsort(said.tokens, kind="stable"), BINS)
-    rows = [[float(said.tokens[part].mean()), *np.quantile(truths[part], (0.1, 0.5, 0.9)).tolist()] for part in parts]
+    reach = np.exp(_normal(0.8) * said.spread)
+    rows = []
+    for part in np.array_split(np.argsort(said.tokens, kind="stable"), BINS):
+        estimates, low, middle, high = said.tokens[part], *np.quantile(truths[part], (0.1, 0.5, 0.9))
+        stated = {"stated_p10": np.mean(estimates / reach[part]), "stated_p90": np.mean(estimates * reach[part])}
+        true = {"true_mean": np.mean(truths[part]), "true_p10": low, "true_p50": middle, "true_p90": high}
+        row = {"estimate": np.mean(estimates), **stated, **true}
+        rows.append({key: round(float(value), 1) for key, value in row.items()})
     standing = _standing(said, truths)
-    held = [[level, float(np.mean(standing <= _normal(level)))] for level in LEVELS]
+    held = [{"stated": level, "held": round(float(np.mean(standing <= _normal(level))), 4)} for level in LEVELS]
     return {"by_estimate": rows, "coverage": held}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -117,6 +118,7 @@ def counter(tokenizer: str | None) -> tuple[Callable[[Sequence[str]], Ints], str
         from transformers import AutoTokenizer
     except ImportError as error:
         raise ValueError("estimation.tokenizer: needs pip install -e '.[lengths]'; null counts without one") from error
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each time that it knocks at the Hub
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError) as error:

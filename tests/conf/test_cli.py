@@ -110,6 +110,19 @@ def test_the_same_seed_gives_the_same_requests_whatever_the_hash_seed(tmp_path: 
     assert first.equals(second)
 
 
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("run.py", "python run.py experiment=length_estimation"),
+        ("scripts/capacity.py", "Find a capacity"),
+        ("scripts/train_lengths.py", "Train a length estimator"),
+    ],
+)
+def test_help_begins_with_what_the_command_does(script: str, says: str, tmp_path: Path) -> None:
+    told = command(script, "--help", folder=tmp_path).stdout
+    assert says in told.partition("== Configuration groups ==")[0]
+
+
 def test_every_key_is_shown(tmp_path: Path) -> None:
     shown = command("run.py", "--cfg", "job", folder=tmp_path).stdout
     for line in ("qps: 30.0", "num_gpus: 12", "max_num_seqs: 48", "seed: 0", "slo_s:", "runs_dir: artifacts/runs"):

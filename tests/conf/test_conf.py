@@ -17,6 +17,7 @@ from block.serving import Outcome, requests_of, serve
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "experiment")
 EXPERIMENTS = choices("experiment")
+SERVED = [one for one in EXPERIMENTS if one != "length_estimation"]
 
 # What a name stands for: README and the paper promise these, whatever else lies in conf/scheduler.
 SCHEDULERS = {
@@ -185,10 +186,17 @@ def test_every_value_of_an_experiment_s_grid_builds(experiment: str) -> None:
             built(f"experiment={experiment}", f"{key}={value}")
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_a_job_of_every_experiment_runs(experiment: str) -> None:
+@pytest.mark.parametrize("experiment", SERVED)
+def test_a_job_of_every_experiment_that_serves_runs(experiment: str) -> None:
     job = [f"{key}={values[0]}" for key, values in grid(experiment).items()]
     check_all_ok(built(f"experiment={experiment}", *job, "workload.num_requests=60"), 60)
+
+
+def test_every_other_experiment_says_what_it_does() -> None:
+    assert {one: composed(f"experiment={one}").command for one in EXPERIMENTS} == {
+        **dict.fromkeys(SERVED, "serve"),
+        "length_estimation": "evaluate_lengths",
+    }
 
 
 def test_the_main_sweep_is_the_paper_s() -> None:

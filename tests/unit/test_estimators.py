@@ -81,9 +81,11 @@ def test_the_tracked_model_is_small_and_says_where_it_is_from() -> None:
     assert origin["scores"]["error_rate"] < 0.30
 
 
-def test_it_answers_within_200_us_a_prompt() -> None:
-    ask = "Write a Python function that returns the {}th prime number, and explain how it works."
-    prompts = [ask.format(i) for i in range(20)]
+ASKED = "Write a Python function that returns the {}th prime number, and explain how it works."
+
+
+@pytest.mark.parametrize("prompts", [[ASKED.format(i) for i in range(20)], [ASKED * 1200]], ids=["usual", "huge"])
+def test_it_answers_within_200_us_a_prompt(prompts: list[str]) -> None:
     best = math.inf
     for _ in range(50):  # other work on the machine only ever adds
         began = time.perf_counter()
@@ -100,12 +102,6 @@ def test_whatever_is_asked_gets_an_estimate_of_its_own() -> None:
     assert (np.isfinite(said.spread) & (said.spread > 0)).all()
     assert [Compact().predict([prompt]).tokens[0] for prompt in ODD] == said.tokens.tolist()
     assert Compact().predict([]).tokens.shape == (0,)
-
-
-def test_a_huge_prompt_costs_no_more_than_a_long_one() -> None:
-    began = time.perf_counter()
-    Compact().predict(["lorem ipsum " * 80_000] * 10)
-    assert time.perf_counter() - began < 0.5
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"PK\x03\x04" + bytes(50)])
@@ -310,14 +306,19 @@ def test_scores_are_those_of_pencil_and_paper() -> None:
 
 def test_a_calibrated_estimator_covers_what_it_claims() -> None:
     rng = np.random.default_rng(0)
-    middles = rng.integers(100, 2000, 20_000)
+    middles = rng.integers(1000, 2000, 20_000)
     truths = np.rint(middles * np.exp(rng.normal(0, 0.3, len(middles)))).astype(np.int64)
     found = calibration(Estimates(middles, np.full(len(middles), 0.3)), truths)
-    for claimed, held in found["coverage"]:
-        assert held == pytest.approx(claimed, abs=0.02)
-    for mean, low, median, high in found["by_estimate"]:
-        assert low < median < high
-        assert median == pytest.approx(mean, rel=0.05)
+    for row in found["coverage"]:
+        assert row["held"] == pytest.approx(row["stated"], abs=0.02)
+    assert len(found["by_estimate"]) == 10
+    for row in found["by_estimate"]:
+        assert row["true_p50"] == pytest.approx(row["estimate"], rel=0.05)
+        assert row["true_mean"] == pytest.approx(row["estimate"] * math.exp(0.3**2 / 2), rel=0.05)
+        assert row["true_p10"] == pytest.approx(row["stated_p10"], rel=0.1)
+        assert row["true_p90"] == pytest.approx(row["stated_p90"], rel=0.1)
+    sure = calibration(Estimates(middles, np.full(len(middles), 0.1)), truths)
+    assert all(row["held"] < row["stated"] - 0.05 for row in sure["coverage"])
 
 
 def test_baselines_are_fitted_to_the_training_side() -> None:

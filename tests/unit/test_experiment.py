@@ -18,9 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from block import config, experiment, policies
 from block.config import ConfigError
-from block.experiment import execute, search
+from block.experiment import do, execute, search
 from block.predictor import Predictor
-from block.results import Run, runs
+from block.results import Run, experiment_hash, runs
 from block.types import Decision, Forecast, InstanceView, Request
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -281,3 +281,58 @@ def test_what_is_wrong_is_told_before_any_process_starts(folder: Path) -> None:
         searched("capacity.seeds=0")
     with pytest.raises(ConfigError, match="does not fit on gpu=a30"):
         searched("model=llama2-13b")
+
+
+# ------------------------------------------------------------------------------------------- what the key command says
+
+
+def of_pairs(folder: Path, *overrides: str) -> DictConfig:
+    """Table 1 of 60 pairs, by estimators that need no training."""
+    pairs = [{"prompt": f"question {i}", "response": "word " * (i + 1)} for i in range(60)]
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    where = [f"estimation.data_sets=[{folder / 'mine.jsonl'}]", f"estimation.scores={folder / 'scores' / 'mine.json'}"]
+    names = "estimation.estimators=[mean,median,compact]"
+    return composed("experiment=length_estimation", f"runs_dir={folder / 'runs'}", *where, names, *overrides)
+
+
+def test_length_estimation_measures_prints_and_writes_and_serves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    do(of_pairs(tmp_path), CHOICES)
+    written = json.loads((tmp_path / "scores" / "mine.json").read_text())
+    data = str(tmp_path / "mine.jsonl")
+    assert [(row["data"], row["estimator"]) for row in written["rows"]] == [(data, "mean"), (data, "median")]
+    assert written["missing"] == [[data, "compact"]]
+    assert written["config"]["data_sets"] == [data]
+    printed = capsys.readouterr().out
+    assert f"{written['rows'][0]['error_rate']:.1%}" in printed
+    assert f"not measured: {data} compact: lengths.path=artifacts/lengths/compact-mine.npz: no such file" in printed
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "begins"),
+    [
+        ("estimation.data_sets=[gone.jsonl]", "estimation.data=gone.jsonl: no such file"),
+        ("estimation.estimators=[gbm]", "estimation.estimators=gbm: choose from mean"),
+        ("estimation.estimators=[compact]", "lengths.path=artifacts/lengths/compact-mine.npz: no such file"),
+        ("estimation.scores=/dev/null/x.json", "estimation.scores=/dev/null/x.json: File exists"),
+        ("command=evaluate_length", "command=evaluate_length: choose from serve, evaluate_lengths"),
+    ],
+)
+def test_length_estimation_that_cannot_be_is_told_in_one_line_and_writes_nothing(
+    override: str, begins: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as told:
+        do(of_pairs(tmp_path, override), CHOICES)
+    assert str(told.value).startswith(begins)
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "scores").exists()
+
+
+def test_serving_is_what_is_done_unless_something_else_is_said(tmp_path: Path) -> None:
+    do(composed(f"runs_dir={tmp_path}"), CHOICES)
+    (run,) = runs(root=tmp_path)
+    assert run.config["command"] == "serve"
+    without = {key: value for key, value in run.config.items() if key != "command"}
+    assert run.document["config_hash"] == experiment_hash(without)

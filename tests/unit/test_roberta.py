@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,10 @@ def test_tokens_are_counted_by_a_tokenizer_that_is_given(encoder: Path) -> None:
     assert how == f"tokenizer {encoder}"
     with pytest.raises(ValueError, match=r"estimation.tokenizer=/nowhere: neither a folder .* or null"):
         counter("/nowhere")
+
+
+def test_the_hub_s_attempts_are_not_told() -> None:
+    assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
 
 
 def test_an_encoder_that_is_not_to_be_had_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
