@@ -21,12 +21,12 @@ from rich.console import Console
 
 from block import config, experiment, provenance, searches
 from block.console import progress
+from block.instances.model_files import cache_folder
 from block.provenance import SOURCE
 from block.results import DEFAULT_ROOT, Run, experiment_hash, runs
 from block.sweep import end_with
 
-DEFAULT_CACHE = Path("artifacts/campaign")  # relative to the current directory
-CACHED = 2000  # compositions and fingerprints kept there
+CACHED = 2000  # compositions and fingerprints kept on disk
 SEARCH_RUNS = 6  # runs that a search takes, about
 RUN_S = 1.2  # seconds that a simulated run of 10,000 requests takes, about
 
@@ -48,8 +48,8 @@ class Job:
 
     @property
     def weight(self) -> int:
-        """Its time, in runs."""
-        return SEARCH_RUNS if self.search else 1
+        """Its time, in runs of 10,000 requests."""
+        return max(self.settings["workload"]["num_requests"] // 10_000, 1) * (SEARCH_RUNS if self.search else 1)
 
     def find(self, stored: Mapping[str, Run]) -> Run | searches.Search | None:
         """What is stored of it, among runs by their config hash; None if there is none, or it is outdated."""
@@ -71,7 +71,7 @@ class Composer:
     """
 
     def __init__(self, folder: Path, always: Sequence[str]) -> None:
-        memory = Memory(DEFAULT_CACHE, verbose=0)
+        memory = Memory(_cache(), verbose=0)
         memory.reduce_size(items_limit=CACHED)
         self._on_disk = {function: memory.cache(function) for function in (_compose, _fingerprints)}
         self._folder = folder
@@ -118,6 +118,15 @@ def _fingerprints(settings: str, state: str) -> dict[str, str]:
     return experiment.fingerprints(config.build(OmegaConf.create(json.loads(settings))))
 
 
+def _cache() -> Path | None:
+    """Where compositions are kept; None if nothing can be kept there."""
+    try:
+        (path := cache_folder() / "composed").mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return None
+    return path if os.access(path, os.W_OK) else None
+
+
 def _state(folder: Path) -> str:
     """Changes with every file that a config, or what it names, is made of: settings, code, fits, sketches."""
     folders = (folder, SOURCE / "block", *(SOURCE / "artifacts" / name for name in ("latency", "workloads", "lengths")))
@@ -145,7 +154,8 @@ def find(jobs: Iterable[Job]) -> None:
 
 def distinct(jobs: Iterable[Job]) -> list[Job]:
     """Each job once, the longest first, so that no core is idle at the end."""
-    return sorted({job.identity: job for job in jobs}.values(), key=lambda job: -job.weight)
+    once = {job.identity: job for job in jobs}.values()
+    return sorted(once, key=lambda job: (job.weight, job.settings["cluster"].get("num_gpus", 0)), reverse=True)
 
 
 def do(missing: Sequence[Job], *, at_once: int) -> list[str]:

@@ -10,7 +10,7 @@ import asyncio
 import math
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,13 +18,13 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from block.engine import Bank, Engine, EngineConfig
 from block.hardware import Model, gpu_named, kv_blocks, latency_model
-from block.instances.base import Instance
+from block.instances.base import Instance, Look
 from block.instances.simulated import Looks, SimulatedInstance
 from block.latency import LatencyModel
 from block.migration import MigrationConfig, Migrator
 from block.predictor import Predictor, Predictors
 from block.rng import stream
-from block.types import Floats, Snapshot
+from block.types import Floats
 
 NOISE_STEPS = 4096  # an instance's noise repeats after so many steps
 
@@ -149,7 +149,7 @@ class Fleet(NamedTuple):
     engines: Mapping[str, Any]
     migrator: Migrator | None = None
     servers: Servers | None = None
-    look: Callable[[Sequence[int]], Sequence[Snapshot]] | None = None
+    look: Look | None = None
 
 
 class Backend(Protocol):
@@ -246,7 +246,7 @@ class Simulated:
         if migrator is None:
             yield Fleet(instances, predictor, {}, look=look)
             return
-        migrating = asyncio.create_task(migrator.run(instances))
+        migrating = asyncio.create_task(migrator.run(instances, look))
         try:
             yield Fleet(instances, predictor, {"migrations": migrator.counts}, migrator, look=look)
         finally:

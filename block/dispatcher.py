@@ -20,7 +20,7 @@ from random import Random as Stream
 from typing import Protocol
 
 from block import clock
-from block.instances.base import Instance, InstanceFailed, RequestFailed
+from block.instances.base import Instance, InstanceFailed, Look, RequestFailed
 from block.policies import Needs, Policy
 from block.types import ID, Decision, Forecast, InstanceView, Request, RequestRecord, Snapshot
 
@@ -34,9 +34,6 @@ MAX_RETRIES = 3
 
 Deliver = Callable[[Instance, RequestRecord], Awaitable[None]]
 """Has an instance serve a record's request; raises what `Instance.generate` raises."""
-
-Look = Callable[[Sequence[int]], Sequence[Snapshot]]
-"""Snapshots of the instances with these ids."""
 
 Placed = Callable[[RequestRecord, Sequence[InstanceView], Sequence[int]], None]
 """Is told of a placement: the record, the views that it was decided by, and the instances that were active."""

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from block import clock
+from block.instances.base import Look
 from block.instances.simulated import SimulatedInstance
 from block.policies import freeness
 from block.types import BLOCKS, CHUNK, COMPUTED, ID, OUTPUT, PREEMPTED, PROMPT, Ints, RequestRecord, Snapshot
@@ -99,6 +100,7 @@ class Migrator:
         self._work = asyncio.Event()
         self._busy: set[int] = set()
         self._instances: Sequence[SimulatedInstance] = ()
+        self._look: Look = lambda ids: ()
         self.moved: Moved = lambda record, source, target: None
         self.counts: dict[str, float] = defaultdict(float)
 
@@ -106,9 +108,13 @@ class Migrator:
         """There is something to serve."""
         self._work.set()
 
-    async def run(self, instances: Sequence[SimulatedInstance]) -> None:
-        """Pair the instances at every multiple of the interval at which one of them has work, until cancelled."""
+    async def run(self, instances: Sequence[SimulatedInstance], look: Look | None = None) -> None:
+        """Pair the instances at every multiple of the interval at which one of them has work, until cancelled.
+
+        look: snapshots of many of them, faster than one by one.
+        """
         self._instances = instances
+        self._look = look or (lambda ids: [instances[i].snapshot() for i in ids])
         interval = self._config.interval_s
         turn = 0
         async with asyncio.TaskGroup() as migrations:
@@ -124,7 +130,8 @@ class Migrator:
 
     def _pairs(self) -> list[tuple[SimulatedInstance, SimulatedInstance]]:
         ready = [instance for instance in self._instances if instance.instance_id not in self._busy]
-        free = [freeness(instance.snapshot(), (), self._block_size) for instance in ready]
+        seen = self._look([instance.instance_id for instance in ready])
+        free = [freeness(snapshot, (), self._block_size) for snapshot in seen]
         return [(ready[source], ready[target]) for source, target in pairs(free, self._config)]
 
     async def _attempt(self, source: SimulatedInstance, target: SimulatedInstance) -> None:

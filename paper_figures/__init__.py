@@ -6,6 +6,7 @@ A module of a figure has (`cells.Figure`):
     PAPER            where the paper has it: "v2 Fig 6, camera-ready Fig 6", or "beyond the paper"
     RUNS             cells of the runs that it needs
     SEARCHES         cells of the capacity searches that it needs (left out: none)
+    FILES            what it reads beside (left out: nothing)
     SIMULATED_ONLY   True if real engines cannot give it (left out: they can)
     table(stored)    what it shows, as a data frame; MissingCells if a run or a search is not stored
     draw(table)      the picture, a matplotlib figure; or, for a table, markdown(table)

@@ -54,7 +54,7 @@ def draw(table: pd.DataFrame) -> Any:
         axis.set(xlabel="requests/s", title=label)
         if metric == "ttft_p99_s":
             axis.set_yscale("log")
-            style.slo(axis, settings.SLO_S, QPS[-1])
+            style.slo(axis, settings.SLO_S, QPS[0], QPS[-1])
         if "overhead" in metric:
             axis.set_ylim(bottom=0)
     last = axes.flat[-1]

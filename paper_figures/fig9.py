@@ -50,6 +50,7 @@ def draw(table: pd.DataFrame) -> Any:
         asked = part[part["lengths"].notna()].astype({"k": int})
         sns.barplot(
             asked,
+            saturation=1,
             x="k",
             y="capacity_qps",
             hue="lengths",

@@ -18,6 +18,7 @@ from paper_figures.verdicts import Claim, value
 TITLE = "Calibration of the learned length estimators on held-out prompts"
 PAPER = "beyond the paper"
 RUNS: list[cells.Cell] = []
+FILES = table1.FILES
 NAMES = {
     "gpteacher": "GPTeacher",
     "codegen-instruct": "GPTeacher, code",

@@ -64,6 +64,7 @@ def draw(table: pd.DataFrame) -> Any:
     for axis, (metric, label) in zip(axes, PANELS.items(), strict=True):
         sns.barplot(
             shown,
+            saturation=1,
             x=metric,
             y="scenario",
             hue="variant",

@@ -84,6 +84,7 @@ def bars(table: pd.DataFrame, axis: Any, x: str, y: str, order: Sequence[str]) -
         hue="scheduler",
         hue_order=names,
         palette=COLOURS,
+        saturation=1,
         errorbar=("pi", 100),
         err_kws={"linewidth": 0.8},
         ax=axis,
@@ -98,11 +99,13 @@ def zoom(axis: Any, values: pd.Series, share: float = 0.15) -> None:
     axis.set_ylim(max(0.0, values.min() - share * spread - 0.5), values.max() + share * spread)
 
 
-def slo(axis: Any, seconds: Sequence[float], x: float) -> None:
-    """Dotted lines at the objectives, named at `x`."""
+def slo(axis: Any, seconds: Sequence[float], first: float, last: float) -> None:
+    """Dotted lines at the objectives, named where latencies that grow with the rate are not: low ones on the right."""
     for one in seconds:
         axis.axhline(one, color="black", linewidth=0.7, linestyle=":")
-        axis.annotate(f"SLO {one:g} s", (x, one), fontsize=6, ha="right", va="top")
+        least = one == min(seconds)
+        x, ha, va = (last, "right", "top") if least else (first, "left", "bottom")
+        axis.annotate(f"SLO {one:g} s", (x, one), fontsize=6, ha=ha, va=va)
 
 
 def legend(figure: Any, axis: Any, columns: int = 7) -> None:

@@ -18,6 +18,7 @@ TITLE = "Length estimators on held-out prompts: average error (tokens), error ra
 PAPER = "v2 Table 1, camera-ready Table 1"
 RUNS: list[cells.Cell] = []
 SCORES = Path(__file__).resolve().parents[1] / "artifacts" / "lengths" / "scores.json"
+FILES = (SCORES,)
 COLUMNS = ("average_error", "error_rate", "acc_10", "acc_50", "acc_100", "bias", "covered")
 BASELINES = ("mean", "median", "prompt_length")
 MARGIN = 0.25

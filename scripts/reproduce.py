@@ -196,14 +196,15 @@ def _label(options: argparse.Namespace) -> str:
 
 
 def _stamp(module: Any, stored: cells.Stored) -> str:
-    """Changes with the runs and searches that a figure shows, and with the code that draws it."""
+    """Changes with the runs, searches and files that a figure shows, and with the code that draws it."""
     what = [run.id for _, run in stored.run(module.RUNS)]
     what += [
         json.dumps([search.path.name, search.document["hashes"]])
         for _, search in stored.search(getattr(module, "SEARCHES", ()))
     ]
     what.append(code_hash(Path(style.__file__).parent))
-    what += [path.read_text() for path in sorted(Path(style.__file__).parent.glob("*.yaml"))]
+    files = [*sorted(Path(style.__file__).parent.glob("*.yaml")), *getattr(module, "FILES", ())]
+    what += [path.read_text() for path in files if path.exists()]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from block.types import Request, RequestRecord, Snapshot
+
+Look = Callable[[Sequence[int]], Sequence[Snapshot]]
+"""Snapshots of the instances with these ids, at once."""
 
 
 class InstanceFailed(RuntimeError):

@@ -23,7 +23,7 @@ SPECIAL = ("<unk>", "<s>", "</s>")
 
 
 def cache_folder() -> Path:
-    """Where model folders are kept: $BLOCK_CACHE, else ~/.cache/block."""
+    """Where what can be made again is kept: $BLOCK_CACHE, else ~/.cache/block."""
     return Path(os.environ.get("BLOCK_CACHE") or Path.home() / ".cache" / "block")
 
 

@@ -146,7 +146,7 @@ class Looks:
         for i in ids:
             if instances[i]._engine.leaving:
                 instances[i]._advance(now)
-        if bank.advance(np.array(ids), now):
+        if bank.advance(np.array(ids, dtype=np.int64), now):
             for i in ids:
                 if bank.found[i] > 0:
                     instances[i]._finish(instances[i]._engine.finished(int(bank.found[i])))

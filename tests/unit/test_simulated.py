@@ -6,13 +6,14 @@ import asyncio
 import math
 from random import Random
 
+import pytest
 from testbed import constant_latency, engine_config, request, round_latency
 
 from block import clock
-from block.engine import Engine, Finished
+from block.engine import Bank, Engine, Finished
 from block.instances.base import Instance
-from block.instances.simulated import SimulatedInstance
-from block.types import ID, Request, RequestRecord
+from block.instances.simulated import Looks, SimulatedInstance
+from block.types import ID, Request, RequestRecord, Snapshot
 
 
 def test_a_request_is_served_in_the_engines_time() -> None:
@@ -112,3 +113,55 @@ def test_it_does_not_wake_for_every_step() -> None:
 
     clock.run(main(), virtual=True)
     assert wakes == 2  # its arrival and its finish, for 50 steps
+
+
+def crowd(instances: int) -> tuple[Bank, list[SimulatedInstance]]:
+    bank = Bank(instances)
+    config = engine_config("v0", max_model_len=100, max_num_seqs=8, max_num_batched_tokens=40, watermark=0.02)
+    return bank, [SimulatedInstance(i, Engine(config, round_latency(), 51, bank=bank)) for i in range(instances)]
+
+
+def looked_at(*, together: bool) -> tuple[list[list[Snapshot]], list[RequestRecord]]:
+    """Three crowded instances, of which two or three are looked at now and then, and what becomes of their requests."""
+
+    async def main() -> tuple[list[list[Snapshot]], list[RequestRecord]]:
+        bank, instances = crowd(3)
+        looks = Looks(instances, bank)
+        rng, shown, tasks, records = Random(7), [], [], []
+        for i in range(300):
+            await clock.sleep(rng.expovariate(20.0))
+            records.append(RequestRecord(request(i, rng.randint(1, 50), rng.randint(1, 40))))
+            # The last one is so crowded that its queue outgrows the bank's rows.
+            chosen = instances[2 if rng.random() < 0.8 else rng.randrange(3)]
+            tasks.append(asyncio.create_task(chosen.generate(records[-1].request, records[-1])))
+            await clock.sleep(0.0)
+            ids = rng.sample(range(3), rng.randint(0, 3))
+            seen = looks(ids) if together else [instances[i].snapshot() for i in ids]
+            shown.append([one._replace(seqs=one.seqs.copy()) for one in seen])
+        await asyncio.gather(*tasks)
+        assert bank.seqs.shape[2] > 64
+        return shown, records
+
+    return clock.run(main(), virtual=True)
+
+
+def test_looking_at_many_shows_what_looking_at_each_does() -> None:
+    (together, one_future), (each, other_future) = looked_at(together=True), looked_at(together=False)
+    assert one_future == other_future
+    for many, single in zip(together, each, strict=True):
+        for one, other in zip(many, single, strict=True):
+            assert (one.seqs == other.seqs).all()
+            assert one[:-1] == pytest.approx(other[:-1], nan_ok=True)
+
+
+def test_a_copy_of_an_engine_goes_on_as_it_does_and_apart_from_it() -> None:
+    bank, _ = crowd(2)
+    engine = bank.engines[1]
+    for i in range(100):
+        engine.add(request(i, 10, 5 + i % 7), 0.0)
+    engine.advance(0.2)
+    copied = engine.copy()
+    ahead = copied.advance(1e9)
+    assert len(engine.snapshot(0, 0.2).seqs[ID]) > 0
+    assert engine.advance(1e9) == ahead
+    assert bank.engines[0].step_ends == math.inf
