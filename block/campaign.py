@@ -49,7 +49,8 @@ class Job:
     @property
     def weight(self) -> int:
         """Its time, in runs of 10,000 requests."""
-        return max(self.settings["workload"]["num_requests"] // 10_000, 1) * (SEARCH_RUNS if self.search else 1)
+        runs = int(self.settings["workload"]["num_requests"]) // 10_000
+        return max(runs, 1) * (SEARCH_RUNS if self.search else 1)
 
     def find(self, stored: Mapping[str, Run]) -> Run | searches.Search | None:
         """What is stored of it, among runs by their config hash; None if there is none, or it is outdated."""
