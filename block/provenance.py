@@ -45,7 +45,17 @@ def file_hash(path: Path) -> str:
 SOURCE = Path(__file__).resolve().parent.parent
 
 # What of the package only watches, reports or serves others: no result of a run depends on it.
-_BYSTANDERS = ("console", "profiling", "provenance", "searches", "server", "server_config", "sweep", "tracking")
+_BYSTANDERS = (
+    "complaints",
+    "console",
+    "profiling",
+    "provenance",
+    "searches",
+    "server",
+    "server_config",
+    "sweep",
+    "tracking",
+)
 
 
 @cache

@@ -6,7 +6,8 @@ python scripts/recover_runs.py [artifacts/runs]
 import sys
 from pathlib import Path
 
-from block.results import DEFAULT_ROOT, recover
+from block.results import DEFAULT_ROOT
+from block.writer import recover
 
 
 def main() -> int:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from block import config
+from block.complaints import ConfigError, explain
 from block.console import progress
 from block.lengths.estimation import train
 from block.lengths.roberta import RoBERTa
@@ -42,7 +43,7 @@ def run(settings: DictConfig) -> None:
         with mirror as log:
             found = train(lengths, wanted, settled["seed"], log, lambda steps: progress(console, "steps", steps))
     except (ValueError, OSError) as error:
-        raise config.ConfigError(config.explain(error)) from error
+        raise ConfigError(explain(error)) from error
     print(lengths.path, *(f"{name} {value:.4g}" for name, value in found._asdict().items()), sep="\n  ")
 
 

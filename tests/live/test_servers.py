@@ -16,7 +16,8 @@ import pandas as pd
 import pytest
 from processes import eventually, kill_all, marked
 
-from block.results import Run, read_run, recover, runs
+from block.results import Run, read_run, runs
+from block.writer import recover
 
 pytest.importorskip("vllm")
 
