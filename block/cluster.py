@@ -185,7 +185,7 @@ class Simulated:
     slowdown: factors on the step times of instances 0, 1, …, as of GPUs that throttle, unknown to the predictor.
     predictor_gpu: what GPUs the predictor takes the instances for; None: what they are.
     dispatch_delay_s: seconds from a request's arrival to its arrival at the instance chosen.
-    auto: real GPUs were asked for if there are enough.
+    auto: the backend before the user set anything, if real GPUs are to be taken where there are enough; else None.
     """
 
     step_time_factor: float = 1.0
@@ -194,7 +194,7 @@ class Simulated:
     slowdown: tuple[float, ...] = ()
     predictor_gpu: str | None = None
     dispatch_delay_s: float = 0.0
-    auto: bool = False
+    auto: Any = None
     virtual: ClassVar[bool] = True
     time_dilation: ClassVar[float] = 1.0
 

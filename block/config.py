@@ -236,14 +236,24 @@ def build(config: DictConfig) -> RunConfig:
 
 
 def _on_real_gpus(run: RunConfig) -> RunConfig:
-    """What backend=auto means: the same on real engines if there are GPUs for it. These schedule by v1."""
+    """What backend=auto means: the same on real engines if there are GPUs for it. These schedule by v1.
+
+    ValueError if the user has set what only a simulation has.
+    """
     backend = run.backend
     if not (isinstance(backend, Simulated) and backend.auto and visible_gpus() >= run.cluster.num_gpus):
         return run
     if isinstance(run.cluster, Mixed):  # nothing here knows which of the GPUs is which
         return run
+    kept = {f.name for f in dataclasses.fields(VLLM)}
+    values = {f.name: getattr(backend, f.name) for f in dataclasses.fields(Simulated) if f.name != "auto"}
+    for key, value in values.items():
+        if key not in kept and value != getattr(backend.auto, key):
+            told = list(value) if isinstance(value, tuple) else value
+            raise ValueError(f"backend.{key}={told}: real GPUs are here, which cannot do it; take backend=simulated")
     engine = dataclasses.replace(run.engine, version="v1", watermark=0.0)
-    return dataclasses.replace(run, engine=engine, backend=VLLM(step_overhead_s=backend.step_overhead_s))
+    real = VLLM(**{key: value for key, value in values.items() if key in kept})
+    return dataclasses.replace(run, engine=engine, backend=real)
 
 
 def node(part: DictConfig) -> Any:
