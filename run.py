@@ -1,8 +1,6 @@
 """Run one experiment, or a sweep of them: ``python run.py scheduler=block model=llama2-7b``.
 
-Groups: scheduler, model, cluster, engine, migration, workload, lengths, backend, provisioner, tracking, experiment
-(the folders of conf/).
-Sweep with ``-m``; ``--cfg job`` shows every key.
+Sweep with ``-m``; ``--cfg job`` shows every key. The groups are the folders of conf/.
 """
 
 import sys

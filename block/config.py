@@ -306,6 +306,8 @@ def guard(main: Callable[[], Any]) -> int:
     """Run a Hydra `main` and return the exit code: 2 and one line for a wrong configuration, 1 for servers that did
     not come up, 130 for Ctrl-C.
     """
+    if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
+        print(sys.modules[main.__module__].__doc__)  # Hydra adds the groups
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through, so that they are told here and not by Hydra
     sys.path.append(str(Path.cwd()))  # where a `_target_` of the user's may lie
     sys.argv[1:] = sorted(sys.argv[1:], key=_is_override)  # which Hydra wants behind all options
