@@ -4,9 +4,7 @@
     python run.py experiment=main_sweep               sweep over what a file of conf/experiment says
     python run.py experiment=length_estimation        Table 1: how far length estimators are off (needs BLOCK_DATA)
 
-Groups: scheduler, model, cluster, engine, migration, workload, lengths, backend, provisioner, tracking, experiment
-(the folders of conf/).
-Sweep with ``-m``; ``--cfg job`` shows every key.
+Sweep with ``-m``; ``--cfg job`` shows every key. The groups are the folders of conf/.
 """
 
 import sys

@@ -17,26 +17,32 @@ from block.types import Floats
 
 @dataclass(frozen=True)
 class RateProfile:
-    """How the arrival rate of a trace moved: requests counted in consecutive bins of `bin_s` seconds."""
+    """How the arrival rate of a trace moved: the seconds in which each of equally many of its `requests` arrived.
 
-    bin_s: float
-    counts: tuple[int, ...]
+    So the resolution follows the rate: fine within a burst, coarse in the lull after it.
+    """
+
+    requests: int
+    seconds: tuple[float, ...]
 
     @classmethod
-    def fit(cls, times: Floats, bin_s: float) -> RateProfile:
-        """Count the arrival `times` (s, increasing) in bins that start at the first one."""
-        bins = ((times - times[0]) // bin_s).astype(np.int64)
-        return cls(bin_s, tuple(np.bincount(bins).tolist()))
+    def fit(cls, times: Floats, pieces: int) -> RateProfile:
+        """Cut a recording with arrival `times` (s, increasing, at least 2) into `pieces` of equally many requests.
+
+        A mean gap after its last request the recording begins again.
+        """
+        count = len(times)
+        lap = np.append(times, times[-1] + (times[-1] - times[0]) / (count - 1))
+        edges = np.interp(np.linspace(0, count, pieces + 1), np.arange(count + 1), lap)
+        return cls(count, tuple(float(f"{seconds:.3g}") for seconds in np.diff(edges)))
 
     def gaps(self, count: int, rng: np.random.Generator) -> Floats:
-        """`count` unit-mean gaps of the Poisson process whose rate follows this profile, over and over.
-
-        A unit-rate Poisson process is carried through the inverse of the cumulative rate (time rescaling).
-        """
-        expected = np.concatenate([[0.0], np.cumsum(self.counts)])
-        edges = np.arange(len(expected)) * self.bin_s
-        laps, inside = np.divmod(np.cumsum(rng.exponential(size=count)), expected[-1])
-        times = laps * edges[-1] + np.interp(inside, expected, edges)
+        """`count` unit-mean gaps: every piece has its requests, at times that are uniform within it; over and over."""
+        pieces = len(self.seconds)
+        places = np.sort(np.arange(count) * pieces // self.requests + rng.random(count))
+        laps, inside = np.divmod(places, pieces)
+        edges = np.concatenate([[0.0], np.cumsum(self.seconds)])
+        times = laps * edges[-1] + np.interp(inside, np.arange(pieces + 1), edges)
         return _unit_mean(np.diff(times, prepend=0.0))
 
 

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from block import config, experiment, provenance, searches
+from block.complaints import explain
 from block.console import progress
 from block.instances.model_files import cache_folder
 from block.provenance import SOURCE
@@ -183,5 +184,5 @@ def _one(job: Job, main: int) -> tuple[int, str]:
         else:
             experiment.execute(settings, job.choices, quiet=True)
     except Exception as error:  # the others go on, and what lacks is told at the end
-        return job.weight, f"{job}: {config.explain(error)}"
+        return job.weight, f"{job}: {explain(error)}"
     return job.weight, ""

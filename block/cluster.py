@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from block.engine import Bank, Engine, EngineConfig
+from block.bank import Bank
+from block.engine import Engine, EngineConfig
 from block.hardware import Model, gpu_named, kv_blocks, latency_model
 from block.instances.base import Instance, Look
 from block.instances.simulated import Looks, SimulatedInstance
@@ -186,7 +187,7 @@ class Simulated:
     slowdown: factors on the step times of instances 0, 1, …, as of GPUs that throttle, unknown to the predictor.
     predictor_gpu: what GPUs the predictor takes the instances for; None: what they are.
     dispatch_delay_s: seconds from a request's arrival to its arrival at the instance chosen.
-    auto: real GPUs were asked for if there are enough.
+    auto: the backend before the user set anything, if real GPUs are to be taken where there are enough; else None.
     """
 
     step_time_factor: float = 1.0
@@ -195,7 +196,7 @@ class Simulated:
     slowdown: tuple[float, ...] = ()
     predictor_gpu: str | None = None
     dispatch_delay_s: float = 0.0
-    auto: bool = False
+    auto: Any = None
     virtual: ClassVar[bool] = True
     time_dilation: ClassVar[float] = 1.0
 

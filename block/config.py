@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,6 +27,7 @@ from block import policies
 from block.backends import VLLM, VLLMCPU, Emulated
 from block.capacity import CapacityConfig
 from block.cluster import Backend, ClusterConfig, Mixed, Simulated, Testbed, visible_gpus
+from block.complaints import ConfigError, explain, no_such_key
 from block.dispatcher import DispatchConfig
 from block.engine import EngineConfig
 from block.hardware import Model
@@ -75,10 +74,6 @@ CHOICES: dict[str, dict[str, type]] = {
     "backend": {"simulated": Simulated, "vllm": VLLM, "vllm_cpu": VLLMCPU, "emulated": Emulated},
     "provisioner": {"static": Static, "preempt": Preempt, "relief": Relief},
 }
-
-
-class ConfigError(ValueError):
-    """The configuration is wrong; the message is one line that names key, value and choices."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +208,6 @@ def _mutable(hint: Any) -> Any:
 
 def register() -> None:
     """Show the dataclasses to Hydra."""
-    OmegaConf.register_new_resolver("doc", _doc, replace=True)  # what --help begins with
     store = ConfigStore.instance()
     store.store(name="run_schema", node=_Root)
     for group, cls in GROUPS.items():
@@ -222,11 +216,6 @@ def register() -> None:
     for group, choices in CHOICES.items():
         for name, cls in choices.items():
             store.store(group=f"schema/{group}", name=name, node=schema(cls))
-
-
-def _doc() -> str:
-    """What the command says of itself, for a `string.Template`."""
-    return (sys.modules["__main__"].__doc__ or "").replace("$", "$$")
 
 
 def build(config: DictConfig) -> RunConfig:
@@ -248,14 +237,24 @@ def build(config: DictConfig) -> RunConfig:
 
 
 def _on_real_gpus(run: RunConfig) -> RunConfig:
-    """What backend=auto means: the same on real engines if there are GPUs for it. These schedule by v1."""
+    """What backend=auto means: the same on real engines if there are GPUs for it. These schedule by v1.
+
+    ValueError if the user has set what only a simulation has.
+    """
     backend = run.backend
     if not (isinstance(backend, Simulated) and backend.auto and visible_gpus() >= run.cluster.num_gpus):
         return run
     if isinstance(run.cluster, Mixed):  # nothing here knows which of the GPUs is which
         return run
+    kept = {f.name for f in dataclasses.fields(VLLM)}
+    values = {f.name: getattr(backend, f.name) for f in dataclasses.fields(Simulated) if f.name != "auto"}
+    for key, value in values.items():
+        if key not in kept and value != getattr(backend.auto, key):
+            told = list(value) if isinstance(value, tuple) else value
+            raise ValueError(f"backend.{key}={told}: real GPUs are here, which cannot do it; take backend=simulated")
     engine = dataclasses.replace(run.engine, version="v1", watermark=0.0)
-    return dataclasses.replace(run, engine=engine, backend=VLLM(step_overhead_s=backend.step_overhead_s))
+    real = VLLM(**{key: value for key, value in values.items() if key in kept})
+    return dataclasses.replace(run, engine=engine, backend=real)
 
 
 def node(part: DictConfig) -> Any:
@@ -289,7 +288,7 @@ def _refuse_unknown(part: DictConfig, known: Sequence[str]) -> None:
     """Hydra adds any key that is given with a +, and so must be told here which there are."""
     for key in map(str, part):
         if key not in known and not key.startswith("_"):
-            raise ConfigError(_no_such_key(str(part._get_full_key(key)), key, known))
+            raise ConfigError(no_such_key(str(part._get_full_key(key)), key, known))
 
 
 def _kinds(key: str) -> str:
@@ -297,96 +296,6 @@ def _kinds(key: str) -> str:
     if key in CHOICES:
         return f"choose from {', '.join(CHOICES[key])}, or another file of conf/{key}"
     return f"choose a file of conf/{key}" if key in GROUPS else f"set a key of it, such as {key}.ledger"
-
-
-def explain(error: BaseException) -> str:
-    """What is wrong with a configuration, in one line: Hydra's and OmegaConf's many boiled down to key and choices."""
-    if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        return explain(error.__cause__)
-    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
-        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}"
-    text = " ".join(str(error).split())
-    if isinstance(error, MissingConfigException):
-        missing = re.search(
-            r"Could not find '(.+)/([^'/]*)' Available options in '[^']+': (.*?)(?: Config sear.*)?$", text
-        )
-        if missing:
-            group, value, choices = missing.groups()
-            return f"{group}={value}: {_choose(value, choices.split())}"
-    if isinstance(error, OverrideParseException):
-        return f"{error.override}: not of the form key=value"
-    several = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'", text)
-    if several:
-        return f"{several.group(1)}: several values are a sweep, which needs -m (or a list, which needs [ ])"
-    missing_value = re.match(r"Missing mandatory value: (\S+)", text)
-    if missing_value:
-        return f"{missing_value.group(1)}: needs a value"
-    in_file = re.match(r"In '(.+?)': \w+ raised while composing config: (.*?) full_key: (\S+)", text)
-    if in_file:
-        return _wrong_in_file(*in_file.groups())
-    override = re.match(r"(?:Error merging override |Could not override ')([\w./@+~]+)(?:=(.*))?", text)
-    cause = error.__cause__
-    if override and cause is not None:
-        key, value = override.groups()
-        lacking = _lacking(cause)
-        if lacking:
-            return _no_such_key(key, *lacking)
-        return f"{key}={value}: {_mismatch(_first_line(cause), getattr(cause, 'child_node', None))}"
-    return _first_line(error)
-
-
-def _wrong_in_file(file: str, trouble: str, key: str) -> str:
-    """The message for `key` of conf/`file`.yaml, or of a file of the user's, by what OmegaConf says of it."""
-    group, _, part = key.partition(".")
-    if "not in '" in trouble:
-        known = [f.name for f in dataclasses.fields(GROUPS[group])] if group in GROUPS else []
-        return f"{key}: no such key in {file}.yaml{_choose(part, known, '; ') if known else ''}"
-    value = re.search(r"[Vv]alue '(.*)' (?:of type|is not|for field)", trouble)
-    given = f"={value.group(1)}" if value else ""
-    return f"{key}{given}: {_mismatch(trouble)}, in {file}.yaml"
-
-
-def _no_such_key(key: str, part: str, known: Sequence[str]) -> str:
-    """The message for `key`, of which `part` is not among the `known` ones."""
-    return f"{key}: no such key{_choose(part, known, '; ') if known else ', nor any other here'}"
-
-
-def _choose(given: str, choices: Sequence[str], separator: str = "") -> str:
-    near = get_close_matches(given, choices, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{separator}{hint}choose from {', '.join(choices)}"
-
-
-def _mismatch(text: str, node: object = None) -> str:
-    """Why a key may not have a value: by the type of the key's node if there is one, else by OmegaConf's words."""
-    told = re.search(r"(?:converted to|valid|field of type|convert '\w+' to|with|is not a(?! valid)) '?(\w+)'?", text)
-    kind = type(node).__name__ if node is not None else told.group(1) if told else ""
-    for word, wanted in _WANTED.items():
-        if kind.lower().startswith(word):
-            return f"wants {wanted}"
-    return text
-
-
-_WANTED = {
-    "int": "an integer",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "a string",
-    "list": "a list, such as [1,2]",
-}
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _lacking(error: BaseException) -> tuple[str, list[str]] | None:
-    """The key that a config node lacks, and those that it has; None if that is not the trouble."""
-    node, key = getattr(error, "parent_node", None), getattr(error, "key", None)
-    if not isinstance(node, DictConfig) or key is None or key in node:
-        return None
-    return str(key), [str(key) for key in node if not str(key).startswith("_") and key != "hydra"]
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -398,6 +307,8 @@ def guard(main: Callable[[], Any]) -> int:
     """Run a Hydra `main` and return the exit code: 2 and one line for a wrong configuration, 1 for servers that did
     not come up, 130 for Ctrl-C.
     """
+    if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
+        print(sys.modules[main.__module__].__doc__)  # Hydra adds the groups
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through, so that they are told here and not by Hydra
     sys.path.append(str(Path.cwd()))  # where a `_target_` of the user's may lie
     sys.argv[1:] = sorted(sys.argv[1:], key=_is_override)  # which Hydra wants behind all options

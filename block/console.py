@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from block.cluster import Backend, Simulated, Testbed, visible_gpus
+from block.cluster import Backend, Mixed, Simulated, Testbed, visible_gpus
 from block.lengths.estimation import Scores
 from block.results import Run
 
@@ -28,6 +28,8 @@ def announce(testbed: Testbed, backend: Backend, console: Console) -> None:
     if isinstance(backend, Simulated) and backend.auto:
         gpus = visible_gpus()
         why = f"{gpus or 'no'} GPU{'s' * (gpus != 1)} visible, {testbed.cluster.num_gpus} asked for"
+        if isinstance(testbed.cluster, Mixed):
+            why = "GPUs of several kinds asked for"
         console.print(f"[dim]{why}: running the simulated testbed[/dim]", soft_wrap=True)
     elif not backend.virtual:
         urls = getattr(backend, "urls", ())

@@ -21,19 +21,21 @@ from rich.console import Console
 
 from block import provenance, searches
 from block.capacity import crossings
-from block.config import ConfigError, RunConfig, build, explain, node, plain
+from block.complaints import ConfigError, explain
+from block.config import RunConfig, build, node, plain
 from block.console import announce, progress, report, report_line, report_scores
 from block.lengths.estimation import evaluate
 from block.metrics import interval, summarise
 from block.policies import Needs
 from block.predictor import Predictor
-from block.results import Run, RunWriter, read_run, write_json
+from block.results import Run, read_run, write_json
 from block.searches import Search
 from block.serving import Outcome, requests_of, serve
 from block.sweep import end_with, standing
 from block.tables import request_columns
 from block.tracking import log_run
 from block.types import Request
+from block.writer import RunWriter
 
 
 def do(config: DictConfig, choices: Mapping[str, str], *, sweep: DictConfig | None = None) -> None:

@@ -47,6 +47,7 @@ SOURCE = Path(__file__).resolve().parent.parent
 # What of the package only watches, reports or serves others: no result of a run depends on it.
 _BYSTANDERS = (
     "campaign",
+    "complaints",
     "console",
     "profiling",
     "provenance",

@@ -89,7 +89,7 @@ def show(console: Console, pair: str, fitted: Fit) -> None:
 
 def main() -> int:
     """Exit status 0, or 2 with one line on stderr."""
-    parser = argparse.ArgumentParser(description="Fit the tracked latency models to operator profiles.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=list(PAIRS), action="append", help="fit only this one (may be repeated)")
     parser.add_argument("--data", type=Path, help="folder that holds profiles/ (default: $BLOCK_DATA)")
     parser.add_argument("--out", type=Path, default=TRACKED, help="folder to write to (default: artifacts/latency)")

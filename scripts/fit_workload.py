@@ -20,14 +20,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from block.arrivals import RateProfile
 from block.rng import stream
 from block.sketch import LengthSketch
 from block.traces import TRACES, Trace, TraceFile, find_data, read_trace
 from block.types import Floats, Ints
 from block.workload import CUSTOM, SKETCHES
 
-BIN_S = 10.0  # of the arrival-rate profile
 ORIGINS = {
     "sharegpt": "ShareGPT, Llama-2 tokens: artifact of arXiv 2508.03611 (github.com/AKafakA/Block), MIT",
     "arxiv": "arXiv summarization, Llama-2 tokens: github.com/microsoft/vidur, MIT",
@@ -87,9 +85,7 @@ def measure(sketch: LengthSketch, trace: Trace, run: int = 10_000, seeds: int = 
 
 def fit(trace: Trace, origin: str, path: Path) -> tuple[LengthSketch, Quality]:
     """The sketch of a trace, with its source and its quality written into it."""
-    sketch = LengthSketch.fit(trace.prompt, trace.output)
-    if trace.times is not None:
-        sketch = replace(sketch, profile=RateProfile.fit(trace.times, BIN_S))
+    sketch = LengthSketch.fit(trace.prompt, trace.output, trace.times)
     quality = measure(sketch, trace)
     source = {
         "origin": origin,
@@ -140,8 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="a trace of your own")
     parser.add_argument("--prompt-column", default=CUSTOM.prompt, help="with --csv (default: %(default)s)")
     parser.add_argument("--output-column", default=CUSTOM.output, help="with --csv (default: %(default)s)")
-    parser.add_argument("--time-column", help="with --csv: seconds or timestamps; keeps the arrival-rate profile")
-    parser.add_argument("--out", type=Path, default=SKETCHES, help="directory (default: %(default)s)")
+    parser.add_argument("--time-column", help="with --csv: seconds or timestamps; keeps how rate and lengths drifted")
+    parser.add_argument("--out", type=Path, default=SKETCHES, help="directory (default: artifacts/workloads)")
     options = parser.parse_args(arguments)
     console = Console()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,18 @@
-"""Complete the runs on real servers that were killed, with the requests that they had finished.
+"""Complete the runs on real servers that were killed, with the requests that they had finished."""
 
-python scripts/recover_runs.py [artifacts/runs]
-"""
-
+import argparse
 import sys
 from pathlib import Path
 
-from block.results import DEFAULT_ROOT, recover
+from block.results import DEFAULT_ROOT
+from block.writer import recover
 
 
 def main() -> int:
     """Recover what can be, and say so."""
-    root = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_ROOT
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("root", nargs="?", type=Path, default=DEFAULT_ROOT, help="folder of the runs (%(default)s)")
+    root = parser.parse_args().root
     if not root.is_dir():
         print(f"error: {root}: no such folder", file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from block import config
+from block.complaints import ConfigError, explain
 from block.console import progress
 from block.lengths.estimation import train
 from block.lengths.roberta import RoBERTa
@@ -43,7 +44,7 @@ def run(settings: DictConfig) -> None:
             found = train(lengths, wanted, settled["seed"], log, lambda steps: progress(console, "steps", steps))
     except (ValueError, OSError) as error:
         why = getattr(error, "strerror", None)  # what the system says of a path names no key
-        raise config.ConfigError(f"lengths.path={lengths.path}: {why}" if why else config.explain(error)) from error
+        raise ConfigError(f"lengths.path={lengths.path}: {why}" if why else explain(error)) from error
     print(lengths.path, *(f"{name} {value:.4g}" for name, value in found._asdict().items()), sep="\n  ")
 
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from block import clock
-from block.engine import Bank, Engine, Finished, Taken
+from block.bank import Bank
+from block.engine import Engine, Finished, Taken
 from block.types import ID, Request, RequestRecord, Snapshot
 
 

@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from block import config
+from block.complaints import ConfigError, explain
 from block.instances.base import LaunchFailed
 from block.lengths import Reader
 from block.policies import Needs
@@ -35,7 +36,7 @@ def serve(settings: DictConfig, policy: str) -> None:
     wanted = config.node(settings.server)
     for key, off in (("forecast_noise", 0), ("dispatchers", 1)):
         if (value := getattr(run.dispatch, key)) != off:
-            raise config.ConfigError(f"dispatch.{key}={value}: for experiments only; a front door has {off}")
+            raise ConfigError(f"dispatch.{key}={value}: for experiments only; a front door has {off}")
     for module in ("aiohttp", "prometheus_client", "uvloop"):
         if importlib.util.find_spec(module) is None:
             raise LaunchFailed(f"{module} is not installed: pip install -e '.[serve]'")
@@ -49,7 +50,7 @@ def serve(settings: DictConfig, policy: str) -> None:
         try:
             run.lengths.predict([""])  # what is wrong with the estimator is told now; and it is loaded
         except (OSError, ValueError) as error:
-            raise config.ConfigError(config.explain(error)) from error
+            raise ConfigError(explain(error)) from error
     front = door.Door(wanted, run.scheduler, run.dispatch, Stream(run.seed), latency, run.lengths)
 
     def listening(address: str) -> None:
@@ -59,7 +60,7 @@ def serve(settings: DictConfig, policy: str) -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(door.serve(front, wanted.host, wanted.port, listening))
     except OSError as error:
-        raise config.ConfigError(f"server.port={wanted.port}: cannot listen on {wanted.host}: {error}") from error
+        raise ConfigError(f"server.port={wanted.port}: cannot listen on {wanted.host}: {error}") from error
 
 
 if __name__ == "__main__":

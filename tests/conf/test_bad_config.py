@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from block import config
+from block.complaints import ConfigError, explain
 from block.experiment import execute
 
 
@@ -25,8 +26,8 @@ def complaint(*overrides: str) -> str:
         config.build(settings)
         config.node(settings.capacity)
         execute(settings, {})
-    except (config.ConfigError, HydraException, OmegaConfBaseException) as error:
-        return config.explain(error)
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        return explain(error)
     pytest.fail(f"{overrides} passed")
 
 
@@ -207,8 +208,8 @@ def own_model(folder: Path, text: str) -> str:
     (folder / "model" / "mine.yaml").write_text(text)
     try:
         config.build(composed(f"hydra.searchpath=[file://{folder}]", "model=mine"))
-    except (config.ConfigError, HydraException, OmegaConfBaseException, MarkedYAMLError) as error:
-        return config.explain(error)
+    except (ConfigError, HydraException, OmegaConfBaseException, MarkedYAMLError) as error:
+        return explain(error)
     return ""
 
 

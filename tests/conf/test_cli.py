@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import signal
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import TINY, alive, command, start
+from commands import ROOT, TINY, alive, command, start
 
 from block.results import runs
 
@@ -44,6 +45,20 @@ def when_begun(folder: Path, process: subprocess.Popen[str]) -> Path:
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     raise AssertionError("the run did not begin within a minute")
+
+
+# ---------------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize(
+    "script", ["run.py", *sorted(f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py"))]
+)
+def test_help_tells_what_a_command_does(script: str, tmp_path: Path) -> None:
+    done = command(script, "--help", folder=tmp_path)
+    doc = ast.get_docstring(ast.parse((ROOT / script).read_text()))
+    assert doc is not None
+    assert done.returncode == 0, done.stderr
+    assert " ".join(doc.splitlines()[0].split()) in " ".join(done.stdout.split())
 
 
 # ----------------------------------------------------------------------------------------------------------- one run

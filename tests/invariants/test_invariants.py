@@ -294,7 +294,7 @@ SCRIPT = """
 import sys
 from testbed import engine_config, poisson, round_latency, serve
 from block.policies import Block
-from block.results import RunWriter
+from block.writer import RunWriter
 config = engine_config("v0", watermark=0.03, max_model_len=512, max_num_batched_tokens=64)
 run = serve(poisson(120, 4.0, 3, prompt=60, output=40), Block(k=2), config=config, latency=round_latency(), instances=3,
             total_blocks=140, seed=7, noise=0.1, delay_s=0.02)

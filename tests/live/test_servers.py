@@ -16,7 +16,8 @@ import pandas as pd
 import pytest
 from processes import eventually, kill_all, marked
 
-from block.results import Run, read_run, recover, runs
+from block.results import Run, read_run, runs
+from block.writer import recover
 
 pytest.importorskip("vllm")
 
@@ -278,6 +279,33 @@ def test_a_server_is_started_when_it_is_needed_and_stopped_when_not(mark: str, t
     assert run.summary["instance_seconds"] == pytest.approx(cost, abs=0.5)
     assert "1 joined, 1 drained" in said
     assert nothing_left(mark), marked(mark)
+
+
+def test_a_server_of_a_real_model_joins_and_leaves(mark: str, tmp_path: Path) -> None:
+    """The same on the CPU: an engine that one request fills, a few long ones, and little until the test has seen it."""
+    rows = ["100,300,0.0"] * 6 + [f"20,5,{1 + i}" for i in range(300)]
+    (tmp_path / "burst.csv").write_text("\n".join(["prompt_tokens,output_tokens,arrival", *rows]))
+    process = start(
+        *(mark, tmp_path, "backend=vllm_cpu", "engine.max_num_seqs=1", "workload.trace_path=burst.csv"),
+        *("workload.arrivals=trace", f"workload.num_requests={len(rows)}", f"workload.qps={(len(rows) - 1) / 300}"),
+        *("provisioner=preempt", "provisioner.initial=1", "provisioner.threshold_s=1.5"),
+        *("provisioner.drain_after_s=1", "provisioner.drain_ttft_s=0.5"),
+    )
+    for running in (1, 2, 1):
+        assert eventually(lambda: len(servers(mark)) == running, 60), (running, servers(mark))  # noqa: B023
+    (log,) = (tmp_path / "runs").glob("*/run.log")
+    assert eventually(lambda: "instance 1: stop" in log.read_text(), 20), log.read_text()
+    os.kill(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, said
+    assert nothing_left(mark), marked(mark)
+    (run,) = runs(root=tmp_path / "runs", status="interrupted")
+    changes = run.document["changes"][:4]
+    assert [(i, change) for _, i, change, _ in changes] == [(1, what) for what in ("start", "join", "drain", "stop")]
+    joined, stopped = changes[1][0], changes[3][0]
+    theirs = run.requests().query("instance_id == 1 and status == 'ok'")
+    assert len(theirs) > 0
+    assert joined <= theirs.dispatched.min() < theirs.finished.max() <= stopped
 
 
 def test_a_server_that_has_not_joined_is_gone_when_the_run_ends(mark: str, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from block.results import RunWriter
 from block.types import Decision, Forecast, Request, RequestRecord
+from block.writer import RunWriter
 
 NAN = float("nan")
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from block import cluster
 from block.backends import VLLM
-from block.cluster import ClusterConfig, Simulated
+from block.cluster import Backend, ClusterConfig, Mixed, Pool, Simulated
 from block.console import announce, progress, report, report_line
 from block.engine import EngineConfig
 from block.hardware import Model
@@ -106,19 +106,21 @@ def fake_driver(folder: Path, monkeypatch: pytest.MonkeyPatch, *, gpus: int = 0,
     monkeypatch.setenv("PATH", str(folder))
 
 
-def announced(backend: Simulated, gpus: int = 4) -> str:
-    testbed = cluster.Testbed(LLAMA, ClusterConfig("a30", gpus), EngineConfig(), 0)
+def announced(backend: Backend, gpus: int = 4, config: ClusterConfig | Mixed | None = None) -> str:
+    testbed = cluster.Testbed(LLAMA, config or ClusterConfig("a30", gpus), EngineConfig(), 0)
     return text_of(lambda console: announce(testbed, backend, console))
 
 
 def test_auto_says_why_it_simulates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    auto = Simulated(auto=True)
+    auto = Simulated(auto=Simulated())
     monkeypatch.setenv("PATH", str(tmp_path))
     assert announced(auto).startswith("no GPUs visible, 4 asked for: running the simulated testbed\n")
     fake_driver(tmp_path, monkeypatch, gpus=1)
     assert announced(auto).startswith("1 GPU visible, 4 asked for: running the simulated testbed\n")
     fake_driver(tmp_path, monkeypatch, gpus=3)
     assert announced(auto).startswith("3 GPUs visible, 4 asked for: running the simulated testbed\n")
+    mixed = Mixed((Pool("a30", 1), Pool("h100", 1)))
+    assert announced(auto, config=mixed).startswith("GPUs of several kinds asked for: running the simulated testbed\n")
     fake_driver(tmp_path, monkeypatch, gpus=4, code=9)  # a driver that does not answer
     assert announced(auto).startswith("no GPUs visible")
 

@@ -17,7 +17,7 @@ from joblib import parallel_config
 from omegaconf import DictConfig, OmegaConf
 
 from block import config, experiment, policies
-from block.config import ConfigError
+from block.complaints import ConfigError
 from block.experiment import do, execute, search
 from block.predictor import Predictor
 from block.results import Run, experiment_hash, runs

@@ -117,14 +117,25 @@ def test_short_traces_get_coarser_sketches(requests: int) -> None:
 
 
 def test_a_sketch_survives_its_file(tmp_path: Path) -> None:
-    sketch = LengthSketch(
-        np.array([1.0, 2.5]), np.array([[3.0, 4.1]]), RateProfile(10.0, (1, 0, 2)), {"origin": "here"}
-    )
+    profile, drift = RateProfile(9, (1.5, 0.25, 2.0)), np.arange(8).reshape(2, 4)
+    sketch = LengthSketch(np.array([1.0, 2.5]), np.array([[3.0, 4.1]]), profile, drift, {"origin": "here"})
     sketch.save(tmp_path / "s.json")
     loaded = LengthSketch.load(tmp_path / "s.json")
     assert loaded.prompt.tolist() == [1.0, 2.5]
     assert loaded.output.tolist() == [[3.0, 4.1]]
     assert (loaded.profile, loaded.source) == (sketch.profile, sketch.source)
+    assert loaded.drift is not None
+    assert (loaded.drift == drift).all()
+
+
+def test_a_sketch_with_times_keeps_when_long_requests_came() -> None:
+    """Prompts grow and begin again half-way; responses go with them."""
+    prompt = np.tile(np.arange(3200) + 1, 2)
+    output = prompt // 8 + 1
+    sketch = LengthSketch.fit(prompt, output, np.arange(6400) / 7)
+    for original, drawn in zip((prompt, output), sketch.sample(6400, stream(0, "test")), strict=True):
+        parts = [part.mean() for part in np.array_split(original, 16)]
+        assert [part.mean() for part in np.array_split(drawn, 16)] == pytest.approx(parts, rel=0.05)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -137,7 +148,9 @@ def test_a_trace_of_ones_own_becomes_a_sketch(tmp_path: Path, capsys: pytest.Cap
     arguments = ["--csv", str(tmp_path / "own.csv"), "--prompt-column", "in", "--output-column", "out"]
     assert fit_workload.main([*arguments, "--time-column", "t", "--out", str(tmp_path), "mine"]) == 0
     sketch = LengthSketch.load(tmp_path / "mine.json")
-    assert sketch.profile == RateProfile(10.0, (20,) * 250)
+    assert sketch.profile == RateProfile(5000, (4.88,) * 512)  # 2,500 s in as many pieces
+    assert sketch.drift is not None
+    assert sketch.drift.sum() == 5000
     assert sketch.source["requests"] == 5000
     assert "mine: 5,000 requests" in capsys.readouterr().out
 
@@ -194,7 +207,7 @@ def test_errors_are_one_line_and_exit_code_2(
 @pytest.mark.parametrize("name", [*MEASURED, "burstgpt"])
 def test_tracked_sketches_are_small_and_name_their_source(name: str) -> None:
     path = TRACKED / f"{name}.json"
-    assert path.stat().st_size <= 30_000
+    assert path.stat().st_size <= 20_000
     assert "github.com/" in LengthSketch.load(path).source["origin"]
 
 
@@ -205,6 +218,7 @@ def test_tracked_sketches_are_what_the_script_derives(name: str, data: Path, tmp
     assert derived.prompt == pytest.approx(tracked.prompt, abs=0.2)
     assert derived.output == pytest.approx(tracked.output, abs=0.2)
     assert derived.profile == tracked.profile
+    assert str(derived.drift) == str(tracked.drift)
     assert derived.source["sha256"] == tracked.source["sha256"]
 
 

@@ -20,7 +20,8 @@ import pytest
 from stored import CONFIG, DECISIONS, INSTANCES, RECORDS, store, warnings
 
 from block import provenance
-from block.results import RunWriter, frame, read_run, runs, write_json
+from block.results import frame, read_run, runs, write_json
+from block.writer import RunWriter
 
 # ------------------------------------------------------------------------------------------------------- round trip
 
@@ -247,7 +248,7 @@ def test_the_log_goes_to_the_run_while_it_runs(tmp_path):
 # A run in a process of its own, which stops at the stage named by its first argument.
 CHILD = """
 import os, sys, time
-from block.results import RunWriter
+from block.writer import RunWriter
 from pathlib import Path
 from stored import *
 
@@ -291,7 +292,7 @@ def test_kill_9_leaves_earlier_runs_and_no_half_run(tmp_path, stage):
 
 FULL = """
 import resource, sys
-from block.results import RunWriter
+from block.writer import RunWriter
 from pathlib import Path
 from stored import *
 

@@ -10,7 +10,8 @@ import pytest
 from testbed import constant_latency, engine_config, request, round_latency
 
 from block import clock
-from block.engine import Bank, Engine, Finished
+from block.bank import Bank
+from block.engine import Engine, Finished
 from block.instances.base import Instance
 from block.instances.simulated import Looks, SimulatedInstance
 from block.types import ID, Request, RequestRecord, Snapshot

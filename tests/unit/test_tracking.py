@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 from stored import CONFIG, record, store, warnings
 
-from block.results import RunWriter, runs
+from block.results import runs
 from block.tracking import Tracking, log_figures, log_run, logged
+from block.writer import RunWriter
 
 LOG_RUNS = Path(__file__).parents[2] / "scripts" / "log_runs.py"
 

@@ -1,0 +1,175 @@
+"""The arrays of several engines, and what runs over them compiled."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from block import scheduler as s
+from block.compiled import compiled
+from block.types import FIELDS, Floats, Int, Ints
+
+
+class Row(Protocol):
+    """What has the arrays of a row."""
+
+    def bind(self, row: int) -> None:
+        """Take the arrays of this row: they are others now."""
+        ...
+
+
+class Bank:
+    """The arrays of several engines, a row for each, so that one compiled call can advance many.
+
+    Rows are of one length: `make_room` makes all of them longer.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.state: Ints = np.zeros((rows, s.STATE), dtype=np.int64)
+        self.times: Floats = np.tile((math.nan, math.inf, 0.0), (rows, 1))
+        self.limits: Ints = np.zeros((rows, s.LIMITS), dtype=np.int64)
+        self.packed: Floats = np.zeros((rows, 0))
+        self.noise: Floats = np.ones((rows, 1))
+        self.found: Ints = np.zeros(rows, dtype=np.int64)  # columns of `done` that the last `advance` has filled
+        self.seqs: Ints = np.zeros((rows, FIELDS, 0), dtype=np.int64)
+        self.firsts: Floats = np.zeros((rows, 0))
+        self.done: Floats = np.zeros((rows, s.DONE, 0))
+        self.engines: list[Row] = []
+        self.make_room(64)
+
+    def make_room(self, columns: int) -> None:
+        """Make every row so long, if it is not."""
+        if columns > self.seqs.shape[2]:
+            self.seqs, self.firsts, self.done = (_wider(rows, columns) for rows in (self.seqs, self.firsts, self.done))
+            # Where engines look ahead, one after the other.
+            self.scratch = (np.zeros_like(self.seqs[0]), np.zeros_like(self.firsts[0]), np.zeros_like(self.done[0]))
+            self._bind()
+
+    def enter(self, engine: Row, limits: Ints, packed: Floats, noise: Floats) -> int:
+        """Give an engine the next row; returns it. All engines have noise of one length, or none."""
+        row = len(self.engines)
+        self.engines.append(engine)
+        self.limits[row] = limits
+        self.packed = _wider(self.packed, len(packed))
+        self.packed[row, : len(packed)] = packed
+        if self.noise.shape[1] < len(noise):
+            self.noise = np.ones((len(self.noise), len(noise)))
+        self.noise[row] = noise
+        self._bind()
+        return row
+
+    def _bind(self) -> None:
+        for row, engine in enumerate(self.engines):
+            engine.bind(row)
+
+    def advance(self, rows: Ints, now: float) -> bool:
+        """Complete the steps that end by `now` of these rows; whether a sequence finished. `found` tells how many."""
+        return bool(
+            _advance_rows(
+                rows,
+                now,
+                self.seqs,
+                self.firsts,
+                self.state,
+                self.times,
+                self.limits,
+                self.packed,
+                self.noise,
+                self.done,
+                self.found,
+            )
+        )
+
+
+def _wider(rows: NDArray[Any], columns: int) -> NDArray[Any]:
+    """A copy of an array whose last axis has at least so many columns, the new ones 0."""
+    more = [(0, 0)] * (rows.ndim - 1) + [(0, max(columns - rows.shape[-1], 0))]
+    return np.pad(rows, more)
+
+
+@compiled
+def _advance_rows(
+    rows: Ints,
+    now: float,
+    seqs: Ints,
+    firsts: Floats,
+    state: Ints,
+    times: Floats,
+    limits: Ints,
+    packed: Floats,
+    noise: Floats,
+    done: Floats,
+    found: Ints,
+) -> bool:
+    finished = False
+    for row in rows:
+        found[row] = 0
+        if times[row, s.ENDS] <= now:
+            found[row] = advance(
+                seqs[row],
+                firsts[row],
+                state[row],
+                times[row],
+                limits[row],
+                packed[row],
+                noise[row],
+                done[row],
+                0,
+                now,
+            )
+            finished |= found[row] > 0
+    return finished
+
+
+@compiled
+def advance(
+    seqs: Ints,
+    firsts: Floats,
+    state: Ints,
+    times: Floats,
+    limits: Ints,
+    packed: Floats,
+    noise: Floats,
+    done: Floats,
+    found: Int,
+    now: float,
+) -> Int:
+    """Complete the steps of one engine that end by `now`; arguments and value are those of `complete_step`."""
+    while times[s.ENDS] <= now:
+        found = s.complete_step(seqs, firsts, state, times, limits, packed, noise, done, found)
+    return found
+
+
+@compiled
+def next_finish(
+    live_seqs: Ints,
+    live_firsts: Floats,
+    live_state: Ints,
+    live_times: Floats,
+    limits: Ints,
+    packed: Floats,
+    noise: Floats,
+    seqs: Ints,
+    firsts: Floats,
+    done: Floats,
+) -> float:
+    """When the next sequence of an engine will finish if nothing more arrives; inf: never. Works on the arrays after
+    `noise`, which are scratch.
+    """
+    head = live_state[s.HEAD]
+    tail = live_state[s.TAIL]
+    for row in range(FIELDS):
+        for column in range(head, tail):
+            seqs[row, column] = live_seqs[row, column]
+    for column in range(head, tail):
+        firsts[column] = live_firsts[column]
+    state = live_state.copy()
+    times = live_times.copy()
+    while times[s.ENDS] < np.inf:
+        ends = times[s.ENDS]
+        if s.complete_step(seqs, firsts, state, times, limits, packed, noise, done, 0) > 0:
+            return float(ends)
+    return float(np.inf)
