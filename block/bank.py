@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from block import scheduler as s
 from block.compiled import compiled
-from block.types import FIELDS, Floats, Int, Ints
+from block.types import FIELDS, Floats, Int, Ints, Snapshot
 
 
 class Row(Protocol):
@@ -19,6 +19,14 @@ class Row(Protocol):
     def bind(self, row: int) -> None:
         """Take the arrays of this row: they are others now."""
         ...
+
+
+def _extended(packed: Floats, length: int) -> Floats:
+    """A packed latency model made longer, as `linear_time` would have it: its last slope goes on."""
+    if len(packed) == 0:
+        return np.zeros(length)
+    beyond = np.arange(1, length - len(packed) + 1)
+    return np.concatenate([packed, packed[-1] + (packed[-1] - packed[-2]) * beyond])
 
 
 class Bank:
@@ -52,18 +60,43 @@ class Bank:
         """Give an engine the next row; returns it. All engines have noise of one length, or none."""
         row = len(self.engines)
         self.engines.append(engine)
+        grows = len(packed) > self.packed.shape[1] or len(noise) > self.noise.shape[1]
+        if grows:
+            width = max(len(packed), self.packed.shape[1])
+            self.packed = np.array([_extended(one, width) for one in self.packed])
+            self.noise = np.resize(self.noise, (len(self.noise), max(len(noise), self.noise.shape[1])))
         self.limits[row] = limits
-        self.packed = _wider(self.packed, len(packed))
-        self.packed[row, : len(packed)] = packed
-        if self.noise.shape[1] < len(noise):
-            self.noise = np.ones((len(self.noise), len(noise)))
+        self.packed[row] = _extended(packed, self.packed.shape[1])
         self.noise[row] = noise
-        self._bind()
+        if grows:
+            self._bind()
+        else:
+            engine.bind(row)
         return row
 
     def _bind(self) -> None:
         for row, engine in enumerate(self.engines):
             engine.bind(row)
+
+    def snapshots(self, rows: Ints, now: float) -> list[Snapshot]:
+        """What each scheduler published when it last ran, under its row's number; views, valid until it changes."""
+        shown = []
+        for row, state, (started, ends, _) in zip(
+            rows.tolist(), self.state[rows].tolist(), self.times[rows].tolist(), strict=True
+        ):
+            shown.append(
+                Snapshot(
+                    row,
+                    now,
+                    started if ends != math.inf else math.nan,
+                    state[s.RUNNING],
+                    state[s.STALE],
+                    state[s.FREE],
+                    state[s.PREEMPTIONS],
+                    self.seqs[row, :, state[s.HEAD] : state[s.VISIBLE]],
+                )
+            )
+        return shown
 
     def advance(self, rows: Ints, now: float) -> bool:
         """Complete the steps that end by `now` of these rows; whether a sequence finished. `found` tells how many."""

@@ -13,6 +13,7 @@ import math
 import selectors
 import time
 from collections.abc import Callable, Coroutine
+from heapq import heappop
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -62,13 +63,12 @@ def run(main: Coroutine[Any, Any, T], *, virtual: bool, dilation: float = 1.0) -
 
     dilation: seconds of the wall clock in which this clock advances by one.
     """
-    if not virtual:
-        with asyncio.Runner(loop_factory=lambda: _WallLoop(dilation)) as runner:
-            return runner.run(main)
-    with asyncio.Runner(loop_factory=_VirtualLoop) as runner:
+    factory = _VirtualLoop if virtual else lambda: _WallLoop(dilation)
+    with asyncio.Runner(loop_factory=factory) as runner:
         # Tens of thousands of live tasks make each pass of the cycle collector slow, and simulating makes no cycles.
-        collecting = gc.isenabled()
-        gc.disable()
+        collecting = virtual and gc.isenabled()
+        if collecting:
+            gc.disable()
         try:
             return runner.run(main)
         finally:
@@ -96,34 +96,38 @@ class _WallLoop(asyncio.SelectorEventLoop):
         return (time.monotonic() - self.origin) / self.dilation
 
 
-class _Jump(selectors.SelectSelector):
-    """A selector that advances the loop's clock where a real one would sleep."""
-
-    loop: _VirtualLoop
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout is None:
-            raise SimulationStalled("simulation stalled: every task waits and no timer is set")
-        if timeout > 0:
-            self.loop.jump()
-        return []
-
-
 class _VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop that advances its clock to the next timer where a real one would sleep.
+
+    It has no files to watch, so that one turn is the timers that are due and the callbacks that are ready, and no more
+    of what `BaseEventLoop._run_once` does in every turn.
+    """
+
     def __init__(self) -> None:
-        selector = _Jump()
-        super().__init__(selector)
-        selector.loop = self
+        super().__init__()
         self._virtual_now = 0.0
-        self._clock_resolution = math.ulp(0.0)
 
     def time(self) -> float:
         return self._virtual_now
 
-    def jump(self) -> None:
-        """Move the clock to the earliest timer."""
-        timers: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
-        if timers[0].when() == math.inf:
-            raise SimulationStalled("simulation stalled: every task waits and the only timers are set for eternity")
-        self._virtual_now = max(self._virtual_now, timers[0].when())
-        self._clock_resolution = math.ulp(self._virtual_now)  # the loop fires what is due before now + resolution
+    def _run_once(self) -> None:
+        ready, timers = self._ready, self._scheduled  # type: ignore[attr-defined]
+        while timers and (timers[0]._cancelled or (timers[0]._when <= self._virtual_now)):
+            self._due(heappop(timers))
+        if not ready and not self._stopping:  # type: ignore[attr-defined]
+            if not timers:
+                raise SimulationStalled("simulation stalled: every task waits and no timer is set")
+            if timers[0]._when == math.inf:
+                raise SimulationStalled("simulation stalled: every task waits and the only timers are set for eternity")
+            self._virtual_now = timers[0]._when
+            while timers and timers[0]._when <= self._virtual_now:
+                self._due(heappop(timers))
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle._cancelled:
+                handle._run()
+
+    def _due(self, timer: Any) -> None:
+        timer._scheduled = False
+        if not timer._cancelled:
+            self._ready.append(timer)  # type: ignore[attr-defined]

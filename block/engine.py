@@ -368,15 +368,5 @@ class Engine:
 
     def snapshot(self, instance_id: int, now: float) -> Snapshot:
         """What the scheduler published when it last ran; a view, valid until the engine changes."""
-        state = self._state.tolist()
-        started, ends, _ = self._times.tolist()
-        return Snapshot(
-            instance_id,
-            now,
-            started if ends != math.inf else math.nan,
-            state[s.RUNNING],
-            state[s.STALE],
-            state[s.FREE],
-            state[s.PREEMPTIONS],
-            self._seqs[:, state[s.HEAD] : state[s.VISIBLE]],
-        )
+        (shown,) = self._bank.snapshots(np.array([self.row]), now)
+        return shown._replace(instance_id=instance_id)

@@ -16,17 +16,20 @@ PAPER = "camera-ready Fig 12"
 QPS = 32
 SIGMAS = (0.0, 0.25, 0.5, 1.0)
 LENGTH, FORECAST = "lengths.sigma", "dispatch.forecast_noise"
+
+
+def _errors(length: float, forecast: float) -> cells.Cell:
+    """Without errors it is the run that other figures have too."""
+    return {"lengths": "injected", LENGTH: length, FORECAST: forecast} if length or forecast else {}
+
+
 RUNS = [
-    {"scheduler": "block", "lengths": "injected", "workload.qps": QPS, LENGTH: length, FORECAST: forecast, "seed": seed}
+    {**cell, **_errors(length, forecast)}
     for length in SIGMAS
     for forecast in SIGMAS
-    for seed in settings.SEEDS
+    for cell in cells.grid(scheduler=("block",), workload__qps=(QPS,), seed=settings.SEEDS)
 ]
-SEARCHES = [
-    {"lengths": "injected", LENGTH: sigma, FORECAST: sigma, **cell}
-    for sigma in (0.0, 1.0)
-    for cell in settings.searches("base", ("block",))
-]
+SEARCHES = [{**cell, **_errors(sigma, sigma)} for sigma in (0.0, 1.0) for cell in settings.searches("base", ("block",))]
 PANELS = {
     "e2e_mean_s": "mean request latency (s)",
     "e2e_p99_s": "P99 request latency (s)",
@@ -37,7 +40,8 @@ PANELS = {
 def table(stored: cells.Stored) -> pd.DataFrame:
     """A row per run, and one per search with its capacity_qps at 10 s, without errors and with 100 % of both."""
     runs = stored.summaries(RUNS)[[LENGTH, FORECAST, "seed", *PANELS]]
-    return pd.concat([runs, stored.capacities(SEARCHES, (10.0,))[[LENGTH, FORECAST, "seed", "capacity_qps"]]])
+    searched = stored.capacities(SEARCHES, (10.0,))[[LENGTH, FORECAST, "seed", "capacity_qps"]]
+    return pd.concat([runs, searched]).fillna({LENGTH: 0.0, FORECAST: 0.0})
 
 
 def draw(table: pd.DataFrame) -> Any:

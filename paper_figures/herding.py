@@ -35,11 +35,15 @@ def _cell(dispatchers: int, age: int, k: int, ledger: bool, seed: int) -> cells.
 
 RUNS = [
     _cell(dispatchers, age, k, ledger, seed)
-    for ledger, counts in ((True, (1, 2, 4, 8, 16)), (False, (1, 4, 16)))
+    for ledger, k, counts in (
+        (True, 2, (1, 2, 4, 8, 16)),
+        (True, 4, (1, 4, 16)),
+        (True, 12, (1, 2, 4, 8, 16)),
+        (False, 2, (1, 4, 16)),
+        (False, 12, (1, 4, 16)),
+    )
     for dispatchers in counts
     for age in AGES
-    for k in ASKED
-    if ledger or k != 4
     for seed in settings.SEEDS
 ]
 METRICS = {"ttft_p99_s": "P99 TTFT (s)", "e2e_p99_s": "P99 request latency (s)"}

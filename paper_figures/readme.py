@@ -10,18 +10,25 @@ from block.metrics import interval
 from paper_figures import settings, style
 from paper_figures.verdicts import PUBLISHED
 
-BEGIN, END = "<!-- headline: written by scripts/reproduce.py -->", "<!-- end of headline -->"
 SCHEDULERS = ("block", "block_star", "llumnix_minus", "infaas", "min_qpm", "round_robin", "random")
+BASELINES = ("llumnix_minus", "infaas", "round_robin")
+
+
+def marks(name: str) -> tuple[str, str]:
+    """What stands before and after the table of this name."""
+    return f"<!-- {name}: written by scripts/reproduce.py -->\n", f"<!-- end of {name} -->"
 
 
 def update(path: Path, folder: Path) -> None:
-    """Write the table into the README at `path`, of the figures in `folder`; does nothing if there are no marks."""
+    """Write the tables into the README at `path`, of the figures in `folder`, each where its two marks are."""
     text = path.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text or not (folder / "fig6.csv").exists():
-        return
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    new = f"{before}{BEGIN}\n{table(pd.read_csv(folder / 'fig6.csv'))}{END}{after}"
+    new = text
+    for name, figure, write in (("headline", "fig6", table), ("claims", "headline", claims)):
+        begin, end = marks(name)
+        if begin in new and end in new and (folder / f"{figure}.csv").exists():
+            before, _, rest = new.partition(begin)
+            _, _, after = rest.partition(end)
+            new = f"{before}{begin}{write(pd.read_csv(folder / f'{figure}.csv'))}{end}{after}"
     if new != text:
         path.write_text(new, encoding="utf-8")
 
@@ -51,3 +58,43 @@ def table(fig6: pd.DataFrame) -> str:
         f"{gains[1]}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def claims(headline: pd.DataFrame) -> str:
+    """In which setting, and over whom, Block (Block*) gains how much capacity, and at which rates how much P99 latency;
+    bold where the interval over seeds reaches what the abstract claims.
+    """
+    published = PUBLISHED["headline"]
+    searched = headline[headline["setting"].notna()].set_index(["setting", "slo_s", "baseline", "scheduler"])
+    lines = [
+        f"| capacity, % | P99 TTFT | {' | '.join(f'over {style.NAMES[one]}' for one in BASELINES)} |",
+        "|---|---|---|---|---|",
+    ]
+    for setting, one in settings.SETTINGS.items():
+        for slo in settings.SLO_S:
+            gains = [
+                _both(searched.loc[(setting, slo, baseline)], published["capacity_percent"]) for baseline in BASELINES
+            ]
+            lines.append(f"| {one.name} | ≤ {slo:g} s | {' | '.join(gains)} |")
+    latency = headline[headline["setting"].isna()].set_index(["workload.qps", "baseline", "scheduler"])
+    lines += [
+        "",
+        f"| P99 latency, % | {' | '.join(f'against {style.NAMES[one]}' for one in BASELINES)} |",
+        "|---|---|---|---|",
+    ]
+    for qps in sorted(latency.index.unique("workload.qps")):
+        changes = [_both(latency.loc[(qps, baseline)], published["p99_percent"]) for baseline in BASELINES]
+        lines.append(f"| {qps:g} requests/s | {' | '.join(changes)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _both(gains: pd.DataFrame, claimed: float) -> str:
+    """Block's gain and, in brackets, Block*'s."""
+    block, star = (_gain(gains.loc[scheduler], claimed) for scheduler in SCHEDULERS[:2])
+    return f"{block} ({star})"
+
+
+def _gain(row: pd.Series, claimed: float) -> str:
+    reach = abs(row["gain_percent"]) + row["half_width"]
+    text = f"{row['gain_percent']:+.1f} ± {row['half_width']:.1f}"
+    return f"**{text}**" if row["gain_percent"] * claimed > 0 and reach >= abs(claimed) else text

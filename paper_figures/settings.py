@@ -25,10 +25,10 @@ SETTINGS = {
     "base": Setting("Llama-2-7B, ShareGPT", {}, 30, 34),
     "qwen": Setting("Qwen2-7B", {"model": "qwen2-7b"}, 60, 70, 1.0),
     "burstgpt": Setting("BurstGPT", {"workload": "burstgpt"}, 44, 52, 1.0),
-    "batch24": Setting("batch 24", {"engine.max_num_seqs": 24}, 26, 30),
+    "batch24": Setting("batch 24", {"engine.max_num_seqs": 24}, 25, 29),
     "chunk2048": Setting("chunk 2048", {"engine.max_num_batched_tokens": 2048}, 30, 34),
     "azure_conv": Setting("Azure conversation", {"workload": "azure_conv", "workload.arrivals": "trace"}, 14, 18),
-    "azure_code": Setting("Azure code", {"workload": "azure_code", "workload.arrivals": "trace"}, 3, 14),
+    "azure_code": Setting("Azure code", {"workload": "azure_code", "workload.arrivals": "trace"}, 3, 13, 1.0),
 }
 
 SHARE = {"random": 0.7, "round_robin": 0.76, "min_qpm": 0.75, "infaas": 0.9}

@@ -147,8 +147,9 @@ class Looks:
         for i in ids:
             if instances[i]._engine.leaving:
                 instances[i]._advance(now)
-        if bank.advance(np.array(ids, dtype=np.int64), now):
+        rows = np.array(ids, dtype=np.int64)
+        if bank.advance(rows, now):
             for i in ids:
                 if bank.found[i] > 0:
                     instances[i]._finish(instances[i]._engine.finished(int(bank.found[i])))
-        return [instances[i]._engine.snapshot(i, now) for i in ids]
+        return bank.snapshots(rows, now)

@@ -25,7 +25,7 @@ def test_the_list_has_every_figure_with_its_state_and_cost(tmp_path: Path) -> No
     assert listed.returncode == 0, listed.stderr
     lines = listed.stdout.splitlines()
     assert [line.split()[0] for line in lines] == list(FIGURES)
-    assert any("0 of 378 stored, about" in line for line in lines)
+    assert any("0 of 294 stored, about" in line for line in lines)
     assert not (tmp_path / "artifacts").exists()
 
 

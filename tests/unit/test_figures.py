@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from block import config, experiment
 from block.results import Run
 from block.searches import Search
-from paper_figures import cells, readme, report, style, verdicts
+from paper_figures import cells, readme, report, settings, style, verdicts
 from paper_figures.catalogue import FIGURES
 from paper_figures.verdicts import Claim, order, value
 
@@ -176,21 +176,57 @@ def test_what_is_tracked_is_whole_and_the_readme_says_what_is_not() -> None:
     missing = set(re.findall(r"`(\w+)`", told.group(1))) if told else set()
     assert drawn | missing == set(FIGURES)
     assert not drawn & missing
-    table = readme.table(pd.read_csv(TRACKED / "fig6.csv"))
-    assert f"{readme.BEGIN}\n{table}{readme.END}" in text
+    for name, figure, write in (("headline", "fig6", readme.table), ("claims", "headline", readme.claims)):
+        begin, end = readme.marks(name)
+        assert f"{begin}{write(pd.read_csv(TRACKED / f'{figure}.csv'))}{end}" in text
 
 
 def test_the_readme_is_changed_between_its_marks_only(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
-    path.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    begin, end = readme.marks("headline")
+    path.write_text(f"before\n{begin}old\n{end}\nafter\n")
     readme.update(path, TRACKED)
     text = path.read_text()
     assert text.startswith("before\n")
-    assert text.endswith(f"{readme.END}\nafter\n")
+    assert text.endswith(f"{end}\nafter\n")
     assert "old" not in text
     path.write_text("no marks\n")
     readme.update(path, TRACKED)
     assert path.read_text() == "no marks\n"
+
+
+def test_claims_are_bold_where_the_interval_reaches_what_is_published() -> None:
+    row = {"setting": "batch24", "slo_s": 3.0, "workload.qps": None, "by_seed": ""}
+    rows = [
+        {**row, "setting": setting, "slo_s": slo, "baseline": baseline, "scheduler": scheduler, **gain}
+        for setting in settings.SETTINGS
+        for slo in settings.SLO_S
+        for baseline in readme.BASELINES
+        for scheduler, gain in (
+            ("block", {"gain_percent": 18.0 if setting == "batch24" else 4.0, "half_width": 2.0}),
+            ("block_star", {"gain_percent": 15.0, "half_width": 1.0}),
+        )
+    ]
+    latency = [
+        {
+            **row,
+            "setting": None,
+            "slo_s": None,
+            "workload.qps": 32,
+            "baseline": baseline,
+            "scheduler": scheduler,
+            **gain,
+        }
+        for baseline in readme.BASELINES
+        for scheduler, gain in (
+            ("block", {"gain_percent": -45.0, "half_width": 5.0}),
+            ("block_star", {"gain_percent": 55.0, "half_width": 5.0}),
+        )
+    ]
+    text = readme.claims(pd.DataFrame(rows + latency))
+    assert "| batch 24 | ≤ 3 s | **+18.0 ± 2.0** (+15.0 ± 1.0) |" in text
+    assert "| Qwen2-7B | ≤ 10 s | +4.0 ± 2.0 (+15.0 ± 1.0) |" in text
+    assert "| 32 requests/s | **-45.0 ± 5.0** (+55.0 ± 5.0) |" in text
 
 
 # -------------------------------------------------------------------------------------------------------------- report

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 from random import Random
 
+import numpy as np
 import pytest
 from testbed import constant_latency, engine_config, request, round_latency
 
@@ -166,3 +168,21 @@ def test_a_copy_of_an_engine_goes_on_as_it_does_and_apart_from_it() -> None:
     assert len(engine.snapshot(0, 0.2).seqs[ID]) > 0
     assert engine.advance(1e9) == ahead
     assert bank.engines[0].step_ends == math.inf
+
+
+def test_engines_that_differ_share_a_bank_and_run_as_they_would_alone() -> None:
+    """A short and a long latency table: steps beyond the short one take what its last slope says."""
+    config = engine_config("v1", max_num_seqs=8, max_num_batched_tokens=60)
+    short = round_latency()
+    short = replace(short, linear=short.linear[:20] ** 2 * 100)
+    noise = np.linspace(0.8, 1.2, 7)
+    bank = Bank(3)
+    models = [(short, None), (round_latency(), noise), (short, noise[::-1])]
+    for latency, factors in models:
+        Engine(config, latency, 60, factors, bank)
+    for shared, (latency, factors) in zip(bank.engines, models, strict=True):
+        alone = Engine(config, latency, 60, factors)
+        for engine in (shared, alone):
+            for i in range(12):
+                engine.add(request(i, 5 + 4 * i, 3 + i), 0.0)
+        assert shared.advance(1e9) == alone.advance(1e9)
