@@ -85,7 +85,7 @@ def _crossing(at: Callable[[int], float], tried: dict[int, float], slo: float, c
     # An end that was not tried is only assumed: most searches never come near it, and one that does goes beyond.
     low = met or max(min(least, missed - 2 if missed else least), 1)
     high = missed or max(most, low + 2)
-    reach = high - low
+    reach = max(high - low, 6)
     width = 0  # of the bracket, before a step by the line
     while high - low > 1 or low not in tried or high not in tried:
         first = low + 1 if low in tried else max(low - reach, 1)

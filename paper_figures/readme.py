@@ -65,7 +65,9 @@ def claims(headline: pd.DataFrame) -> str:
     bold where the interval over seeds reaches what the abstract claims.
     """
     published = PUBLISHED["headline"]
-    searched = headline[headline["setting"].notna()].set_index(["setting", "slo_s", "baseline", "scheduler"])
+    searched = (
+        headline[headline["setting"].notna()].set_index(["setting", "slo_s", "baseline", "scheduler"]).sort_index()
+    )
     lines = [
         f"| capacity, % | P99 TTFT | {' | '.join(f'over {style.NAMES[one]}' for one in BASELINES)} |",
         "|---|---|---|---|---|",
@@ -76,7 +78,7 @@ def claims(headline: pd.DataFrame) -> str:
                 _both(searched.loc[(setting, slo, baseline)], published["capacity_percent"]) for baseline in BASELINES
             ]
             lines.append(f"| {one.name} | ≤ {slo:g} s | {' | '.join(gains)} |")
-    latency = headline[headline["setting"].isna()].set_index(["workload.qps", "baseline", "scheduler"])
+    latency = headline[headline["setting"].isna()].set_index(["workload.qps", "baseline", "scheduler"]).sort_index()
     lines += [
         "",
         f"| P99 latency, % | {' | '.join(f'against {style.NAMES[one]}' for one in BASELINES)} |",

@@ -22,16 +22,24 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "base": Setting("Llama-2-7B, ShareGPT", {}, 30, 34),
-    "qwen": Setting("Qwen2-7B", {"model": "qwen2-7b"}, 60, 70, 1.0),
-    "burstgpt": Setting("BurstGPT", {"workload": "burstgpt"}, 44, 52, 1.0),
-    "batch24": Setting("batch 24", {"engine.max_num_seqs": 24}, 25, 29),
-    "chunk2048": Setting("chunk 2048", {"engine.max_num_batched_tokens": 2048}, 30, 34),
-    "azure_conv": Setting("Azure conversation", {"workload": "azure_conv", "workload.arrivals": "trace"}, 14, 18),
+    "base": Setting("Llama-2-7B, ShareGPT", {}, 31.5, 33),
+    "qwen": Setting("Qwen2-7B", {"model": "qwen2-7b"}, 62, 67, 1.0),
+    "burstgpt": Setting("BurstGPT", {"workload": "burstgpt"}, 45, 48, 1.0),
+    "batch24": Setting("batch 24", {"engine.max_num_seqs": 24}, 28, 29),
+    "chunk2048": Setting("chunk 2048", {"engine.max_num_batched_tokens": 2048}, 31.5, 33),
+    "azure_conv": Setting("Azure conversation", {"workload": "azure_conv", "workload.arrivals": "trace"}, 15, 17),
     "azure_code": Setting("Azure code", {"workload": "azure_code", "workload.arrivals": "trace"}, 3, 13, 1.0),
 }
 
-SHARE = {"random": 0.7, "round_robin": 0.76, "min_qpm": 0.75, "infaas": 0.9}
+SHARE = {
+    "random": 0.7,
+    "round_robin": 0.78,
+    "min_qpm": 0.74,
+    "infaas": 0.9,
+    "llumnix_minus": 0.96,
+    "block_star": 0.97,
+    "po_k": 0.97,
+}
 """What a scheduler carries of what Block does, about: where its searches begin."""
 
 
@@ -42,8 +50,8 @@ def searches(setting: str, schedulers: Sequence[str], seeds: Sequence[int] = SEE
         {
             "scheduler": scheduler,
             **one.values,
-            "capacity.low": float(round(one.low * SHARE.get(scheduler, 1.0))),
-            "capacity.high": float(round(one.high * SHARE.get(scheduler, 1.0))),
+            "capacity.low": round(one.low * SHARE.get(scheduler, 1.0), 1),
+            "capacity.high": round(one.high * SHARE.get(scheduler, 1.0), 1),
             "capacity.tolerance": one.tolerance,
             "seed": seed,
         }
