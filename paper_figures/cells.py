@@ -62,6 +62,16 @@ class Stored:
         """The cells of the seeds that are asked for."""
         return [cell for cell in cells if cell.get("seed", 0) < self.seeds]
 
+    def part(self, figure: Figure) -> Stored:
+        """What one figure needs of it."""
+        runs = {key(cell) for cell in figure.RUNS}
+        searches = {key(cell) for cell in getattr(figure, "SEARCHES", ())}
+        return Stored(
+            {name: run for name, run in self.runs.items() if name in runs},
+            {name: search for name, search in self.searches.items() if name in searches},
+            self.seeds,
+        )
+
     def summaries(self, cells: Sequence[Cell]) -> pd.DataFrame:
         """A row per run: the values of its cell, and its summary. MissingCells if one lacks."""
         rows = [{**cell, **run.summary} for cell, run in self.run(cells)]

@@ -29,6 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from joblib import Parallel, delayed  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from block import campaign, searches  # noqa: E402
@@ -154,31 +155,30 @@ def _of(module: Any, jobs: Jobs, options: argparse.Namespace) -> Iterator[tuple[
 
 def _draw(figures: Mapping[str, Any], stored: cells.Stored, options: argparse.Namespace) -> list[str]:
     """Write what has changed: figures, summary, report, README; returns which figures lack something."""
-    style.use()
     folder: Path = options.out
     folder.mkdir(parents=True, exist_ok=True)
     stamps = _read(folder / ".stamps.json")
     label = "" if options.full else _label(options)
-    lacking, changed = [], False
+    lacking, due = [], []
     for name, module in figures.items():
         try:
             stamp = _stamp(module, stored)
-            if stamps.get(name) == stamp and (folder / f"{name}.csv").exists():
-                continue
-            table = module.table(stored)
         except cells.MissingCells as error:
             lacking.append(f"{name}: {error}")
             continue
-        picture = module.draw(table) if hasattr(module, "draw") else None
-        style.save(picture, table, folder, name, label)
-        if picture is None:
-            (folder / f"{name}.md").write_text(f"{label or module.TITLE}:\n\n{module.markdown(table)}")
-        claims = module.claims(table) if hasattr(module, "claims") and options.seeds > 1 else []
-        verdicts.update(folder / "summary.csv", name, module.PAPER, claims)
+        if stamps.get(name) != stamp or not (folder / f"{name}.csv").exists():
+            due.append((name, stamp))
+    work = (delayed(_picture)(name, stored.part(figures[name]), folder, label) for name, _ in due)
+    drawn = Parallel(n_jobs=-1 if len(due) > 1 else 1, return_as="generator")(work)
+    for (name, stamp), claims in zip(due, drawn, strict=True):
+        if isinstance(claims, str):
+            lacking.append(f"{name}: {claims}")
+            continue
+        verdicts.update(folder / "summary.csv", name, figures[name].PAPER, claims if options.seeds > 1 else [])
         stamps[name] = stamp
         (folder / ".stamps.json").write_text(json.dumps(stamps))
-        print(folder / f"{name}.{'md' if picture is None else 'png'}")
-        changed = True
+        print(next(path for kind in ("png", "md") if (path := folder / f"{name}.{kind}").exists()))
+    changed = bool(due)
     if changed or not (folder / "summary.md").exists():
         verdicts.write(folder)
     page = Path("artifacts/report") if options.full and folder == FIGURE_FOLDER else folder
@@ -188,6 +188,21 @@ def _draw(figures: Mapping[str, Any], stored: cells.Stored, options: argparse.Na
     if options.full and folder == FIGURE_FOLDER and Path("README.md").exists():
         readme.update(Path("README.md"), folder)
     return lacking
+
+
+def _picture(name: str, stored: cells.Stored, folder: Path, label: str) -> list[verdicts.Claim] | str:
+    """Draw one figure, in a process of its own; returns its claims, or what it lacks."""
+    module = importlib.import_module(f"paper_figures.{name}")
+    style.use()
+    try:
+        table = module.table(stored)
+    except cells.MissingCells as error:
+        return str(error)
+    picture = module.draw(table) if hasattr(module, "draw") else None
+    style.save(picture, table, folder, name, label)
+    if picture is None:
+        (folder / f"{name}.md").write_text(f"{label or module.TITLE}:\n\n{module.markdown(table)}")
+    return module.claims(table) if hasattr(module, "claims") else []
 
 
 def _label(options: argparse.Namespace) -> str:
