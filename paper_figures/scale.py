@@ -76,9 +76,10 @@ def draw(table: pd.DataFrame) -> Any:
         axis.xaxis.set_major_locator(FixedLocator([12, 50, 200, 500, 2000]))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
-    axes[1].yaxis.set_major_locator(FixedLocator([0.5, 1, 2, 3, 5]))
-    axes[1].yaxis.set_major_formatter("{x:g}")
-    axes[1].yaxis.set_minor_formatter(NullFormatter())
+    for axis, ticks in ((axes[1], [0.5, 1, 2, 3, 5]), (axes[2], [100, 200, 500, 1000])):
+        axis.yaxis.set_major_locator(FixedLocator(ticks))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
     sns.despine(figure)
     style.legend(figure, axes[0], 3)
     return figure
