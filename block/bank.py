@@ -10,7 +10,27 @@ from numpy.typing import NDArray
 
 from block import scheduler as s
 from block.compiled import compiled
-from block.types import FIELDS, Floats, Int, Ints, Snapshot
+from block.types import (
+    EXPECTED,
+    FIELDS,
+    HEAD_BEGIN,
+    HEAD_END,
+    HEAD_FREE,
+    HEAD_ID,
+    HEAD_PREEMPTIONS,
+    HEAD_ROW,
+    HEAD_RUNNING,
+    HEAD_STALE,
+    HEADS,
+    ID,
+    MAX_TOKENS,
+    PROMPT,
+    TARGET,
+    Floats,
+    Int,
+    Ints,
+    Snapshots,
+)
 
 
 class Row(Protocol):
@@ -41,7 +61,8 @@ class Bank:
         self.limits: Ints = np.zeros((rows, s.LIMITS), dtype=np.int64)
         self.packed: Floats = np.zeros((rows, 0))
         self.noise: Floats = np.ones((rows, 1))
-        self.found: Ints = np.zeros(rows, dtype=np.int64)  # columns of `done` that the last `advance` has filled
+        self.found: Ints = np.zeros(rows, dtype=np.int64)  # columns of `done` that the last `snapshots` has filled
+        self.finished = False  # has it filled any?
         self.seqs: Ints = np.zeros((rows, FIELDS, 0), dtype=np.int64)
         self.firsts: Floats = np.zeros((rows, 0))
         self.done: Floats = np.zeros((rows, s.DONE, 0))
@@ -78,30 +99,16 @@ class Bank:
         for row, engine in enumerate(self.engines):
             engine.bind(row)
 
-    def snapshots(self, rows: Ints, now: float) -> list[Snapshot]:
-        """What each scheduler published when it last ran, under its row's number; views, valid until it changes."""
-        shown = []
-        for row, state, (started, ends, _) in zip(
-            rows.tolist(), self.state[rows].tolist(), self.times[rows].tolist(), strict=True
-        ):
-            shown.append(
-                Snapshot(
-                    row,
-                    now,
-                    started if ends != math.inf else math.nan,
-                    state[s.RUNNING],
-                    state[s.STALE],
-                    state[s.FREE],
-                    state[s.PREEMPTIONS],
-                    self.seqs[row, :, state[s.HEAD] : state[s.VISIBLE]],
-                )
-            )
-        return shown
+    def snapshots(self, rows: Ints, now: float) -> Snapshots:
+        """Complete the steps of these rows that end by `now`, and show what each scheduler published when it last ran.
 
-    def advance(self, rows: Ints, now: float) -> bool:
-        """Complete the steps that end by `now` of these rows; whether a sequence finished. `found` tells how many."""
-        return bool(
-            _advance_rows(
+        Snapshots are under the numbers of their rows, and valid until an engine changes. `found` tells how many
+        sequences finished.
+        """
+        heads = np.empty((len(rows), HEADS), dtype=np.int64)
+        started = np.empty(len(rows))
+        self.finished = bool(
+            _show_rows(
                 rows,
                 now,
                 self.seqs,
@@ -113,8 +120,11 @@ class Bank:
                 self.noise,
                 self.done,
                 self.found,
+                heads,
+                started,
             )
         )
+        return Snapshots(now, self.seqs, heads, started)
 
 
 def _wider(rows: NDArray[Any], columns: int) -> NDArray[Any]:
@@ -124,7 +134,7 @@ def _wider(rows: NDArray[Any], columns: int) -> NDArray[Any]:
 
 
 @compiled
-def _advance_rows(
+def _show_rows(
     rows: Ints,
     now: float,
     seqs: Ints,
@@ -136,9 +146,12 @@ def _advance_rows(
     noise: Floats,
     done: Floats,
     found: Ints,
+    heads: Ints,
+    started: Floats,
 ) -> bool:
     finished = False
-    for row in rows:
+    for i in range(rows.shape[0]):
+        row = rows[i]
         found[row] = 0
         if times[row, s.ENDS] <= now:
             found[row] = advance(
@@ -154,7 +167,59 @@ def _advance_rows(
                 now,
             )
             finished |= found[row] > 0
+        heads[i, HEAD_ID] = row
+        heads[i, HEAD_ROW] = row
+        heads[i, HEAD_BEGIN] = state[row, s.HEAD]
+        heads[i, HEAD_END] = state[row, s.VISIBLE]
+        heads[i, HEAD_RUNNING] = state[row, s.RUNNING]
+        heads[i, HEAD_STALE] = state[row, s.STALE]
+        heads[i, HEAD_FREE] = state[row, s.FREE]
+        heads[i, HEAD_PREEMPTIONS] = state[row, s.PREEMPTIONS]
+        started[i] = times[row, s.STARTED] if times[row, s.ENDS] < np.inf else np.nan
     return finished
+
+
+@compiled
+def turn(
+    seqs: Ints,
+    firsts: Floats,
+    state: Ints,
+    times: Floats,
+    limits: Ints,
+    packed: Floats,
+    noise: Floats,
+    done: Floats,
+    found: Int,
+    scratch_seqs: Ints,
+    scratch_firsts: Floats,
+    scratch_done: Floats,
+    now: float,
+    arrives: bool,
+    id_: Int,
+    prompt: Int,
+    target: Int,
+    most: Int,
+    expected: Int,
+) -> tuple[Int, float]:
+    """Advance an engine to `now`, add a sequence if one arrives, for which there is room, and look ahead: `advance`'s
+    value, and `next_finish`'s.
+    """
+    found = advance(seqs, firsts, state, times, limits, packed, noise, done, found, now)
+    if arrives:
+        column = state[s.TAIL]
+        for row in range(FIELDS):
+            seqs[row, column] = 0
+        seqs[ID, column] = id_
+        seqs[PROMPT, column] = prompt
+        seqs[TARGET, column] = target
+        seqs[MAX_TOKENS, column] = most
+        seqs[EXPECTED, column] = expected
+        firsts[column] = np.nan
+        state[s.TAIL] = column + 1
+        if times[s.ENDS] == np.inf:
+            s.begin_step(seqs, firsts, state, times, limits, packed, noise, now)
+    ahead = next_finish(seqs, firsts, state, times, limits, packed, noise, scratch_seqs, scratch_firsts, scratch_done)
+    return found, ahead
 
 
 @compiled
@@ -192,6 +257,8 @@ def next_finish(
     """When the next sequence of an engine will finish if nothing more arrives; inf: never. Works on the arrays after
     `noise`, which are scratch.
     """
+    if live_times[s.ENDS] == np.inf:
+        return float(np.inf)
     head = live_state[s.HEAD]
     tail = live_state[s.TAIL]
     for row in range(FIELDS):

@@ -12,8 +12,10 @@ import gc
 import math
 import selectors
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine
-from heapq import heappop
+from contextvars import Context, ContextVar, copy_context
+from heapq import heappop, heappush
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -23,37 +25,64 @@ class SimulationStalled(RuntimeError):
     """The program waits, and no timer is left that could wake it."""
 
 
+# The loop of `run`. A context variable, because asyncio asks the kernel who it is whenever it is asked for its loop.
+_running: ContextVar[asyncio.AbstractEventLoop] = ContextVar("running")
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    return _running.get(None) or asyncio.get_running_loop()
+
+
 def now() -> float:
     """Seconds since `run` began."""
-    return asyncio.get_running_loop().time()
+    return _loop().time()
 
 
 async def sleep(seconds: float) -> None:
     """Wait for `seconds` of the running loop's time; zero or less yields once."""
-    await asyncio.sleep(max(seconds, 0.0))
+    if seconds <= 0:
+        await asyncio.sleep(0)
+        return
+    loop = _loop()
+    woken = loop.create_future()
+    timer = loop.call_later(seconds, _wake, woken)
+    try:
+        await woken
+    finally:
+        timer.cancel()
+
+
+def _wake(sleeper: asyncio.Future[None]) -> None:
+    if not sleeper.done():
+        sleeper.set_result(None)
 
 
 async def sleep_until(when: float) -> None:
     """Wait until the clock reads `when`; returns at once, without yielding, if it already does."""
     delay = when - now()
     if delay > 0:
-        await asyncio.sleep(delay)
+        await sleep(delay)
 
 
 def call_at(when: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
     """Call `callback` when the clock reads `when`; the handle cancels it."""
-    return asyncio.get_running_loop().call_at(when, callback)
+    return _loop().call_at(when, callback)
+
+
+def future() -> asyncio.Future[None]:
+    """Something that a task can wait for."""
+    return _loop().create_future()
 
 
 def at(monotonic: float) -> float:
     """What the clock reads when CLOCK_MONOTONIC reads `monotonic`; on wall-clock time only."""
-    loop = asyncio.get_running_loop()
+    loop = _loop()
     return loop.time() + (monotonic - time.monotonic()) / getattr(loop, "dilation", 1.0)
 
 
 def restart() -> None:
     """Set the clock to 0. Timers keep what they were set to; on virtual time nothing happens."""
-    loop = asyncio.get_running_loop()
+    loop = _loop()
     if isinstance(loop, _WallLoop):
         loop.origin = time.monotonic()
 
@@ -69,8 +98,10 @@ def run(main: Coroutine[Any, Any, T], *, virtual: bool, dilation: float = 1.0) -
         collecting = virtual and gc.isenabled()
         if collecting:
             gc.disable()
+        context = copy_context()
+        context.run(_running.set, runner.get_loop())
         try:
-            return runner.run(main)
+            return runner.run(main, context=context)
         finally:
             if collecting:
                 gc.enable()
@@ -96,38 +127,87 @@ class _WallLoop(asyncio.SelectorEventLoop):
         return (time.monotonic() - self.origin) / self.dilation
 
 
+class _Call(list[Any]):
+    """When, number, callback, arguments, context: a list, because lists are compared and made in C."""
+
+    __slots__ = ()
+
+    def cancel(self) -> None:
+        self[2] = None
+
+    def cancelled(self) -> bool:
+        return self[2] is None
+
+    def when(self) -> float:
+        return self[0]  # type: ignore[no-any-return]
+
+
 class _VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop that advances its clock to the next timer where a real one would sleep.
 
-    It has no files to watch, so that one turn is the timers that are due and the callbacks that are ready, and no more
-    of what `BaseEventLoop._run_once` does in every turn.
+    It has no files to watch and is never asked from another thread, so that its calls need none of what asyncio's
+    handles carry. Timers set for the same moment go off in the order in which they were set.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._virtual_now = 0.0
+        self._calls: deque[_Call] = deque()
+        self._timers: list[_Call] = []
+        self._set = 0  # timers so far
 
     def time(self) -> float:
         return self._virtual_now
 
-    def _run_once(self) -> None:
-        ready, timers = self._ready, self._scheduled  # type: ignore[attr-defined]
-        while timers and (timers[0]._cancelled or (timers[0]._when <= self._virtual_now)):
-            self._due(heappop(timers))
-        if not ready and not self._stopping:  # type: ignore[attr-defined]
-            if not timers:
-                raise SimulationStalled("simulation stalled: every task waits and no timer is set")
-            if timers[0]._when == math.inf:
-                raise SimulationStalled("simulation stalled: every task waits and the only timers are set for eternity")
-            self._virtual_now = timers[0]._when
-            while timers and timers[0]._when <= self._virtual_now:
-                self._due(heappop(timers))
-        for _ in range(len(ready)):
-            handle = ready.popleft()
-            if not handle._cancelled:
-                handle._run()
+    def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> _Call:  # type: ignore[override]
+        call = _Call((0.0, 0, callback, args, context or copy_context()))
+        self._calls.append(call)
+        return call
 
-    def _due(self, timer: Any) -> None:
-        timer._scheduled = False
-        if not timer._cancelled:
-            self._ready.append(timer)  # type: ignore[attr-defined]
+    call_soon_threadsafe = call_soon  # type: ignore[assignment]
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Any, *args: Any, context: Context | None = None
+    ) -> _Call:
+        self._set += 1
+        call = _Call((when, self._set, callback, args, context or copy_context()))
+        heappush(self._timers, call)
+        return call
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Any, *args: Any, context: Context | None = None
+    ) -> _Call:
+        return self.call_at(self._virtual_now + delay, callback, *args, context=context)
+
+    def _run_once(self) -> None:
+        """Turn after turn until the loop is stopped: the timers that are due, then the calls that were waiting."""
+        calls, timers = self._calls, self._timers
+        while True:
+            if not calls and not self._stopping:  # type: ignore[attr-defined]
+                self._virtual_now = self._next_timer()
+            while timers and timers[0][0] <= self._virtual_now:
+                calls.append(heappop(timers))
+            for _ in range(len(calls)):
+                _, _, callback, args, context = calls.popleft()
+                if callback is not None:
+                    try:
+                        context.run(callback, *args)
+                    except (SystemExit, KeyboardInterrupt):
+                        raise
+                    except BaseException as error:
+                        told = {"message": f"Exception in callback {callback}", "exception": error}
+                        self.call_exception_handler(told)
+            if self._stopping:  # type: ignore[attr-defined]
+                return
+
+    def _next_timer(self) -> float:
+        """When the next timer goes off that was not cancelled."""
+        timers = self._timers
+        while timers and timers[0].cancelled():
+            heappop(timers)
+        if not timers:
+            raise SimulationStalled("simulation stalled: every task waits and no timer is set")
+        when: float = timers[0][0]
+        if when == math.inf:
+            raise SimulationStalled("simulation stalled: every task waits and the only timers are set for eternity")
+        return max(when, self._virtual_now)

@@ -20,9 +20,9 @@ from random import Random as Stream
 from typing import Protocol
 
 from block import clock
-from block.instances.base import Instance, InstanceFailed, Look, RequestFailed
+from block.instances.base import Instance, InstanceFailed, Look, RequestFailed, one_by_one
 from block.policies import Needs, Policy
-from block.types import ID, Decision, Forecast, InstanceView, Request, RequestRecord, Snapshot
+from block.types import ID, Decision, Forecast, InstanceView, Request, RequestRecord, Snapshot, Snapshots, Views
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class Dispatcher:
         self._stream = stream
         self._delay_s = delay_s
         self._placed = placed
-        self._look = look or (lambda ids: [instances[i].snapshot() for i in ids])
+        self._look = look or one_by_one(instances)
         self._books = [_Books() for _ in instances]
         self._keeps_ledger = config.ledger and policy.needs is not Needs.COUNTS
         self._active = list(range(len(instances)))[:initial]  # ids of the instances that requests may go to
@@ -277,9 +277,10 @@ class Dispatcher:
             decision = Decision(joining, [joining], [math.nan])
         chosen = decision.instance_id
         record.instance_id = chosen
-        for view in views:
-            if view.instance_id == chosen and view.forecast is not None:
-                record.forecast = Forecast(view.forecast.ttft + self._delay_s, view.forecast.e2e + self._delay_s)
+        if views.forecasts is not None and chosen in views.ids:
+            forecast = views.forecasts[views.ids.index(chosen)]
+            if forecast is not None:
+                record.forecast = Forecast(forecast.ttft + self._delay_s, forecast.e2e + self._delay_s)
         self.decisions.append((now, decision, request.id))
         books = self._books[chosen]
         books.outstanding += 1
@@ -292,34 +293,39 @@ class Dispatcher:
             self.watcher.placed(views)
         return chosen
 
-    def _views(self, candidates: Sequence[int], request: Request, now: float) -> list[InstanceView]:
+    def _views(self, candidates: Sequence[int], request: Request, now: float) -> Views:
         needs = self._policy.needs
-        snapshots: list[Snapshot | None] = [None] * len(candidates)
-        forecasts: list[Forecast | None] = [None] * len(candidates)
+        snapshots: Snapshots | None = None
+        forecasts: Sequence[Forecast] | None = None
         if needs is not Needs.COUNTS:
-            seen = self._seen(candidates, now)
-            snapshots = list(seen)
-            if needs is Needs.FORECAST and self._predictor is not None:
-                underway = [self._books[candidate].ledger for candidate in candidates]
-                began = time.perf_counter()
-                forecasts = list(self._predictor.forecasts(seen, underway, request, now))
-                self.forecast_s.append((time.perf_counter() - began) / len(candidates))
-        views = []
-        for candidate, snapshot, forecast in zip(candidates, snapshots, forecasts, strict=True):
-            books = self._books[candidate]
-            recent = books.recent
-            while recent and recent[0] <= now - RECENT_S:
-                recent.popleft()
-            views.append(InstanceView(candidate, books.ledger, books.outstanding, len(recent), snapshot, forecast))
-        return views
+            snapshots = Snapshots.of(self._seen(candidates, now))
+        all_books = self._books
+        books = [all_books[candidate] for candidate in candidates]
+        underway = [one.ledger for one in books]
+        if snapshots is not None and needs is Needs.FORECAST and self._predictor is not None:
+            began = time.perf_counter()
+            forecasts = self._predictor.forecasts(snapshots, underway, request, now)
+            self.forecast_s.append((time.perf_counter() - began) / len(candidates))
+        for one in books:
+            while one.recent and one.recent[0] <= now - RECENT_S:
+                one.recent.popleft()
+        return Views(
+            candidates,
+            underway,
+            [one.outstanding for one in books],
+            [len(one.recent) for one in books],
+            snapshots,
+            forecasts,
+        )
 
     def _seen(self, candidates: Sequence[int], now: float) -> Sequence[Snapshot]:
         """The snapshots of instances to decide by; what they show leaves the ledger."""
         interval = self._config.snapshot_interval_s
         if interval == 0:
             seen = self._look(candidates)
-            for candidate, snapshot in zip(candidates, seen, strict=True):
-                self._prune(self._books[candidate], snapshot)
+            for place, candidate in enumerate(candidates):
+                if self._books[candidate].landed:
+                    self._prune(self._books[candidate], seen[place])
             return seen
         known = {candidate: self._books[candidate].snapshot for candidate in candidates}
         outdated = [i for i, snapshot in known.items() if snapshot is None or now - snapshot.taken_at >= interval]
@@ -330,8 +336,7 @@ class Dispatcher:
         return [snapshot for snapshot in known.values() if snapshot is not None]
 
     def _prune(self, books: _Books, snapshot: Snapshot) -> None:
-        if books.landed:
-            visible = books.landed.intersection(snapshot.seqs[ID].tolist())
-            if visible:
-                books.ledger = [request for request in books.ledger if request.id not in visible]
-                books.landed -= visible
+        visible = books.landed.intersection(snapshot.seqs[ID].tolist())
+        if visible:
+            books.ledger = [request for request in books.ledger if request.id not in visible]
+            books.landed -= visible

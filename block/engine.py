@@ -15,14 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from block import scheduler as s
-from block.bank import Bank, advance, next_finish
+from block.bank import Bank, advance, next_finish, turn
 from block.latency import LatencyModel
 from block.types import (
     BLOCKS,
     COMPUTED,
-    EXPECTED,
     ID,
-    MAX_TOKENS,
     OUTPUT,
     PENDING,
     PROMPT,
@@ -168,6 +166,17 @@ class Engine:
         self._seqs, self._firsts, self._done = bank.seqs[row], bank.firsts[row], bank.done[row]
         self._state, self._times, self._limits = bank.state[row], bank.times[row], bank.limits[row]
         self._packed, self._noise = bank.packed[row], bank.noise[row]
+        # As compiled functions take them.
+        self._arrays = (
+            self._seqs,
+            self._firsts,
+            self._state,
+            self._times,
+            self._limits,
+            self._packed,
+            self._noise,
+            self._done,
+        )
 
     def copy(self) -> Engine:
         """One like it, in a bank of its own."""
@@ -185,32 +194,48 @@ class Engine:
 
         ValueError if its prompt leaves no room for a response.
         """
-        if request.prompt_tokens >= self._max_model_len:
-            raise ValueError(
-                f"request {request.id}: a prompt of {request.prompt_tokens} tokens leaves no room for a response in "
-                f"engine.max_model_len={self._max_model_len}"
-            )
-        state = self._state
-        if state[s.TAIL] == self._seqs.shape[1]:
-            self._make_room()
-        column = state[s.TAIL]
-        self._seqs[:, column] = 0
-        self._seqs[ID, column] = request.id
-        self._seqs[PROMPT, column] = request.prompt_tokens
-        most = request.output_tokens if request.max_tokens is None else request.max_tokens
-        self._seqs[TARGET, column] = min(request.output_tokens, most)
-        self._seqs[MAX_TOKENS, column] = most
-        self._seqs[EXPECTED, column] = request.predicted_output_tokens
-        self._firsts[column] = math.nan
-        state[s.TAIL] = column + 1
-        self._begin_if_idle(now)
+        finished, _ = self.turn(now, request)
+        assert not finished, "it was not advanced, and what has finished would be lost"
+
+    def turn(self, now: float, request: Request | None = None) -> tuple[Sequence[Finished], float]:
+        """Complete the steps that end by `now`, and receive `request` if there is one.
+
+        Returns the sequences that finished, in order of time, and when the next one will if nothing more arrives (inf:
+        none will). ValueError if the request's prompt leaves no room for a response.
+        """
+        found = self._leave_step() if self._leaving is not None and self.step_ends <= now else 0
+        id_ = prompt = target = most = expected = 0
+        if request is not None:
+            id_, prompt, expected = request.id, request.prompt_tokens, request.predicted_output_tokens
+            if prompt >= self._max_model_len:
+                raise ValueError(
+                    f"request {id_}: a prompt of {prompt} tokens leaves no room for a response in "
+                    f"engine.max_model_len={self._max_model_len}"
+                )
+            target = request.output_tokens
+            most = target if request.max_tokens is None else request.max_tokens
+            if self._state.item(s.TAIL) == self._seqs.shape[1]:
+                self._make_room()
+        found, ahead = turn(
+            *self._arrays,
+            found,
+            *self._bank.scratch,
+            now,
+            request is not None,
+            id_,
+            prompt,
+            min(target, most),
+            most,
+            expected,
+        )
+        return self.finished(found), ahead
 
     def _begin_if_idle(self, now: float) -> None:
         if self.step_ends == math.inf:
             self._begin_step(now)
 
     def _begin_step(self, now: float) -> None:
-        s.begin_step(self._seqs, self._firsts, self._state, self._times, self._limits, self._packed, self._noise, now)
+        s.begin_step(*self._arrays[:-1], now)
 
     @property
     def step_ends(self) -> float:
@@ -319,30 +344,23 @@ class Engine:
 
     def advance(self, now: float) -> Sequence[Finished]:
         """Complete the steps that end by `now`; returns the sequences that finished, in order of time."""
-        ends = self.step_ends
-        if ends > now:
+        if self.step_ends > now:
             return ()
-        found: Int = 0
-        if self._leaving is not None:
-            found = s.end_step(self._seqs, self._firsts, self._state, self._times, self._limits, self._done, 0)
-            self._take()
-            self._begin_step(ends)
-        found = advance(
-            self._seqs,
-            self._firsts,
-            self._state,
-            self._times,
-            self._limits,
-            self._packed,
-            self._noise,
-            self._done,
-            found,
-            now,
-        )
-        return self.finished(int(found))
+        found = self._leave_step() if self._leaving is not None else 0
+        return self.finished(advance(*self._arrays, found, now))
 
-    def finished(self, found: int) -> Sequence[Finished]:
+    def _leave_step(self) -> Int:
+        """Complete the step in flight and take out what is to leave; returns how many sequences finished."""
+        ends = self.step_ends
+        found = s.end_step(self._seqs, self._firsts, self._state, self._times, self._limits, self._done, 0)
+        self._take()
+        self._begin_step(ends)
+        return found
+
+    def finished(self, found: Int) -> Sequence[Finished]:
         """The first `found` sequences that `advance`, of the engine or of its bank, has finished."""
+        if found == 0:
+            return ()
         return [
             Finished(int(id_), first, at, int(preempted), int(output))
             for id_, first, at, preempted, output in self._done[:, :found].T.tolist()
@@ -350,23 +368,18 @@ class Engine:
 
     def next_finish(self) -> float:
         """When the next sequence will finish if nothing more arrives; inf if none will."""
-        if self.step_ends == math.inf:
-            return math.inf
-        seqs, firsts, done = self._bank.scratch
-        return next_finish(
-            self._seqs,
-            self._firsts,
-            self._state,
-            self._times,
-            self._limits,
-            self._packed,
-            self._noise,
-            seqs,
-            firsts,
-            done,
-        )
+        return next_finish(*self._arrays[:-1], *self._bank.scratch)
 
     def snapshot(self, instance_id: int, now: float) -> Snapshot:
         """What the scheduler published when it last ran; a view, valid until the engine changes."""
-        (shown,) = self._bank.snapshots(np.array([self.row]), now)
-        return shown._replace(instance_id=instance_id)
+        state = self._state.tolist()
+        return Snapshot(
+            instance_id,
+            now,
+            math.nan if self.step_ends == math.inf else self._times.item(s.STARTED),
+            state[s.RUNNING],
+            state[s.STALE],
+            state[s.FREE],
+            state[s.PREEMPTIONS],
+            self._seqs[:, state[s.HEAD] : state[s.VISIBLE]],
+        )

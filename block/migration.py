@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from block import clock
-from block.instances.base import Look
+from block.instances.base import Look, one_by_one
 from block.instances.simulated import SimulatedInstance
 from block.policies import freeness
 from block.types import BLOCKS, CHUNK, COMPUTED, ID, OUTPUT, PREEMPTED, PROMPT, Ints, RequestRecord, Snapshot
@@ -114,7 +114,7 @@ class Migrator:
         look: snapshots of many of them, faster than one by one.
         """
         self._instances = instances
-        self._look = look or (lambda ids: [instances[i].snapshot() for i in ids])
+        self._look = look or one_by_one(instances)
         interval = self._config.interval_s
         turn = 0
         async with asyncio.TaskGroup() as migrations:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from block.instances.base import Instance
+from block.instances.base import Look
 
 
 class Monitor:
     """Samples the instances that are active at the first `tick` that is `every_s` or more after the last sample."""
 
-    def __init__(self, instances: Sequence[Instance], active: Callable[[], Iterable[int]], every_s: float) -> None:
-        self._instances = instances
+    def __init__(self, look: Look, active: Callable[[], Sequence[int]], every_s: float) -> None:
+        self._look = look
         self._active = active
         self._every_s = every_s
         self._next = 0.0
@@ -26,8 +26,7 @@ class Monitor:
         if now < self._next:
             return
         self._next = now + self._every_s
-        for instance_id in self._active():
-            seen = self._instances[instance_id].snapshot()
+        for seen in self._look(self._active()):
             waiting = seen.seqs.shape[1] - seen.running
             row = (now, request_id, seen.instance_id, seen.free_blocks, seen.running, waiting, seen.preemptions)
             self._rows.append(row)

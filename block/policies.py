@@ -14,18 +14,28 @@ from dataclasses import dataclass
 from random import Random as Stream
 from typing import ClassVar, Protocol, final
 
+import numpy as np
+
 from block.compiled import compiled
 from block.types import (
     COMPUTED,
     EXPECTED,
+    HEAD_BEGIN,
+    HEAD_END,
+    HEAD_FREE,
+    HEAD_ROW,
+    HEAD_RUNNING,
     OUTPUT,
     PROMPT,
     Decision,
+    Floats,
     InstanceView,
     Int,
     Ints,
     Request,
     Snapshot,
+    Snapshots,
+    Views,
 )
 
 
@@ -55,10 +65,11 @@ def least(
     views: Sequence[InstanceView], scores: Sequence[float], stream: Stream, fallback: str | None = None
 ) -> Decision:
     """The decision for the least of `scores`; one of the ties at random."""
+    ids = Views.of(views).ids
     best = min(scores)
-    ties = [view.instance_id for view, score in zip(views, scores, strict=True) if score == best]
+    ties = [id_ for id_, score in zip(ids, scores, strict=True) if score == best]
     chosen = ties[0] if len(ties) == 1 else stream.choice(ties)
-    return Decision(chosen, [view.instance_id for view in views], scores, fallback)
+    return Decision(chosen, ids, scores, fallback)
 
 
 def sample(instances: int, k: int | None, stream: Stream) -> Sequence[int]:
@@ -113,7 +124,7 @@ class MinQPM:
 
     def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
         """Scores: requests in the last minute."""
-        return least(views, [float(view.recent) for view in views], stream)
+        return least(views, [float(count) for count in Views.of(views).recent], stream)
 
 
 @final
@@ -133,7 +144,7 @@ class LeastRequests:
 
     def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
         """Scores: outstanding requests."""
-        return least(views, [float(view.outstanding) for view in views], stream)
+        return least(views, [float(count) for count in Views.of(views).outstanding], stream)
 
 
 @final
@@ -149,11 +160,9 @@ class INFaaS:
 
     def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
         """Scores: minus free blocks over running requests."""
-        scores = []
-        for view in views:
-            snapshot = _snapshot(view)
-            scores.append(-snapshot.free_blocks / max(snapshot.running, 1))
-        return least(views, scores, stream)
+        heads = _snapshots(views).heads
+        scores = -heads[:, HEAD_FREE] / np.maximum(heads[:, HEAD_RUNNING], 1)
+        return least(views, scores.tolist(), stream)
 
 
 @final
@@ -170,24 +179,24 @@ class LlumnixMinus:
 
     def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
         """Scores: minus freeness, in KV blocks."""
-        scores = []
         size = self.block_size
-        for view in views:
-            snapshot = _snapshot(view)
-            wanted = sum(-(-other.prompt_tokens // size) for other in view.underway)
-            if snapshot.seqs.shape[1] > snapshot.running:
-                wanted += int(_wanted(snapshot.seqs, snapshot.running, size))
-            scores.append(-(snapshot.free_blocks - wanted) / max(snapshot.running, 1))
-        return least(views, scores, stream)
+        shown = _snapshots(views)
+        wanted = [sum(-(-other.prompt_tokens // size) for other in some) for some in Views.of(views).underway]
+        scores = np.array(wanted, dtype=np.float64)
+        _less_free(shown.pool, shown.heads, size, scores)
+        return least(views, scores.tolist(), stream)
 
 
 @compiled
-def _wanted(seqs: Ints, running: int, block_size: int) -> Int:
-    """KV blocks that the waiting sequences want."""
-    wanted: Int = 0
-    for column in range(running, seqs.shape[1]):
-        wanted += (seqs[PROMPT, column] + seqs[OUTPUT, column] + block_size - 1) // block_size
-    return wanted
+def _less_free(pool: Ints, heads: Ints, block_size: int, scores: Floats) -> None:
+    """Scores that hold the KV blocks wanted by requests underway become minus freeness; the rest is of `Snapshots`."""
+    for i in range(heads.shape[0]):
+        seqs = pool[heads[i, HEAD_ROW]]
+        running = heads[i, HEAD_RUNNING]
+        wanted: Int = 0
+        for column in range(heads[i, HEAD_BEGIN] + running, heads[i, HEAD_END]):
+            wanted += (seqs[PROMPT, column] + seqs[OUTPUT, column] + block_size - 1) // block_size
+        scores[i] = (scores[i] + wanted - heads[i, HEAD_FREE]) / max(running, 1)
 
 
 def freeness(snapshot: Snapshot, underway: Sequence[Request], block_size: int) -> float:
@@ -217,7 +226,8 @@ class Llumnix:
 
     def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
         """Scores: minus freeness."""
-        scores = [-freeness(_snapshot(view), view.underway, self.block_size) for view in views]
+        both = zip(_snapshots(views), Views.of(views).underway, strict=True)
+        scores = [-freeness(snapshot, underway, self.block_size) for snapshot, underway in both]
         return least(views, scores, stream)
 
 
@@ -235,11 +245,11 @@ class LeastTokens:
     def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
         """Scores: tokens."""
         scores = []
-        for view in views:
-            seqs = _snapshot(view).seqs
+        for snapshot, underway in zip(_snapshots(views), Views.of(views).underway, strict=True):
+            seqs = snapshot.seqs
             left = seqs[PROMPT] + seqs[EXPECTED] - seqs[COMPUTED]
             tokens = int(left[left > 0].sum())
-            tokens += sum(other.prompt_tokens + other.predicted_output_tokens for other in view.underway)
+            tokens += sum(other.prompt_tokens + other.predicted_output_tokens for other in underway)
             scores.append(float(tokens))
         return least(views, scores, stream)
 
@@ -265,16 +275,15 @@ class Block:
 
     def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
         """Scores: predicted seconds from now to the last token; inf without a forecast."""
-        scores = []
-        for view in views:
-            e2e = math.inf if view.forecast is None else view.forecast.e2e
-            scores.append(math.inf if math.isnan(e2e) else e2e)
+        forecasts = Views.of(views).forecasts or [None] * len(views)
+        scores = [math.inf if one is None or math.isnan(one.e2e) else one.e2e for one in forecasts]
         return least(views, scores, stream, "no forecast" if math.isinf(min(scores)) else None)
 
 
-def _snapshot(view: InstanceView) -> Snapshot:
-    assert view.snapshot is not None, "the dispatcher shows a snapshot to a policy that needs one"
-    return view.snapshot
+def _snapshots(views: Sequence[InstanceView]) -> Snapshots:
+    snapshots = Views.of(views).snapshots
+    assert snapshots is not None, "the dispatcher shows snapshots to a policy that needs them"
+    return snapshots
 
 
 def _check_k(k: int | None) -> None:

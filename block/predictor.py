@@ -23,6 +23,12 @@ from block.types import (
     CHUNK,
     EXPECTED,
     FIELDS,
+    HEAD_BEGIN,
+    HEAD_END,
+    HEAD_FREE,
+    HEAD_ROW,
+    HEAD_RUNNING,
+    HEAD_STALE,
     ID,
     MAX_TOKENS,
     NEXT,
@@ -35,19 +41,13 @@ from block.types import (
     Ints,
     Request,
     Snapshot,
+    Snapshots,
 )
 
 OUTRUN_MARGIN = 10
 """An estimate that a response has outrun becomes tokens decoded so far plus this many (as in the paper)."""
 
 _CANDIDATE = -1  # ID of the candidate among the sequences of a forecast
-
-# Entries of a row of `heads`.
-_COLUMNS = 0
-_RUNNING = 1
-_STALE = 2
-_FREE = 3
-_HEADS = 4
 
 _ARRIVAL = 4  # numbers of an arrival: instance, id, prompt, expected
 
@@ -104,15 +104,15 @@ class Predictor:
             for r in requests
             for n in (i, r.id, r.prompt_tokens, r.predicted_output_tokens)
         ]
-        heads = [n for x in snapshots for n in (x.seqs.shape[1], x.running, x.stale, x.free_blocks)]
-        widest = max(heads[_COLUMNS::_HEADS]) + len(arrivals) // _ARRIVAL + 1
+        shown = Snapshots.of(snapshots)
+        widest = shown.pool.shape[2] + len(arrivals) // _ARRIVAL + 1
         if widest > self._seqs.shape[1]:
             self._allocate(2 * widest)
-        out = np.empty((len(snapshots), 2))
+        out = np.empty((len(shown), 2))
         _forecasts(
-            np.concatenate([x.seqs for x in snapshots], axis=1),
-            np.array(heads, dtype=np.int64).reshape(-1, _HEADS),
-            np.array([x.step_started for x in snapshots]),
+            shown.pool,
+            shown.heads,
+            shown.started,
             np.array(arrivals, dtype=np.int64).reshape(-1, _ARRIVAL),
             request.prompt_tokens,
             request.predicted_output_tokens,
@@ -126,7 +126,7 @@ class Predictor:
             self._compressed,
             self._outrun_share,
         )
-        return [Forecast(ttft, e2e) for ttft, e2e in out.tolist()]
+        return list(map(Forecast._make, out.tolist()))
 
 
 class Predictors:
@@ -177,7 +177,7 @@ def _append(seqs: Ints, column: Int, id_: Int, prompt: Int, expected: Int) -> No
 
 @compiled
 def _forecasts(
-    shown: Ints,
+    pool: Ints,
     heads: Ints,
     started: Floats,
     arrivals: Ints,
@@ -193,28 +193,28 @@ def _forecasts(
     compressed: bool,
     outrun_share: float,
 ) -> None:
-    """`shown`: the columns of all snapshots, one after the other; `arrivals`: in order of the instance."""
+    """`pool`, `heads`, `started`: those of `Snapshots`; `arrivals`: in order of the instance."""
     state = np.zeros(s.STATE, dtype=np.int64)
     times = np.zeros(s.TIMES)
     noise = np.ones(1)
     group = np.empty((GROUP, firsts.shape[0]), dtype=np.int64)
     wanting = np.empty(limits[s.BLOCK_SIZE], dtype=np.int64)
-    begin = 0
     arrival = 0
     for i in range(heads.shape[0]):
-        columns = heads[i, _COLUMNS]
+        begin = heads[i, HEAD_BEGIN]
+        columns = heads[i, HEAD_END] - begin
+        shown = pool[heads[i, HEAD_ROW]]
         for row in range(FIELDS):
             for column in range(columns):
                 seqs[row, column] = shown[row, begin + column]
-        begin += columns
         while arrival < arrivals.shape[0] and arrivals[arrival, 0] == i:
             _append(seqs, columns, arrivals[arrival, 1], arrivals[arrival, 2], arrivals[arrival, 3])
             columns += 1
             arrival += 1
         _append(seqs, columns, _CANDIDATE, prompt, expected)
-        heads[i, _COLUMNS] = columns + 1
         _forecast(
             seqs,
+            columns + 1,
             heads[i],
             started[i],
             firsts,
@@ -237,7 +237,8 @@ def _forecasts(
 @compiled
 def _forecast(
     seqs: Ints,
-    heads: Ints,
+    columns: Int,
+    head: Ints,
     started: float,
     firsts: Floats,
     state: Ints,
@@ -252,18 +253,20 @@ def _forecast(
     compressed: bool,
     outrun_share: float,
 ) -> None:
-    """Run the twin from a loaded snapshot until the candidate finishes; its times end up in column 0 of `done`.
+    """Run the twin from a loaded snapshot, `columns` sequences and its head, until the candidate finishes.
+
+    Its times end up in column 0 of `done`.
 
     Estimates take the place of TARGET and MAX_TOKENS both: the twin knows when a sequence ends, as a scheduler does
     whose requests ignore the model's end of sequence.
     """
-    in_flight = heads[_RUNNING] + heads[_STALE]
+    in_flight = head[HEAD_RUNNING] + head[HEAD_STALE]
     state[:] = 0
-    state[s.RUNNING] = heads[_RUNNING]
-    state[s.STALE] = heads[_STALE]
-    state[s.TAIL] = heads[_COLUMNS]
-    state[s.FREE] = heads[_FREE]
-    for column in range(heads[_COLUMNS]):
+    state[s.RUNNING] = head[HEAD_RUNNING]
+    state[s.STALE] = head[HEAD_STALE]
+    state[s.TAIL] = columns
+    state[s.FREE] = head[HEAD_FREE]
+    for column in range(columns):
         output = seqs[OUTPUT, column]
         expected = max(seqs[EXPECTED, column], 1)
         more = max(OUTRUN_MARGIN, int(outrun_share * output))

@@ -17,7 +17,7 @@ from block.config import RunConfig
 from block.correction import Corrected
 from block.counterfactual import Counterfactuals, sample
 from block.dispatcher import Dispatcher, Forecaster
-from block.instances.base import LaunchFailed
+from block.instances.base import LaunchFailed, one_by_one
 from block.lengths import tag
 from block.monitor import Monitor
 from block.noise import NoisyForecaster
@@ -94,6 +94,7 @@ async def _serve(
             sampled = sample(requests, run.replay_share, stream(run.seed, "replay"))
             simulated: Sequence[Any] = fleet.instances
             outcome.counterfactuals = Counterfactuals(simulated, sampled, run.backend.dispatch_delay_s)
+        look = fleet.look or one_by_one(fleet.instances)
         dispatcher = Dispatcher(
             fleet.instances,
             run.scheduler,
@@ -103,7 +104,7 @@ async def _serve(
             delay_s=run.backend.dispatch_delay_s,
             placed=outcome.counterfactuals.placed if outcome.counterfactuals else None,
             initial=run.testbed.initial,
-            look=fleet.look,
+            look=look,
         )
         replicas = range(1, run.dispatch.dispatchers)
         dispatchers = [dispatcher, *(dispatcher.replica(_policy_stream(run.seed, f"policy/{i}")) for i in replicas)]
@@ -111,18 +112,19 @@ async def _serve(
         if fleet.migrator is not None:
             fleet.migrator.moved = dispatcher.moved
         shown = bool(fleet.predictor)
-        monitor = Monitor(fleet.instances, lambda: dispatcher.active if shown else (), run.sample_every_s)
+        monitor = Monitor(look, lambda: dispatcher.active if shown else (), run.sample_every_s)
         outcome.dispatcher, outcome.monitor = dispatcher, monitor
         outcome.engines = fleet.engines
         done = 0
 
-        def count(task: asyncio.Task[RequestRecord]) -> None:
+        async def one(request: Request, dispatcher: Dispatcher) -> None:
             nonlocal done
+            record = await dispatcher.submit(request)
             done += 1
             if done % every == 0:
                 finished(every)
-            if note is not None and not task.cancelled() and task.exception() is None:
-                note(task.result())
+            if note is not None:
+                note(record)
 
         clock.restart()
 
@@ -133,7 +135,7 @@ async def _serve(
                 for request, i in zip(requests, chosen, strict=True):  # open loop: nothing that happens delays the next
                     await clock.sleep_until(request.arrival)
                     monitor.tick(clock.now(), request.id)
-                    group.create_task(dispatchers[i].submit(request)).add_done_callback(count)
+                    group.create_task(one(request, dispatchers[i]))
         finished(done % every)
 
 

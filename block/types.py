@@ -7,9 +7,9 @@ predictor share this layout, so a snapshot is a slice of an engine and a forecas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,17 @@ NEXT = 9  # tokens scheduled in the step queued behind it (asynchronous scheduli
 PENDING = 10  # sampled tokens still in flight: 0, 1, or 2 when the queued step samples too
 PREEMPTED = 11  # times preempted
 FIELDS = 12
+
+# Columns of the heads of `Snapshots`.
+HEAD_ID = 0  # the instance's
+HEAD_ROW = 1  # its sequences lie in pool[HEAD_ROW, :, HEAD_BEGIN:HEAD_END]
+HEAD_BEGIN = 2
+HEAD_END = 3
+HEAD_RUNNING = 4  # from here on as in `Snapshot`
+HEAD_STALE = 5
+HEAD_FREE = 6
+HEAD_PREEMPTIONS = 7
+HEADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +81,49 @@ class Snapshot(NamedTuple):
     seqs: Ints
 
 
+class Snapshots(Sequence[Snapshot]):
+    """Snapshots of several instances at one moment, by columns; a `Snapshot` is made of them when it is asked for.
+
+    pool: int64[rows, FIELDS, n], the sequences; heads: int64[instances, HEADS]; started: float[instances], when the
+    step in flight began. Valid as long as its snapshots are.
+    """
+
+    __slots__ = ("heads", "pool", "started", "taken_at")
+
+    def __init__(self, taken_at: float, pool: Ints, heads: Ints, started: Floats) -> None:
+        self.taken_at = taken_at
+        self.pool = pool
+        self.heads = heads
+        self.started = started
+
+    @staticmethod
+    def of(snapshots: Sequence[Snapshot]) -> Snapshots:
+        """The same by columns."""
+        if isinstance(snapshots, Snapshots):
+            return snapshots
+        heads = np.zeros((len(snapshots), HEADS), dtype=np.int64)
+        end = 0
+        for head, one in zip(heads, snapshots, strict=True):
+            begin, end = end, end + one.seqs.shape[1]
+            head[:] = (one.instance_id, 0, begin, end, one.running, one.stale, one.free_blocks, one.preemptions)
+        pool = np.concatenate([one.seqs for one in snapshots], axis=1)[np.newaxis]
+        return Snapshots(snapshots[0].taken_at, pool, heads, np.array([one.step_started for one in snapshots]))
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    @overload
+    def __getitem__(self, place: int) -> Snapshot: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Snapshot]: ...
+    def __getitem__(self, place: int | slice) -> Snapshot | Sequence[Snapshot]:
+        if isinstance(place, slice):
+            return Snapshots(self.taken_at, self.pool, self.heads[place], self.started[place])
+        instance, row, begin, end, running, stale, free, preemptions = self.heads[place].tolist()
+        seqs = self.pool[row, :, begin:end]
+        return Snapshot(instance, self.taken_at, self.started.item(place), running, stale, free, preemptions, seqs)
+
+
 class Forecast(NamedTuple):
     """Predicted seconds from now to the first token, and to the last."""
 
@@ -91,6 +145,58 @@ class InstanceView(NamedTuple):
     recent: int
     snapshot: Snapshot | None
     forecast: Forecast | None
+
+
+class Views(Sequence[InstanceView]):
+    """Views of several instances, by columns: the fields of an `InstanceView`, which is made when it is asked for."""
+
+    __slots__ = ("forecasts", "ids", "outstanding", "recent", "snapshots", "underway")
+
+    def __init__(
+        self,
+        ids: Sequence[int],
+        underway: Sequence[Sequence[Request]],
+        outstanding: Sequence[int],
+        recent: Sequence[int],
+        snapshots: Snapshots | None,
+        forecasts: Sequence[Forecast | None] | None,
+    ) -> None:
+        self.ids = ids
+        self.underway = underway
+        self.outstanding = outstanding
+        self.recent = recent
+        self.snapshots = snapshots
+        self.forecasts = forecasts
+
+    @staticmethod
+    def of(views: Sequence[InstanceView]) -> Views:
+        """The same by columns."""
+        if isinstance(views, Views):
+            return views
+        ids, underway, outstanding, recent, shown, forecasts = map(list, zip(*views, strict=True))
+        return Views(ids, underway, outstanding, recent, None if None in shown else Snapshots.of(shown), forecasts)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, place: int) -> InstanceView: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[InstanceView]: ...
+    def __getitem__(self, place: int | slice) -> InstanceView | Sequence[InstanceView]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        return InstanceView(
+            self.ids[place],
+            self.underway[place],
+            self.outstanding[place],
+            self.recent[place],
+            None if self.snapshots is None else self.snapshots[place],
+            None if self.forecasts is None else self.forecasts[place],
+        )
+
+    def __iter__(self) -> Iterator[InstanceView]:
+        return (self[place] for place in range(len(self)))
 
 
 class Decision(NamedTuple):

@@ -11,6 +11,11 @@ Look = Callable[[Sequence[int]], Sequence[Snapshot]]
 """Snapshots of the instances with these ids, at once."""
 
 
+def one_by_one(instances: Sequence[Instance]) -> Look:
+    """Looks at each of these instances in turn."""
+    return lambda ids: [instances[i].snapshot() for i in ids]
+
+
 class InstanceFailed(RuntimeError):
     """The instance did not serve the request, so that another may; the message says why.
 

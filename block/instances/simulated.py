@@ -15,7 +15,7 @@ import numpy as np
 from block import clock
 from block.bank import Bank
 from block.engine import Engine, Finished, Taken
-from block.types import ID, Request, RequestRecord, Snapshot
+from block.types import ID, Request, RequestRecord, Snapshot, Snapshots
 
 
 class SimulatedInstance:
@@ -39,12 +39,9 @@ class SimulatedInstance:
 
     async def generate(self, request: Request, record: RequestRecord) -> None:
         """Serve `request` in simulated time."""
-        now = clock.now()
-        self._advance(now)
-        finished = asyncio.get_running_loop().create_future()
+        finished = clock.future()
         self._serving[request.id] = (record, finished)
-        self._engine.add(request, now)
-        self._plan()
+        self._turn(request)
         if self._on_work is not None:
             self._on_work()
         await finished
@@ -74,7 +71,7 @@ class SimulatedInstance:
         """Keep KV blocks and places in the batch for a sequence that is coming; False if there are too few."""
         self._advance(clock.now())
         kept = self._engine.hold(blocks, seats)
-        self._plan()
+        self._turn()
         return kept
 
     def release(self, blocks: int, seats: int) -> None:
@@ -82,7 +79,7 @@ class SimulatedInstance:
         now = clock.now()
         self._advance(now)
         self._engine.release(blocks, seats, now)
-        self._plan()
+        self._turn()
 
     async def take(self, request_id: int) -> Taken | None:
         """Take a decoding sequence out of the batch at the end of the step in flight; its blocks and seat stay held.
@@ -91,11 +88,10 @@ class SimulatedInstance:
         """
         self._advance(clock.now())
         self._engine.take(request_id)
-        ended = asyncio.get_running_loop().create_future()
+        ended = clock.future()
         clock.call_at(self._engine.step_ends, lambda: ended.set_result(None))
         await ended
-        self._advance(clock.now())
-        self._plan()
+        self._turn()
         return self._engine.taken
 
     def put(self, taken: Taken, source: SimulatedInstance) -> RequestRecord:
@@ -105,7 +101,7 @@ class SimulatedInstance:
         request_id = int(taken.column[ID])
         self._serving[request_id] = source._serving.pop(request_id)
         self._engine.put(taken, now)
-        self._plan()
+        self._turn()
         return self._serving[request_id][0]
 
     def _advance(self, now: float) -> None:
@@ -120,17 +116,13 @@ class SimulatedInstance:
             record.output_tokens = done.output_tokens
             finished.set_result(None)
 
-    def _plan(self) -> None:
-        """Set the timer for the next finish."""
+    def _turn(self, request: Request | None = None) -> None:
+        """Advance the engine, with one request more if it comes now, and set the timer for the next finish."""
+        sequences, when = self._engine.turn(clock.now(), request)
+        self._finish(sequences)
         if self._timer is not None:
             self._timer.cancel()
-        when = self._engine.next_finish()
-        self._timer = None if math.isinf(when) else clock.call_at(when, self._wake)
-
-    def _wake(self) -> None:
-        self._timer = None
-        self._advance(clock.now())
-        self._plan()
+        self._timer = None if when == math.inf else clock.call_at(when, self._turn)
 
 
 class Looks:
@@ -139,17 +131,19 @@ class Looks:
     def __init__(self, instances: Sequence[SimulatedInstance], bank: Bank) -> None:
         self._instances = instances
         self._bank = bank
+        self._rows = np.arange(len(instances))
 
-    def __call__(self, ids: Sequence[int]) -> list[Snapshot]:
+    def __call__(self, ids: Sequence[int]) -> Snapshots:
         """What `SimulatedInstance.snapshot` shows, of each of these."""
         now = clock.now()
         bank, instances = self._bank, self._instances
         for i in ids:
             if instances[i]._engine.leaving:
                 instances[i]._advance(now)
-        rows = np.array(ids, dtype=np.int64)
-        if bank.advance(rows, now):
+        rows = self._rows[ids.start : ids.stop] if isinstance(ids, range) else np.array(ids, dtype=np.int64)
+        shown = bank.snapshots(rows, now)
+        if bank.finished:
             for i in ids:
                 if bank.found[i] > 0:
-                    instances[i]._finish(instances[i]._engine.finished(int(bank.found[i])))
-        return bank.snapshots(rows, now)
+                    instances[i]._finish(instances[i]._engine.finished(bank.found[i]))
+        return shown

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from block.instances.base import one_by_one
 from block.monitor import Monitor
 from block.types import FIELDS, Request, RequestRecord, Snapshot
 
@@ -27,7 +28,7 @@ class Still:
 
 
 def test_a_row_for_each_instance() -> None:
-    monitor = Monitor([Still(0), Still(1)], lambda: (0, 1), 1.0)
+    monitor = Monitor(one_by_one([Still(0), Still(1)]), lambda: (0, 1), 1.0)
     monitor.tick(0.5, 12)
     columns = monitor.columns()
     assert list(columns) == NAMES
@@ -43,7 +44,7 @@ def test_a_row_for_each_instance() -> None:
 
 
 def test_samples_are_at_least_the_interval_apart() -> None:
-    monitor = Monitor([Still(0)], lambda: (0,), 2.0)
+    monitor = Monitor(one_by_one([Still(0)]), lambda: (0,), 2.0)
     for i, now in enumerate([0.0, 1.0, 1.9, 2.0, 3.5, 9.0, 10.0, 11.0]):
         monitor.tick(now, i)
     assert monitor.columns()["time"].tolist() == [0.0, 2.0, 9.0, 11.0]
@@ -51,14 +52,14 @@ def test_samples_are_at_least_the_interval_apart() -> None:
 
 
 def test_every_tick_is_a_sample_if_the_interval_is_zero() -> None:
-    monitor = Monitor([Still(0)], lambda: (0,), 0.0)
+    monitor = Monitor(one_by_one([Still(0)]), lambda: (0,), 0.0)
     for now in (0.0, 0.0, 0.1):
         monitor.tick(now, 0)
     assert len(monitor.columns()["time"]) == 3
 
 
 def test_the_columns_of_no_samples_are_empty_and_typed() -> None:
-    columns = Monitor([Still(0)], lambda: (0,), 1.0).columns()
+    columns = Monitor(one_by_one([Still(0)]), lambda: (0,), 1.0).columns()
     assert list(columns) == NAMES
     assert {len(column) for column in columns.values()} == {0}
     assert columns["time"].dtype == np.float64

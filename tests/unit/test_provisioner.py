@@ -17,7 +17,7 @@ from block import clock
 from block.cluster import Fleet
 from block.dispatcher import DispatchConfig, Dispatcher
 from block.engine import Engine, EngineConfig
-from block.instances.base import LaunchFailed
+from block.instances.base import LaunchFailed, one_by_one
 from block.instances.simulated import SimulatedInstance
 from block.monitor import Monitor
 from block.policies import Block, Needs, RoundRobin
@@ -133,7 +133,7 @@ def play(
             delay_s=delay_s,
             initial=provisioner.initial,
         )
-        monitor = Monitor(fleet.instances, lambda: dispatcher.active, 0.0)
+        monitor = Monitor(one_by_one(fleet.instances), lambda: dispatcher.active, 0.0)
         async with Scaler(provisioner, fleet, dispatcher) as scaler, asyncio.TaskGroup() as group:
             for one in requests:
                 await clock.sleep_until(one.arrival)

@@ -104,10 +104,10 @@ def test_it_does_not_wake_for_every_step() -> None:
     wakes = 0
 
     class Counting(Engine):
-        def advance(self, now: float):  # type: ignore[no-untyped-def]
+        def turn(self, now: float, arriving: Request | None = None):  # type: ignore[no-untyped-def]
             nonlocal wakes
             wakes += 1
-            return super().advance(now)
+            return super().turn(now, arriving)
 
     async def main() -> None:
         instance = SimulatedInstance(0, Counting(engine_config("v1"), constant_latency(), 16))
