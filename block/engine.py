@@ -345,7 +345,7 @@ class Engine:
     def advance(self, now: float) -> Sequence[Finished]:
         """Complete the steps that end by `now`; returns the sequences that finished, in order of time."""
         if self.step_ends > now:
-            return ()
+            return []
         found = self._leave_step() if self._leaving is not None else 0
         return self.finished(advance(*self._arrays, found, now))
 
@@ -360,7 +360,7 @@ class Engine:
     def finished(self, found: Int) -> Sequence[Finished]:
         """The first `found` sequences that `advance`, of the engine or of its bank, has finished."""
         if found == 0:
-            return ()
+            return []
         return [
             Finished(int(id_), first, at, int(preempted), int(output))
             for id_, first, at, preempted, output in self._done[:, :found].T.tolist()
