@@ -28,7 +28,7 @@ from block.results import DEFAULT_ROOT, Run, experiment_hash, runs
 from block.sweep import end_with
 
 CACHED = 2000  # compositions and fingerprints kept on disk
-SEARCH_RUNS = 6  # runs that a search takes, about
+SEARCH_RUNS = 5  # runs that a search takes, about
 RUN_S = 1.2  # seconds that a simulated run of 10,000 requests takes, about
 
 

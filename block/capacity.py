@@ -7,7 +7,7 @@ crossing can be bracketed; several seeds give an interval (`block.metrics.interv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +19,8 @@ class CapacityConfig:
     """What to search for (the node `capacity` of the config).
 
     metric: a latency of a run's summary; slo_s: its objectives; seeds: how many, from `seed` on.
-    low, high: requests/s between which the search begins; it goes on beyond if the crossing is not there.
+    low, high: about where the latency crosses the least and the greatest objective, in requests/s: the search begins
+        there, and goes as far as it must.
     tolerance: the rates tried are multiples of it, in requests/s; between two that are next to each other the crossing
         is interpolated (log-linearly). Against searches that closed in on the crossing, 0.5 moves single results of
         Block and Llumnix- by up to 0.14, and those of heuristics, whose latency does not grow evenly, by up to 1.
@@ -79,46 +80,46 @@ def _crossing(at: Callable[[int], float], tried: dict[int, float], slo: float, c
     def excess(rate: int) -> float:
         return math.log(max(at(rate), 1e-9) / slo)
 
-    least, most = max(round(config.low / config.tolerance), 1), round(config.high / config.tolerance)
-    met = max((rate for rate, latency in tried.items() if latency <= slo), default=0)
-    missed = min((rate for rate, latency in tried.items() if latency > slo and rate > met), default=0)
-    # An end that was not tried is only assumed: most searches never come near it, and one that does goes beyond.
-    low = met or max(min(least, missed - 2 if missed else least), 1)
-    high = missed or max(most, low + 2)
-    reach = max(high - low, 6)
+    least, most = config.low / config.tolerance, config.high / config.tolerance
+    span = most - least
+    easy, hard = min(config.slo_s), max(config.slo_s)
+    slope = math.log(hard / easy if hard > easy else 10.0) / span  # of the logarithm, as `low` and `high` have it
+    low = max((rate for rate, latency in tried.items() if latency <= slo), default=0)  # met there; 0: nowhere yet
+    high = min((rate for rate, latency in tried.items() if latency > slo and rate > low), default=0)  # missed there
+    reach = 1.0  # how far to go at least to get to the other side
     width = 0  # of the bracket, before a step by the line
-    while high - low > 1 or low not in tried or high not in tried:
-        first = low + 1 if low in tried else max(low - reach, 1)
-        last = high - 1 if high in tried else high + reach
-        # The line misleads where the curve bends: if it did not halve the bracket, the middle does.
-        by_line = 2 * (high - low) <= width or width == 0
-        rate = _on_line(excess, tried) if by_line and len(tried) > 1 else (low + high) // 2
-        if high - low == 1:  # and one of them is only assumed
-            rate = high if low in tried else low
-        rate = min(max(rate, first), last)
-        width = high - low if by_line else 0
+    while low == 0 or high == 0 or high - low > 1:
+        if low and high:
+            # The line misleads where the curve bends: if it did not halve the bracket, the middle does.
+            by_line = 2 * (high - low) <= width or width == 0
+            width = high - low if by_line else 0
+            rate = round(_on_line(low, excess(low), high, excess(high))) if by_line else (low + high) // 2
+            rate = min(max(rate, low + 1), high - 1)
+        elif tried:
+            nearest = min(tried, key=lambda rate: (abs(excess(rate)), rate))
+            guess = nearest - excess(nearest) / slope
+            if low:
+                rate = math.ceil(min(max(guess, low + reach), low + max(span, reach)))
+            else:
+                rate = max(math.floor(max(min(guess, high - reach), high - max(span, reach))), 1)
+            reach *= 2
+        else:
+            rate = max(round(least + math.log(slo / easy) / slope if hard > easy else least + span / 2), 1)
         if excess(rate) > 0:
             high = rate
-            if rate <= low:
-                low, reach = max(rate - reach, 1), 2 * reach
-                if rate <= max(least / 100, 1):
-                    raise ValueError(
-                        f"capacity: {config.metric} misses {slo:g} s even at {_qps(rate, config):.3g} requests/s"
-                    )
+            if not low and rate <= max(least / 100, 1):
+                raise ValueError(
+                    f"capacity: {config.metric} misses {slo:g} s even at {_qps(rate, config):.3g} requests/s"
+                )
         else:
             low = rate
-            if rate >= high:
-                high, reach = rate + reach, 2 * reach
-                if rate > most * 100:
-                    raise ValueError(
-                        f"capacity: {config.metric} meets {slo:g} s even at {_qps(rate, config):.3g} requests/s"
-                    )
-    below, above = excess(low), excess(high)
-    return config.tolerance * (low - below * (high - low) / (above - below))
+            if not high and rate > most * 100:
+                raise ValueError(
+                    f"capacity: {config.metric} meets {slo:g} s even at {_qps(rate, config):.3g} requests/s"
+                )
+    return config.tolerance * _on_line(low, excess(low), high, excess(high))
 
 
-def _on_line(excess: Callable[[int], float], tried: Iterable[int]) -> int:
-    """The rate where the line through the two tried ones that came nearest to the objective meets it."""
-    one, other = sorted(tried, key=lambda rate: (abs(excess(rate)), rate))[:2]
-    slope = (excess(other) - excess(one)) / (other - one)
-    return round(one - excess(one) / slope) if slope > 0 else (one + other) // 2
+def _on_line(low: int, below: float, high: int, above: float) -> float:
+    """Where the line through the excess `below` ≤ 0 at `low` and `above` > 0 at `high` crosses zero."""
+    return low - below * (high - low) / (above - below)
