@@ -31,7 +31,7 @@ SETTINGS = {
 }
 
 BEGINNINGS = yaml.safe_load((Path(__file__).parent / "beginnings.yaml").read_text())
-"""About where each scheduler's capacities are. Where a search begins decides how many runs it takes, not what it finds."""
+"""About where each scheduler's capacities are: it decides how many runs a search takes, not what it finds."""
 
 
 def searches(setting: str, schedulers: Sequence[str], seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
