@@ -15,8 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+import numpy as np
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+Index = cast(Callable[[Any], int], np.uint64)
+"""An index that is never negative. Of any other, compiled code asks whether it counts from the end, and no loop over
+such ones is vectorised.
+"""
 
 _PREFIX = "compiled-"
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from block.compiled import compiled
+from block.compiled import Index, compiled
 from block.latency import decode_time, linear_time, prefill_time
 from block.scheduler import (
     ASYNC,
@@ -35,14 +35,13 @@ from block.scheduler import (
     TAIL,
     V1,
     blocks,
-    copy_column,
     fits,
-    move_left,
 )
 from block.types import (
     BLOCKS,
     CHUNK,
     COMPUTED,
+    FIELDS,
     ID,
     OUTPUT,
     PENDING,
@@ -58,11 +57,31 @@ FINISHED = 0  # the sequence asked for has finished, at times[ENDS]
 STOPPED = 1  # the step in flight has ended and its output is applied; the next must be begun by the scheduler
 UNFIT = 2  # nothing done: the state is not of the kind that can be fast-forwarded
 
-# Rows of `group`, a column per sequence that decodes or has just been prefilled, in order of admission.
-_FINISH = 0  # number of the step in which it yields its last token
-_BASE = 1  # its context in step n is _BASE + n
-_COLUMN = 2
-GROUP = 3
+# Rows of `scratch`. A sequence goes by the column in which it came.
+_FINISH = 0  # by column: of the group's members the step that yields the last token, and in the low bits the column
+_GROUP = 1  # the members in order of admission, up to entry `end`; those that have finished are still among them
+_LINE = 2  # the waiting sequences in order, from entry `waiting` on
+_SIZE = 3  # by column: of a member its context less the number of the step, of any other its prompt and output
+_LEFT = 4  # by column: of those that are not members the tokens that they will yet yield
+SCRATCH = 5
+
+_SHIFT = 20  # bits for the column in an entry of _FINISH
+_NEVER = 2**62
+
+
+@compiled
+def scratch_columns(columns: Int) -> Int:
+    """How wide the scratch of `fast_forward` must be: whole vectors, so that a scan of _FINISH leaves no rest."""
+    return (columns + 15) >> 4 << 4
+
+
+@compiled
+def _first(finishes: Ints, columns: Int) -> Int:
+    """The least of the first `columns` finishes."""
+    least = np.int64(_NEVER)
+    for column in range(Index(scratch_columns(columns))):
+        least = min(least, finishes[column])
+    return least
 
 
 @compiled
@@ -73,114 +92,129 @@ def fast_forward(
     times: Floats,
     limits: Ints,
     packed: Floats,
-    group: Ints,
+    scratch: Ints,
     wanting: Ints,
     sequence: int,
 ) -> int:
     """Complete steps until the one with ID `sequence` has finished, or until the scheduler itself is needed.
 
-    Its first-token time goes to ``firsts`` at the column where it stands. `group` is scratch, int64[GROUP, columns];
-    `wanting`, int64[block size], the histogram: wanting[n % block size] sequences take a block in step n + 1.
+    Its first-token time goes to ``firsts`` at the column where it stands; those of others are not kept. `scratch` is
+    int64[SCRATCH, scratch_columns(columns)]; `wanting`, int64[block size], the histogram: wanting[n % block size]
+    members take a block in step n + 1.
     """
     if limits[ASYNC] == 1 or limits[LONG_PREFILL] > 0 or limits[CHUNKED] == 0:
         return UNFIT
+    v1 = limits[V1] == 1
+    max_num_seqs, max_tokens = limits[MAX_NUM_SEQS], limits[MAX_NUM_BATCHED_TOKENS]
     last = limits[BLOCK_SIZE] - 1  # x & last is x modulo the block size
+    finishes, group, line = scratch[_FINISH], scratch[_GROUP], scratch[_LINE]
+    sizes, lefts = scratch[_SIZE], scratch[_LEFT]
     wanting[:] = 0
     count = 0
     context: Int = 0  # total context of the group
-    partial = np.int64(-1)  # column of the sequence in the middle of its prefill; there is one at most, the youngest
+    partial = np.int64(-1)  # the sequence in the middle of its prefill; there is one at most, the youngest
     prefilled = np.int64(0)
+    waiting = state[HEAD] + state[RUNNING]
+    tail = state[TAIL]
+    finishes[: scratch_columns(tail)] = _NEVER
+    asked = tail - 1
+    while seqs[ID, Index(asked)] != sequence:
+        asked -= 1
+    first = firsts[asked]
     first_due = False  # the sequence asked for yields its first token in this step
-    earliest = np.int64(2**62)
-    head = state[HEAD]
-    waiting = head + state[RUNNING]
-    for column in range(head, waiting):
+    for column in range(Index(state[HEAD]), Index(tail)):
+        total = seqs[PROMPT, column] + seqs[OUTPUT, column]
+        left = min(seqs[TARGET, column] - seqs[OUTPUT, column], limits[MAX_MODEL_LEN] - total)
+        sizes[column] = total
+        lefts[column] = left
+        line[column] = column
+        if np.int64(column) >= waiting:
+            continue
         if seqs[CHUNK, column] == 0 or partial >= 0:
             return UNFIT
+        base = seqs[COMPUTED, column]
         if seqs[PENDING, column] == 0:
             partial = np.int64(column)
-            prefilled = seqs[COMPUTED, column]
+            prefilled = base
             continue
-        total = seqs[PROMPT, column] + seqs[OUTPUT, column]
-        finish = min(seqs[TARGET, column] - seqs[OUTPUT, column], limits[MAX_MODEL_LEN] - total) - 1
-        base = seqs[COMPUTED, column]
-        group[_FINISH, count] = finish
-        group[_BASE, count] = base
-        group[_COLUMN, count] = column
+        finishes[column] = left - 1 << _SHIFT | np.int64(column)
+        group[Index(count)] = np.int64(column)
+        sizes[column] = base
         count += 1
-        earliest = min(earliest, finish)
-        wanting[-base & last] += 1
+        wanting[Index(-base & last)] += 1
         context += base
-        first_due |= seqs[ID, column] == sequence and seqs[OUTPUT, column] == 0
-    tail = state[TAIL]
+        first_due |= np.int64(column) == asked and np.isnan(first)
     free = state[FREE]
-    first = np.nan
     now = times[ENDS]
     step = np.int64(0)  # number of the step in flight
+    end = count
+    known = waiting  # no column from here on was ever admitted
+    earliest = _first(finishes, known)
 
     while True:
         # The step in flight ends: first tokens, finishes.
         if first_due:
             first = now
             first_due = False
-        if earliest <= step:
-            earliest = np.int64(2**62)
-            kept = 0
-            for member in range(count):
-                finish = group[_FINISH, member]
-                base = group[_BASE, member]
-                column = group[_COLUMN, member]
-                if finish <= step:
-                    free += blocks(base + step, limits)
-                    wanting[-base & last] -= 1
-                    context -= base + step
-                    if seqs[ID, column] == sequence:
-                        times[ENDS] = now
-                        if not np.isnan(first):
-                            firsts[column] = first
-                        state[HEAD] = column
-                        return FINISHED
-                    continue
-                group[_FINISH, kept] = finish
-                group[_BASE, kept] = base
-                group[_COLUMN, kept] = column
-                earliest = min(earliest, finish)
-                kept += 1
-            count = kept
+        while earliest >> _SHIFT <= step:
+            column = Index(earliest & ((1 << _SHIFT) - 1))
+            if finishes[column] == earliest:  # it has not been preempted meanwhile
+                if np.int64(column) == asked:
+                    times[ENDS] = now
+                    firsts[column] = first
+                    state[HEAD] = asked
+                    return FINISHED
+                base = sizes[column]
+                free += blocks(base + step, limits)
+                wanting[Index(-base & last)] -= 1
+                context -= base + step
+                count -= 1
+                finishes[column] = _NEVER
+            earliest = _first(finishes, known)
 
         # Nothing but decoding until the next finish, as long as the blocks last and the head of the queue does not fit.
-        if partial < 0 and count > 0 and earliest > step + 1:
-            blocked = waiting == tail or count == limits[MAX_NUM_SEQS]
+        finish = earliest >> _SHIFT
+        if partial < 0 and count > 0 and finish > step + 1:
+            blocked = waiting == tail or count == max_num_seqs
             if not blocked:
-                total = seqs[PROMPT, waiting] + seqs[OUTPUT, waiting]
-                chunk = min(total, limits[MAX_NUM_BATCHED_TOKENS] - count)
-                blocked = not fits(total, chunk, free, count, limits)
-            if blocked and count < limits[MAX_NUM_BATCHED_TOKENS]:
+                total = sizes[Index(line[Index(waiting)])]
+                blocked = not fits(total, min(total, max_tokens - count), free, count, limits)
+            if blocked and count < max_tokens:
                 fixed = decode_time(packed, count, 0)
                 slope = decode_time(packed, count, 1) - fixed
                 fixed += linear_time(packed, count)
-                keep = 1 if limits[V1] == 0 else 0
-                while earliest > step and free - wanting[step & last] >= keep:
-                    free -= wanting[step & last]
+                keep = 0 if v1 else 1
+                tokens_read, each = float(context), float(count)  # whole numbers, exact
+                began = step
+                free -= keep
+                left = free - wanting[Index(step & last)]
+                while finish > step and left >= 0:
                     step += 1
-                    context += count
-                    now += fixed + slope * context
-                if earliest <= step:
+                    free = left
+                    left -= wanting[Index(step & last)]
+                    tokens_read += each
+                    now += fixed + slope * tokens_read
+                free += keep
+                context += count * (step - began)
+                if finish <= step:
                     continue
 
         # Running sequences take their blocks; where there are too few, the youngest make room.
         preempted = 0
         while True:
-            budget = limits[MAX_NUM_BATCHED_TOKENS] - count
-            spare = free - wanting[step & last]
+            budget = max_tokens - count
+            spare = free - wanting[Index(step & last)]
             enough = spare >= 0
-            if limits[V1] == 0 and count > 0:  # V0 wants a free block in reach of each, though the last may take it
-                enough = spare >= (0 if (group[_BASE, count - 1] + step) & last == 0 else 1)
+            if count > 0:
+                while finishes[Index(group[Index(end - 1)])] == _NEVER:
+                    end -= 1
+                if not v1:  # V0 wants a free block in reach of each, though the last may take it
+                    enough = spare >= (0 if (sizes[Index(group[Index(end - 1)])] + step) & last == 0 else 1)
             chunk = np.int64(0)
             if partial >= 0:
-                total = seqs[PROMPT, partial] + seqs[OUTPUT, partial]
+                total = sizes[Index(partial)]
                 chunk = min(total - prefilled, budget)
-                if limits[V1] == 1:
+                if v1:
                     spare -= blocks(prefilled + chunk, limits) - blocks(prefilled, limits)
                     enough = spare >= 0
                 elif prefilled + 1 == total or total & last != 0:
@@ -192,23 +226,21 @@ def fast_forward(
             waiting -= 1
             preempted += 1
             if partial >= 0:
-                copy_column(seqs, firsts, partial, waiting)
-                free += blocks(prefilled if limits[V1] == 1 else total, limits)
+                line[Index(waiting)] = partial
+                free += blocks(prefilled if v1 else total, limits)
                 partial = np.int64(-1)
             else:
                 count -= 1
-                base = group[_BASE, count]
-                copy_column(seqs, firsts, group[_COLUMN, count], waiting)
-                seqs[OUTPUT, waiting] = base + step + 1 - seqs[PROMPT, waiting]
-                if seqs[ID, waiting] == sequence and not np.isnan(first):
-                    firsts[waiting] = first
+                end -= 1
+                column = Index(group[Index(end)])
+                base = sizes[column]
+                line[Index(waiting)] = column
+                sizes[column] = base + step + 1
+                lefts[column] = (finishes[column] >> _SHIFT) - step
+                finishes[column] = _NEVER
                 free += blocks(base + step, limits)
-                wanting[-base & last] -= 1
+                wanting[Index(-base & last)] -= 1
                 context -= base + step
-            seqs[COMPUTED, waiting] = 0
-            seqs[BLOCKS, waiting] = 0
-            seqs[CHUNK, waiting] = 0
-            seqs[PENDING, waiting] = 0
         if budget <= 0:
             break
         free = spare
@@ -231,32 +263,35 @@ def fast_forward(
         joining = partial
         while True:
             if joining >= 0:
-                total = seqs[PROMPT, joining] + seqs[OUTPUT, joining]
+                column = Index(joining)
+                total = sizes[column]
                 if prefilled < total:
                     partial = joining
                     break
-                finish = step + min(seqs[TARGET, joining] - seqs[OUTPUT, joining], limits[MAX_MODEL_LEN] - total) - 1
-                group[_FINISH, count] = finish
-                group[_BASE, count] = total - step
-                group[_COLUMN, count] = joining
-                count += 1
+                finish = step + lefts[column] - 1 << _SHIFT | joining
+                finishes[column] = finish
                 earliest = min(earliest, finish)
-                wanting[(step - total) & last] += 1
+                sizes[column] = total - step
+                group[Index(end)] = joining
+                end += 1
+                count += 1
+                wanting[Index((step - total) & last)] += 1
                 context += total
-                first_due |= seqs[ID, joining] == sequence and seqs[OUTPUT, joining] == 0
+                first_due |= joining == asked and np.isnan(first)
                 partial = np.int64(-1)
-            if preempted > 0 and limits[V1] == 1:
+            if preempted > 0 and v1:
                 break
             head = waiting + preempted
-            if head == tail or budget <= 0 or count == limits[MAX_NUM_SEQS]:
+            if head == tail or budget <= 0 or count == max_num_seqs:
                 break
-            total = seqs[PROMPT, head] + seqs[OUTPUT, head]
+            joining = line[Index(head)]
+            total = sizes[Index(joining)]
             chunk = min(total, budget)
             if not fits(total, chunk, free, count, limits):
                 break
-            if preempted > 0:
-                move_left(seqs, firsts, head, waiting)
-            free -= blocks(total if limits[V1] == 0 else chunk, limits)
+            for i in range(head, waiting, -1):  # past those preempted in this step
+                line[i] = line[i - 1]
+            free -= blocks(chunk if v1 else total, limits)
             if chunk == 1:
                 decodes += 1
                 decode_context += 1
@@ -265,37 +300,51 @@ def fast_forward(
             prefilled = chunk
             tokens += chunk
             budget -= chunk
-            joining = np.int64(waiting)
             waiting += 1
+            known = max(known, joining + 1)
         if tokens == 0:
             step -= 1
             break
         now += linear_time(packed, tokens) + decode_time(packed, decodes, decode_context) + prefill
 
-    # Hand over: every field as the scheduler expects it between two steps.
+    # Hand over: the columns in order, and every field as the scheduler expects it between two steps.
     times[ENDS] = now
     running = count + (1 if partial >= 0 else 0)
-    state[HEAD] = waiting - running
+    begin = waiting - running
+    state[HEAD] = begin
     state[RUNNING] = running
     state[FREE] = free
     state[STALE] = 0
-    column = waiting
+    i = waiting
     if partial >= 0:
-        column -= 1
-        copy_column(seqs, firsts, partial, column)
-        seqs[COMPUTED, column] = prefilled
-        held = prefilled if limits[V1] == 1 else seqs[PROMPT, column] + seqs[OUTPUT, column]
-        seqs[BLOCKS, column] = blocks(held, limits)
-        seqs[CHUNK, column] = 0
-    for member in range(count - 1, -1, -1):
-        column -= 1
-        copy_column(seqs, firsts, group[_COLUMN, member], column)
-        computed = group[_BASE, member] + step
-        seqs[COMPUTED, column] = computed
-        seqs[OUTPUT, column] = computed + 1 - seqs[PROMPT, column]
-        seqs[BLOCKS, column] = blocks(computed, limits)
-        seqs[CHUNK, column] = 0
-        seqs[PENDING, column] = 0
-        if seqs[ID, column] == sequence and not np.isnan(first):
-            firsts[column] = first
+        i -= 1
+        line[i] = partial
+    while i > begin:
+        end -= 1
+        if finishes[group[end]] != _NEVER:
+            i -= 1
+            line[i] = group[end]
+    moved = finishes  # needed no more
+    for row in range(FIELDS):
+        for i in range(begin, tail):
+            moved[i] = seqs[row, line[i]]
+        for i in range(begin, tail):
+            seqs[row, i] = moved[i]
+    for i in range(begin, tail):
+        column = line[i]
+        size = sizes[column]  # of the waiting, who have nothing computed
+        computed = held = np.int64(0)
+        if column == partial:
+            computed = prefilled
+            held = prefilled if v1 else size
+        elif i < waiting:
+            computed = held = size + step
+            size = computed + 1
+        seqs[OUTPUT, i] = size - seqs[PROMPT, i]
+        seqs[COMPUTED, i] = computed
+        seqs[BLOCKS, i] = blocks(held, limits)
+        seqs[CHUNK, i] = 0
+        seqs[PENDING, i] = 0
+        if column == asked:
+            firsts[i] = first
     return STOPPED

@@ -23,17 +23,20 @@ from typing import Any
 
 import numpy as np
 
-from block.compiled import compiled
+from block.compiled import Index, compiled
 from block.types import Floats, Int, Ints
 
-# Layout of `packed`: a header, the decode factors, the two knot vectors, the grid by rows (chunk), the linear table.
+# Layout of `packed`: a header, the decode factors, the two knot vectors, the grid by rows (chunk), the times of chunks
+# that begin a prompt, the linear table. The header says where what follows the factors begins.
 _DECODE_BASE = 0
 _DECODE_PER_SEQUENCE = 1
 _DECODE_PER_KV = 2
-_WAVES = 3
-_CHUNKS = 4
-_CONTEXTS = 5
-_HEADER = 6
+_CHUNKS = 3
+_CONTEXTS = 4
+_GRID = 5
+_FRESH = 6
+_LINEAR = 7
+_HEADER = 8
 
 FORMAT = "block-latency/1"
 
@@ -83,17 +86,14 @@ class LatencyModel:
 
     def pack(self) -> Floats:
         """The model as the flat array that the compiled functions of this module read."""
-        header = [
-            self.decode_base,
-            self.decode_per_sequence,
-            self.decode_per_kv,
-            float(len(self.decode_waves)),
-            float(len(self.prefill_chunks)),
-            float(len(self.prefill_contexts)),
-        ]
+        decode = [self.decode_base, self.decode_per_sequence, self.decode_per_kv]
+        fresh = np.zeros(int(self.prefill_chunks[-1]) + 1)
         grid = [self.prefill_chunks, self.prefill_contexts, np.ravel(self.prefill)]
-        parts = [header, self.decode_waves, *grid, self.linear]
-        return np.concatenate([np.asarray(part, dtype=np.float64) for part in parts])
+        tables = [self.decode_waves, *grid, fresh, self.linear]
+        begins = _HEADER + np.cumsum([len(one) for one in tables[:-1]])
+        packed = np.concatenate([np.asarray(part, dtype=np.float64) for part in (decode, begins, *tables)])
+        _tabulate_fresh(packed)
+        return packed
 
     def scaled(self, factor: float, overhead_s: float = 0.0) -> LatencyModel:
         """The same model with every time multiplied by `factor` and `overhead_s` added to each step."""
@@ -184,20 +184,18 @@ def _rounded(values: float | Floats) -> Any:
 @compiled
 def linear_time(packed: Floats, tokens: Int) -> float:
     """Token-wise operators and fixed overhead of a step of `tokens` tokens; beyond the table its last slope goes on."""
-    m = int(packed[_CHUNKS])
-    n = int(packed[_CONTEXTS])
-    start = _HEADER + int(packed[_WAVES]) + m + n + m * n
+    entry = int(packed[_LINEAR]) + tokens
     last = packed.shape[0] - 1
-    if start + tokens <= last:
-        return float(packed[start + tokens])
+    if entry <= last:
+        return float(packed[Index(entry)])
     slope = packed[last] - packed[last - 1]
-    return float(packed[last] + slope * (start + tokens - last))
+    return float(packed[last] + slope * (entry - last))
 
 
 @compiled
 def decode_wave(packed: Floats, sequences: Int) -> float:
     """The factor on the decode attention of `sequences` sequences."""
-    return float(packed[_HEADER + min(sequences, int(packed[_WAVES]) - 1)])
+    return float(packed[Index(min(_HEADER + sequences, int(packed[_CHUNKS]) - 1))])
 
 
 @compiled
@@ -223,22 +221,41 @@ def decode_run_time(packed: Floats, sequences: Int, kv_tokens: Int, steps: Int) 
 @compiled
 def prefill_time(packed: Floats, chunk: Int, context: Int) -> float:
     """Attention of a prompt chunk of `chunk` tokens over `context` earlier ones, clamped to the grid's last cells."""
-    m = int(packed[_CHUNKS])
-    n = int(packed[_CONTEXTS])
-    chunks = _HEADER + int(packed[_WAVES])
-    contexts = chunks + m
-    grid = contexts + n
+    entry = int(packed[_FRESH]) + chunk
+    if context == 0 and entry < int(packed[_LINEAR]):
+        return float(packed[Index(entry)])
+    return _interpolated(packed, chunk, context)
+
+
+@compiled
+def _tabulate_fresh(packed: Floats) -> None:
+    """Fill in the times of chunks that begin a prompt, which `prefill_time` is mostly asked for."""
+    begin = int(packed[_FRESH])
+    for chunk in range(int(packed[_LINEAR]) - begin):
+        packed[begin + chunk] = _interpolated(packed, chunk, 0)
+
+
+@compiled
+def _interpolated(packed: Floats, chunk: Int, context: Int) -> float:
+    chunks = int(packed[_CHUNKS])
+    contexts = int(packed[_CONTEXTS])
+    grid = int(packed[_GRID])
+    m = contexts - chunks
+    n = grid - contexts
     i = 0
-    while i < m - 2 and packed[chunks + i + 1] < chunk:
+    while i < m - 2 and packed[Index(chunks + i + 1)] < chunk:
         i += 1
     j = 0
-    while j < n - 2 and packed[contexts + j + 1] < context:
+    while j < n - 2 and packed[Index(contexts + j + 1)] < context:
         j += 1
-    u = (chunk - packed[chunks + i]) / (packed[chunks + i + 1] - packed[chunks + i])
-    v = (context - packed[contexts + j]) / (packed[contexts + j + 1] - packed[contexts + j])
+    row = Index(chunks + i)
+    column = Index(contexts + j)
+    u = (chunk - packed[row]) / (packed[row + Index(1)] - packed[row])
+    v = (context - packed[column]) / (packed[column + Index(1)] - packed[column])
     u = max(u, 0.0)  # below the first knot: its value; above the last: extrapolated along the last cell
     v = max(v, 0.0)
-    at = grid + i * n + j
-    low = packed[at] * (1.0 - v) + packed[at + 1] * v
-    high = packed[at + n] * (1.0 - v) + packed[at + n + 1] * v
+    at = Index(grid + i * n + j)
+    above = Index(grid + (i + 1) * n + j)
+    low = packed[at] * (1.0 - v) + packed[at + Index(1)] * v
+    high = packed[above] * (1.0 - v) + packed[above + Index(1)] * v
     return float(low * (1.0 - u) + high * u)

@@ -15,9 +15,9 @@ from copy import copy
 import numpy as np
 
 from block import scheduler as s
-from block.compiled import compiled
+from block.compiled import Index, compiled
 from block.engine import EngineConfig
-from block.fastforward import FINISHED, GROUP, STOPPED, fast_forward
+from block.fastforward import FINISHED, SCRATCH, STOPPED, fast_forward, scratch_columns
 from block.latency import LatencyModel
 from block.types import (
     CHUNK,
@@ -168,6 +168,7 @@ def forecast_each(
 
 @compiled
 def _append(seqs: Ints, column: Int, id_: Int, prompt: Int, expected: Int) -> None:
+    column = Index(column)
     for row in range(FIELDS):
         seqs[row, column] = 0
     seqs[ID, column] = id_
@@ -197,7 +198,7 @@ def _forecasts(
     state = np.zeros(s.STATE, dtype=np.int64)
     times = np.zeros(s.TIMES)
     noise = np.ones(1)
-    group = np.empty((GROUP, firsts.shape[0]), dtype=np.int64)
+    group = np.empty((SCRATCH, scratch_columns(firsts.shape[0])), dtype=np.int64)
     wanting = np.empty(limits[s.BLOCK_SIZE], dtype=np.int64)
     arrival = 0
     for i in range(heads.shape[0]):
@@ -205,8 +206,8 @@ def _forecasts(
         columns = heads[i, HEAD_END] - begin
         shown = pool[heads[i, HEAD_ROW]]
         for row in range(FIELDS):
-            for column in range(columns):
-                seqs[row, column] = shown[row, begin + column]
+            for column in range(Index(columns)):
+                seqs[row, column] = shown[row, Index(begin) + column]
         while arrival < arrivals.shape[0] and arrivals[arrival, 0] == i:
             _append(seqs, columns, arrivals[arrival, 1], arrivals[arrival, 2], arrivals[arrival, 3])
             columns += 1
@@ -266,7 +267,7 @@ def _forecast(
     state[s.STALE] = head[HEAD_STALE]
     state[s.TAIL] = columns
     state[s.FREE] = head[HEAD_FREE]
-    for column in range(columns):
+    for column in range(Index(columns)):
         output = seqs[OUTPUT, column]
         expected = max(seqs[EXPECTED, column], 1)
         more = max(OUTRUN_MARGIN, int(outrun_share * output))

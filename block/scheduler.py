@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from block.compiled import compiled
+from block.compiled import Index, compiled
 from block.latency import decode_run_time, decode_time, linear_time, prefill_time
 from block.types import (
     BLOCKS,
@@ -118,7 +118,7 @@ def step_time(seqs: Ints, start: Int, stop: Int, row: Int, packed: Floats) -> fl
     """Duration of the step in row NEXT (queued) or CHUNK (in flight) of columns `start` to `stop`; 0 if it is empty."""
     tokens = decodes = decode_kv = 0
     prefill = 0.0
-    for column in range(start, stop):
+    for column in range(Index(start), Index(stop)):
         chunk = seqs[row, column]
         if chunk == 0:
             continue
