@@ -167,15 +167,6 @@ def move_left(seqs: Ints, firsts: Floats, source: Int, target: Int) -> None:
 
 
 @compiled
-def copy_column(seqs: Ints, firsts: Floats, source: Int, target: Int) -> None:
-    """Copy column `source` over column `target`."""
-    if source != target:
-        for row in range(FIELDS):
-            seqs[row, target] = seqs[row, source]
-        firsts[target] = firsts[source]
-
-
-@compiled
 def _head_fits(seqs: Ints, state: Ints, limits: Ints) -> bool | np.bool_:
     """Can the first waiting sequence be admitted now?"""
     head = state[HEAD] + state[RUNNING]
