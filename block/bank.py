@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from block import scheduler as s
-from block.compiled import compiled
+from block.compiled import Index, compiled
 from block.types import (
     EXPECTED,
     FIELDS,
@@ -237,7 +237,11 @@ def advance(
 ) -> Int:
     """Complete the steps of one engine that end by `now`; arguments and value are those of `complete_step`."""
     while times[s.ENDS] <= now:
-        found = s.complete_step(seqs, firsts, state, times, limits, packed, noise, done, found)
+        steps, started, ends, _ = s.quiet_steps(seqs, state, times, limits, packed, noise, now)
+        s.decode(seqs, state, limits, steps)
+        times[s.STARTED], times[s.ENDS] = started, ends
+        if ends <= now:
+            found = s.complete_step(seqs, firsts, state, times, limits, packed, noise, done, found)
     return found
 
 
@@ -259,17 +263,20 @@ def next_finish(
     """
     if live_times[s.ENDS] == np.inf:
         return float(np.inf)
-    head = live_state[s.HEAD]
-    tail = live_state[s.TAIL]
+    steps, started, ends, finishes = s.quiet_steps(live_seqs, live_state, live_times, limits, packed, noise, np.inf)
+    if finishes:
+        return float(ends)
     for row in range(FIELDS):
-        for column in range(head, tail):
+        for column in range(Index(live_state[s.HEAD]), Index(live_state[s.TAIL])):
             seqs[row, column] = live_seqs[row, column]
-    for column in range(head, tail):
+    for column in range(Index(live_state[s.HEAD]), Index(live_state[s.TAIL])):
         firsts[column] = live_firsts[column]
     state = live_state.copy()
     times = live_times.copy()
-    while times[s.ENDS] < np.inf:
-        ends = times[s.ENDS]
+    while ends < np.inf and not finishes:
+        s.decode(seqs, state, limits, steps)
+        times[s.STARTED], times[s.ENDS] = started, ends
         if s.complete_step(seqs, firsts, state, times, limits, packed, noise, done, 0) > 0:
-            return float(ends)
-    return float(np.inf)
+            break
+        steps, started, ends, finishes = s.quiet_steps(seqs, state, times, limits, packed, noise, np.inf)
+    return float(ends)

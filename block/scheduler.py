@@ -142,6 +142,7 @@ def step_time(seqs: Ints, start: Int, stop: Int, row: Int, packed: Floats) -> fl
 @compiled
 def _preempt(seqs: Ints, state: Ints, column: Int) -> Int:
     """Take its blocks from a running sequence; it recomputes prompt and output later. Returns the blocks freed."""
+    column = Index(column)
     freed = seqs[BLOCKS, column]
     seqs[BLOCKS, column] = 0
     seqs[COMPUTED, column] = 0
@@ -154,23 +155,15 @@ def _preempt(seqs: Ints, state: Ints, column: Int) -> Int:
 def move_left(seqs: Ints, firsts: Floats, source: Int, target: Int) -> None:
     """Move column `source` to `target` ≤ source; those between move one to the right."""
     for row in range(FIELDS):
-        value = seqs[row, source]
-        for column in range(source, target, -1):
-            seqs[row, column] = seqs[row, column - 1]
-        seqs[row, target] = value
+        value = seqs[row, Index(source)]
+        for left in range(Index(source - target)):
+            column = Index(source) - left
+            seqs[row, column] = seqs[row, column - Index(1)]
+        seqs[row, Index(target)] = value
     first = firsts[source]
     for column in range(source, target, -1):
         firsts[column] = firsts[column - 1]
     firsts[target] = first
-
-
-@compiled
-def copy_column(seqs: Ints, firsts: Floats, source: Int, target: Int) -> None:
-    """Copy column `source` over column `target`."""
-    if source != target:
-        for row in range(FIELDS):
-            seqs[row, target] = seqs[row, source]
-        firsts[target] = firsts[source]
 
 
 @compiled
@@ -193,27 +186,27 @@ def schedule(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, packed: Floa
     free = state[FREE]
     admits = limits[CHUNKED] == 1 or _head_fits(seqs, state, limits)
 
-    column = state[HEAD] if limits[CHUNKED] == 1 or not admits else end
-    while column < end and budget > 0:
+    place = state[HEAD] if limits[CHUNKED] == 1 or not admits else end
+    while place < end and budget > 0:
+        column = Index(place)
+        place += 1
         total = seqs[PROMPT, column] + seqs[OUTPUT, column]
         pending = seqs[PENDING, column]
         computed = seqs[COMPUTED, column]
         if pending > 0 and computed + 2 - pending >= seqs[PROMPT, column] + seqs[MAX_TOKENS, column]:
-            column += 1  # the last token that it may have is in flight already
-            continue
+            continue  # the last token that it may have is in flight already
         chunk = min(total + pending - computed, limit, budget, limits[MAX_MODEL_LEN] - 1 - computed)
         if chunk <= 0:
-            column += 1
             continue
         wanted = max(blocks(computed + chunk, limits) - seqs[BLOCKS, column], 0)
         reach = wanted
         if limits[V1] == 0 and not (computed + 1 < total and total % limits[BLOCK_SIZE] == 0):
             # V0 counts the block it writes into; a prefill that ends on a block writes into none.
             reach = max(wanted, 1)
-        while reach > free and end > column:
+        while reach > free and end >= place:
             end -= 1
             free += _preempt(seqs, state, end)
-        if end == column:
+        if end < place:
             break  # it was the youngest left and has preempted itself
         free -= wanted
         seqs[BLOCKS, column] += wanted
@@ -222,7 +215,6 @@ def schedule(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, packed: Floa
         if computed + chunk == total + pending:
             seqs[PENDING, column] = pending + 1
         budget -= chunk
-        column += 1
 
     state[STALE] = waiting - end
     if admits and (limits[V1] == 0 or waiting == end):
@@ -276,16 +268,13 @@ def _remove_aborted(seqs: Ints, firsts: Floats, state: Ints) -> None:
 @compiled
 def _update(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, now: float, done: Floats, found: Int) -> Int:
     """Apply the output of the step in flight, which ends `now`: tokens, first-token times, finishes."""
-    column = state[HEAD]
-    stop = column + state[RUNNING] + state[STALE]
-    while column < stop:
+    begin = state[HEAD]
+    for column in range(Index(begin), Index(begin + state[RUNNING] + state[STALE])):
         if seqs[CHUNK, column] == 0:
-            column += 1
             continue
         seqs[CHUNK, column] = 0
         samples = seqs[PENDING, column] > (1 if seqs[NEXT, column] > 0 else 0)
         if not samples:
-            column += 1
             continue
         seqs[PENDING, column] -= 1
         seqs[OUTPUT, column] += 1
@@ -299,8 +288,7 @@ def _update(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, now: float, d
             done[DONE_PREEMPTED, found] = seqs[PREEMPTED, column]
             done[DONE_OUTPUT, found] = output
             found += 1
-            remove(seqs, firsts, state, column)
-        column += 1
+            remove(seqs, firsts, state, np.int64(column))
     state[STALE] = 0
     return found
 
@@ -308,7 +296,7 @@ def _update(seqs: Ints, firsts: Floats, state: Ints, limits: Ints, now: float, d
 @compiled
 def _promote(seqs: Ints, state: Ints) -> None:
     """The step in row NEXT becomes the step in flight."""
-    for column in range(state[HEAD], state[HEAD] + state[RUNNING]):
+    for column in range(Index(state[HEAD]), Index(state[HEAD] + state[RUNNING])):
         seqs[CHUNK, column] = seqs[NEXT, column]
         seqs[NEXT, column] = 0
 
@@ -369,58 +357,142 @@ def complete_step(
 
 
 @compiled
-def skip_quiet_steps(seqs: Ints, state: Ints, times: Floats, limits: Ints, packed: Floats) -> Int:
-    """Complete at once as many steps as nothing but decoding happens in: no finish, admission, prefill or preemption.
+def _all_decode(seqs: Ints, state: Ints, limits: Ints) -> tuple[Int, Int]:
+    """How many steps the running sequences may go on until one finishes at the end of the next, and their context.
 
-    Exactly what that many `complete_step` would do without noise, in closed form; may stop short of the longest such
-    run, and does not keep times[STARTED]. Returns the number of steps skipped.
+    -1 if not all of them, and nobody else, have a token in flight that is neither the first nor of a longer chunk.
     """
     head = state[HEAD]
     end = head + state[RUNNING]
-    running = end - head
-    if running == 0 or state[STALE] > 0:
-        return 0
+    if head == end or state[STALE] > 0 or state[ABORTED] > 0 or seqs[CHUNK, Index(end - 1)] != 1:
+        return np.int64(-1), np.int64(0)
+    ahead = limits[ASYNC]
+    odd = np.int64(0)
+    least = np.int64(1)
+    left = np.int64(limits[MAX_MODEL_LEN])
+    kv = np.int64(0)
+    for column in range(Index(head), Index(end)):
+        output = seqs[OUTPUT, column]
+        odd |= (seqs[CHUNK, column] ^ 1) | (seqs[PENDING, column] ^ (1 + ahead))
+        least = min(least, output)
+        left = min(left, seqs[TARGET, column] - output, limits[MAX_MODEL_LEN] - seqs[PROMPT, column] - output)
+        kv += seqs[COMPUTED, column]
+    if odd != 0 or least < 1:  # a chunk, or a first token, whose time must be noted
+        return np.int64(-1), np.int64(0)
+    return left - 1, kv
+
+
+@compiled
+def _may_admit(seqs: Ints, state: Ints, limits: Ints) -> bool | np.bool_:
+    """Might a step that decodes all running sequences admit the first waiting one?"""
+    running = state[RUNNING]
+    end = state[HEAD] + running
+    if end == state[TAIL] or running >= limits[MAX_NUM_SEQS]:
+        return False
+    total = seqs[PROMPT, end] + seqs[OUTPUT, end]
+    chunk = min(total, _chunk_limit(state, limits), limits[MAX_NUM_BATCHED_TOKENS] - running)
+    return chunk > 0 and fits(total, chunk, state[FREE], running, limits)
+
+
+@compiled
+def _wanted(seqs: Ints, state: Ints, limits: Ints, steps: Int) -> Int:
+    """KV blocks that the running sequences take in so many steps of decoding."""
+    wanted = np.int64(0)
+    for column in range(Index(state[HEAD]), Index(state[HEAD] + state[RUNNING])):
+        wanted += max(blocks(seqs[COMPUTED, column] + steps, limits) - seqs[BLOCKS, column], 0)
+    return wanted
+
+
+@compiled
+def decode(seqs: Ints, state: Ints, limits: Ints, steps: Int) -> None:
+    """Complete so many steps in which the running sequences decode and nothing else happens; `times` is not touched."""
+    if steps == 0:
+        return
+    taken = np.int64(0)
+    for column in range(Index(state[HEAD]), Index(state[HEAD] + state[RUNNING])):
+        computed = seqs[COMPUTED, column] + steps
+        held = seqs[BLOCKS, column]
+        more = max(blocks(computed, limits) - held, 0)
+        seqs[OUTPUT, column] += steps
+        seqs[COMPUTED, column] = computed
+        seqs[BLOCKS, column] = held + more
+        taken += more
+    state[FREE] -= taken
+    state[STEPS] += steps
+    state[VISIBLE] = state[TAIL]
+
+
+@compiled
+def _decode_times(
+    state: Ints, times: Floats, packed: Floats, noise: Floats, kv: Int, steps: Int, until: float
+) -> tuple[Int, float, float]:
+    """Of `steps` steps of mere decoding as many as end by `until`; when the next then began, and when it ends."""
+    running = state[RUNNING]
+    linear = linear_time(packed, running)
+    started, ends = times[STARTED], times[ENDS]
+    factor = state[STEPS] % noise.shape[0]
+    done = np.int64(0)
+    while done < steps and ends <= until:
+        done += 1
+        kv += running
+        started = ends
+        ends = started + (linear + decode_time(packed, running, kv)) * noise[Index(factor)]
+        factor += 1
+        if factor == noise.shape[0]:
+            factor = 0
+    return done, started, ends
+
+
+@compiled
+def quiet_steps(
+    seqs: Ints, state: Ints, times: Floats, limits: Ints, packed: Floats, noise: Floats, until: float
+) -> tuple[Int, float, float, bool | np.bool_]:
+    """How many steps that end by `until` do nothing but decode: no finish, admission, prefill or preemption.
+
+    Then when the step after them begins and ends, and whether a sequence finishes at that end. `decode` completes them:
+    exactly what as many `complete_step` would do. May stop short of the longest such run; is 0 where scheduling is
+    asynchronous.
+    """
+    none = (np.int64(0), times[STARTED], times[ENDS], False)
+    if limits[ASYNC] == 1:
+        return none
+    most, kv = _all_decode(seqs, state, limits)
+    if most < 0 or (most > 0 and _may_admit(seqs, state, limits)) or linear_time(packed, state[RUNNING]) <= 0.0:
+        return none
+    spare = state[FREE] - (1 if limits[V1] == 0 else 0)  # V0 wants a free block in reach at every step
+    steps, started, ends = _decode_times(state, times, packed, noise, kv, most, until)
+    if _wanted(seqs, state, limits, steps) > spare:
+        low = np.int64(0)
+        while low < steps:  # the most for which the blocks suffice
+            middle = (low + steps + 1) // 2
+            if _wanted(seqs, state, limits, middle) <= spare:
+                low = middle
+            else:
+                steps = middle - 1
+        steps, started, ends = _decode_times(state, times, packed, noise, kv, steps, until)
+    return steps, started, ends, steps == most
+
+
+@compiled
+def skip_quiet_steps(seqs: Ints, state: Ints, times: Floats, limits: Ints, packed: Floats) -> Int:
+    """Complete at once as many steps as nothing but decoding happens in, in closed form and without noise.
+
+    May stop short of the longest such run, and does not keep times[STARTED]. Returns the number of steps skipped.
+    """
     ahead = limits[ASYNC]
     if ahead == 1 and state[QUEUED] == 0:
         return 0
-    steps = np.int64(limits[MAX_MODEL_LEN])
-    kv = 0
-    for column in range(head, end):
-        if seqs[CHUNK, column] != 1 or seqs[PENDING, column] != 1 + ahead or seqs[OUTPUT, column] == 0:
-            return 0  # a chunk, or a first token, whose time must be noted
-        left = min(
-            seqs[TARGET, column] - seqs[OUTPUT, column],
-            limits[MAX_MODEL_LEN] - seqs[PROMPT, column] - seqs[OUTPUT, column],
-        )
-        steps = min(steps, left - 1 - ahead)
-        kv += seqs[COMPUTED, column]
-    if steps < 2:
+    left, kv = _all_decode(seqs, state, limits)
+    steps = left - ahead
+    if steps < 2 or _may_admit(seqs, state, limits):
         return 0
-    free = state[FREE]
-    if end < state[TAIL] and running < limits[MAX_NUM_SEQS]:
-        total = seqs[PROMPT, end] + seqs[OUTPUT, end]
-        budget = limits[MAX_NUM_BATCHED_TOKENS] - running
-        chunk = min(total, _chunk_limit(state, limits), budget)
-        if chunk > 0 and fits(total, chunk, free, running, limits):
-            return 0
-    spare = free - (1 if limits[V1] == 0 else 0)  # V0 wants a free block in reach at every step
-    wanted = 0
-    while steps >= 2:
-        wanted = 0
-        for column in range(head, end):
-            wanted += max(blocks(seqs[COMPUTED, column] + steps, limits) - seqs[BLOCKS, column], 0)
-        if wanted <= spare:
-            break
+    spare = state[FREE] - (1 if limits[V1] == 0 else 0)  # V0 wants a free block in reach at every step
+    while steps >= 2 and _wanted(seqs, state, limits, steps) > spare:
         steps //= 2
     if steps < 2:
         return 0
-    for column in range(head, end):
-        seqs[OUTPUT, column] += steps
-        seqs[COMPUTED, column] += steps
-        seqs[BLOCKS, column] = max(blocks(seqs[COMPUTED, column], limits), seqs[BLOCKS, column])
-    state[FREE] = free - wanted
-    state[STEPS] += steps
-    state[VISIBLE] = state[TAIL]
+    decode(seqs, state, limits, steps)
+    running = state[RUNNING]
     times[ENDS] += decode_run_time(packed, running, kv + (1 - ahead) * running, steps)
     if ahead == 1:
         times[QUEUED_FOR] = decode_run_time(packed, running, kv + steps * running, 1)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from oracle import ReferenceScheduler
 from testbed import constant_latency, engine_config, examples, request, round_latency
 
+from block import scheduler as s
 from block.engine import Engine, EngineConfig, Finished
 from block.types import EXPECTED, ID, PROMPT, Request
 
@@ -221,6 +222,49 @@ def test_looking_often_or_seldom_makes_no_difference(kind: str) -> None:
         last = one.arrival
     often += engine.advance(1e9)
     assert often == seldom
+
+
+def plainly(engine: Engine, until: float, most: int = 10**6) -> list[Finished]:
+    """What `advance` does, and `next_finish` looks ahead for, every step by the scheduler itself."""
+    found = 0
+    arrays = (engine._seqs, engine._firsts, engine._state, engine._times)
+    while engine.step_ends <= until and engine.step_ends < math.inf and found < most:
+        found = int(s.complete_step(*arrays, engine._limits, engine._packed, engine._noise, engine._done, found))
+    return list(engine.finished(found))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("blocks", [26, 160])
+@pytest.mark.parametrize("spread", [0.05, 0.6])
+def test_runs_of_decoding_leave_every_number_as_plain_steps_do(kind: str, blocks: int, spread: float) -> None:
+    """Bit for bit: an engine may take many steps at once, but nobody can tell."""
+    config = engine_config(**KINDS[kind], max_model_len=100, max_num_seqs=6, max_num_batched_tokens=tokens(kind, 32))
+    noise = np.array([1.0, 1.2, 0.9])
+    preemptions = 0
+    for seed in range(examples(20, 4)):
+        engine, plain = (Engine(config, round_latency(), blocks, noise) for _ in range(2))
+
+        def look(now: float, engine: Engine = engine, plain: Engine = plain) -> None:
+            assert list(engine.advance(now)) == plainly(plain, now)
+            np.testing.assert_array_equal(engine._state, plain._state)
+            np.testing.assert_array_equal(engine._times, plain._times)
+            live = slice(engine._state[s.HEAD], engine._state[s.TAIL])
+            np.testing.assert_array_equal(engine._seqs[:, live], plain._seqs[:, live])
+            np.testing.assert_array_equal(engine._firsts[live], plain._firsts[live])
+            ahead = plainly(plain.copy(), math.inf, 1)
+            assert engine.next_finish() == (ahead[0].finished if ahead else math.inf)
+
+        last = 0.0
+        for one in crowd(seed, 40, spread):
+            for now in np.linspace(last, one.arrival, 4).tolist():
+                look(now)
+            engine.add(one, one.arrival)
+            plain.add(one, one.arrival)
+            last = one.arrival
+        look(last + 1.0)
+        look(1e9)
+        preemptions += int(engine._state[s.PREEMPTIONS])
+    assert (preemptions > 0) == (blocks == 26)
 
 
 def test_finishes_come_in_order_of_time_and_once() -> None:
