@@ -298,7 +298,7 @@ class Dispatcher:
         snapshots: Snapshots | None = None
         forecasts: Sequence[Forecast] | None = None
         if needs is not Needs.COUNTS:
-            snapshots = Snapshots.of(self._seen(candidates, now))
+            snapshots = self._seen(candidates, now)
         all_books = self._books
         books = [all_books[candidate] for candidate in candidates]
         underway = [one.ledger for one in books]
@@ -318,25 +318,27 @@ class Dispatcher:
             forecasts,
         )
 
-    def _seen(self, candidates: Sequence[int], now: float) -> Sequence[Snapshot]:
+    def _seen(self, candidates: Sequence[int], now: float) -> Snapshots:
         """The snapshots of instances to decide by; what they show leaves the ledger."""
         interval = self._config.snapshot_interval_s
+        all_books = self._books
         if interval == 0:
-            seen = self._look(candidates)
+            seen = Snapshots.of(self._look(candidates))
             for place, candidate in enumerate(candidates):
-                if self._books[candidate].landed:
-                    self._prune(self._books[candidate], seen[place])
+                if all_books[candidate].landed:
+                    self._prune(all_books[candidate], seen.ids(place))
             return seen
-        known = {candidate: self._books[candidate].snapshot for candidate in candidates}
+        known = {candidate: all_books[candidate].snapshot for candidate in candidates}
         outdated = [i for i, snapshot in known.items() if snapshot is None or now - snapshot.taken_at >= interval]
         for candidate, snapshot in zip(outdated, self._look(outdated), strict=True):
-            books = self._books[candidate]
+            books = all_books[candidate]
             known[candidate] = books.snapshot = snapshot._replace(seqs=snapshot.seqs.copy())  # to outlive this instant
-            self._prune(books, snapshot)
-        return [snapshot for snapshot in known.values() if snapshot is not None]
+            self._prune(books, snapshot.seqs[ID].tolist())
+        return Snapshots.of([snapshot for snapshot in known.values() if snapshot is not None])
 
-    def _prune(self, books: _Books, snapshot: Snapshot) -> None:
-        visible = books.landed.intersection(snapshot.seqs[ID].tolist())
+    def _prune(self, books: _Books, shown: Sequence[int]) -> None:
+        """Take out of the ledger what is among the requests that a snapshot shows."""
+        visible = books.landed.intersection(shown)
         if visible:
             books.ledger = [request for request in books.ledger if request.id not in visible]
             books.landed -= visible

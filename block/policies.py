@@ -181,10 +181,15 @@ class LlumnixMinus:
         """Scores: minus freeness, in KV blocks."""
         size = self.block_size
         shown = _snapshots(views)
-        wanted = [sum(-(-other.prompt_tokens // size) for other in some) for some in Views.of(views).underway]
+        wanted = [_blocks(requests, size) for requests in Views.of(views).underway]
         scores = np.array(wanted, dtype=np.float64)
         _less_free(shown.pool, shown.heads, size, scores)
         return least(views, scores.tolist(), stream)
+
+
+def _blocks(requests: Sequence[Request], block_size: int) -> int:
+    """KV blocks that the prompts of these want."""
+    return sum(-(-one.prompt_tokens // block_size) for one in requests) if requests else 0
 
 
 @compiled
@@ -205,7 +210,7 @@ def freeness(snapshot: Snapshot, underway: Sequence[Request], block_size: int) -
     Virtual usage (arXiv 2406.03243, Algorithm 1, for one priority) is what running requests hold, what the first
     waiting one demands, and nothing for those behind it. A request underway counts as if it were admitted.
     """
-    wanted = sum(-(-other.prompt_tokens // block_size) for other in underway)
+    wanted = _blocks(underway, block_size)
     if snapshot.seqs.shape[1] > snapshot.running:
         head = snapshot.seqs[:, snapshot.running]
         wanted += -(-int(head[PROMPT] + head[OUTPUT]) // block_size)

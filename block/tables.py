@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
+from collections.abc import Collection, Mapping, Sequence, Sized
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -20,29 +21,26 @@ def request_columns(records: Sequence[RequestRecord]) -> dict[str, NDArray[Any]]
     `output_tokens` counts the tokens generated; forecasts are seconds from the decision, NaN where there was none.
     """
 
-    def ints(values: Iterable[int]) -> NDArray[np.int64]:
-        return np.fromiter(values, np.int64, len(records))
-
-    def floats(values: Iterable[float]) -> NDArray[np.float64]:
-        return np.fromiter(values, np.float64, len(records))
+    def column(kind: type[np.generic], name: str, of: Sequence[Any]) -> NDArray[Any]:
+        return np.fromiter(map(attrgetter(name), of), kind, len(of))
 
     requests = [record.request for record in records]
-    forecasts = [record.forecast or (math.nan, math.nan) for record in records]
+    forecasts = np.array([record.forecast or (math.nan, math.nan) for record in records], np.float64).reshape(-1, 2)
     return {
-        "request_id": ints(request.id for request in requests),
-        "instance_id": ints(record.instance_id for record in records),
-        "arrival": floats(request.arrival for request in requests),
-        "dispatched": floats(record.dispatched for record in records),
-        "first_token": floats(record.first_token for record in records),
-        "finished": floats(record.finished for record in records),
-        "prompt_tokens": ints(request.prompt_tokens for request in requests),
-        "output_tokens": ints(record.output_tokens for record in records),
-        "predicted_output_tokens": ints(request.predicted_output_tokens for request in requests),
-        "forecast_ttft": floats(forecast[0] for forecast in forecasts),
-        "forecast_e2e": floats(forecast[1] for forecast in forecasts),
+        "request_id": column(np.int64, "id", requests),
+        "instance_id": column(np.int64, "instance_id", records),
+        "arrival": column(np.float64, "arrival", requests),
+        "dispatched": column(np.float64, "dispatched", records),
+        "first_token": column(np.float64, "first_token", records),
+        "finished": column(np.float64, "finished", records),
+        "prompt_tokens": column(np.int64, "prompt_tokens", requests),
+        "output_tokens": column(np.int64, "output_tokens", records),
+        "predicted_output_tokens": column(np.int64, "predicted_output_tokens", requests),
+        "forecast_ttft": forecasts[:, 0],
+        "forecast_e2e": forecasts[:, 1],
         "status": np.array([record.status for record in records], dtype=np.str_),
-        "preemptions": ints(record.preemptions for record in records),
-        "retries": ints(record.retries for record in records),
+        "preemptions": column(np.int64, "preemptions", records),
+        "retries": column(np.int64, "retries", records),
         "error": np.array([record.error or "" for record in records], dtype=np.str_),
     }
 

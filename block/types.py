@@ -109,6 +109,11 @@ class Snapshots(Sequence[Snapshot]):
         pool = np.concatenate([one.seqs for one in snapshots], axis=1)[np.newaxis]
         return Snapshots(snapshots[0].taken_at, pool, heads, np.array([one.step_started for one in snapshots]))
 
+    def ids(self, place: int) -> list[int]:
+        """The requests that one of them shows."""
+        row, begin, end = self.heads[place, HEAD_ROW : HEAD_END + 1].tolist()
+        return self.pool[row, ID, begin:end].tolist()  # type: ignore[no-any-return]
+
     def __len__(self) -> int:
         return len(self.heads)
 

@@ -69,6 +69,8 @@ def tag(requests: Sequence[Request], lengths: Lengths, seed: int) -> list[Reques
     else:
         truth = np.array([request.output_tokens for request in requests], dtype=np.int64)
         estimates = lengths.estimate(truth, stream(seed, "lengths"))
+        if estimates is truth and all(r.predicted_output_tokens == r.output_tokens for r in requests):
+            return list(requests)
     return [
         Request(r.id, r.arrival, r.prompt_tokens, r.output_tokens, estimate, r.max_tokens, r.prompt)
         for r, estimate in zip(requests, estimates.tolist(), strict=True)
