@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from block import scheduler as s
 from block.compiled import Index, compiled
+from block.quiet import decode, quiet_steps
 from block.types import (
     EXPECTED,
     FIELDS,
@@ -237,8 +238,8 @@ def advance(
 ) -> Int:
     """Complete the steps of one engine that end by `now`; arguments and value are those of `complete_step`."""
     while times[s.ENDS] <= now:
-        steps, started, ends, _ = s.quiet_steps(seqs, state, times, limits, packed, noise, now)
-        s.decode(seqs, state, limits, steps)
+        steps, started, ends, _ = quiet_steps(seqs, state, times, limits, packed, noise, now)
+        decode(seqs, state, limits, steps)
         times[s.STARTED], times[s.ENDS] = started, ends
         if ends <= now:
             found = s.complete_step(seqs, firsts, state, times, limits, packed, noise, done, found)
@@ -263,7 +264,7 @@ def next_finish(
     """
     if live_times[s.ENDS] == np.inf:
         return float(np.inf)
-    steps, started, ends, finishes = s.quiet_steps(live_seqs, live_state, live_times, limits, packed, noise, np.inf)
+    steps, started, ends, finishes = quiet_steps(live_seqs, live_state, live_times, limits, packed, noise, np.inf)
     if finishes:
         return float(ends)
     for row in range(FIELDS):
@@ -274,9 +275,9 @@ def next_finish(
     state = live_state.copy()
     times = live_times.copy()
     while ends < np.inf and not finishes:
-        s.decode(seqs, state, limits, steps)
+        decode(seqs, state, limits, steps)
         times[s.STARTED], times[s.ENDS] = started, ends
         if s.complete_step(seqs, firsts, state, times, limits, packed, noise, done, 0) > 0:
             break
-        steps, started, ends, finishes = s.quiet_steps(seqs, state, times, limits, packed, noise, np.inf)
+        steps, started, ends, finishes = quiet_steps(seqs, state, times, limits, packed, noise, np.inf)
     return float(ends)

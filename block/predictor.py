@@ -19,6 +19,7 @@ from block.compiled import Index, compiled
 from block.engine import EngineConfig
 from block.fastforward import FINISHED, SCRATCH, STOPPED, fast_forward, scratch_columns
 from block.latency import LatencyModel
+from block.quiet import skip_quiet_steps
 from block.types import (
     CHUNK,
     EXPECTED,
@@ -292,7 +293,7 @@ def _forecast(
             if outcome == STOPPED:
                 s.begin_step(seqs, firsts, state, times, limits, packed, noise, times[s.ENDS])
                 continue
-            s.skip_quiet_steps(seqs, state, times, limits, packed)
+            skip_quiet_steps(seqs, state, times, limits, packed)
         found = s.complete_step(seqs, firsts, state, times, limits, packed, noise, done, 0)
         for column in range(found):
             if done[s.DONE_ID, column] == _CANDIDATE:
