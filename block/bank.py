@@ -181,6 +181,37 @@ def _show_rows(
 
 
 @compiled
+def receive(
+    seqs: Ints,
+    firsts: Floats,
+    state: Ints,
+    times: Floats,
+    limits: Ints,
+    packed: Floats,
+    noise: Floats,
+    now: float,
+    id_: Int,
+    prompt: Int,
+    target: Int,
+    most: Int,
+    expected: Int,
+) -> None:
+    """Let a sequence, for which there is room, wait in an engine; one that is idle begins a step."""
+    column = state[s.TAIL]
+    for row in range(FIELDS):
+        seqs[row, column] = 0
+    seqs[ID, column] = id_
+    seqs[PROMPT, column] = prompt
+    seqs[TARGET, column] = target
+    seqs[MAX_TOKENS, column] = most
+    seqs[EXPECTED, column] = expected
+    firsts[column] = np.nan
+    state[s.TAIL] = column + 1
+    if times[s.ENDS] == np.inf:
+        s.begin_step(seqs, firsts, state, times, limits, packed, noise, now)
+
+
+@compiled
 def turn(
     seqs: Ints,
     firsts: Floats,
@@ -207,18 +238,7 @@ def turn(
     """
     found = advance(seqs, firsts, state, times, limits, packed, noise, done, found, now)
     if arrives:
-        column = state[s.TAIL]
-        for row in range(FIELDS):
-            seqs[row, column] = 0
-        seqs[ID, column] = id_
-        seqs[PROMPT, column] = prompt
-        seqs[TARGET, column] = target
-        seqs[MAX_TOKENS, column] = most
-        seqs[EXPECTED, column] = expected
-        firsts[column] = np.nan
-        state[s.TAIL] = column + 1
-        if times[s.ENDS] == np.inf:
-            s.begin_step(seqs, firsts, state, times, limits, packed, noise, now)
+        receive(seqs, firsts, state, times, limits, packed, noise, now, id_, prompt, target, most, expected)
     ahead = next_finish(seqs, firsts, state, times, limits, packed, noise, scratch_seqs, scratch_firsts, scratch_done)
     return found, ahead
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from block import scheduler as s
-from block.bank import Bank, advance, next_finish, turn
+from block.bank import Bank, advance, next_finish, receive, turn
 from block.latency import LatencyModel
 from block.types import (
     BLOCKS,
@@ -116,6 +116,9 @@ class EngineConfig:
         return limits
 
 
+_NOBODY = (0, 0, 0, 0, 0)  # the fields of no request
+
+
 class Finished(NamedTuple):
     """A sequence that an engine has finished; times on the engine's clock."""
 
@@ -194,40 +197,31 @@ class Engine:
 
         ValueError if its prompt leaves no room for a response.
         """
-        finished, _ = self.turn(now, request)
-        assert not finished, "it was not advanced, and what has finished would be lost"
+        fields = self._fields(request)  # which may move the arrays
+        receive(*self._arrays[:-1], now, *fields)
+
+    def _fields(self, request: Request) -> tuple[int, int, int, int, int]:
+        """Id, prompt, target, most and expected tokens of a request that is to be received, for which room is made."""
+        prompt, target = request.prompt_tokens, request.output_tokens
+        if prompt >= self._max_model_len:
+            raise ValueError(
+                f"request {request.id}: a prompt of {prompt} tokens leaves no room for a response in "
+                f"engine.max_model_len={self._max_model_len}"
+            )
+        if self._state.item(s.TAIL) == self._seqs.shape[1]:
+            self._make_room()
+        most = target if request.max_tokens is None else request.max_tokens
+        return request.id, prompt, min(target, most), most, request.predicted_output_tokens
 
     def turn(self, now: float, request: Request | None = None) -> tuple[Sequence[Finished], float]:
         """Complete the steps that end by `now`, and receive `request` if there is one.
 
         Returns the sequences that finished, in order of time, and when the next one will if nothing more arrives (inf:
-        none will). ValueError if the request's prompt leaves no room for a response.
+        none will). ValueError as of `add`.
         """
         found = self._leave_step() if self._leaving is not None and self.step_ends <= now else 0
-        id_ = prompt = target = most = expected = 0
-        if request is not None:
-            id_, prompt, expected = request.id, request.prompt_tokens, request.predicted_output_tokens
-            if prompt >= self._max_model_len:
-                raise ValueError(
-                    f"request {id_}: a prompt of {prompt} tokens leaves no room for a response in "
-                    f"engine.max_model_len={self._max_model_len}"
-                )
-            target = request.output_tokens
-            most = target if request.max_tokens is None else request.max_tokens
-            if self._state.item(s.TAIL) == self._seqs.shape[1]:
-                self._make_room()
-        found, ahead = turn(
-            *self._arrays,
-            found,
-            *self._bank.scratch,
-            now,
-            request is not None,
-            id_,
-            prompt,
-            min(target, most),
-            most,
-            expected,
-        )
+        fields = _NOBODY if request is None else self._fields(request)
+        found, ahead = turn(*self._arrays, found, *self._bank.scratch, now, request is not None, *fields)
         return self.finished(found), ahead
 
     def _begin_if_idle(self, now: float) -> None:
