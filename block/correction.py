@@ -18,7 +18,7 @@ from block.compiled import compiled
 from block.dispatcher import Forecaster
 from block.latency import LatencyModel
 from block.scheduler import step_time
-from block.types import CHUNK, COMPUTED, ID, NEXT, Floats, Forecast, Ints, Request, Snapshot
+from block.types import CHUNK, COMPUTED, HEAD_ID, ID, NEXT, Floats, Forecast, Ints, Request, Snapshot, Snapshots
 
 
 @dataclass(slots=True)
@@ -63,14 +63,13 @@ class Corrected:
         self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
     ) -> list[Forecast]:
         """One forecast for each snapshot."""
-        for snapshot in snapshots:
+        shown = Snapshots.of(snapshots)
+        for snapshot in shown:
             self._observe(snapshot)
-        factors = [self.factor(snapshot.instance_id) for snapshot in snapshots]
+        factors = [self.factor(instance_id) for instance_id in shown.heads[:, HEAD_ID].tolist()]
         # In the time of the twin, the step in flight has been running for less long.
-        slowed = [
-            snapshot._replace(step_started=now - (now - snapshot.step_started) / factor)
-            for snapshot, factor in zip(snapshots, factors, strict=True)
-        ]
+        started = now - (now - shown.started) / np.array(factors)
+        slowed = Snapshots(shown.taken_at, shown.pool, shown.heads, started)
         found = self._forecaster.forecasts(slowed, underway, request, now)
         return [Forecast(one.ttft * factor, one.e2e * factor) for one, factor in zip(found, factors, strict=True)]
 

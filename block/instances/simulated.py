@@ -121,6 +121,8 @@ class SimulatedInstance:
         sequences, when = self._engine.turn(clock.now(), request)
         self._finish(sequences)
         if self._timer is not None:
+            if self._timer.when() == when:
+                return
             self._timer.cancel()
         self._timer = None if when == math.inf else clock.call_at(when, self._turn)
 
