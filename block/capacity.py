@@ -23,7 +23,8 @@ class CapacityConfig:
         there, and goes as far as it must.
     tolerance: the rates tried are multiples of it, in requests/s; between two that are next to each other the crossing
         is interpolated (log-linearly). Against searches that closed in on the crossing, 0.5 moves single results of
-        Block and Llumnix- by up to 0.14, and those of heuristics, whose latency does not grow evenly, by up to 1.
+        Block and Llumnix- by up to 0.14, and those of heuristics by up to 1: their latency does not grow evenly, and
+        a search that begins elsewhere may find another crossing (min-QPM at 3 s: 19.4 or 20.9 for one seed).
     """
 
     metric: str = "ttft_p99_s"

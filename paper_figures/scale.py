@@ -76,7 +76,7 @@ def draw(table: pd.DataFrame) -> Any:
         axis.xaxis.set_major_locator(FixedLocator([12, 50, 200, 500, 2000]))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
-    for axis, ticks in ((axes[1], [0.5, 1, 2, 3, 5]), (axes[2], [100, 200, 500, 1000])):
+    for axis, ticks in ((axes[1], [0.5, 1, 2, 3, 5]), (axes[2], [50, 100, 150, 200, 300, 400, 600, 800, 1200])):
         axis.yaxis.set_major_locator(FixedLocator(ticks))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())

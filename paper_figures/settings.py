@@ -31,7 +31,9 @@ SETTINGS = {
 }
 
 BEGINNINGS = yaml.safe_load((Path(__file__).parent / "beginnings.yaml").read_text())
-"""About where each scheduler's capacities are: it decides how many runs a search takes, not what it finds."""
+"""About where each scheduler's capacities are. It decides how many runs a search takes, and, where latency falls again
+with the rate as that of heuristics does, which of several crossings it finds.
+"""
 
 
 def searches(setting: str, schedulers: Sequence[str], seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
