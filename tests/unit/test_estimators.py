@@ -6,6 +6,8 @@ import json
 import math
 import os
 import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +88,19 @@ ASKED = "Write a Python function that returns the {}th prime number, and explain
 
 @pytest.mark.parametrize("prompts", [[ASKED.format(i) for i in range(20)], [ASKED * 1200]], ids=["usual", "huge"])
 def test_it_answers_within_200_us_a_prompt(prompts: list[str]) -> None:
-    best = math.inf
-    for _ in range(50):  # other work on the machine only ever adds
+    """On a machine that hashes a thousand words in 200 µs; one that is twice as slow is given twice the time."""
+
+    def hashes() -> set[int]:
+        return {zlib.crc32(f"word {i}".encode()) for i in range(1000)}
+
+    def seconds(work: Callable[[], object]) -> float:
         began = time.perf_counter()
-        Compact().predict(prompts)
-        best = min(best, (time.perf_counter() - began) / len(prompts))
-    assert best < 200e-6
+        work()
+        return time.perf_counter() - began
+
+    rounds = [(seconds(hashes), seconds(lambda: Compact().predict(prompts))) for _ in range(50)]
+    hashing, predicting = (min(times) for times in zip(*rounds, strict=True))  # other work only ever adds
+    assert predicting / len(prompts) < hashing
 
 
 def test_whatever_is_asked_gets_an_estimate_of_its_own() -> None:
