@@ -12,13 +12,17 @@ import gc
 import math
 import selectors
 import time
+import types
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, ContextVar, copy_context
 from heapq import heappop, heappush
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+Start = Callable[[Coroutine[Any, Any, None]], object]
+"""Has a coroutine run beside the others."""
 
 
 class SimulationStalled(RuntimeError):
@@ -35,7 +39,7 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 def now() -> float:
     """Seconds since `run` began."""
-    return _loop().time()
+    return (_running.get(None) or asyncio.get_running_loop()).time()
 
 
 async def sleep(seconds: float) -> None:
@@ -44,6 +48,9 @@ async def sleep(seconds: float) -> None:
         await asyncio.sleep(0)
         return
     loop = _loop()
+    if isinstance(loop, _VirtualLoop) and loop.in_strand:
+        await _until(loop.time() + seconds)
+        return
     woken = loop.create_future()
     timer = loop.call_later(seconds, _wake, woken)
     try:
@@ -55,6 +62,12 @@ async def sleep(seconds: float) -> None:
 def _wake(sleeper: asyncio.Future[None]) -> None:
     if not sleeper.done():
         sleeper.set_result(None)
+
+
+@types.coroutine
+def _until(when: float) -> Generator[float, None, None]:
+    """What a strand waits for that sleeps."""
+    yield when
 
 
 async def sleep_until(when: float) -> None:
@@ -87,21 +100,45 @@ def restart() -> None:
         loop.origin = time.monotonic()
 
 
+async def together(first: Callable[[Start], Coroutine[Any, Any, None]]) -> None:
+    """Run `first(start)`, and beside it what it starts and what that starts; returns when all have ended.
+
+    If one fails, the others are ended where they are, and what it raised is raised. They are no tasks: on virtual time,
+    where asyncio's are most of the cost of a run, they are strands.
+    """
+    loop = _loop()
+    if isinstance(loop, _VirtualLoop):
+        strands = _Strands(loop)
+        try:
+            strands.start(first(strands.start))
+            await strands.ended
+        finally:
+            strands.close()
+        return
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(first(group.create_task))
+    except BaseExceptionGroup as failed:  # the first to fail says what is wrong; it ended the others
+        raise failed.exceptions[0] from None
+
+
 def run(main: Coroutine[Any, Any, T], *, virtual: bool, dilation: float = 1.0) -> T:
     """Run `main` to its end and return its result, on virtual time or on the wall clock; both start at 0.
 
     dilation: seconds of the wall clock in which this clock advances by one.
     """
-    factory = _VirtualLoop if virtual else lambda: _WallLoop(dilation)
+    return copy_context().run(_run, main, _VirtualLoop if virtual else lambda: _WallLoop(dilation), virtual)
+
+
+def _run(main: Coroutine[Any, Any, T], factory: Callable[[], asyncio.AbstractEventLoop], virtual: bool) -> T:
     with asyncio.Runner(loop_factory=factory) as runner:
         # Tens of thousands of live tasks make each pass of the cycle collector slow, and simulating makes no cycles.
         collecting = virtual and gc.isenabled()
         if collecting:
             gc.disable()
-        context = copy_context()
-        context.run(_running.set, runner.get_loop())
+        _running.set(runner.get_loop())
         try:
-            return runner.run(main, context=context)
+            return runner.run(main, context=copy_context())
         finally:
             if collecting:
                 gc.enable()
@@ -128,7 +165,10 @@ class _WallLoop(asyncio.SelectorEventLoop):
 
 
 class _Call(list[Any]):
-    """When, number, callback, arguments, context: a list, because lists are compared and made in C."""
+    """When, number, callback, arguments, context: a list, because lists are compared and made in C.
+
+    Without a context it is a strand's turn.
+    """
 
     __slots__ = ()
 
@@ -155,6 +195,7 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
         self._calls: deque[_Call] = deque()
         self._timers: list[_Call] = []
         self._set = 0  # timers so far
+        self.in_strand = False  # is it a strand that runs now?
 
     def time(self) -> float:
         return self._virtual_now
@@ -179,6 +220,14 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
     ) -> _Call:
         return self.call_at(self._virtual_now + delay, callback, *args, context=context)
 
+    def turn(self, callback: Callable[[], object], when: float | None = None) -> None:
+        """Call `callback` soon, or at a time, in the context of the loop. It must not fail."""
+        if when is None:
+            self._calls.append(_Call((0.0, 0, callback, (), None)))
+        else:
+            self._set += 1
+            heappush(self._timers, _Call((when, self._set, callback, (), None)))
+
     def _run_once(self) -> None:
         """Turn after turn until the loop is stopped: the timers that are due, then the calls that were waiting."""
         calls, timers = self._calls, self._timers
@@ -189,7 +238,9 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
                 calls.append(heappop(timers))
             for _ in range(len(calls)):
                 _, _, callback, args, context = calls.popleft()
-                if callback is not None:
+                if context is None:
+                    callback()
+                elif callback is not None:
                     try:
                         context.run(callback, *args)
                     except (SystemExit, KeyboardInterrupt):
@@ -211,3 +262,78 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
         if when == math.inf:
             raise SimulationStalled("simulation stalled: every task waits and the only timers are set for eternity")
         return max(when, self._virtual_now)
+
+
+class _Strands:
+    """Coroutines that run beside each other on virtual time; `ended` is done when all have ended, or one has failed."""
+
+    def __init__(self, loop: _VirtualLoop) -> None:
+        self.loop = loop
+        self.ended: asyncio.Future[None] = loop.create_future()
+        self.alive: set[_Strand] = set()
+
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Have a coroutine begin once the one that runs now waits."""
+        strand = _Strand(self, coroutine)
+        self.alive.add(strand)
+        self.loop.turn(strand.step)
+
+    def end(self, strand: _Strand, error: BaseException | None = None) -> None:
+        """A strand has ended, or failed."""
+        self.alive.discard(strand)
+        if self.ended.done():
+            return
+        if error is not None:
+            self.ended.set_exception(error)
+        elif not self.alive:
+            self.ended.set_result(None)
+
+    def close(self) -> None:
+        """End those that are left where they are."""
+        while self.alive:
+            self.alive.pop().close()
+
+
+class _Strand:
+    """A coroutine that costs less than a task: it has no context, nobody can wait for it, and to sleep is a timer.
+
+    It may await `sleep` and futures.
+    """
+
+    __slots__ = ("_coroutine", "_loop", "_strands")
+
+    def __init__(self, strands: _Strands, coroutine: Coroutine[Any, Any, None]) -> None:
+        self._strands = strands
+        self._loop = strands.loop
+        self._coroutine: Coroutine[Any, Any, None] | None = coroutine
+
+    def step(self, _: object = None) -> None:
+        """Go on until it waits for something."""
+        loop, coroutine = self._loop, self._coroutine
+        if coroutine is None:
+            return
+        loop.in_strand = True
+        try:
+            awaited = coroutine.send(None)
+        except StopIteration:
+            self._strands.end(self)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._strands.end(self, error)
+        else:
+            if type(awaited) is float:
+                loop.turn(self.step, awaited)
+            elif awaited is None:
+                loop.turn(self.step)
+            else:
+                awaited._asyncio_future_blocking = False
+                awaited.add_done_callback(self.step)
+        finally:
+            loop.in_strand = False
+
+    def close(self) -> None:
+        """End it where it is."""
+        coroutine, self._coroutine = self._coroutine, None
+        if coroutine is not None:
+            coroutine.close()

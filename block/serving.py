@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -69,8 +68,6 @@ def serve(
         backend = run.backend
         main = _serve(run, requests, outcome, finished, note, logs)
         clock.run(main, virtual=backend.virtual, dilation=backend.time_dilation)
-    except ExceptionGroup as group:  # the first task to fail says what is wrong; it ended the others
-        raise group.exceptions[0] from None
     finally:
         outcome.wall_time_s = time.perf_counter() - began
 
@@ -126,16 +123,18 @@ async def _serve(
             if note is not None:
                 note(record)
 
+        async def replay(start: clock.Start) -> None:
+            for request, i in zip(requests, chosen, strict=True):  # open loop: nothing that happens delays the next
+                await clock.sleep_until(request.arrival)
+                monitor.tick(clock.now(), request.id)
+                start(one(request, dispatchers[i]))
+
         clock.restart()
 
         async with AsyncExitStack() as stack:
             if isinstance(run.provisioner, Elastic):
                 outcome.scaler = await stack.enter_async_context(Scaler(run.provisioner, fleet, dispatcher))
-            async with asyncio.TaskGroup() as group:
-                for request, i in zip(requests, chosen, strict=True):  # open loop: nothing that happens delays the next
-                    await clock.sleep_until(request.arrival)
-                    monitor.tick(clock.now(), request.id)
-                    group.create_task(one(request, dispatchers[i]))
+            await clock.together(replay)
         finished(done % every)
 
 
