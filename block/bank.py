@@ -68,6 +68,7 @@ class Bank:
         self.firsts: Floats = np.zeros((rows, 0))
         self.done: Floats = np.zeros((rows, s.DONE, 0))
         self.engines: list[Row] = []
+        self.leaving: set[int] = set()  # rows of which a sequence is to be taken out when the step in flight ends
         self.make_room(64)
 
     def make_room(self, columns: int) -> None:
@@ -221,10 +222,10 @@ def turn(
     packed: Floats,
     noise: Floats,
     done: Floats,
-    found: Int,
     scratch_seqs: Ints,
     scratch_firsts: Floats,
     scratch_done: Floats,
+    found: Int,
     now: float,
     arrives: bool,
     id_: Int,

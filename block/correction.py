@@ -18,7 +18,7 @@ from block.compiled import compiled
 from block.dispatcher import Forecaster
 from block.latency import LatencyModel
 from block.scheduler import step_time
-from block.types import CHUNK, COMPUTED, HEAD_ID, ID, NEXT, Floats, Forecast, Ints, Request, Snapshot, Snapshots
+from block.types import CHUNK, COMPUTED, HEAD_ID, ID, NEXT, Floats, Forecasts, Ints, Request, Snapshot, Snapshots
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class Corrected:
 
     def forecasts(
         self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
-    ) -> list[Forecast]:
+    ) -> Forecasts:
         """One forecast for each snapshot."""
         shown = Snapshots.of(snapshots)
         for snapshot in shown:
@@ -71,7 +71,7 @@ class Corrected:
         started = now - (now - shown.started) / np.array(factors)
         slowed = Snapshots(shown.taken_at, shown.pool, shown.heads, started)
         found = self._forecaster.forecasts(slowed, underway, request, now)
-        return [Forecast(one.ttft * factor, one.e2e * factor) for one, factor in zip(found, factors, strict=True)]
+        return Forecasts.of(found).times(factors)
 
     def _observe(self, snapshot: Snapshot) -> None:
         """Learn from the steps since the last snapshot of the same instance."""

@@ -15,9 +15,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random as Stream
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from block import clock
 from block.instances.base import Instance, InstanceFailed, Look, RequestFailed, one_by_one
@@ -25,6 +25,8 @@ from block.policies import Needs, Policy
 from block.types import ID, Decision, Forecast, InstanceView, Request, RequestRecord, Snapshot, Snapshots, Views
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 RECENT_S = 60.0
 """Window of `InstanceView.recent`."""
@@ -97,16 +99,55 @@ class DispatchConfig:
             raise ValueError(f"dispatch.forecast_noise={self.forecast_noise}: must be 0 or more")
 
 
-@dataclass(slots=True)
 class _Books:
-    """What the dispatcher knows of one instance without asking it; `landed`: ids in the ledger that have got there."""
+    """What the dispatcher knows without asking, by instance.
 
-    ledger: list[Request] = field(default_factory=list)
-    landed: set[int] = field(default_factory=set)
-    outstanding: int = 0
-    recent: deque[float] = field(default_factory=deque)
-    snapshot: Snapshot | None = None
-    ejected: int = 0
+    ledger: requests placed there that no snapshot shows yet; landed: ids of those of them that have got there.
+    outstanding, recent: as in `InstanceView`. ejected: times that it was. snapshots: the last ones.
+    """
+
+    def __init__(self, instances: int) -> None:
+        self.ledger: list[list[Request]] = [[] for _ in range(instances)]
+        self.landed: list[set[int]] = [set() for _ in range(instances)]
+        self.outstanding = [0] * instances
+        self.recent = [0] * instances
+        self.ejected = [0] * instances
+        self.snapshots: list[Snapshot | None] = [None] * instances
+        self._placed: deque[tuple[float, int]] = deque()  # when and where, of those that are recent
+
+    def place(self, request: Request, instance_id: int, now: float, *, in_ledger: bool) -> None:
+        """A request goes to an instance."""
+        self.outstanding[instance_id] += 1
+        self.recent[instance_id] += 1
+        self._placed.append((now, instance_id))
+        if in_ledger:
+            self.ledger[instance_id].append(request)
+
+    def forget(self, now: float) -> None:
+        """What was placed long ago is not recent any more."""
+        placed = self._placed
+        while placed and placed[0][0] <= now - RECENT_S:
+            self.recent[placed.popleft()[1]] -= 1
+
+    def show(self, instance_id: int, shown: Sequence[int]) -> None:
+        """Take out of the ledger what is among the requests that a snapshot shows."""
+        visible = self.landed[instance_id].intersection(shown)
+        if visible:
+            self.ledger[instance_id] = [one for one in self.ledger[instance_id] if one.id not in visible]
+            self.landed[instance_id] -= visible
+
+    def release(self, request: Request, instance_id: int) -> None:
+        """A request has left an instance."""
+        self.outstanding[instance_id] -= 1
+        self.landed[instance_id].discard(request.id)
+        ledger = self.ledger[instance_id]
+        if request in ledger:
+            ledger.remove(request)
+
+
+def _of(values: Sequence[T], ids: Sequence[int]) -> Sequence[T]:
+    """Those of some instances."""
+    return values[ids.start : ids.stop] if isinstance(ids, range) else [values[i] for i in ids]
 
 
 class Dispatcher:
@@ -145,7 +186,7 @@ class Dispatcher:
         self._delay_s = delay_s
         self._placed = placed
         self._look = look or one_by_one(instances)
-        self._books = [_Books() for _ in instances]
+        self._books = _Books(len(instances))
         self._keeps_ledger = config.ledger and policy.needs is not Needs.COUNTS
         self._active = list(range(len(instances)))[:initial]  # ids of the instances that requests may go to
         self._turn = 0
@@ -179,17 +220,17 @@ class Dispatcher:
 
     def outstanding(self, instance_id: int) -> int:
         """Requests placed there and not finished."""
-        return self._books[instance_id].outstanding
+        return self._books.outstanding[instance_id]
 
     def ejected(self, instance_id: int) -> int:
         """Times that it was ejected."""
-        return self._books[instance_id].ejected
+        return self._books.ejected[instance_id]
 
     def eject(self, instance_id: int, reason: str) -> None:
         """Send nothing more to an instance; does nothing if it is out already."""
         if instance_id in self._active:
             self.retire(instance_id)
-            self._books[instance_id].ejected += 1
+            self._books.ejected[instance_id] += 1
             self.ejections.append((clock.now(), instance_id, reason))
             log.warning("instance %d gets no more requests: %s", instance_id, reason)
 
@@ -204,8 +245,8 @@ class Dispatcher:
 
     def moved(self, record: RequestRecord, source: int, target: int) -> None:
         """A request has migrated between two instances: the books follow it, its record keeps where it was sent."""
-        self._release(source, record.request)
-        self._books[target].outstanding += 1
+        self._books.release(record.request, source)
+        self._books.outstanding[target] += 1
         self._moved[record.request.id] = target
 
     async def submit(self, request: Request, deliver: Deliver | None = None) -> RequestRecord:
@@ -228,7 +269,7 @@ class Dispatcher:
                     await clock.sleep(self._delay_s)
                 record.dispatched = clock.now()
                 if self._keeps_ledger:
-                    self._books[chosen].landed.add(request.id)
+                    self._books.landed[chosen].add(request.id)
                 instance = self._instances[chosen]
                 await (instance.generate(request, record) if deliver is None else deliver(instance, record))
                 record.status = "ok"
@@ -247,19 +288,12 @@ class Dispatcher:
                 record.first_token = math.nan
                 record.output_tokens = 0
             finally:
-                self._release(self._moved.pop(request.id, chosen), request)
+                self._books.release(request, self._moved.pop(request.id, chosen))
                 if self.watcher is not None:
                     self.watcher.finished(record)
         record.status = "failed"
         record.error = record.error or "no instance is left"
         return record
-
-    def _release(self, chosen: int, request: Request) -> None:
-        books = self._books[chosen]
-        books.outstanding -= 1
-        if request in books.ledger:
-            books.ledger.remove(request)
-        books.landed.discard(request.id)
 
     def _place(self, request: Request, record: RequestRecord, active: Sequence[int], turn: int) -> int:
         """Decide to which of the instances `active` the `turn`-th request goes and enter it in the books."""
@@ -282,11 +316,7 @@ class Dispatcher:
             if forecast is not None:
                 record.forecast = Forecast(forecast.ttft + self._delay_s, forecast.e2e + self._delay_s)
         self.decisions.append((now, decision, request.id))
-        books = self._books[chosen]
-        books.outstanding += 1
-        books.recent.append(now)
-        if self._keeps_ledger:
-            books.ledger.append(request)
+        self._books.place(request, chosen, now, in_ledger=self._keeps_ledger)
         if self._placed is not None:
             self._placed(record, views, active)
         if self.watcher is not None:
@@ -299,46 +329,30 @@ class Dispatcher:
         forecasts: Sequence[Forecast] | None = None
         if needs is not Needs.COUNTS:
             snapshots = self._seen(candidates, now)
-        all_books = self._books
-        books = [all_books[candidate] for candidate in candidates]
-        underway = [one.ledger for one in books]
+        books = self._books
+        underway = _of(books.ledger, candidates)
         if snapshots is not None and needs is Needs.FORECAST and self._predictor is not None:
             began = time.perf_counter()
             forecasts = self._predictor.forecasts(snapshots, underway, request, now)
             self.forecast_s.append((time.perf_counter() - began) / len(candidates))
-        for one in books:
-            while one.recent and one.recent[0] <= now - RECENT_S:
-                one.recent.popleft()
-        return Views(
-            candidates,
-            underway,
-            [one.outstanding for one in books],
-            [len(one.recent) for one in books],
-            snapshots,
-            forecasts,
-        )
+        books.forget(now)
+        outstanding, recent = _of(books.outstanding, candidates), _of(books.recent, candidates)
+        return Views(candidates, underway, outstanding, recent, snapshots, forecasts)
 
     def _seen(self, candidates: Sequence[int], now: float) -> Snapshots:
         """The snapshots of instances to decide by; what they show leaves the ledger."""
         interval = self._config.snapshot_interval_s
-        all_books = self._books
+        books = self._books
         if interval == 0:
             seen = Snapshots.of(self._look(candidates))
-            for place, candidate in enumerate(candidates):
-                if all_books[candidate].landed:
-                    self._prune(all_books[candidate], seen.ids(place))
+            for place, landed in enumerate(_of(books.landed, candidates)):
+                if landed:
+                    books.show(candidates[place], seen.ids(place))
             return seen
-        known = {candidate: all_books[candidate].snapshot for candidate in candidates}
+        known = {candidate: books.snapshots[candidate] for candidate in candidates}
         outdated = [i for i, snapshot in known.items() if snapshot is None or now - snapshot.taken_at >= interval]
         for candidate, snapshot in zip(outdated, self._look(outdated), strict=True):
-            books = all_books[candidate]
-            known[candidate] = books.snapshot = snapshot._replace(seqs=snapshot.seqs.copy())  # to outlive this instant
-            self._prune(books, snapshot.seqs[ID].tolist())
+            kept = snapshot._replace(seqs=snapshot.seqs.copy())  # to outlive this instant
+            known[candidate] = books.snapshots[candidate] = kept
+            books.show(candidate, snapshot.seqs[ID].tolist())
         return Snapshots.of([snapshot for snapshot in known.values() if snapshot is not None])
-
-    def _prune(self, books: _Books, shown: Sequence[int]) -> None:
-        """Take out of the ledger what is among the requests that a snapshot shows."""
-        visible = books.landed.intersection(shown)
-        if visible:
-            books.ledger = [request for request in books.ledger if request.id not in visible]
-            books.landed -= visible

@@ -180,6 +180,7 @@ class Engine:
             self._noise,
             self._done,
         )
+        self._ahead = (*self._arrays, *bank.scratch)
 
     def copy(self) -> Engine:
         """One like it, in a bank of its own."""
@@ -221,7 +222,7 @@ class Engine:
         """
         found = self._leave_step() if self._leaving is not None and self.step_ends <= now else 0
         fields = _NOBODY if request is None else self._fields(request)
-        found, ahead = turn(*self._arrays, found, *self._bank.scratch, now, request is not None, *fields)
+        found, ahead = turn(*self._ahead, found, now, request is not None, *fields)
         return self.finished(found), ahead
 
     def _begin_if_idle(self, now: float) -> None:
@@ -268,6 +269,7 @@ class Engine:
         """
         self.taken = None
         self._leaving = request_id
+        self._bank.leaving.add(self.row)
 
     def _take(self) -> None:
         state, seqs = self._state, self._seqs
@@ -281,6 +283,7 @@ class Engine:
                 self._keep(int(self.taken.column[BLOCKS]), 1)
                 break
         self._leaving = None
+        self._bank.leaving.discard(self.row)
 
     def put(self, taken: Taken, now: float) -> None:
         """Let a sequence from elsewhere go on here at `now`, to which the engine must have been advanced.
@@ -331,11 +334,6 @@ class Engine:
             rows[..., : tail - head] = rows[..., head:tail].copy()
         self._state[[s.HEAD, s.TAIL, s.VISIBLE]] -= head
 
-    @property
-    def leaving(self) -> bool:
-        """Is a sequence to be taken out when the step in flight ends?"""
-        return self._leaving is not None
-
     def advance(self, now: float) -> Sequence[Finished]:
         """Complete the steps that end by `now`; returns the sequences that finished, in order of time."""
         if self.step_ends > now:
@@ -357,7 +355,7 @@ class Engine:
             return []
         return [
             Finished(int(id_), first, at, int(preempted), int(output))
-            for id_, first, at, preempted, output in self._done[:, :found].T.tolist()
+            for id_, first, at, preempted, output in zip(*self._done[:, :found].tolist(), strict=True)
         ]
 
     def next_finish(self) -> float:

@@ -9,6 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from block.instances.base import Look
+from block.types import (
+    HEAD_BEGIN,
+    HEAD_END,
+    HEAD_FREE,
+    HEAD_ID,
+    HEAD_PREEMPTIONS,
+    HEAD_RUNNING,
+    HEADS,
+    Ints,
+    Snapshots,
+)
 
 
 class Monitor:
@@ -19,23 +30,27 @@ class Monitor:
         self._active = active
         self._every_s = every_s
         self._next = 0.0
-        self._rows: list[tuple[float, int, int, int, int, int, int]] = []
+        self._samples: list[tuple[float, int, Ints]] = []
 
     def tick(self, now: float, request_id: int) -> None:
         """Sample if it is time; `request_id` is the request about to be placed (the figures' x axis)."""
         if now < self._next:
             return
         self._next = now + self._every_s
-        for seen in self._look(self._active()):
-            waiting = seen.seqs.shape[1] - seen.running
-            row = (now, request_id, seen.instance_id, seen.free_blocks, seen.running, waiting, seen.preemptions)
-            self._rows.append(row)
+        active = self._active()
+        if active:
+            self._samples.append((now, request_id, Snapshots.of(self._look(active)).heads))
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """The samples: time (s), request_id, instance_id, free_blocks, running, waiting, preemptions (so far)."""
-        names = ("time", "request_id", "instance_id", "free_blocks", "running", "waiting", "preemptions")
-        values = list(zip(*self._rows, strict=True)) or [()] * len(names)
+        instances = [len(heads) for _, _, heads in self._samples]
+        heads = np.concatenate([np.zeros((0, HEADS), np.int64), *(heads for _, _, heads in self._samples)])
         return {
-            name: np.asarray(column, dtype=np.float64 if name == "time" else np.int64)
-            for name, column in zip(names, values, strict=True)
+            "time": np.repeat([now for now, _, _ in self._samples], instances).astype(np.float64),
+            "request_id": np.repeat([request for _, request, _ in self._samples], instances).astype(np.int64),
+            "instance_id": heads[:, HEAD_ID],
+            "free_blocks": heads[:, HEAD_FREE],
+            "running": heads[:, HEAD_RUNNING],
+            "waiting": heads[:, HEAD_END] - heads[:, HEAD_BEGIN] - heads[:, HEAD_RUNNING],
+            "preemptions": heads[:, HEAD_PREEMPTIONS],
         }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from block.dispatcher import Forecaster
-from block.types import Forecast, Request, Snapshot
+from block.types import Forecasts, Request, Snapshot
 
 
 class NoisyForecaster:
@@ -20,8 +20,8 @@ class NoisyForecaster:
 
     def forecasts(
         self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
-    ) -> list[Forecast]:
+    ) -> Forecasts:
         """One forecast for each snapshot."""
         exact = self._exact.forecasts(snapshots, underway, request, now)
         drawn = self._rng.normal(1.0, self._sigma, len(exact)).clip(0.1, 5.0).tolist()
-        return [Forecast(one.ttft * factor, one.e2e * factor) for one, factor in zip(exact, drawn, strict=True)]
+        return Forecasts.of(exact).times(drawn)

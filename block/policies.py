@@ -29,6 +29,7 @@ from block.types import (
     PROMPT,
     Decision,
     Floats,
+    Forecasts,
     InstanceView,
     Int,
     Ints,
@@ -67,8 +68,10 @@ def least(
     """The decision for the least of `scores`; one of the ties at random."""
     ids = Views.of(views).ids
     best = min(scores)
-    ties = [id_ for id_, score in zip(ids, scores, strict=True) if score == best]
-    chosen = ties[0] if len(ties) == 1 else stream.choice(ties)
+    if scores.count(best) == 1:
+        chosen = ids[scores.index(best)]
+    else:
+        chosen = stream.choice([id_ for id_, score in zip(ids, scores, strict=True) if score == best])
     return Decision(chosen, ids, scores, fallback)
 
 
@@ -76,7 +79,8 @@ def sample(instances: int, k: int | None, stream: Stream) -> Sequence[int]:
     """`k` different instances at random; all of them, in order, if k is None or no smaller than their number."""
     if k is None or k >= instances:
         return range(instances)
-    return stream.sample(range(instances), k)
+    # `sample` draws the same for one, at five times the cost.
+    return [stream.choice(range(instances))] if k == 1 else stream.sample(range(instances), k)
 
 
 @final
@@ -280,8 +284,9 @@ class Block:
 
     def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
         """Scores: predicted seconds from now to the last token; inf without a forecast."""
-        forecasts = Views.of(views).forecasts or [None] * len(views)
-        scores = [math.inf if one is None or math.isnan(one.e2e) else one.e2e for one in forecasts]
+        scores = Forecasts.of(Views.of(views).forecasts or [None] * len(views)).e2e
+        if math.isnan(sum(scores)):
+            scores = [math.inf if math.isnan(one) else one for one in scores]
         return least(views, scores, stream, "no forecast" if math.isinf(min(scores)) else None)
 
 

@@ -38,6 +38,7 @@ from block.types import (
     TARGET,
     Floats,
     Forecast,
+    Forecasts,
     Int,
     Ints,
     Request,
@@ -94,7 +95,7 @@ class Predictor:
 
     def forecasts(
         self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
-    ) -> list[Forecast]:
+    ) -> Forecasts:
         """One forecast for each snapshot, in one compiled call.
 
         underway[i]: requests on their way to instance i that its snapshot does not show, in order.
@@ -102,6 +103,7 @@ class Predictor:
         arrivals = [
             n
             for i, requests in enumerate(underway)
+            if requests
             for r in requests
             for n in (i, r.id, r.prompt_tokens, r.predicted_output_tokens)
         ]
@@ -127,7 +129,7 @@ class Predictor:
             self._compressed,
             self._outrun_share,
         )
-        return list(map(Forecast._make, out.tolist()))
+        return Forecasts(*out.T.tolist())
 
 
 class Predictors:

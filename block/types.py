@@ -7,6 +7,7 @@ predictor share this layout, so a snapshot is a slice of an engine and a forecas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, overload
@@ -134,6 +135,44 @@ class Forecast(NamedTuple):
 
     ttft: float
     e2e: float
+
+
+class Forecasts(Sequence[Forecast]):
+    """Forecasts for several instances, by columns: the fields of a `Forecast`, which is made when it is asked for.
+
+    Where there is none they are NaN.
+    """
+
+    __slots__ = ("e2e", "ttft")
+
+    def __init__(self, ttft: Sequence[float], e2e: Sequence[float]) -> None:
+        self.ttft = ttft
+        self.e2e = e2e
+
+    @staticmethod
+    def of(forecasts: Sequence[Forecast | None]) -> Forecasts:
+        """The same by columns."""
+        if isinstance(forecasts, Forecasts):
+            return forecasts
+        known = [one or (math.nan, math.nan) for one in forecasts]
+        return Forecasts([ttft for ttft, _ in known], [e2e for _, e2e in known])
+
+    def times(self, factors: Sequence[float]) -> Forecasts:
+        """Each multiplied by a factor of its own."""
+        both = ([one * factor for one, factor in zip(times, factors, strict=True)] for times in (self.ttft, self.e2e))
+        return Forecasts(*both)
+
+    def __len__(self) -> int:
+        return len(self.e2e)
+
+    @overload
+    def __getitem__(self, place: int) -> Forecast: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Forecast]: ...
+    def __getitem__(self, place: int | slice) -> Forecast | Sequence[Forecast]:
+        if isinstance(place, slice):
+            return Forecasts(self.ttft[place], self.e2e[place])
+        return Forecast(self.ttft[place], self.e2e[place])
 
 
 class InstanceView(NamedTuple):

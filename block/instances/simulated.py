@@ -139,9 +139,8 @@ class Looks:
         """What `SimulatedInstance.snapshot` shows, of each of these."""
         now = clock.now()
         bank, instances = self._bank, self._instances
-        for i in ids:
-            if instances[i]._engine.leaving:
-                instances[i]._advance(now)
+        for i in bank.leaving.intersection(ids):
+            instances[i]._advance(now)
         rows = self._rows[ids.start : ids.stop] if isinstance(ids, range) else np.array(ids, dtype=np.int64)
         shown = bank.snapshots(rows, now)
         if bank.finished:
