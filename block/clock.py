@@ -14,15 +14,28 @@ import selectors
 import time
 import types
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextvars import Context, ContextVar, copy_context
 from heapq import heappop, heappush
-from typing import Any, TypeVar
+from itertools import count
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
 Start = Callable[[Coroutine[Any, Any, None]], object]
 """Has a coroutine run beside the others."""
+
+
+class Future(Protocol):
+    """What somebody waits for, once."""
+
+    def set_result(self, result: None, /) -> None:
+        """It is there."""
+        ...
+
+    def __await__(self) -> Generator[Any, None, None]:
+        """Wait until it is there."""
+        ...
 
 
 class SimulationStalled(RuntimeError):
@@ -42,15 +55,23 @@ def now() -> float:
     return (_running.get(None) or asyncio.get_running_loop()).time()
 
 
-async def sleep(seconds: float) -> None:
+def sleep(seconds: float) -> Awaitable[None]:
     """Wait for `seconds` of the running loop's time; zero or less yields once."""
     if seconds <= 0:
-        await asyncio.sleep(0)
-        return
+        return asyncio.sleep(0)
     loop = _loop()
     if isinstance(loop, _VirtualLoop) and loop.in_strand:
-        await _until(loop.time() + seconds)
-        return
+        return _until(loop.time() + seconds)
+    return _sleep(seconds, loop)
+
+
+@types.coroutine
+def _until(when: float) -> Generator[float, None, None]:
+    """What a strand waits for that sleeps."""
+    yield when
+
+
+async def _sleep(seconds: float, loop: asyncio.AbstractEventLoop) -> None:
     woken = loop.create_future()
     timer = loop.call_later(seconds, _wake, woken)
     try:
@@ -62,12 +83,6 @@ async def sleep(seconds: float) -> None:
 def _wake(sleeper: asyncio.Future[None]) -> None:
     if not sleeper.done():
         sleeper.set_result(None)
-
-
-@types.coroutine
-def _until(when: float) -> Generator[float, None, None]:
-    """What a strand waits for that sleeps."""
-    yield when
 
 
 async def sleep_until(when: float) -> None:
@@ -82,9 +97,10 @@ def call_at(when: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
     return _loop().call_at(when, callback)
 
 
-def future() -> asyncio.Future[None]:
-    """Something that a task can wait for."""
-    return _loop().create_future()
+def future() -> Future:
+    """Something that the one who asks for it can wait for."""
+    loop = _loop()
+    return _Signal(loop) if isinstance(loop, _VirtualLoop) and loop.in_strand else loop.create_future()
 
 
 def at(monotonic: float) -> float:
@@ -165,10 +181,7 @@ class _WallLoop(asyncio.SelectorEventLoop):
 
 
 class _Call(list[Any]):
-    """When, number, callback, arguments, context: a list, because lists are compared and made in C.
-
-    Without a context it is a strand's turn.
-    """
+    """When, number, callback, arguments, context: a list, because lists are compared and made in C."""
 
     __slots__ = ()
 
@@ -186,22 +199,23 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop that advances its clock to the next timer where a real one would sleep.
 
     It has no files to watch and is never asked from another thread, so that its calls need none of what asyncio's
-    handles carry. Timers set for the same moment go off in the order in which they were set.
+    handles carry. Those that name no context share the loop's. Timers set for the same moment go off in the order in
+    which they were set.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._virtual_now = 0.0
-        self._calls: deque[_Call] = deque()
-        self._timers: list[_Call] = []
-        self._set = 0  # timers so far
+        self._calls: deque[list[Any]] = deque()  # laid out as a `_Call`
+        self._timers: list[list[Any]] = []
+        self._numbers = count()
         self.in_strand = False  # is it a strand that runs now?
 
     def time(self) -> float:
         return self._virtual_now
 
     def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> _Call:  # type: ignore[override]
-        call = _Call((0.0, 0, callback, args, context or copy_context()))
+        call = _Call((0.0, 0, callback, args, context))
         self._calls.append(call)
         return call
 
@@ -210,8 +224,7 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
     def call_at(  # type: ignore[override]
         self, when: float, callback: Any, *args: Any, context: Context | None = None
     ) -> _Call:
-        self._set += 1
-        call = _Call((when, self._set, callback, args, context or copy_context()))
+        call = _Call((when, next(self._numbers), callback, args, context))
         heappush(self._timers, call)
         return call
 
@@ -220,13 +233,13 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
     ) -> _Call:
         return self.call_at(self._virtual_now + delay, callback, *args, context=context)
 
-    def turn(self, callback: Callable[[], object], when: float | None = None) -> None:
-        """Call `callback` soon, or at a time, in the context of the loop. It must not fail."""
-        if when is None:
-            self._calls.append(_Call((0.0, 0, callback, (), None)))
-        else:
-            self._set += 1
-            heappush(self._timers, _Call((when, self._set, callback, (), None)))
+    def step_soon(self, strand: _Strand) -> None:
+        """`call_soon` for a strand, which never cancels it."""
+        self._calls.append([0.0, 0, strand.step, (), None])
+
+    def step_at(self, when: float, strand: _Strand) -> None:
+        """`call_at` for a strand."""
+        heappush(self._timers, [when, next(self._numbers), strand.step, (), None])
 
     def _run_once(self) -> None:
         """Turn after turn until the loop is stopped: the timers that are due, then the calls that were waiting."""
@@ -238,30 +251,32 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
                 calls.append(heappop(timers))
             for _ in range(len(calls)):
                 _, _, callback, args, context = calls.popleft()
-                if context is None:
-                    callback()
-                elif callback is not None:
-                    try:
+                if callback is None:
+                    continue
+                try:
+                    if context is None:
+                        callback(*args)
+                    else:
                         context.run(callback, *args)
-                    except (SystemExit, KeyboardInterrupt):
-                        raise
-                    except BaseException as error:
-                        told = {"message": f"Exception in callback {callback}", "exception": error}
-                        self.call_exception_handler(told)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:
+                    told = {"message": f"Exception in callback {callback}", "exception": error}
+                    self.call_exception_handler(told)
             if self._stopping:  # type: ignore[attr-defined]
                 return
 
     def _next_timer(self) -> float:
         """When the next timer goes off that was not cancelled."""
         timers = self._timers
-        while timers and timers[0].cancelled():
+        while timers and timers[0][2] is None:
             heappop(timers)
         if not timers:
             raise SimulationStalled("simulation stalled: every task waits and no timer is set")
         when: float = timers[0][0]
         if when == math.inf:
             raise SimulationStalled("simulation stalled: every task waits and the only timers are set for eternity")
-        return max(when, self._virtual_now)
+        return when if when > self._virtual_now else self._virtual_now
 
 
 class _Strands:
@@ -276,17 +291,17 @@ class _Strands:
         """Have a coroutine begin once the one that runs now waits."""
         strand = _Strand(self, coroutine)
         self.alive.add(strand)
-        self.loop.turn(strand.step)
+        self.loop.step_soon(strand)
 
     def end(self, strand: _Strand, error: BaseException | None = None) -> None:
         """A strand has ended, or failed."""
         self.alive.discard(strand)
-        if self.ended.done():
+        if (error is None and self.alive) or self.ended.done():
             return
-        if error is not None:
-            self.ended.set_exception(error)
-        elif not self.alive:
+        if error is None:
             self.ended.set_result(None)
+        else:
+            self.ended.set_exception(error)
 
     def close(self) -> None:
         """End those that are left where they are."""
@@ -297,7 +312,7 @@ class _Strands:
 class _Strand:
     """A coroutine that costs less than a task: it has no context, nobody can wait for it, and to sleep is a timer.
 
-    It may await `sleep` and futures.
+    It may await what this module has, and asyncio's futures.
     """
 
     __slots__ = ("_coroutine", "_loop", "_strands")
@@ -323,9 +338,11 @@ class _Strand:
             self._strands.end(self, error)
         else:
             if type(awaited) is float:
-                loop.turn(self.step, awaited)
-            elif awaited is None:
-                loop.turn(self.step)
+                loop.step_at(awaited, self)
+            elif type(awaited) is _Signal:
+                awaited.strand = self
+            elif awaited is None:  # as of asyncio.sleep(0)
+                loop.step_soon(self)
             else:
                 awaited._asyncio_future_blocking = False
                 awaited.add_done_callback(self.step)
@@ -337,3 +354,23 @@ class _Strand:
         coroutine, self._coroutine = self._coroutine, None
         if coroutine is not None:
             coroutine.close()
+
+
+class _Signal:
+    """A future of one strand."""
+
+    __slots__ = ("_loop", "_there", "strand")
+
+    def __init__(self, loop: _VirtualLoop) -> None:
+        self._loop = loop
+        self._there = False
+        self.strand: _Strand | None = None
+
+    def set_result(self, result: None) -> None:
+        self._there = True
+        if self.strand is not None:
+            self._loop.step_soon(self.strand)
+
+    def __await__(self) -> Generator[_Signal, None, None]:
+        if not self._there:
+            yield self

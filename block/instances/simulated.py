@@ -28,7 +28,7 @@ class SimulatedInstance:
         self.instance_id = instance_id
         self._on_work = on_work
         self._engine = engine
-        self._serving: dict[int, tuple[RequestRecord, asyncio.Future[None]]] = {}
+        self._serving: dict[int, tuple[RequestRecord, clock.Future]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def snapshot(self) -> Snapshot:
