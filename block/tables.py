@@ -25,7 +25,9 @@ def request_columns(records: Sequence[RequestRecord]) -> dict[str, NDArray[Any]]
         return np.fromiter(map(attrgetter(name), of), kind, len(of))
 
     requests = [record.request for record in records]
-    forecasts = np.array([record.forecast or (math.nan, math.nan) for record in records], np.float64).reshape(-1, 2)
+    unknown = (math.nan, math.nan)
+    times = chain.from_iterable(record.forecast or unknown for record in records)
+    forecasts = np.fromiter(times, np.float64, 2 * len(records)).reshape(-1, 2)
     return {
         "request_id": column(np.int64, "id", requests),
         "instance_id": column(np.int64, "instance_id", records),
