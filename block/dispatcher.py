@@ -46,7 +46,7 @@ class Forecaster(Protocol):
 
     def forecasts(
         self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
-    ) -> list[Forecast]:
+    ) -> Sequence[Forecast]:
         """One forecast for each snapshot, with the requests that are underway there."""
         ...
 

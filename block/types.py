@@ -162,6 +162,9 @@ class Forecasts(Sequence[Forecast]):
         both = ([one * factor for one, factor in zip(times, factors, strict=True)] for times in (self.ttft, self.e2e))
         return Forecasts(*both)
 
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
+
     def __len__(self) -> int:
         return len(self.e2e)
 

@@ -18,9 +18,9 @@ from paper_figures.verdicts import PUBLISHED, Claim, order, value
 TITLE = "Llumnix with live migration against Block, on A100 and A30"
 PAPER = "camera-ready Fig 8"
 SIMULATED_ONLY = True
-SCHEDULERS = ("round_robin", "llumnix_minus", "llumnix", "block", "block_star")
+SCHEDULERS = ("llumnix_minus", "llumnix", "block", "block_star")
 UNCHUNKED = "vllm_v0_unchunked"
-QPS = (16, 20, 24, 28, 32, 36)
+QPS = (16, 24, 32, 36)
 TESTBEDS: dict[str, tuple[dict[str, tuple[Any, ...]], tuple[float, ...]]] = {
     "8 × A100, Llama-2-7B": ({"cluster": ("a100x8",), "engine__max_num_seqs": (96,)}, QPS),
     "12 × A30, Llama-2-7B": ({"cluster": ("a30x12",)}, (30, 32)),

@@ -334,7 +334,7 @@ def play(
     for instance_id, engine in enumerate(engines):
         assert (engine.snapshot(0, 1e9).free_blocks, engine.held_blocks) == (40, 0)
         assert dispatcher.outstanding(instance_id) == 0
-        assert dispatcher._books[instance_id].ledger == []
+        assert dispatcher._books.ledger[instance_id] == []
     return (
         [(r.request.id, r.first_token, r.finished, r.preemptions) for r in dispatcher.records],
         dict(migrator.counts),
