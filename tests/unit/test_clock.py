@@ -187,3 +187,163 @@ def test_the_wall_clock_starts_at_zero_and_takes_its_time() -> None:
     assert 0.0 <= began < 1.0
     assert 0.04 < ended - began <= time.monotonic() - real
     assert began + 0.019 < fired[0] < ended
+
+
+# ------------------------------------------------------------------------------------------------------------- together
+
+
+@pytest.mark.parametrize("virtual", [True, False])
+def test_together_waits_for_all_that_was_started_and_what_that_started(virtual: bool) -> None:
+    log: list[str] = []
+
+    async def leaf(name: str) -> None:
+        await clock.sleep(0.002)
+        log.append(name)
+
+    async def first(start: clock.Start) -> None:
+        async def branch() -> None:
+            await clock.sleep(0.001)
+            start(leaf("leaf"))
+            log.append("branch")
+
+        start(branch())
+        log.append("first")
+
+    async def main() -> None:
+        await clock.together(first)
+        log.append("all")
+
+    clock.run(main(), virtual=virtual)
+    assert log == ["first", "branch", "leaf", "all"]
+
+
+@pytest.mark.parametrize("virtual", [True, False])
+def test_if_one_fails_the_others_end_where_they_are_and_its_error_is_raised(virtual: bool) -> None:
+    log: list[str] = []
+
+    async def fails() -> None:
+        await clock.sleep(0.001)
+        raise KeyError("one")
+
+    async def waits() -> None:
+        try:
+            await clock.sleep(30.0)
+            log.append("too far")
+        finally:
+            log.append("ended")
+
+    async def first(start: clock.Start) -> None:
+        start(waits())
+        start(fails())
+        try:
+            await clock.sleep(30.0)
+        finally:
+            log.append("first ended")
+
+    async def main() -> None:
+        with pytest.raises(KeyError, match="one"):
+            await clock.together(first)
+        log.append("caught")
+        await clock.sleep(0.001)  # what was set for those that have ended troubles nobody
+
+    clock.run(main(), virtual=virtual)
+    assert sorted(log[:2]) == ["ended", "first ended"]
+    assert log[2:] == ["caught"]
+
+
+@pytest.mark.parametrize("virtual", [True, False])
+def test_who_waits_for_together_can_be_cancelled_and_all_end(virtual: bool) -> None:
+    ended: list[int] = []
+
+    async def waits(number: int) -> None:
+        try:
+            await clock.future()
+        finally:
+            ended.append(number)
+
+    async def first(start: clock.Start) -> None:
+        for number in range(3):
+            start(waits(number))
+
+    async def main() -> None:
+        task = asyncio.ensure_future(clock.together(first))
+        await clock.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    clock.run(main(), virtual=virtual)
+    assert sorted(ended) == [0, 1, 2]
+
+
+def test_a_strand_waits_for_signals_futures_and_tasks_and_yields_when_it_sleeps_for_nothing() -> None:
+    log: list[tuple[str, float]] = []
+
+    def note(what: str) -> None:
+        log.append((what, clock.now()))
+
+    async def slow() -> None:
+        await clock.sleep(1.0)
+
+    async def strand() -> None:
+        mine = clock.future()
+        clock.call_at(1.0, lambda: mine.set_result(None))
+        await mine
+        note("signal")
+        already = clock.future()
+        already.set_result(None)
+        await already
+        note("signal that was there")
+        theirs = asyncio.get_running_loop().create_future()
+        clock.call_at(2.0, lambda: theirs.set_result(None))
+        await theirs
+        note("future")
+        await asyncio.create_task(slow())
+        note("task")
+        await clock.sleep(0)
+        note("nothing")
+        await clock.sleep_until(4.0)
+        note("sleep")
+
+    async def main() -> None:
+        await clock.together(lambda start: strand())
+
+    virtually(main)
+    expected = ["signal", "signal that was there", "future", "task", "nothing", "sleep"]
+    assert log == list(zip(expected, [1.0, 1.0, 2.0, 3.0, 3.0, 4.0], strict=True))
+
+
+def test_strands_that_wake_at_the_same_time_go_on_in_the_order_in_which_they_went_to_sleep() -> None:
+    log: list[int] = []
+
+    async def sleeper(number: int, began: float) -> None:
+        await clock.sleep_until(began)
+        await clock.sleep_until(5.0)
+        log.append(number)
+
+    async def first(start: clock.Start) -> None:
+        for number, began in enumerate((3.0, 1.0, 2.0)):
+            start(sleeper(number, began))
+
+    async def main() -> None:
+        await clock.together(first)
+
+    virtually(main)
+    assert log == [1, 2, 0]
+
+
+def test_strands_that_wait_for_what_nothing_will_bring_are_an_error_and_are_ended() -> None:
+    ended: list[bool] = []
+
+    async def strand() -> None:
+        try:
+            await clock.future()
+        finally:
+            ended.append(True)
+
+    async def main() -> None:
+        await clock.together(lambda start: strand())
+
+    with pytest.raises(clock.SimulationStalled):
+        virtually(main)
+    assert ended == [True]
