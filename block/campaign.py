@@ -7,6 +7,7 @@ A job is told by its *cell*: values by their keys, of config groups ("scheduler"
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ from block.results import DEFAULT_ROOT, Run, experiment_hash, runs
 from block.sweep import end_with
 
 CACHED = 2000  # compositions and fingerprints kept on disk
+FEW = 8  # so many are computed one after the other
 SEARCH_RUNS = 5  # runs that a search takes, about
 RUN_S = 1.2  # seconds that a simulated run of 10,000 requests takes, about
 
@@ -79,30 +81,44 @@ class Composer:
         self._folder = folder
         self._always = tuple(always)
         self._state = _state(folder)
-        self._known: dict[tuple[Any, ...], Any] = {}
 
-    def job(self, cell: Mapping[str, Any], *, search: bool) -> Job:
-        """The job of a cell. KeyError if it names a setting that there is not."""
-        groups = {key: value for key, value in cell.items() if key in config.GROUPS or key in config.CHOICES}
-        chosen = (*(f"{key}={value}" for key, value in groups.items()), *self._always)
-        base, choices = self._composed(chosen)
-        settings = copy.deepcopy(base)
-        for key in cell.keys() - groups.keys():
-            _set(settings, key, cell[key])
-        # What results depend on beside the config is the same at every rate and for every scheduler.
-        same = {key: settings[key] for key in ("model", "cluster", "engine", "backend", "lengths", "seed")}
-        same["workload"] = {**settings["workload"], "qps": 1.0}
-        text = json.dumps(self._composed(self._always)[0] | same, sort_keys=True)
-        return Job(search, settings, choices, self._once(_fingerprints, text, self._state))
+    def jobs(self, cells: Sequence[tuple[bool, Mapping[str, Any]]]) -> list[Job]:
+        """The jobs of cells, of which each is to be searched or run. KeyError if one names a setting that there is
+        not.
+        """
+        chosen = [(*(f"{key}={cell[key]}" for key in _groups(cell)), *self._always) for _, cell in cells]
+        composed = self._once(_compose, [(str(self._folder), one, self._state) for one in (*chosen, self._always)])
+        usual = composed.pop()[0]
+        all_settings = []
+        for (_, cell), (base, _) in zip(cells, composed, strict=True):
+            all_settings.append(copy.deepcopy(base))
+            for key in cell.keys() - _groups(cell):
+                _set(all_settings[-1], key, cell[key])
+        hashes = self._once(_fingerprints, [(_same(usual, settings), self._state) for settings in all_settings])
+        both = zip(cells, all_settings, composed, hashes, strict=True)
+        return [Job(search, settings, choices, found) for (search, _), settings, (_, choices), found in both]
 
-    def _composed(self, chosen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-        return self._once(_compose, str(self._folder), chosen, self._state)  # type: ignore[no-any-return]
+    def _once(self, function: Callable[..., Any], all_arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """What a function returns for each of these; what is not on the disk is computed in parallel."""
+        on_disk = self._on_disk[function]
+        distinct = dict.fromkeys(all_arguments)
+        new = [arguments for arguments in distinct if not on_disk.check_call_in_cache(*arguments)]
+        found = Parallel(n_jobs=-1 if len(new) > FEW else 1)(delayed(on_disk)(*arguments) for arguments in new)
+        known = dict(zip(new, found, strict=True))
+        known |= {arguments: on_disk(*arguments) for arguments in distinct if arguments not in known}
+        return [known[arguments] for arguments in all_arguments]
 
-    def _once(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        key = (function, *arguments)
-        if key not in self._known:
-            self._known[key] = self._on_disk[function](*arguments)
-        return self._known[key]
+
+def _groups(cell: Mapping[str, Any]) -> list[str]:
+    """The keys of a cell that choose a file."""
+    return [key for key in cell if key in config.GROUPS or key in config.CHOICES]
+
+
+def _same(usual: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """What fingerprints depend on: it is the same at every rate, and for every scheduler."""
+    same = {key: settings[key] for key in ("model", "cluster", "engine", "backend", "lengths", "seed")}
+    same["workload"] = {**settings["workload"], "qps": 1.0}
+    return json.dumps({**usual, **same}, sort_keys=True)
 
 
 def _compose(folder: str, chosen: tuple[str, ...], state: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -178,6 +194,7 @@ def _one(job: Job, main: int) -> tuple[int, str]:
     """A job, in a process of its own; returns its weight and what went wrong."""
     end_with(main)
     settings = OmegaConf.create(job.settings)
+    gc.disable()  # what a run leaves goes by itself; a pass over all of it, while it is stored, takes 3 % of the run
     try:
         if job.search:
             experiment.search_one(settings, job.choices)
@@ -185,4 +202,6 @@ def _one(job: Job, main: int) -> tuple[int, str]:
             experiment.execute(settings, job.choices, quiet=True)
     except Exception as error:  # the others go on, and what lacks is told at the end
         return job.weight, f"{job}: {explain(error)}"
+    finally:
+        gc.enable()
     return job.weight, ""

@@ -87,7 +87,7 @@ def _crossing(at: Callable[[int], float], tried: dict[int, float], slo: float, c
     slope = math.log(hard / easy if hard > easy else 10.0) / span  # of the logarithm, as `low` and `high` have it
     low = max((rate for rate, latency in tried.items() if latency <= slo), default=0)  # met there; 0: nowhere yet
     high = min((rate for rate, latency in tried.items() if latency > slo and rate > low), default=0)  # missed there
-    reach = 1.0  # how far to go at least to get to the other side
+    reach = 0.5  # how far to go at least to get to the other side; more and more if the guess is not enough
     width = 0  # of the bracket, before a step by the line
     while low == 0 or high == 0 or high - low > 1:
         if low and high:

@@ -140,9 +140,7 @@ class _Books:
         """A request has left an instance."""
         self.outstanding[instance_id] -= 1
         self.landed[instance_id].discard(request.id)
-        ledger = self.ledger[instance_id]
-        if request in ledger:
-            ledger.remove(request)
+        self.ledger[instance_id] = [one for one in self.ledger[instance_id] if one is not request]
 
 
 def _of(values: Sequence[T], ids: Sequence[int]) -> Sequence[T]:

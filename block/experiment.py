@@ -10,6 +10,7 @@ import os
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +116,13 @@ def fingerprints(run: RunConfig, requests: Sequence[Request] | None = None) -> d
     what is believed of them. They are the same at every request rate, and for every scheduler.
     """
     requests = requests_of(run) if requests is None else requests
-    lengths = np.array(
-        [n for r in requests for n in (r.prompt_tokens, r.output_tokens, r.predicted_output_tokens)], dtype=np.int64
-    ).reshape(-1, 3)
+    fields = ("prompt_tokens", "output_tokens", "predicted_output_tokens")
+    lengths = np.array([np.fromiter(map(attrgetter(field), requests), np.int64, len(requests)) for field in fields])
     return {
         "code": provenance.code_hash(),
         "latency_model": _hash(np.concatenate([run.backend.latency(kind).pack() for kind in run.testbed.kinds])),
-        "data_set": _hash(lengths[:, :2]),
-        "estimates": _hash(lengths[:, 2]),
+        "data_set": _hash(lengths[:2]),
+        "estimates": _hash(lengths[2]),
     }
 
 

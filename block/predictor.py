@@ -27,6 +27,7 @@ from block.types import (
     HEAD_BEGIN,
     HEAD_END,
     HEAD_FREE,
+    HEAD_ID,
     HEAD_ROW,
     HEAD_RUNNING,
     HEAD_STALE,
@@ -37,7 +38,6 @@ from block.types import (
     PROMPT,
     TARGET,
     Floats,
-    Forecast,
     Forecasts,
     Int,
     Ints,
@@ -116,7 +116,7 @@ class Predictor:
             shown.pool,
             shown.heads,
             shown.started,
-            np.array(arrivals, dtype=np.int64).reshape(-1, _ARRIVAL),
+            np.array(arrivals, dtype=np.int64),
             request.prompt_tokens,
             request.predicted_output_tokens,
             self._seqs,
@@ -145,10 +145,11 @@ class Predictors:
 
     def forecasts(
         self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
-    ) -> list[Forecast]:
+    ) -> Forecasts:
         """One forecast for each snapshot, in a compiled call for each kind of instance."""
-        predictors = [self._of[snapshot.instance_id] for snapshot in snapshots]
-        return forecast_each(predictors, snapshots, underway, [request] * len(snapshots), now)
+        shown = Snapshots.of(snapshots)
+        predictors = [self._of[instance_id] for instance_id in shown.heads[:, HEAD_ID].tolist()]
+        return forecast_each(predictors, shown, underway, [request] * len(shown), now)
 
 
 def forecast_each(
@@ -157,16 +158,18 @@ def forecast_each(
     underway: Sequence[Sequence[Request]],
     requests: Sequence[Request],
     now: float,
-) -> list[Forecast]:
+) -> Forecasts:
     """For each i the forecast of requests[i] at snapshots[i] by predictors[i]; a predictor has one request only."""
     places: dict[Predictor, list[int]] = {}
     for place, predictor in enumerate(predictors):
         places.setdefault(predictor, []).append(place)
-    found: dict[int, Forecast] = {}
+    shown = Snapshots.of(snapshots)
+    ttft, e2e = [math.nan] * len(shown), [math.nan] * len(shown)
     for predictor, mine in places.items():
-        shown, theirs = [snapshots[i] for i in mine], [underway[i] for i in mine]
-        found.update(zip(mine, predictor.forecasts(shown, theirs, requests[mine[0]], now), strict=True))
-    return [found[i] for i in range(len(snapshots))]
+        found = predictor.forecasts(shown.some(mine), [underway[i] for i in mine], requests[mine[0]], now)
+        for i, first, last in zip(mine, found.ttft, found.e2e, strict=True):
+            ttft[i], e2e[i] = first, last
+    return Forecasts(ttft, e2e)
 
 
 @compiled
@@ -197,7 +200,7 @@ def _forecasts(
     compressed: bool,
     outrun_share: float,
 ) -> None:
-    """`pool`, `heads`, `started`: those of `Snapshots`; `arrivals`: in order of the instance."""
+    """`pool`, `heads`, `started`: those of `Snapshots`; `arrivals`: _ARRIVAL numbers each, in order of the instance."""
     state = np.zeros(s.STATE, dtype=np.int64)
     times = np.zeros(s.TIMES)
     noise = np.ones(1)
@@ -211,10 +214,10 @@ def _forecasts(
         for row in range(FIELDS):
             for column in range(Index(columns)):
                 seqs[row, column] = shown[row, Index(begin) + column]
-        while arrival < arrivals.shape[0] and arrivals[arrival, 0] == i:
-            _append(seqs, columns, arrivals[arrival, 1], arrivals[arrival, 2], arrivals[arrival, 3])
+        while arrival < arrivals.shape[0] and arrivals[arrival] == i:
+            _append(seqs, columns, arrivals[arrival + 1], arrivals[arrival + 2], arrivals[arrival + 3])
             columns += 1
-            arrival += 1
+            arrival += _ARRIVAL
         _append(seqs, columns, _CANDIDATE, prompt, expected)
         _forecast(
             seqs,

@@ -102,13 +102,20 @@ class Snapshots(Sequence[Snapshot]):
         """The same by columns."""
         if isinstance(snapshots, Snapshots):
             return snapshots
-        heads = np.zeros((len(snapshots), HEADS), dtype=np.int64)
-        end = 0
-        for head, one in zip(heads, snapshots, strict=True):
-            begin, end = end, end + one.seqs.shape[1]
-            head[:] = (one.instance_id, 0, begin, end, one.running, one.stale, one.free_blocks, one.preemptions)
+        rows = [
+            (one.instance_id, 0, 0, one.seqs.shape[1], one.running, one.stale, one.free_blocks, one.preemptions)
+            for one in snapshots
+        ]
+        heads = np.array(rows, dtype=np.int64)
+        widths = heads[:, HEAD_END].copy()
+        widths.cumsum(out=heads[:, HEAD_END])
+        heads[:, HEAD_BEGIN] = heads[:, HEAD_END] - widths
         pool = np.concatenate([one.seqs for one in snapshots], axis=1)[np.newaxis]
         return Snapshots(snapshots[0].taken_at, pool, heads, np.array([one.step_started for one in snapshots]))
+
+    def some(self, places: Sequence[int]) -> Snapshots:
+        """Those at these places."""
+        return Snapshots(self.taken_at, self.pool, self.heads[places], self.started[places])
 
     def ids(self, place: int) -> list[int]:
         """The requests that one of them shows."""

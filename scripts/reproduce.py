@@ -128,7 +128,8 @@ def _jobs(figures: Mapping[str, Any], options: argparse.Namespace) -> Jobs:
     }
     always = (f"backend={options.backend}", "tracking=none", f"workload.num_requests={options.requests}")
     composer = Composer(ROOT / "conf", always)
-    jobs = {key: composer.job(cell, search=key[0]) for key, cell in wanted.items()}
+    made = composer.jobs([(search, cell) for (search, _), cell in wanted.items()])
+    jobs = dict(zip(wanted, made, strict=True))
     campaign.find(jobs.values())
     return jobs
 

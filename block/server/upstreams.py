@@ -20,7 +20,7 @@ from block.latency import LatencyModel
 from block.policies import Needs
 from block.predictor import Predictor, forecast_each
 from block.server.wire import TROUBLE, Wire
-from block.types import Forecast, Request, RequestRecord, Snapshot
+from block.types import Forecasts, Request, RequestRecord, Snapshot
 from block.vllm_plugin.board import EngineLimits
 
 log = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ class FleetForecaster:
 
     def forecasts(
         self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
-    ) -> list[Forecast]:
+    ) -> Forecasts:
         """One forecast for each snapshot, in a compiled call for each kind of server."""
         kinds = [self._instances[snapshot.instance_id].limits for snapshot in snapshots]
         theirs = [[_fitting(one, limits) for one in some] for some, limits in zip(underway, kinds, strict=True)]
