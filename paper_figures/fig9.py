@@ -23,9 +23,9 @@ RUNS: list[cells.Cell] = []
 SEARCHES: list[cells.Cell] = [
     *(
         {"lengths": lengths, "scheduler.k": k, **cell}
-        for lengths in LENGTHS.values()
+        for name, lengths in LENGTHS.items()
         for k in K
-        for cell in settings.searches("base", ("po_k",))
+        for cell in settings.searches("base", ("po_k",), f"{k} with {name} lengths")
     ),
     *settings.searches("base", ("block", "block_star", "llumnix_minus")),
 ]

@@ -33,7 +33,11 @@ RUNS = [
     for values in ESTIMATORS.values()
     for seed in settings.SEEDS
 ]
-SEARCHES = [{**values, **cell} for values in ESTIMATORS.values() for cell in settings.searches("base", ("block",))]
+SEARCHES = [
+    {**values, **cell}
+    for name, values in ESTIMATORS.items()
+    for cell in settings.searches("base", ("block",), None if name == "true" else f"{name} lengths")
+]
 INJECTED = [name for name in ESTIMATORS if name.startswith(("true", "injected"))]
 KEYS = ("lengths", "lengths.sigma", "lengths.tokens")
 

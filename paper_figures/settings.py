@@ -31,23 +31,26 @@ SETTINGS = {
 }
 
 BEGINNINGS = yaml.safe_load((Path(__file__).parent / "beginnings.yaml").read_text())
-"""About where each scheduler's capacities are. It decides how many runs a search takes, and, where latency falls again
-with the rate as that of heuristics does, which of several crossings it finds.
+"""About where capacities are, by setting, scheduler, and what else is changed. It decides how many runs a search takes,
+and, where latency falls again with the rate as that of heuristics does, which of several crossings it finds.
 """
 
 
-def searches(setting: str, schedulers: Sequence[str], seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
-    """The cells of the capacity searches of a setting."""
+def searches(setting: str, schedulers: Sequence[str], variant: str | None = None) -> list[dict[str, Any]]:
+    """The cells of the capacity searches of a setting; they begin where BEGINNINGS has those of a scheduler, or of a
+    variant of it.
+    """
     one = SETTINGS[setting]
+    beginnings = {name: BEGINNINGS[setting][f"{name}, {variant}" if variant else name] for name in schedulers}
     return [
         {
             "scheduler": scheduler,
             **one.values,
-            "capacity.low": float(BEGINNINGS[setting][scheduler][0]),
-            "capacity.high": float(BEGINNINGS[setting][scheduler][1]),
+            "capacity.low": float(low),
+            "capacity.high": float(high),
             "capacity.tolerance": one.tolerance,
             "seed": seed,
         }
-        for scheduler in schedulers
-        for seed in seeds
+        for scheduler, (low, high) in beginnings.items()
+        for seed in SEEDS
     ]
