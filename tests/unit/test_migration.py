@@ -21,6 +21,7 @@ from block.migration import MigrationConfig, Migrator, candidate, pairs
 from block.policies import Llumnix, RoundRobin, freeness
 from block.predictor import Predictor
 from block.types import BLOCKS, COMPUTED, ID, OUTPUT, PROMPT, Request, RequestRecord
+from block.virtual import SimulationStalled
 
 KINDS: dict[str, dict[str, Any]] = {
     "v0": {"version": "v0", "watermark": 0.02},
@@ -362,5 +363,5 @@ def test_nobody_waiting_is_seen_as_a_stall_and_not_as_an_endless_wait() -> None:
         await instances[0].generate(record.request, record)
         await task
 
-    with pytest.raises(clock.SimulationStalled):
+    with pytest.raises(SimulationStalled):
         clock.run(main(), virtual=True)
