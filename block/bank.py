@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, Protocol
 
@@ -96,6 +97,17 @@ class Bank:
         else:
             engine.bind(row)
         return row
+
+    def alone(self, row: int) -> Bank:
+        """A bank of one row, a copy of one of these; no engine has it yet."""
+        other = copy.copy(self)
+        rows = slice(row, row + 1)
+        for name in ("state", "times", "limits", "found", "seqs", "firsts", "done"):
+            setattr(other, name, getattr(self, name)[rows].copy())
+        other.packed, other.noise = self.packed[rows], self.noise[rows]  # which no engine changes
+        other.leaving = {0} if row in self.leaving else set()
+        other.engines = []
+        return other
 
     def _bind(self) -> None:
         for row, engine in enumerate(self.engines):

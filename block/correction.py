@@ -64,9 +64,12 @@ class Corrected:
     ) -> Forecasts:
         """One forecast for each snapshot."""
         shown = Snapshots.of(snapshots)
-        for snapshot in shown:
-            self._observe(snapshot)
-        factors = [self.factor(instance_id) for instance_id in shown.heads[:, HEAD_ID].tolist()]
+        ids = shown.heads[:, HEAD_ID].tolist()
+        for place, (instance_id, started_at) in enumerate(zip(ids, shown.started.tolist(), strict=True)):
+            watch = self._watches.get(instance_id)
+            if watch is None or watch.last is None or watch.last.step_started != started_at:
+                self._observe(shown[place])
+        factors = [self.factor(instance_id) for instance_id in ids]
         # In the time of the twin, the step in flight has been running for less long.
         started = now - (now - shown.started) / np.array(factors)
         slowed = Snapshots(shown.taken_at, shown.pool, shown.heads, started)
@@ -79,8 +82,6 @@ class Corrected:
         last = watch.last
         if math.isnan(snapshot.step_started):
             watch.last = None
-            return
-        if last is not None and last.step_started == snapshot.step_started:
             return
         in_flight = snapshot.seqs[:, : snapshot.running + snapshot.stale]
         if last is not None:

@@ -185,12 +185,10 @@ class Engine:
     def copy(self) -> Engine:
         """One like it, in a bank of its own."""
         other = copy.copy(self)
-        other._bank = Bank(1)
-        other._bank.make_room(self._seqs.shape[1])
-        other.row = other._bank.enter(other, self._limits, self._packed, self._noise)
-        for mine, its in ((self._seqs, other._seqs), (self._firsts, other._firsts)):
-            its[:] = mine
-        other._state[:], other._times[:] = self._state, self._times
+        other._bank = self._bank.alone(self.row)
+        other._bank.engines = [other]
+        other.row = 0
+        other.bind(0)
         return other
 
     def add(self, request: Request, now: float) -> None:

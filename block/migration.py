@@ -130,8 +130,10 @@ class Migrator:
 
     def _pairs(self) -> list[tuple[SimulatedInstance, SimulatedInstance]]:
         ready = [instance for instance in self._instances if instance.instance_id not in self._busy]
+        if not ready:
+            return []
         seen = self._look([instance.instance_id for instance in ready])
-        free = [freeness(snapshot, (), self._block_size) for snapshot in seen]
+        free = freeness(seen, [()] * len(ready), self._block_size)
         return [(ready[source], ready[target]) for source, target in pairs(free, self._config)]
 
     async def _attempt(self, source: SimulatedInstance, target: SimulatedInstance) -> None:

@@ -208,17 +208,28 @@ def _less_free(pool: Ints, heads: Ints, block_size: int, scores: Floats) -> None
         scores[i] = (scores[i] + wanted - heads[i, HEAD_FREE]) / max(running, 1)
 
 
-def freeness(snapshot: Snapshot, underway: Sequence[Request], block_size: int) -> float:
-    """Llumnix's freeness: (KV blocks − virtual usage) / batch size, in blocks for each running request.
+def freeness(snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], block_size: int) -> list[float]:
+    """Llumnix's freeness of each: (KV blocks − virtual usage) / batch size, in blocks for each running request.
 
     Virtual usage (arXiv 2406.03243, Algorithm 1, for one priority) is what running requests hold, what the first
     waiting one demands, and nothing for those behind it. A request underway counts as if it were admitted.
     """
-    wanted = _blocks(underway, block_size)
-    if snapshot.seqs.shape[1] > snapshot.running:
-        head = snapshot.seqs[:, snapshot.running]
-        wanted += -(-int(head[PROMPT] + head[OUTPUT]) // block_size)
-    return (snapshot.free_blocks - wanted) / max(snapshot.running, 1)
+    shown = Snapshots.of(snapshots)
+    free = np.array([_blocks(requests, block_size) for requests in underway], dtype=np.float64)
+    _freeness(shown.pool, shown.heads, block_size, free)
+    return free.tolist()  # type: ignore[no-any-return]
+
+
+@compiled
+def _freeness(pool: Ints, heads: Ints, block_size: int, free: Floats) -> None:
+    """KV blocks wanted by requests underway become `freeness`; the rest is of `Snapshots`."""
+    for i in range(heads.shape[0]):
+        seqs = pool[heads[i, HEAD_ROW]]
+        running = heads[i, HEAD_RUNNING]
+        first = heads[i, HEAD_BEGIN] + running
+        if first < heads[i, HEAD_END]:
+            free[i] += (seqs[PROMPT, first] + seqs[OUTPUT, first] + block_size - 1) // block_size
+        free[i] = (heads[i, HEAD_FREE] - free[i]) / max(running, 1)
 
 
 @final
@@ -235,9 +246,8 @@ class Llumnix:
 
     def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
         """Scores: minus freeness."""
-        both = zip(_snapshots(views), Views.of(views).underway, strict=True)
-        scores = [-freeness(snapshot, underway, self.block_size) for snapshot, underway in both]
-        return least(views, scores, stream)
+        free = freeness(_snapshots(views), Views.of(views).underway, self.block_size)
+        return least(views, [-one for one in free], stream)
 
 
 @final

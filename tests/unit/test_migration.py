@@ -175,12 +175,12 @@ def test_blocks_tokens_and_requests_survive_any_migrations(kind: str, seed: int)
 
 def test_freeness_by_hand() -> None:
     engine = Engine(engine_config("v0", max_num_seqs=2, max_model_len=40), constant_latency(), 20)
-    assert freeness(engine.snapshot(0, 0.0), (), 4) == 20, "an empty batch counts as one"
+    assert freeness([engine.snapshot(0, 0.0)], [()], 4) == [20], "an empty batch counts as one"
     for i, prompt in enumerate((8, 6, 9, 30)):
         engine.add(request(i, prompt, 9), 0.0)
     list(engine.advance(1.0))
     # 0 and 1 hold 3 and 2 blocks, 2 waits for 3, 3 behind it counts nothing; 7 tokens underway are 2 blocks.
-    assert freeness(engine.snapshot(0, 1.0), [request(9, 7, 1)], 4) == (15 - 3 - 2) / 2
+    assert freeness([engine.snapshot(0, 1.0)], [[request(9, 7, 1)]], 4) == [(15 - 3 - 2) / 2]
 
 
 def test_the_least_free_is_paired_with_the_freest() -> None:
