@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random as Stream
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from joblib import parallel_config
@@ -336,3 +337,13 @@ def test_serving_is_what_is_done_unless_something_else_is_said(tmp_path: Path) -
     assert run.config["command"] == "serve"
     without = {key: value for key, value in run.config.items() if key != "command"}
     assert run.document["config_hash"] == experiment_hash(without)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a peak of memory")
+def test_the_memory_of_a_run_is_its_own_not_that_of_what_the_process_did_before(tmp_path: Path) -> None:
+    before = np.ones(100_000_000)
+    assert before.nbytes / 2**20 > 700
+    del before
+    peak = executed(tmp_path).summary["peak_memory_mib"]
+    assert peak is not None
+    assert 50 < peak < 700
