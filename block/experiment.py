@@ -97,6 +97,15 @@ def _forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def _peak_mib() -> float:
+    """The most memory that this process has held, on Linux since `_forget_peak`."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    except (OSError, StopIteration):  # the other counter is at least what the parent held when it started this process
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def _store(writer: RunWriter, outcome: Outcome) -> None:
     dispatcher, monitor = outcome.dispatcher, outcome.monitor
     if dispatcher is None or monitor is None:
@@ -110,7 +119,7 @@ def _store(writer: RunWriter, outcome: Outcome) -> None:
         dispatch_overhead_s=np.array(overheads),
         forecast_us=np.array(dispatcher.forecast_s) * 1e6,
         wall_time_s=outcome.wall_time_s,
-        peak_memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        peak_memory_mib=_peak_mib(),
         engines=outcome.engines,
         ejections=dispatcher.ejections,
         counterfactuals=outcome.counterfactuals.columns() if outcome.counterfactuals else None,
