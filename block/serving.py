@@ -68,6 +68,8 @@ def serve(
         backend = run.backend
         main = _serve(run, requests, outcome, finished, note, logs)
         clock.run(main, virtual=backend.virtual, dilation=backend.time_dilation)
+    except ExceptionGroup as group:  # of servers that start together, the first to fail says what is wrong
+        raise group.exceptions[0] from None
     finally:
         outcome.wall_time_s = time.perf_counter() - began
 

@@ -105,7 +105,7 @@ def test_a_request_without_a_tag_is_shown_with_a_number_of_its_own(make_real: Ma
 
 
 def test_publishing_takes_little(make_real: MakeReal, board: Board) -> None:
-    """48 running and 100 waiting requests: some 0.1 ms a step; the bound leaves room for a busy machine."""
+    """48 running and 100 waiting requests: some 0.1 ms a step, a fraction of what vLLM's own part of the step takes."""
     config = engine_config("v1", max_num_seqs=48, max_num_batched_tokens=512, max_model_len=2048)
     durations: list[float] = []
 
@@ -118,7 +118,11 @@ def test_publishing_takes_little(make_real: MakeReal, board: Board) -> None:
     engine = make_real(config, 4000, elapse)
     for i in range(148):
         engine.receive(Request(i, 0.0, 100, 60, 60))
+    turns: list[float] = []
     while engine.busy:
+        began = time.perf_counter()
         engine.turn()
-    assert np.min(durations[5:40]) < 600e-6
-    print(f"publication: {np.median(durations[5:40]) * 1e6:.0f} µs")
+        turns.append(time.perf_counter() - began)
+    publication, turn = np.min(durations[5:40]), np.min(turns[5:40])  # which publishes twice
+    print(f"publication: {publication * 1e6:.0f} µs, vLLM: {(turn - 2 * publication) * 1e6:.0f} µs")
+    assert publication < (turn - 2 * publication)
