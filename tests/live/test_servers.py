@@ -66,7 +66,14 @@ def nothing_left(mark: str) -> bool:
 
 def servers(mark: str) -> dict[int, str]:
     """The zygote and the API servers among the marked processes: the leaders of their process groups."""
-    return {pid: line for pid, line in marked(mark).items() if os.getpgid(pid) == pid and "run.py" not in line}
+    return {pid: line for pid, line in marked(mark).items() if _leads_a_group(pid) and "run.py" not in line}
+
+
+def _leads_a_group(pid: int) -> bool:
+    try:
+        return os.getpgid(pid) == pid
+    except ProcessLookupError:  # it has just ended
+        return False
 
 
 def progress(folder: Path) -> int:
