@@ -113,7 +113,7 @@ class Snapshots(Sequence[Snapshot]):
         pool = np.concatenate([one.seqs for one in snapshots], axis=1)[np.newaxis]
         return Snapshots(snapshots[0].taken_at, pool, heads, np.array([one.step_started for one in snapshots]))
 
-    def some(self, places: Sequence[int]) -> Snapshots:
+    def some(self, places: Sequence[int] | slice) -> Snapshots:
         """Those at these places."""
         return Snapshots(self.taken_at, self.pool, self.heads[places], self.started[places])
 
@@ -131,7 +131,7 @@ class Snapshots(Sequence[Snapshot]):
     def __getitem__(self, place: slice) -> Sequence[Snapshot]: ...
     def __getitem__(self, place: int | slice) -> Snapshot | Sequence[Snapshot]:
         if isinstance(place, slice):
-            return Snapshots(self.taken_at, self.pool, self.heads[place], self.started[place])
+            return self.some(place)
         instance, row, begin, end, running, stale, free, preemptions = self.heads[place].tolist()
         seqs = self.pool[row, :, begin:end]
         return Snapshot(instance, self.taken_at, self.started.item(place), running, stale, free, preemptions, seqs)

@@ -141,7 +141,7 @@ class Looks:
         bank, instances = self._bank, self._instances
         for i in bank.leaving.intersection(ids):
             instances[i]._advance(now)
-        rows = self._rows[ids.start : ids.stop] if isinstance(ids, range) else np.array(ids, dtype=np.int64)
+        rows = self._rows if ids == range(len(self._rows)) else np.array(ids, dtype=np.int64)
         shown = bank.snapshots(rows, now)
         if bank.finished:
             for i in ids:

@@ -239,6 +239,20 @@ def test_outstanding_counts_from_the_decision_to_the_last_token() -> None:
     assert [views[1].outstanding for views in spy.views] == [0] * 5
 
 
+@pytest.mark.parametrize("candidates", [range(0, 4, 2), range(3, -1, -1), range(1, 3), [3, 0]])
+def test_views_are_of_the_candidates_whatever_sequence_a_policy_names_them_by(candidates: Sequence[int]) -> None:
+    class Some(Spy):
+        def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+            return candidates
+
+    spy = Some(target=candidates[-1])
+    dispatch([Scripted(i) for i in range(4)], spy, arrivals(0.0, 1.0), delay_s=5.0)
+    assert [view.instance_id for view in spy.views[1]] == list(candidates)
+    assert [view.outstanding for view in spy.views[1]] == [0] * (len(candidates) - 1) + [1]
+    assert [view.underway for view in spy.views[1]] == [[]] * (len(candidates) - 1) + [[0]]
+    assert [view.snapshot.instance_id for view in spy.views[1] if view.snapshot] == list(candidates)
+
+
 def test_recent_counts_the_last_sixty_seconds() -> None:
     spy = SpyOnCounts()
     dispatch([Scripted(0), Scripted(1)], spy, arrivals(0.0, 30.0, 59.9, 60.0, 89.9, 90.0, 200.0))
