@@ -31,6 +31,7 @@ from block.sweep import end_with
 CACHED = 2000  # compositions and fingerprints kept on disk
 FEW = 8  # so many are computed one after the other
 SEARCH_RUNS = 5  # runs that a search takes, about
+_FINGERPRINTED = ("model", "cluster", "engine", "backend", "lengths", "workload")  # nodes that they hang on
 RUN_S = 1.4  # seconds that a simulated run of 10,000 requests takes, about
 
 
@@ -52,7 +53,7 @@ class Job:
     @property
     def weight(self) -> int:
         """Its time, in runs of 10,000 requests."""
-        runs = int(self.settings["workload"]["num_requests"]) // 10_000
+        runs = int(self.settings["workload"]["num_requests"] or 10_000) // 10_000
         return max(runs, 1) * (SEARCH_RUNS if self.search else 1)
 
     def find(self, stored: Mapping[str, Run]) -> Run | searches.Search | None:
@@ -60,7 +61,7 @@ class Job:
         if self.search:
             return searches.find(self.settings, self.hashes)
         run = stored.get(self.identity[1])
-        return run if run is not None and run.document["hashes"] == self.hashes else None
+        return run if run is not None and run.document.get("hashes") == self.hashes else None
 
     def __str__(self) -> str:
         at = "capacity" if self.search else f"qps={self.settings['workload']['qps']:g}"
@@ -71,7 +72,7 @@ class Composer:
     """Makes the jobs of cells, from the config files in `folder`; `always`: overrides of all of them.
 
     Hydra takes long to compose a choice of files, and so does hashing what they name; both are kept on disk for the
-    next call, until a file changes.
+    next call, until a file of the project changes. What hangs on other files is hashed by each call.
     """
 
     def __init__(self, folder: Path, always: Sequence[str]) -> None:
@@ -102,8 +103,10 @@ class Composer:
         """What a function returns for each of these; what is not on the disk is computed in parallel."""
         on_disk = self._on_disk[function]
         distinct = dict.fromkeys(all_arguments)
-        new = [arguments for arguments in distinct if not on_disk.check_call_in_cache(*arguments)]
-        found = Parallel(n_jobs=-1 if len(new) > FEW else 1)(delayed(on_disk)(*arguments) for arguments in new)
+        kept = {arguments: not _reads(arguments[0]) for arguments in distinct}
+        new = [one for one in distinct if not (kept[one] and on_disk.check_call_in_cache(*one))]
+        work = (delayed(on_disk if kept[arguments] else function)(*arguments) for arguments in new)
+        found = Parallel(n_jobs=-1 if len(new) > FEW else 1)(work)
         known = dict(zip(new, found, strict=True))
         known |= {arguments: on_disk(*arguments) for arguments in distinct if arguments not in known}
         return [known[arguments] for arguments in all_arguments]
@@ -115,10 +118,32 @@ def _groups(cell: Mapping[str, Any]) -> list[str]:
 
 
 def _same(usual: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """What fingerprints depend on: it is the same at every rate, and for every scheduler."""
-    same = {key: settings[key] for key in ("model", "cluster", "engine", "backend", "lengths", "seed")}
-    same["workload"] = {**settings["workload"], "qps": 1.0}
+    """What fingerprints depend on: it is the same at every rate, and for every scheduler of the package."""
+    same = {key: settings[key] for key in (*_FINGERPRINTED, "seed")}
+    same |= {key: part for key, part in settings.items() if _own_classes(part)}
+    rate = None if settings["workload"]["qps"] is None else 1.0
+    same["workload"] = {**settings["workload"], "qps": rate}
     return json.dumps({**usual, **same}, sort_keys=True)
+
+
+def _own_classes(part: Any) -> bool:
+    """Whether a node of a config is of a class of the user's."""
+    return isinstance(part, dict) and not str(part.get("_target_", "block.")).startswith("block.")
+
+
+def _reads(arguments: str) -> bool:
+    """Whether the settings that `_fingerprints` gets hang on more than the project's own files."""
+    try:
+        settings = json.loads(arguments)
+    except ValueError:  # of `_compose`
+        return False
+    texts = [text for key in _FINGERPRINTED for text in settings[key].values() if isinstance(text, str) and text]
+    named = [Path(text).resolve() for text in texts if Path(text).exists()]
+    return (
+        settings["workload"]["source"] == "trace"
+        or any(map(_own_classes, settings.values()))
+        or not all(path.is_relative_to(SOURCE / "artifacts") for path in named)
+    )
 
 
 def _compose(folder: str, chosen: tuple[str, ...], state: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -176,12 +201,15 @@ def distinct(jobs: Iterable[Job]) -> list[Job]:
     return sorted(once, key=lambda job: (job.weight, job.settings["cluster"].get("num_gpus", 0)), reverse=True)
 
 
-def do(missing: Sequence[Job], *, at_once: int) -> list[str]:
-    """Do the jobs, `at_once` in parallel (-1: one a core); returns what went wrong, a line for each that did."""
+def do(missing: Sequence[Job], *, at_once: int, fresh: bool = False) -> list[str]:
+    """Do the jobs, `at_once` in parallel (-1: one a core); returns what went wrong, a line for each that did.
+
+    fresh: search even what is stored; runs always are made.
+    """
     if not missing:
         return []
     failures = []
-    work = (delayed(_one)(job, os.getpid()) for job in missing)
+    work = (delayed(_one)(job, os.getpid(), fresh) for job in missing)
     with progress(Console(stderr=True), "runs", sum(job.weight for job in missing)) as advance:
         for weight, error in Parallel(n_jobs=at_once, return_as="generator_unordered")(work):
             advance(weight)
@@ -190,10 +218,11 @@ def do(missing: Sequence[Job], *, at_once: int) -> list[str]:
     return failures
 
 
-def _one(job: Job, main: int) -> tuple[int, str]:
+def _one(job: Job, main: int, fresh: bool) -> tuple[int, str]:
     """A job, in a process of its own; returns its weight and what went wrong."""
     end_with(main)
     settings = OmegaConf.create(job.settings)
+    settings.capacity.fresh = fresh
     gc.disable()  # what a run leaves goes by itself; a pass over all of it, while it is stored, takes 3 % of the run
     try:
         if job.search:

@@ -25,6 +25,7 @@ class CapacityConfig:
         is interpolated (log-linearly). Against searches that closed in on the crossing, 0.5 moves single results of
         Block and Llumnix- by up to 0.14, and those of heuristics by up to 1: their latency does not grow evenly, and
         a search that begins elsewhere may find another crossing (min-QPM at 3 s: 19.4 or 20.9 for one seed).
+    fresh: search even if the search is stored.
     """
 
     metric: str = "ttft_p99_s"
@@ -33,6 +34,7 @@ class CapacityConfig:
     low: float = 24.0
     high: float = 36.0
     tolerance: float = 0.5
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:

@@ -10,20 +10,23 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml  # type: ignore[import-untyped]
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import MarkedYAMLError  # type: ignore[import-untyped]
+from yaml import MarkedYAMLError
 
-from block import policies
+from block import answers, policies
 from block.backends import VLLM, VLLMCPU, Emulated
 from block.capacity import CapacityConfig
 from block.cluster import Backend, ClusterConfig, Mixed, Simulated, Testbed, visible_gpus
@@ -41,6 +44,8 @@ from block.provisioner import Elastic, Preempt, Relief, Static
 from block.server_config import ServerConfig
 from block.tracking import Tracking
 from block.workload import Workload
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
 
 # Groups whose choices are values of one class, and groups whose choices are classes.
 GROUPS: dict[str, type] = {
@@ -80,6 +85,8 @@ CHOICES: dict[str, dict[str, type]] = {
 class RunConfig:
     """One run, resolved and checked.
 
+    scheduler: the policy, which may have a state: a RunConfig is built for each run. peers: those of the dispatchers
+    beside the first, each with a state of its own; where there are too few, these share `scheduler`.
     seed: of every random stream of the run. sample_every_s: interval of the instances' time series.
     replay_share: share of the requests that are tried on all instances, on copies of these (`block.counterfactual`).
     """
@@ -98,8 +105,10 @@ class RunConfig:
     seed: int = 0
     sample_every_s: float = 1.0
     replay_share: float = 0.0
+    peers: tuple[policies.Policy, ...] = ()
 
     def __post_init__(self) -> None:
+        answers.check(self.scheduler)
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must be 0 or more")
         if not 0 < self.sample_every_s < float("inf"):
@@ -210,25 +219,29 @@ def register() -> None:
     """Show the dataclasses to Hydra."""
     store = ConfigStore.instance()
     store.store(name="run_schema", node=_Root)
-    for group, cls in GROUPS.items():
-        store.store(group="schema", name=group, node=schema(cls))
-    store.store(group="schema/cluster", name="mixed", node=schema(Mixed))
-    for group, choices in CHOICES.items():
-        for name, cls in choices.items():
-            store.store(group=f"schema/{group}", name=name, node=schema(cls))
+    for path, cls in _schemas().items():
+        group, _, name = f"schema/{path}".rpartition("/")
+        store.store(group=group, name=name, node=schema(cls))
+
+
+def _schemas() -> dict[str, type]:
+    """The classes by what they are called below ``schema``."""
+    choices = {f"{group}/{name}": cls for group, classes in CHOICES.items() for name, cls in classes.items()}
+    return {**GROUPS, "cluster/mixed": Mixed, **choices}
 
 
 def build(config: DictConfig) -> RunConfig:
     """Construct what `config` describes; ConfigError if it cannot be."""
     _refuse_unknown(config, [f.name for f in dataclasses.fields(_Root)])
-    keys = [f.name for f in dataclasses.fields(RunConfig)]
+    keys = [f.name for f in dataclasses.fields(RunConfig) if f.name != "peers"]
     try:
         parts = {key: config[key] for key in keys}
         for key in (*GROUPS, *CHOICES, "dispatch"):
             if not isinstance(parts[key], DictConfig):
                 raise ConfigError(f"{key}={'null' if parts[key] is None else parts[key]}: {_kinds(key)}")
         groups = {key: node(part) for key, part in parts.items() if isinstance(part, DictConfig)}
-        run = RunConfig(**{**parts, **groups})
+        peers = tuple(node(parts["scheduler"]) for _ in range(1, groups["dispatch"].dispatchers))
+        run = RunConfig(**{**parts, **groups, "peers": peers})
         run.testbed  # noqa: B018 — raises if the model does not fit
         run = _on_real_gpus(run)
     except (ValueError, OmegaConfBaseException) as error:
@@ -263,6 +276,11 @@ def node(part: DictConfig) -> Any:
     try:
         return instantiate(part, _convert_="all")
     except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__
+        where = "" if cause is None else answers.place(cause)
+        if where and not str(cause).startswith(f"{part._get_full_key(None)}."):  # a class of the user's does not work
+            key = part._get_full_key("_target_")
+            raise ConfigError(f"{key}={part['_target_']}: {answers.told(cause or error)} ({where})") from error
         raise ConfigError(explain(error)) from error
 
 
@@ -279,6 +297,8 @@ def _class_of(part: DictConfig) -> type:
         cls = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{key}={name}: {error}") from error
+    except Exception as error:  # importing a module of the user's runs it
+        raise ConfigError(f"{key}={name}: {answers.told(error)} ({answers.place(error)})") from error
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise ConfigError(f"{key}={name}: must be a dataclass, whose fields are the keys of {group}")
     return cls
@@ -301,6 +321,54 @@ def _kinds(key: str) -> str:
 def plain(config: DictConfig) -> dict[str, Any]:
     """The resolved config in plain containers."""
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def filed(config: DictConfig, choices: Mapping[str, str]) -> dict[str, str]:
+    """What a result is filed under: the choices, except that a node which was given another class than its file names
+    goes by that class, such as "mine.freest.Freest".
+    """
+    named = dict(choices)
+    for group in (*GROUPS, *CHOICES):
+        target = OmegaConf.select(config, f"{group}._target_")
+        if group in named and target is not None:
+            meant = next((_target_of(path, group) for path in _files(group, named[group])), None)
+            if meant is not None and target != meant:
+                named[group] = str(target)
+    return named
+
+
+def own_choices() -> list[Path]:
+    """The files of the user's that the Hydra job at hand was composed of: choices that conf/ does not have."""
+    if not HydraConfig.initialized():
+        return []
+    chosen = HydraConfig.get().runtime.choices.items()
+    found = (next(_files(str(group), str(choice)), None) for group, choice in chosen if choice is not None)
+    return [path for path in found if path is not None and not path.is_relative_to(CONF)]
+
+
+def _files(group: str, choice: str) -> Iterator[Path]:
+    """The yaml files that Hydra may take for a choice, in its order."""
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else ()
+    own = (Path(source.path) for source in sources if source.schema == "file" and source.path)
+    return (path for folder in (CONF, *own) if (path := folder / group / f"{choice}.yaml").is_file())
+
+
+@cache
+def _target_of(path: Path, group: str) -> str | None:
+    """The class that a file of a group names, or that it begins with; None if neither can be told."""
+    content = yaml.safe_load(path.read_text())
+    if not isinstance(content, dict):
+        return None
+    if "_target_" in content:
+        return str(content["_target_"])
+    for entry in map(str, content.get("defaults", ())):
+        name = entry.partition("@")[0]
+        cls = _schemas().get(name.removeprefix("/schema/"))
+        if name.startswith(f"/schema/{group}") and cls is not None:
+            return f"{cls.__module__}.{cls.__qualname__}"
+        if (base := next(_files(group, name), None)) is not None:
+            return _target_of(base, group)
+    return None
 
 
 def guard(main: Callable[[], Any]) -> int:
@@ -348,7 +416,15 @@ class _Told(BaseException):
         self.status = status
 
 
-_WRONG = (ConfigError, HydraException, OmegaConfBaseException, FileNotFoundError, MarkedYAMLError, LaunchFailed)
+_WRONG = (
+    ConfigError,
+    HydraException,
+    OmegaConfBaseException,
+    FileNotFoundError,
+    MarkedYAMLError,
+    LaunchFailed,
+    answers.PolicyFault,
+)
 
 
 def _tell(error: Exception) -> int:

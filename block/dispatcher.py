@@ -20,6 +20,7 @@ from random import Random as Stream
 from typing import Protocol, TypeVar
 
 from block import clock
+from block.answers import checked
 from block.instances.base import Instance, InstanceFailed, Look, RequestFailed, one_by_one
 from block.policies import Needs, Policy
 from block.types import ID, Decision, Forecast, InstanceView, Request, RequestRecord, Snapshot, Snapshots, Views
@@ -149,7 +150,8 @@ def _of(values: Sequence[T], ids: Sequence[int]) -> Sequence[T]:
 
 
 class Dispatcher:
-    """Places requests on instances by a policy. `predictor` may be None if the policy needs no forecasts.
+    """Places requests on instances by a policy. `predictor` may be None if the policy needs no forecasts. A policy that
+    is not of this package is checked (`block.answers`).
 
     delay_s: modelled seconds from a request's arrival to its arrival at the instance; 0 where the delay is real.
     An instance that fails a request is *ejected*, unless it only turned it away: no request goes there until `readmit`.
@@ -177,7 +179,7 @@ class Dispatcher:
         if policy.needs is Needs.FORECAST and predictor is None:
             raise ValueError(f"policy {type(policy).__name__} needs a predictor")
         self._instances = instances
-        self._policy = policy
+        self._policy = checked(policy)
         self._predictor = predictor
         self._config = config
         self._stream = stream
@@ -195,11 +197,14 @@ class Dispatcher:
         self.forecast_s: deque[float] = deque(maxlen=history)
         self.ejections: deque[tuple[float, int, str]] = deque(maxlen=history)
 
-    def replica(self, stream: Stream) -> Dispatcher:
-        """Another dispatcher in front of the same instances; they know nothing of each other, but keep one history."""
+    def replica(self, policy: Policy, stream: Stream) -> Dispatcher:
+        """Another dispatcher in front of the same instances; they know nothing of each other, but keep one history.
+
+        policy: the same one, but another object if it has a state.
+        """
         other = Dispatcher(
             self._instances,
-            self._policy,
+            policy,
             self._predictor,
             self._config,
             stream,

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, fields, is_dataclass, replace
+from datetime import UTC, datetime
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,17 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig
 from rich.console import Console
 
-from block import provenance, searches
+from block import provenance, searches, workload
 from block.capacity import crossings
+from block.cluster import Simulated
 from block.complaints import ConfigError, explain
-from block.config import RunConfig, build, node, plain
+from block.config import RunConfig, build, filed, node, own_choices, plain
 from block.console import announce, progress, report, report_line, report_scores
 from block.lengths.estimation import evaluate
 from block.metrics import interval, summarise
 from block.policies import Needs
 from block.predictor import Predictor
-from block.results import Run, read_run, write_json
+from block.results import Run, json_value, read_run, write_json
 from block.searches import Search
 from block.serving import Outcome, requests_of, serve
 from block.sweep import end_with, standing
@@ -71,7 +73,9 @@ def execute(
         Predictor(testbed.engine, run.backend.latency(alike), alike.total_blocks).warm_up()
     hashes = fingerprints(run, requests)
     _forget_peak()
-    with RunWriter(plain(config), choices, hashes=hashes, root=config.runs_dir) as writer:
+    origin = provenance.origin(_own_files(run))
+    named = filed(config, choices)
+    with RunWriter(plain(config), named, hashes=hashes, git=origin, root=config.runs_dir) as writer:
         outcome = Outcome()
         try:
             with progress(console, "requests", len(requests)) as advance:
@@ -129,22 +133,87 @@ def _store(writer: RunWriter, outcome: Outcome) -> None:
 
 
 def fingerprints(run: RunConfig, requests: Sequence[Request] | None = None) -> dict[str, str]:
-    """Hashes of what a run's results depend on beside its config: the code, its step times, its requests' lengths and
-    what is believed of them. They are the same at every request rate, and for every scheduler.
+    """Hashes of what a run's results depend on beside its config, by name: the code and what computes with it, the
+    engines and their step times, its requests' lengths, their arrivals, and what is believed of their lengths. Each
+    module of the user's, and each file that an object of the user's names, has one of its own.
+
+    They are the same at every request rate, and for every scheduler of this package.
     """
     requests = requests_of(run) if requests is None else requests
-    fields = ("prompt_tokens", "output_tokens", "predicted_output_tokens")
-    lengths = np.array([np.fromiter(map(attrgetter(field), requests), np.int64, len(requests)) for field in fields])
-    return {
+    at_any_rate = run.workload if run.workload.qps is None else replace(run.workload, qps=1.0)
+    arrivals = requests if at_any_rate == run.workload else workload.generate(at_any_rate, run.seed)
+    backend, kinds = run.backend, run.testbed.kinds
+    latency = [backend.latency(kind).pack() for kind in kinds]
+    if isinstance(backend, Simulated) and backend.predictor_gpu is not None:  # what the engines are, beside that
+        latency += [replace(backend, predictor_gpu=None).latency(kind).pack() for kind in kinds]
+    engines = [type(backend).__name__, asdict(run.testbed.engine)]
+    blocks = [[kind.instances, kind.total_blocks] for kind in kinds]
+    lengths = np.array([_column(requests, field, np.int64) for field in ("prompt_tokens", "output_tokens")])
+    texts = [request.prompt for request in requests if request.prompt is not None]
+    hashes = {
         "code": provenance.code_hash(),
-        "latency_model": _hash(np.concatenate([run.backend.latency(kind).pack() for kind in run.testbed.kinds])),
-        "data_set": _hash(lengths[:2]),
-        "estimates": _hash(lengths[2]),
+        "libraries": provenance.config_hash(provenance.libraries(*(() if backend.virtual else ("torch", "vllm")))),
+        "engines": provenance.config_hash(json_value([engines, blocks])),
+        "latency_model": _hash(np.concatenate(latency)),
+        "data_set": _hash(lengths, *texts),
+        "arrivals": _hash(_column(arrivals, "arrival", np.float64)),
+        "estimates": _hash(_column(requests, "predicted_output_tokens", np.int64)),
     }
+    sources = {name: provenance.source_hash(path) for name, path in own_modules(run).items()}
+    return hashes | sources | {str(path): provenance.file_hash(path)[:16] for path in _named_files(run)}
 
 
-def _hash(array: NDArray[Any]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
+def _column(requests: Sequence[Request], field: str, kind: type[np.generic]) -> NDArray[Any]:
+    return np.fromiter(map(attrgetter(field), requests), kind, len(requests))
+
+
+def _hash(array: NDArray[Any], *texts: str) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(array).tobytes())
+    for text in texts:
+        digest.update(f"{len(text)} {text}".encode("utf-8", "replace"))
+    return digest.hexdigest()[:16]
+
+
+def own_modules(run: RunConfig) -> dict[str, Path]:
+    """The modules of the user's that the run's objects are of, and those that these import, by name."""
+    found: dict[str, Path] = {}
+    for name in {type(part).__module__ for part in _parts(run)}:
+        found |= {} if _is_ours(name) else provenance.own_modules(name)
+    return dict(sorted(found.items()))
+
+
+def _named_files(run: RunConfig) -> list[Path]:
+    """The files, and those in the folders, that the fields of objects of the user's classes name."""
+    named = [Path(value) for part in _parts(run) if not _is_ours(type(part).__module__) for value in _texts(part)]
+    found = {file for path in named for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
+    return sorted(found)
+
+
+def _own_files(run: RunConfig) -> list[Path]:
+    """What the user has written of the run and might have committed: modules, files of conf groups, data sheets."""
+    sheets = [Path(value) for part in _parts(run) for value in _texts(part) if value.endswith(".yaml")]
+    return [*own_modules(run).values(), *own_choices(), *(path for path in sheets if path.is_file())]
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] == "block"
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """The dataclasses that a value is made of, itself among them."""
+    if is_dataclass(value):
+        yield value
+        for field in fields(value):
+            yield from _parts(getattr(value, field.name, None))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _parts(item)
+
+
+def _texts(part: Any) -> Iterator[str]:
+    """The strings among a dataclass's fields, except names of nothing."""
+    values = (getattr(part, field.name, None) for field in fields(part))
+    return (value for value in values if isinstance(value, str) and value)
 
 
 def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
@@ -155,6 +224,7 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     """
     wanted = node(config.capacity)
     build(config)  # tell what is wrong before any process starts
+    choices = filed(config, choices)
     seeds = range(config.seed, config.seed + wanted.seeds)
     console = Console()
     found = []
@@ -174,7 +244,8 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
         how = f"{wanted.metric} ≤ {slo:g} s (95 % interval; by seed: {each})"
         console.print(f"{what}: {mean:.2f}{spread} requests/s at {how}", highlight=False, soft_wrap=True)
     for one in found:
-        console.print(f"[dim]{one.path}[/dim]", highlight=False, soft_wrap=True)
+        stored = f" stored {one.created}, --fresh searches anew" if one.again else ""
+        console.print(f"[dim]{one.path}{stored}[/dim]", highlight=False, soft_wrap=True)
     return objectives
 
 
@@ -186,18 +257,20 @@ def _search(config: DictConfig, choices: Mapping[str, str], seed: int, main: int
 
 
 def search_one(config: DictConfig, choices: Mapping[str, str]) -> Search:
-    """The search that `config` describes for its own seed: the stored one, or a new one that is stored.
+    """The search that `config` describes for its own seed: the stored one, or a new one, which is stored.
 
-    ConfigError if the configuration is wrong.
+    All is built anew for each rate that is tried, as for a run. ConfigError if the configuration is wrong.
     """
     run = build(config)
     wanted = node(config.capacity)
     settings, hashes = plain(config), fingerprints(run)
-    if (stored := searches.find(settings, hashes)) is not None:
+    if not wanted.fresh and (stored := searches.find(settings, hashes)) is not None:
         return stored
 
     def latency(qps: float) -> float:
-        at_rate = replace(run, workload=replace(run.workload, qps=qps))
+        settings = config.copy()
+        settings.workload.qps = qps
+        at_rate = build(settings)
         outcome = Outcome()
         serve(at_rate, requests_of(at_rate), outcome)
         assert outcome.dispatcher is not None
@@ -211,10 +284,11 @@ def search_one(config: DictConfig, choices: Mapping[str, str]) -> Search:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     document = {
-        "choices": {key: value for key, value in choices.items() if not key.startswith("hydra/")},
+        "created": datetime.now(UTC).isoformat(),
+        "choices": {key: value for key, value in filed(config, choices).items() if not key.startswith("hydra/")},
         "config": settings,
         "hashes": hashes,
-        "git": provenance.git(),
+        "git": provenance.origin(_own_files(run)),
         "capacities_qps": {f"{slo:g}": rate for slo, rate in zip(wanted.slo_s, rates, strict=True)},
         "points": points,
     }

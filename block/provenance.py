@@ -5,11 +5,16 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import shutil
 import subprocess
+import sys
+import sysconfig
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,8 +71,18 @@ def code_hash(package: Path = SOURCE / "block") -> str:
     for path in sorted(package.rglob("*.py")):
         part = path.relative_to(package)
         if part.parts[0].removesuffix(".py") not in _BYSTANDERS:
-            digest.update(f"{part.as_posix()} {ast.dump(_Undocumented().visit(ast.parse(path.read_bytes())))}".encode())
+            digest.update(f"{part.as_posix()} {_code(path)}".encode())
     return digest.hexdigest()[:16]
+
+
+def source_hash(path: Path) -> str:
+    """16 hex digits of one module: as of `code_hash`, or of its bytes if it is none in Python."""
+    code = _code(path).encode() if path.suffix == ".py" else path.read_bytes()
+    return hashlib.sha256(code).hexdigest()[:16]
+
+
+def _code(path: Path) -> str:
+    return ast.dump(_Undocumented().visit(ast.parse(path.read_bytes())))
 
 
 class _Undocumented(ast.NodeTransformer):
@@ -77,15 +92,116 @@ class _Undocumented(ast.NodeTransformer):
         return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
 
 
+def own_modules(name: str) -> dict[str, Path]:
+    """The files of a module of the user's and of those that it imports, directly or through others, by their names.
+
+    The user's are those that lie neither in this package nor where Python and what is installed do. An import is one
+    that stands in the source, at whatever depth; what a name computed at run time leads to is not found.
+    """
+    found: dict[str, Path] = {}
+    waiting = [name]
+    while waiting:
+        for one in _parents(waiting.pop()):
+            if one in found:
+                continue
+            path = _file_of(one)
+            if path is None:  # a package without an __init__, or no module
+                continue
+            if not is_own(path):  # nor is anything below it; and finding that would import it
+                break
+            found[one] = path
+            if path.suffix == ".py":
+                package = one if path.name == "__init__.py" else one.rpartition(".")[0]
+                waiting += _imports(ast.parse(path.read_bytes()), package)
+    return dict(sorted(found.items()))
+
+
+def _parents(name: str) -> Iterator[str]:
+    """Of a.b.c: a, a.b and a.b.c, all of which run when it is imported."""
+    parts = name.split(".")
+    return (".".join(parts[: i + 1]) for i in range(len(parts)))
+
+
+def _file_of(module: str) -> Path | None:
+    """The file of a module, imported or not; None if there is none, as of a package without an __init__."""
+    loaded = sys.modules.get(module)
+    if loaded is not None:
+        file = getattr(loaded, "__file__", None)
+    else:
+        try:
+            spec = importlib.util.find_spec(module)
+        except (ImportError, AttributeError, ValueError):  # a class or function of a module, say
+            return None
+        file = spec.origin if spec is not None and spec.has_location else None
+    return Path(file) if file and Path(file).is_file() else None
+
+
+@cache
+def _installed() -> tuple[Path, ...]:
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    return (SOURCE / "block", *(Path(sysconfig.get_path(name)).resolve() for name in names))
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file of code is the user's: neither of this package nor of Python, nor installed."""
+    path = path.resolve()
+    return not any(path.is_relative_to(place) for place in _installed()) and "site-packages" not in path.parts
+
+
+def _imports(tree: ast.AST, package: str) -> Iterator[str]:
+    """Names that may be modules, of all imports in a module of `package`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            prefix = ".".join([*filter(None, base), *([node.module] if node.module else [])])
+            yield from (f"{prefix}.{alias.name}" if prefix else alias.name for alias in node.names)
+
+
 @cache
 def git(source: Path = SOURCE) -> dict[str, Any] | None:
-    """{"commit", "dirty"} of the checkout whose top is `source`; None if it is not one (e.g. an installed package)."""
+    """{"commit", "dirty", "uncommitted"} of the checkout whose top is `source`; None if it is not one (e.g. an
+    installed package). uncommitted: files that were changed since, and new ones among the code and its settings.
+    """
     top = _run("git", "-C", str(source), "rev-parse", "--show-toplevel")
     commit = _run("git", "-C", str(source), "rev-parse", "HEAD")
     # A package installed into some other project's .venv lies within that project's checkout: not our commit.
     if not top or not commit or Path(top).resolve() != source.resolve():
         return None
-    return {"commit": commit, "dirty": bool(_run("git", "-C", str(source), "status", "--porcelain", "-uno"))}
+    changed = _run("git", "-C", str(source), "diff", "--name-only", "HEAD").splitlines()
+    new = _run("git", "-C", str(source), "ls-files", "--others", "--exclude-standard", "block", "conf").splitlines()
+    return {"commit": commit, "dirty": bool(changed or new), "uncommitted": [*changed, *new]}
+
+
+def origin(files: Iterable[Path] = ()) -> dict[str, Any] | None:
+    """`git` of this package, and with it `files` of the user's that a result follows from: it is dirty too if one of
+    them is not committed. None if neither says anything.
+    """
+    known, own = git(), uncommitted(files)
+    if known is None:
+        return {"commit": None, "dirty": True, "uncommitted": own} if own else None
+    return {**known, "dirty": known["dirty"] or bool(own), "uncommitted": [*known["uncommitted"], *own]}
+
+
+def uncommitted(files: Iterable[Path]) -> list[str]:
+    """Those of `files` that were changed since the last commit of the checkout that they lie in, or are in none."""
+    folders: dict[Path, set[str]] = defaultdict(set)
+    for path in files:
+        folders[path.resolve().parent].add(path.name)
+    found = []
+    for folder, names in sorted(folders.items()):
+        command = ("git", "-C", str(folder))
+        tracked = set(_run(*command, "ls-files", "--", *sorted(names)).splitlines())
+        changed = set(_run(*command, "diff", "--name-only", "--relative", "HEAD", "--", *sorted(names)).splitlines())
+        found += [shown(folder / name) for name in sorted(names) if name not in tracked or name in changed]
+    return found
+
+
+def shown(path: Path) -> str:
+    """A path as people read it: relative to the current folder if it lies in it."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 @cache
@@ -98,6 +214,13 @@ def packages() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def libraries(*more: str) -> dict[str, str]:
+    """Versions of what numbers come from whatever is run: random streams, compiled arithmetic; and of `more`."""
+    found = packages()
+    versions = {name: found[name] for name in ("numba", "numpy", *more) if name in found}
+    return {"python": ".".join(platform.python_version_tuple()[:2]), **versions}
 
 
 @cache

@@ -22,6 +22,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +158,14 @@ def experiment_hash(config: Mapping[str, Any]) -> str:
     """What tells the experiment that a resolved config describes from all others; a run keeps it as its config_hash."""
     told = {key: value for key, value in config.items() if key not in _NOT_THE_EXPERIMENT}
     return provenance.config_hash(json_value(told))
+
+
+def local_time(created: str) -> str:
+    """A stored moment as it is shown: "2026-01-31 14:05", local time; as it is if it is none."""
+    try:
+        return f"{datetime.fromisoformat(created).astimezone():%Y-%m-%d %H:%M}"
+    except ValueError:
+        return created
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -12,17 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from block import provenance
-from block.results import experiment_hash, write_json
+from block.results import experiment_hash, local_time, write_json
 
 DEFAULT_ROOT = Path("artifacts/capacity")  # relative to the current directory
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """One stored search: choices, config, hashes, git, capacities_qps by objective, and the points tried."""
+    """One stored search: created, choices, config, hashes, git, capacities_qps by objective, and the points tried.
+
+    again: it was found, not made by the one who asked.
+    """
 
     path: Path
     document: Mapping[str, Any]
+    again: bool = False
+
+    @property
+    def created(self) -> str:
+        """When it was made: "2026-01-31 14:05", local time."""
+        return local_time(str(self.document.get("created", "")))
 
     def capacity(self, slo_s: float) -> float:
         """Requests/s at which the latency crosses `slo_s`. KeyError if that was not searched for."""
@@ -31,7 +40,7 @@ class Search:
 
 def path_of(config: Mapping[str, Any], root: Path = DEFAULT_ROOT) -> Path:
     """Where the search that a resolved config describes, for its own seed, is stored. Its rate is not part of it."""
-    wanted = {key: value for key, value in config["capacity"].items() if key != "seeds"}
+    wanted = {key: value for key, value in config["capacity"].items() if key not in ("seeds", "fresh")}
     at_any_rate = {**config, "workload": {**config["workload"], "qps": None}}
     return root / f"{provenance.config_hash([experiment_hash(at_any_rate), wanted])}.json"
 
@@ -44,7 +53,7 @@ def find(config: Mapping[str, Any], hashes: Mapping[str, str], root: Path = DEFA
         current = document["hashes"] == hashes and bool(document["capacities_qps"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Search(path, document) if current else None
+    return Search(path, document, again=True) if current else None
 
 
 def store(document: Mapping[str, Any], root: Path = DEFAULT_ROOT) -> Search:

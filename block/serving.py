@@ -105,8 +105,10 @@ async def _serve(
             initial=run.testbed.initial,
             look=look,
         )
-        replicas = range(1, run.dispatch.dispatchers)
-        dispatchers = [dispatcher, *(dispatcher.replica(_policy_stream(run.seed, f"policy/{i}")) for i in replicas)]
+        dispatchers = [dispatcher]
+        for i in range(1, run.dispatch.dispatchers):
+            policy = run.peers[i - 1] if i <= len(run.peers) else run.scheduler
+            dispatchers.append(dispatcher.replica(policy, _policy_stream(run.seed, f"policy/{i}")))
         chosen = stream(run.seed, "dispatchers").integers(len(dispatchers), size=len(requests)).tolist()
         if fleet.migrator is not None:
             fleet.migrator.moved = dispatcher.moved

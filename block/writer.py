@@ -54,6 +54,7 @@ class RunWriter:
         choices: Mapping[str, Any] | None = None,
         *,
         hashes: Mapping[str, str | None] | None = None,
+        git: Mapping[str, Any] | None = None,
         root: str | Path = DEFAULT_ROOT,
     ) -> None:
         created = datetime.now(UTC)
@@ -70,7 +71,7 @@ class RunWriter:
             "config": config,
             "config_hash": experiment_hash(config),
             "hashes": dict(hashes or {}),
-            "git": provenance.git(),
+            "git": git or provenance.git(),
             "hardware": provenance.hardware(),
             "packages": provenance.packages(),
             "counts": None,

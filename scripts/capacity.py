@@ -4,7 +4,8 @@
     python scripts/capacity.py -m scheduler=block,llumnix_minus engine.max_num_seqs=24
 
 Takes every key of run.py, and those of the node `capacity` (--cfg job shows them). The points tried are written to
-artifacts/capacity/.
+artifacts/capacity/, and found there by the next call unless something that they follow from has changed; with --fresh
+(or capacity.fresh=true) they are searched for anew.
 """
 
 import sys
@@ -25,4 +26,5 @@ def main(settings: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = ["capacity.fresh=true" if argument == "--fresh" else argument for argument in sys.argv[1:]]
     sys.exit(config.guard(main))

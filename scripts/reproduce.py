@@ -8,9 +8,9 @@ Writes to artifacts/figures/: for each figure a PDF and a PNG, for each table Ma
 shows; summary.md with the published values, ours and a verdict for each; and artifacts/report/index.html, one page of
 it all.
 
-Runs are stored in artifacts/runs/ and searches in artifacts/capacity/, and are found there again unless the code, the
-latency model or the workload that they depend on has changed. A call that was killed goes on where it was; another one
-does nothing.
+Runs are stored in artifacts/runs/ and searches in artifacts/capacity/, and are found there again unless something that
+they follow from has changed (code, GPU, workload, a policy of yours); --fresh makes them anew all the same. A call that
+was killed goes on where it was; another one does nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from block import campaign, searches  # noqa: E402
 from block.campaign import Composer, Job  # noqa: E402
 from block.console import progress  # noqa: E402
 from block.provenance import code_hash  # noqa: E402
-from block.results import Run  # noqa: E402
+from block.results import Run, local_time  # noqa: E402
 from block.tracking import Tracking, log_figures, log_run  # noqa: E402
 from paper_figures import cells, readme, report, style, verdicts  # noqa: E402
 from paper_figures.catalogue import FIGURES  # noqa: E402
@@ -54,8 +54,11 @@ def main() -> int:
     if options.list:
         _list(figures, jobs, options)
         return 0
-    missing = [job for job in campaign.distinct(jobs.values()) if job.stored is None]
-    failures = campaign.do(missing, at_once=-1 if options.backend == "simulated" else 1)
+    every = campaign.distinct(jobs.values())
+    missing = [job for job in every if job.stored is None or options.fresh]
+    if len(missing) < len(every):
+        print(f"{len(every) - len(missing)} of {len(every)} results: stored {_when(jobs)}; --fresh makes them anew")
+    failures = campaign.do(missing, at_once=-1 if options.backend == "simulated" else 1, fresh=options.fresh)
     if missing:
         campaign.find(jobs.values())
     stored = cells.Stored(
@@ -75,6 +78,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"some of {', '.join(FIGURES)} (default: all)")
     parser.add_argument("--list", action="store_true", help="say what there is and what is stored of it")
+    parser.add_argument("--fresh", action="store_true", help="run and search again what is stored, too")
     parser.add_argument("--out", type=Path, help=f"folder for the figures (default: {FIGURE_FOLDER})")
     parser.add_argument("--requests", type=int, default=10_000, help="requests a run; fewer are for a quick look")
     parser.add_argument("--seeds", type=int, default=3, help="seeds, 1 to 3; fewer are for a quick look")
@@ -142,6 +146,12 @@ def _list(figures: Mapping[str, Any], jobs: Jobs, options: argparse.Namespace) -
         seconds = left * campaign.RUN_S * options.requests / 10_000 / (os.cpu_count() or 1)
         cost = "" if left == 0 else f", about {max(seconds / 60, 1):.0f} min" if options.backend == "simulated" else ""
         print(f"{name:10}{have:4} of {len(mine):3} stored{cost:16}  {module.TITLE} ({module.PAPER})")
+
+
+def _when(jobs: Jobs) -> str:
+    """When the stored results of jobs were made, by day."""
+    days = sorted({local_time(str(job.stored.document["created"]))[:10] for job in jobs.values() if job.stored})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
 def _of(module: Any, jobs: Jobs, options: argparse.Namespace) -> Iterator[tuple[Job, cells.Cell]]:

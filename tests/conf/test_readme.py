@@ -144,8 +144,12 @@ def test_one_s_own_gpu(tmp_path: Path) -> None:
 
 def test_one_s_own_policy(tmp_path: Path) -> None:
     by_file, by_target = sorted(worked("Your own policy", tmp_path), key=lambda run: run.choices["scheduler"])
-    assert (by_file.choices["scheduler"], by_target.choices["scheduler"]) == ("freest", "random")
+    assert (by_file.choices["scheduler"], by_target.choices["scheduler"]) == ("freest", "mine.freest.Freest")
+    assert by_file.document["git"]["uncommitted"][-2:] == ["mine/freest.py", "mine/scheduler/freest.yaml"]
+    assert by_target.document["git"]["uncommitted"][-1] == "mine/freest.py"
     for run in (by_file, by_target):
+        assert run.document["git"]["dirty"]
+        assert "mine.freest" in run.document["hashes"]
         assert run.config["scheduler"] == {"_target_": "mine.freest.Freest", "k": 4}
         assert {len(candidates) for candidates in run.decisions()["candidates"]} == {4}
 

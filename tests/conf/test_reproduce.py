@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,8 @@ def test_a_second_call_does_nothing_and_a_lost_run_is_made_again(tmp_path: Path)
     stored = sorted((tmp_path / "artifacts" / "runs").glob("*/run.json"))
     assert len(stored) == 14
     again = reproduce(tmp_path, "fig7", *TINY)
-    assert (again.returncode, again.stdout) == (0, "")
+    told = f"14 of 14 results: stored {date.today()}; --fresh makes them anew\n"
+    assert (again.returncode, again.stdout) == (0, told)
     assert sorted((tmp_path / "artifacts" / "runs").glob("*/run.json")) == stored
 
     stored[0].unlink()  # one that was killed before its end
@@ -66,6 +68,10 @@ def test_a_second_call_does_nothing_and_a_lost_run_is_made_again(tmp_path: Path)
     mended = reproduce(tmp_path, "fig7", *TINY)
     assert mended.returncode == 0, mended.stderr
     assert len(list((tmp_path / "artifacts" / "runs").glob("*/run.json"))) == 15
+    fresh = reproduce(tmp_path, "fig7", *TINY, "--fresh")
+    assert fresh.returncode == 0, fresh.stderr
+    assert "stored" not in fresh.stdout
+    assert len(list((tmp_path / "artifacts" / "runs").glob("*/run.json"))) == 29
 
 
 def test_a_run_that_fails_costs_its_figures_only(tmp_path: Path) -> None:

@@ -55,10 +55,28 @@ def test_the_fingerprints_of_a_job_change_with_its_model_and_lengths_only() -> N
     assert job(composer, {"scheduler": "random", "workload.qps": 30.0}).hashes == base
     assert job(composer, {"scheduler": "block", "seed": 1}).hashes["data_set"] != base["data_set"]
     other = job(composer, {"scheduler": "block", "model": "qwen2-7b"}).hashes
-    assert {key for key, value in other.items() if value != base[key]} == {"latency_model"}
+    assert {key for key, value in other.items() if value != base[key]} == {"latency_model", "engines"}
     estimated = job(composer, {"scheduler": "block", "lengths": "compact"}).hashes
     changed = {key for key, value in estimated.items() if value != base[key]}
     assert changed == {"estimates"}
+
+
+def test_a_file_of_one_s_own_is_read_again_by_the_next_composer(tmp_path: Path) -> None:
+    sheet = tmp_path / "gpu.yaml"
+    sheet.write_text("memory_gib: 24\nbandwidth: 1008\ntflops: 165\nlink: 32\n")
+    cell = {"scheduler": "random", "cluster.gpu": str(sheet)}
+    base = job(Composer(CONF, ALWAYS), cell).hashes
+    assert job(Composer(CONF, ALWAYS), cell).hashes == base
+    sheet.write_text("memory_gib: 24\nbandwidth: 2016\ntflops: 165\nlink: 32\n")
+    assert job(Composer(CONF, ALWAYS), cell).hashes["latency_model"] != base["latency_model"]
+
+
+def test_the_fingerprints_of_a_policy_of_one_s_own_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_policy.py").write_text("from block.policies import Random\n\n\nclass Mine(Random):\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    base = job(Composer(CONF, ALWAYS), {"scheduler": "random"}).hashes
+    own = job(Composer(CONF, ALWAYS), {"scheduler": "random", "scheduler._target_": "own_policy.Mine"}).hashes
+    assert own == {**base, "own_policy": own["own_policy"]}
 
 
 def test_hydra_is_asked_once_and_not_by_the_next_composer(monkeypatch: pytest.MonkeyPatch) -> None:

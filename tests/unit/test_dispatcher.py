@@ -434,7 +434,7 @@ def test_a_replica_knows_nothing_of_what_the_others_placed() -> None:
 
     async def main() -> Dispatcher:
         first = Dispatcher(instances, spy, None, DispatchConfig(), Stream(0))
-        second = first.replica(Stream(1))
+        second = first.replica(spy, Stream(1))
         for i, dispatcher in enumerate((first, second, first)):
             asyncio.get_running_loop().create_task(dispatcher.submit(request(i, 10, 5)))
             await clock.sleep(1.0)

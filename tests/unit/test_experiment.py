@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from random import Random as Stream
 from typing import Any, ClassVar
@@ -18,6 +20,7 @@ from joblib import parallel_config
 from omegaconf import DictConfig, OmegaConf
 
 from block import config, experiment, policies
+from block.answers import PolicyFault
 from block.complaints import ConfigError
 from block.experiment import do, execute, search
 from block.predictor import Predictor
@@ -117,13 +120,101 @@ def test_hashes_change_with_what_they_vouch_for(tmp_path: Path) -> None:
     gpu = executed(tmp_path, "cluster.gpu=h100").document
     changed = {key for key, value in base["hashes"].items() if scheduler["hashes"][key] != value}
     assert changed == {"estimates"}  # of the lengths
-    assert list(base["hashes"]) == ["code", "latency_model", "data_set", "estimates"]
-    assert rate["hashes"] == base["hashes"]  # lengths, not arrivals
+    names = ["code", "libraries", "engines", "latency_model", "data_set", "arrivals", "estimates"]
+    assert list(base["hashes"]) == names
+    assert rate["hashes"] == base["hashes"]  # it stretches the arrivals, which are hashed at one rate
     assert seed["hashes"]["latency_model"] == base["hashes"]["latency_model"]
     assert seed["hashes"]["data_set"] != base["hashes"]["data_set"]
-    assert gpu["hashes"]["data_set"] == base["hashes"]["data_set"]
-    assert gpu["hashes"]["latency_model"] != base["hashes"]["latency_model"]
+    assert seed["hashes"]["arrivals"] != base["hashes"]["arrivals"]
+    changed = {key for key, value in base["hashes"].items() if gpu["hashes"][key] != value}
+    assert changed == {"latency_model", "engines"}  # which have other KV blocks
     assert len({document["config_hash"] for document in (base, scheduler, seed, rate, gpu)}) == 5
+
+
+# A policy that keeps count of what it has placed, and a helper that it imports.
+STATEFUL = """
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from {package}.helper import STEP
+
+from block.policies import Needs
+from block.types import Decision
+
+
+@dataclass
+class Sticky:
+    \"\"\"The next instance after every hundred requests that it has placed in its life.\"\"\"
+
+    seen: list = field(default_factory=list)
+    needs: ClassVar[Needs] = Needs.COUNTS
+
+    def candidates(self, instances, turn, stream):
+        self.seen.append(turn)
+        return [len(self.seen) * STEP // 100 % instances]
+
+    def choose(self, request, views, stream):
+        return Decision(views[0].instance_id, [views[0].instance_id], [0.0])
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A package of the user's with a policy and a helper, in the current folder; its name."""
+    name = f"own_{abs(hash(request.node.name))}"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "sticky.py").write_text(STATEFUL.format(package=name))
+    (tmp_path / name / "helper.py").write_text("STEP = 1\n")
+    (tmp_path / name / "aside.py").write_text("UNUSED = 1\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield name
+    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+        del sys.modules[module]
+
+
+def fingerprints(*overrides: str) -> dict[str, str]:
+    return experiment.fingerprints(config.build(composed(*overrides)))
+
+
+def test_hashes_change_with_a_policy_of_one_s_own_and_what_it_imports(package: str) -> None:
+    overrides = ("scheduler=random", f"scheduler._target_={package}.sticky.Sticky")
+    base = fingerprints(*overrides)
+    assert set(base) - set(fingerprints("scheduler=random")) == {f"{package}.helper", f"{package}.sticky"}
+    Path(package, "aside.py").write_text("UNUSED = 2\n")
+    Path(package, "helper.py").write_text("STEP = 1  # a remark\n")
+    assert fingerprints(*overrides) == base
+    Path(package, "helper.py").write_text("STEP = 2\n")
+    changed = fingerprints(*overrides)
+    assert {key for key in base if changed[key] != base[key]} == {f"{package}.helper"}
+    Path(package, "sticky.py").write_text(STATEFUL.format(package=package).replace("100", "50"))
+    assert fingerprints(*overrides)[f"{package}.sticky"] != base[f"{package}.sticky"]
+
+
+def test_hashes_change_with_the_data_sheet_of_a_gpu(tmp_path: Path) -> None:
+    sheet = tmp_path / "gpu.yaml"
+    sheet.write_text("memory_gib: 24\nbandwidth: 1008\ntflops: 165\nlink: 32\n")
+    base = fingerprints(f"cluster.gpu={sheet}")
+    sheet.write_text("memory_gib: 32\nbandwidth: 1008\ntflops: 165\nlink: 32\n")
+    more = fingerprints(f"cluster.gpu={sheet}")
+    assert {key for key in base if more[key] != base[key]} == {"engines"}  # KV blocks
+    sheet.write_text("memory_gib: 24\nbandwidth: 2016\ntflops: 165\nlink: 32\n")
+    faster = fingerprints(f"cluster.gpu={sheet}")
+    assert {key for key in base if faster[key] != base[key]} == {"latency_model"}
+    believed = fingerprints(f"cluster.gpu={sheet}", "backend=simulated", "backend.predictor_gpu=a30")
+    sheet.write_text("memory_gib: 24\nbandwidth: 1008\ntflops: 165\nlink: 32\n")
+    changed = fingerprints(f"cluster.gpu={sheet}", "backend=simulated", "backend.predictor_gpu=a30")
+    assert {key for key in base if believed[key] != changed[key]} == {"latency_model"}  # the engines', not its belief
+
+
+def test_hashes_change_with_the_arrival_times_of_a_trace(tmp_path: Path) -> None:
+    def of(*times: float) -> dict[str, str]:
+        rows = [f"{10 + i},{20 + i},{at}" for i, at in enumerate(times)]
+        (tmp_path / "trace.csv").write_text("\n".join(["prompt_tokens,output_tokens,arrival", *rows, ""]))
+        return fingerprints("workload=trace", f"workload.trace_path={tmp_path}/trace.csv", "workload.num_requests=3")
+
+    base, other = of(0.0, 1.0, 2.0), of(0.0, 0.1, 2.0)
+    assert {key for key in base if other[key] != base[key]} == {"arrivals"}
 
 
 def test_where_a_run_is_stored_is_no_part_of_its_config_hash(tmp_path: Path) -> None:
@@ -147,7 +238,7 @@ def test_a_job_of_a_sweep_says_one_line(
 
 @pytest.mark.parametrize(
     ("policy", "status", "error"),
-    [("Broken", "failed", RuntimeError), ("Interrupted", "interrupted", KeyboardInterrupt)],
+    [("Broken", "failed", PolicyFault), ("Interrupted", "interrupted", KeyboardInterrupt)],
 )
 def test_a_run_that_stops_half_way_is_stored_as_such(
     policy: str, status: str, error: type[BaseException], tmp_path: Path
@@ -252,6 +343,58 @@ def test_a_search_is_done_once_for_each_seed_until_what_it_depends_on_changes(
     assert searched("capacity.seeds=2") == first
     assert set(served) == {0, 1}
     assert len(stored(folder)) == 4
+
+
+def test_a_policy_with_a_state_is_the_same_in_a_search_as_alone(folder: Path, package: str) -> None:
+    target = f"scheduler._target_={package}.sticky.Sticky"
+    searched(target, "workload.num_requests=130")
+    (document,) = stored(folder)
+    assert document["choices"]["scheduler"] == f"{package}.sticky.Sticky"
+    assert len(document["points"]) > 1
+    for qps, latency in document["points"]:
+        alone = executed(folder, "scheduler=random", target, "workload.num_requests=130", f"workload.qps={qps}")
+        assert alone.summary["ttft_p99_s"] == pytest.approx(latency)
+
+
+def test_each_dispatcher_has_a_policy_of_its_own(folder: Path, package: str) -> None:
+    overrides = ("scheduler=random", f"scheduler._target_={package}.sticky.Sticky", "workload.num_requests=300")
+    run = executed(folder, *overrides, "dispatch.dispatchers=3")
+    placed = run.requests()["instance_id"].tolist()
+    assert placed.count(0) / 300 > 0.8  # none of them has placed many more than a hundred
+    assert executed(folder, *overrides).requests()["instance_id"].tolist().count(0) == 100  # of 300
+
+
+def test_another_policy_is_another_search_and_what_is_stored_is_called_so(
+    folder: Path, package: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = f"scheduler._target_={package}.sticky.Sticky"
+    first = searched(target)
+    capsys.readouterr()
+    assert searched(target) == first
+    assert f" stored {datetime.now():%Y-%m-%d}" in capsys.readouterr().out
+    Path(package, "helper.py").write_text("STEP = 50\n")
+    for module in (f"{package}.sticky", f"{package}.helper"):
+        del sys.modules[module]
+    other = searched(target)
+    assert other["1"]["capacity_qps"] > 1.2 * first["1"]["capacity_qps"]
+    assert " stored " not in capsys.readouterr().out
+    searched(target, "capacity.fresh=true")
+    assert " stored " not in capsys.readouterr().out
+    assert len(stored(folder)) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["scheduler=po2"], "po2"),
+        (["scheduler=block_star"], "block_star"),
+        (["scheduler=random", "scheduler._target_=block.policies.RoundRobin"], "block.policies.RoundRobin"),
+        (["scheduler=random", "scheduler._target_=block.policies.Random"], "random"),
+    ],
+)
+def test_a_run_is_filed_under_what_it_was(overrides: list[str], name: str) -> None:
+    choices = {"scheduler": overrides[0].partition("=")[2], "backend": "auto", "cluster": "a30x12"}
+    assert config.filed(composed(*overrides), choices) == {**choices, "scheduler": name}
 
 
 def test_a_point_of_a_search_is_the_latency_of_that_run(folder: Path) -> None:

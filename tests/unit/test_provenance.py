@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from block.provenance import SOURCE, code_hash
+from block.provenance import SOURCE, code_hash, own_modules
 
 CODE = '"""Doc."""\n\ndef f(x):\n    """More."""\n    return x + 1  # why\n'
 
@@ -36,6 +36,30 @@ def test_what_only_watches_is_no_part_of_it(tmp_path: Path) -> None:
     base = hash_of(tmp_path, engine=CODE)
     assert hash_of(tmp_path, console=CODE, server__door=CODE) == base
     assert hash_of(tmp_path, instances__simulated=CODE) != base
+
+
+def test_the_modules_of_one_s_own_are_found_by_what_they_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "theirs/__init__.py": "",
+        "theirs/one.py": "import numpy as np, json\nfrom . import two\nfrom .deep.three import thing\nimport flat",
+        "theirs/two.py": "def late():\n    import theirs.four\n",
+        "theirs/four.py": "import theirs.one",
+        "theirs/five.py": "",
+        "theirs/deep/three.py": "from ..six import *\nthing = 1",
+        "theirs/six.py": "from block import policies",
+        "flat.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = ["flat", "theirs", "theirs.deep.three", "theirs.four", "theirs.one", "theirs.six", "theirs.two"]
+    found = own_modules("theirs.one")
+    assert list(found) == names
+    assert found["theirs.deep.three"] == tmp_path / "theirs" / "deep" / "three.py"
+    assert own_modules("numpy.linalg") == own_modules("json") == own_modules("block.policies") == {}
 
 
 def test_the_package_has_one(tmp_path: Path) -> None:

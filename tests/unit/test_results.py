@@ -370,7 +370,7 @@ def test_file_hash(tmp_path):
     assert provenance.file_hash(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-def test_git_knows_its_checkout_and_no_other(tmp_path):
+def test_git_knows_its_checkout_and_no_other(tmp_path, monkeypatch):
     def git(*arguments):
         settings = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
         done = subprocess.run(
@@ -385,9 +385,34 @@ def test_git_knows_its_checkout_and_no_other(tmp_path):
     (inner / "file").write_text("1")
     git("add", "-A")
     git("commit", "-qm", "one")
-    assert provenance.git.__wrapped__(tmp_path / "repo") == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    clean = {"commit": git("rev-parse", "HEAD"), "dirty": False, "uncommitted": []}
+    assert provenance.git.__wrapped__(tmp_path / "repo") == clean
+    (inner / "other").write_text("1")  # not among the code
+    assert provenance.git.__wrapped__(tmp_path / "repo") == clean
+    (tmp_path / "repo" / "block").mkdir()
+    (tmp_path / "repo" / "block" / "mine.py").write_text("")
+    new = provenance.git.__wrapped__(tmp_path / "repo")
+    assert new == {**clean, "dirty": True, "uncommitted": ["block/mine.py"]}
     (inner / "file").write_text("2")
-    assert provenance.git.__wrapped__(tmp_path / "repo")["dirty"] is True
+    changed = provenance.git.__wrapped__(tmp_path / "repo")
+    assert changed == {**clean, "dirty": True, "uncommitted": ["inner/file", "block/mine.py"]}
+    monkeypatch.chdir(inner)
+    (inner / "kept").write_text("1")
+    (inner / "ignored").write_text("1")
+    (inner / ".gitignore").write_text("ignored")
+    git("add", "inner/kept")
+    git("commit", "-qm", "two")
+    (tmp_path / "loose.py").write_text("")
+    paths = [inner / name for name in ("kept", "file", "other", "ignored")]
+    told = provenance.uncommitted([*paths, tmp_path / "loose.py"])
+    assert told == [str(tmp_path / "loose.py"), "file", "ignored", "other"]
+    monkeypatch.setattr(provenance, "git", lambda: clean)
+    assert provenance.origin([inner / "kept"]) == clean
+    assert provenance.origin([inner / "file"]) == {**clean, "dirty": True, "uncommitted": ["file"]}
+    monkeypatch.setattr(provenance, "git", lambda: None)
+    assert provenance.origin([inner / "kept"]) is None
+    assert provenance.origin([inner / "file"]) == {"commit": None, "dirty": True, "uncommitted": ["file"]}
+    monkeypatch.undo()
     assert provenance.git.__wrapped__(inner) is None
     assert provenance.git.__wrapped__(tmp_path) is None
 
