@@ -226,7 +226,8 @@ def _one(job: Job, main: int, fresh: bool) -> tuple[int, str]:
     gc.disable()  # what a run leaves goes by itself; a pass over all of it, while it is stored, takes 3 % of the run
     try:
         if job.search:
-            experiment.search_one(settings, job.choices)
+            if (trouble := experiment.search_one(settings, job.choices).trouble) is not None:
+                raise trouble
         else:
             experiment.execute(settings, job.choices, quiet=True)
     except Exception as error:  # the others go on, and what lacks is told at the end

@@ -21,6 +21,8 @@ def explain(error: BaseException) -> str:
         return explain(error.__cause__)
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = " ".join(str(error).split())
     if isinstance(error, MissingConfigException):
         missing = re.search(

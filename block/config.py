@@ -8,6 +8,7 @@ known and typed; the yaml files under ``conf/`` add published and measured value
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ from block.lengths.estimation import EstimationConfig
 from block.lengths.roberta import RoBERTa
 from block.migration import MigrationConfig
 from block.provisioner import Elastic, Preempt, Relief, Static
+from block.results import NotStored
 from block.server_config import ServerConfig
 from block.tracking import Tracking
 from block.workload import Workload
@@ -373,7 +375,7 @@ def _target_of(path: Path, group: str) -> str | None:
 
 def guard(main: Callable[[], Any]) -> int:
     """Run a Hydra `main` and return the exit code: 2 and one line for a wrong configuration, 1 for servers that did
-    not come up, 130 for Ctrl-C.
+    not come up and for what cannot be stored, 130 for Ctrl-C.
     """
     if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
         print(sys.modules[main.__module__].__doc__)  # Hydra adds the groups
@@ -390,6 +392,10 @@ def guard(main: Callable[[], Any]) -> int:
         if "Config group override must be" not in str(error):
             raise
         return _tell(ConfigError("a config group was given null or a number: choose one of its files in conf/"))
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        return _tell(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -417,17 +423,16 @@ class _Told(BaseException):
 
 
 _WRONG = (
-    ConfigError,
-    HydraException,
-    OmegaConfBaseException,
-    FileNotFoundError,
-    MarkedYAMLError,
-    LaunchFailed,
-    answers.PolicyFault,
+    *(ConfigError, HydraException, OmegaConfBaseException, FileNotFoundError, MarkedYAMLError, LaunchFailed),
+    *(answers.PolicyFault, NotStored),
 )
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR)
+"""What the system says of a place that takes no files."""
 
 
 def _tell(error: Exception) -> int:
     """Say what is wrong; returns the exit code."""
     print(f"error: {explain(error)}", file=sys.stderr)
-    return 1 if isinstance(error, LaunchFailed) else 2
+    if isinstance(error, FileNotFoundError):
+        return 2
+    return 1 if isinstance(error, LaunchFailed | OSError) else 2

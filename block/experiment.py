@@ -32,7 +32,7 @@ from block.lengths.estimation import evaluate
 from block.metrics import interval, summarise
 from block.policies import Needs
 from block.predictor import Predictor
-from block.results import Run, json_value, read_run, write_json
+from block.results import NotStored, Run, json_value, keep_json, probe, reason
 from block.searches import Search
 from block.serving import Outcome, requests_of, serve
 from block.sweep import end_with, standing
@@ -54,7 +54,8 @@ def execute(
 ) -> Run:
     """Build, serve, store, mirror to W&B and report the run that `config` describes. ConfigError if it is wrong.
 
-    sweep: the Hydra config of the sweep that the run is a job of; such a run says one line only. quiet: say nothing.
+    NotStored, after reporting, if it could not be stored where it belongs. sweep: the Hydra config of the sweep that
+    the run is a job of; such a run says one line only. quiet: say nothing.
     """
     run = build(config)
     try:
@@ -62,9 +63,9 @@ def execute(
     except (ValueError, OSError) as error:
         raise ConfigError(explain(error)) from error
     try:
-        Path(config.runs_dir).mkdir(parents=True, exist_ok=True)
+        probe(Path(config.runs_dir))
     except OSError as error:
-        raise ConfigError(f"runs_dir={config.runs_dir}: {error.strerror}") from error
+        raise ConfigError(f"runs_dir={config.runs_dir}: {reason(error)}") from error
     console = Console(stderr=True, quiet=quiet or sweep is not None)
     testbed = run.testbed
     announce(testbed, run.backend, console)
@@ -74,24 +75,27 @@ def execute(
     hashes = fingerprints(run, requests)
     _forget_peak()
     origin = provenance.origin(_own_files(run))
-    named = filed(config, choices)
-    with RunWriter(plain(config), named, hashes=hashes, git=origin, root=config.runs_dir) as writer:
-        outcome = Outcome()
-        try:
-            with progress(console, "requests", len(requests)) as advance:
-                note = None if run.backend.virtual else writer.note
-                serve(run, requests, outcome, advance, note, writer.path / "instances")
-        finally:  # a run that fails or is interrupted keeps what it has finished
-            _store(writer, outcome)
-    wandb = log_run(writer.path, run.tracking)
-    stored = read_run(writer.path)
-    assert stored is not None
-    if quiet:
-        return stored
-    if sweep is not None:
+    writer = RunWriter(plain(config), filed(config, choices), hashes=hashes, git=origin, root=config.runs_dir)
+    trouble = None
+    try:
+        with writer:
+            outcome = Outcome()
+            try:
+                with progress(console, "requests", len(requests)) as advance:
+                    note = None if run.backend.virtual else writer.note
+                    serve(run, requests, outcome, advance, note, writer.path / "instances")
+            finally:  # a run that fails or is interrupted keeps what it has finished
+                _store(writer, outcome)
+    except NotStored as error:  # which is told after the result
+        trouble = error
+    wandb = log_run(writer.path, run.tracking) if trouble is None else None
+    stored = writer.run
+    if sweep is not None and not quiet:
         report_line(stored, standing(sweep), Console())
-    else:
+    elif not quiet:
         report(stored, wandb, Console())
+    if trouble is not None:
+        raise trouble
     return stored
 
 
@@ -220,7 +224,8 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     """Find the capacity of what `config` describes (its node `capacity`) and print it; returns, for each objective, the
     mean capacity_qps, its half_width_qps and those by_seed.
 
-    Seeds run in parallel, one process each. ConfigError if the configuration is wrong.
+    Seeds run in parallel, one process each. ConfigError if the configuration is wrong; NotStored, after printing, if a
+    search could not be stored where it belongs.
     """
     wanted = node(config.capacity)
     build(config)  # tell what is wrong before any process starts
@@ -246,6 +251,8 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     for one in found:
         stored = f" stored {one.created}, --fresh searches anew" if one.again else ""
         console.print(f"[dim]{one.path}{stored}[/dim]", highlight=False, soft_wrap=True)
+    if troubles := [str(one.trouble) for one in found if one.trouble is not None]:
+        raise NotStored("; ".join(dict.fromkeys(troubles)))
     return objectives
 
 
@@ -266,6 +273,10 @@ def search_one(config: DictConfig, choices: Mapping[str, str]) -> Search:
     settings, hashes = plain(config), fingerprints(run)
     if not wanted.fresh and (stored := searches.find(settings, hashes)) is not None:
         return stored
+    try:
+        probe(searches.DEFAULT_ROOT)
+    except OSError as error:
+        raise ConfigError(f"{searches.DEFAULT_ROOT}: {reason(error)}") from error
 
     def latency(qps: float) -> float:
         settings = config.copy()
@@ -299,21 +310,25 @@ def evaluate_lengths(
     config: DictConfig, choices: Mapping[str, str], *, sweep: DictConfig | None = None
 ) -> list[dict[str, Any]]:
     """Measure, print and write to `estimation.scores` what the node `estimation` of `config` asks for; returns the rows
-    of `evaluate`. ConfigError if it is wrong, or nothing of it can be measured.
+    of `evaluate`. ConfigError if it is wrong, or nothing of it can be measured; NotStored, after printing, if it could
+    not be written there.
     """
     wanted = node(config.estimation)
+    path = Path(wanted.scores)
+    try:
+        probe(path.parent)
+    except OSError as error:
+        raise ConfigError(f"estimation.scores={path}: {reason(error)}") from error
     rows = evaluate(wanted)
     measured = [row for row in rows if "missing" not in row]
     if not measured:
         raise ConfigError("; ".join(dict.fromkeys(row["missing"] for row in rows)))
-    path = Path(wanted.scores)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        missing = [[row["data"], row["estimator"]] for row in rows if "missing" in row]
-        write_json(path, {"config": plain(config.estimation), "rows": measured, "missing": missing})
-    except OSError as error:
-        raise ConfigError(f"estimation.scores={path}: {error.strerror}") from error
-    report_scores(rows, path, Console())
+    missing = [[row["data"], row["estimator"]] for row in rows if "missing" in row]
+    document = {"config": plain(config.estimation), "rows": measured, "missing": missing}
+    where, trouble = keep_json(f"estimation.scores={path}", path, document)
+    report_scores(rows, where, Console())
+    if trouble is not None:
+        raise trouble
     return rows
 
 

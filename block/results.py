@@ -16,13 +16,17 @@ real servers leaves what it had finished (started.json, finished.jsonl), of whic
 from __future__ import annotations
 
 import enum
+import errno
 import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +44,28 @@ DEFAULT_ROOT = Path("artifacts/runs")  # relative to the current directory
 
 # Keys of a config that do not change what a run does: config_hash leaves them out.
 _NOT_THE_EXPERIMENT = ("command", "runs_dir", "tracking", "capacity", "server", "estimation")
-_ABSENT = object()
+PROBE = 1 << 18  # bytes that there must be room for before a run begins; one of 10,000 requests takes four times that
+_ABSENT: Any = object()
+_NEVER = object()  # equal to nothing that is asked for
+
+# What a key of `Run.get` may be or begin with: the top of a config, an experiment's choice, the fields of run.json.
+KEYS = (
+    *(
+        "scheduler",
+        "model",
+        "cluster",
+        "engine",
+        "migration",
+        "workload",
+        "lengths",
+        "backend",
+        "tracking",
+        "provisioner",
+    ),
+    *("dispatch", "capacity", "command", "seed", "sample_every_s", "replay_share", "runs_dir", "server", "estimation"),
+    *("experiment", "schema_version", "id", "created", "status", "error", "choices", "config", "config_hash", "hashes"),
+    *("git", "hardware", "packages", "counts", "summary", "changes", "engines", "ejections"),
+)
 
 log = logging.getLogger(__name__)
 
@@ -82,14 +107,20 @@ class Run:
         """Requests sent, ok, failed, fallback, preempted, failed over."""
         return self.document["counts"]  # type: ignore[no-any-return]
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """A choice ("scheduler"), a config value by its dotted key ("workload.qps"), or a field of run.json."""
+    def get(self, key: str, default: Any = _ABSENT) -> Any:
+        """A choice ("scheduler"), a config value by its dotted key ("workload.qps"), or a field of run.json.
+
+        ValueError, with the nearest keys, if it has no such key and no default is given.
+        """
         if key in self.choices:
             return self.choices[key]
         value: Any = self.config
         for part in key.split("."):
             value = value.get(part, _ABSENT) if isinstance(value, Mapping) else _ABSENT
-        return self.document.get(key, default) if value is _ABSENT else value
+        found = self.document.get(key, default) if value is _ABSENT else value
+        if found is _ABSENT:
+            _refuse_unknown([key], [self])
+        return None if found is _ABSENT else found
 
     def requests(self) -> pd.DataFrame:
         """The request table."""
@@ -113,10 +144,12 @@ def runs(*, root: str | Path = DEFAULT_ROOT, status: str | Iterable[str] | None 
 
     A keyword is a key of `Run.get`: ``runs(scheduler="block", **{"workload.qps": 30})``. A list, tuple or set matches
     any of its members. A folder whose run.json cannot be read is skipped with a warning; without one it is no run.
+    ValueError, with the nearest keys, for a key that no run has.
     """
     found = [run for path in sorted(Path(root).glob("*/run.json")) if (run := read_run(path.parent)) is not None]
+    _refuse_unknown(where, found)
     found = [run for run in found if status is None or _matches(run.status, status)]
-    matching = [run for run in found if all(_matches(run.get(key, _ABSENT), want) for key, want in where.items())]
+    matching = [run for run in found if all(_matches(run.get(key, _NEVER), want) for key, want in where.items())]
     return sorted(matching, key=lambda run: (str(run.document["created"]), run.id))
 
 
@@ -140,10 +173,43 @@ _REQUIRED = {"schema_version": int, "created": str, "status": str, "config": dic
 
 
 def frame(found: Iterable[Run], *keys: str) -> pd.DataFrame:
-    """A row per run: its id, the given keys of `Run.get` (None: it has no such key), and its summary metrics."""
+    """A row per run: its id, the given keys of `Run.get` (None: others have it), and its summary metrics.
+
+    ValueError, with the nearest keys, for a key that none of the runs has.
+    """
     import pandas as pd
 
-    return pd.DataFrame([{"id": run.id, **{key: run.get(key) for key in keys}, **run.summary} for run in found])
+    found = list(found)
+    _refuse_unknown(keys, found)
+    return pd.DataFrame([{"id": run.id, **{key: run.get(key, None) for key in keys}, **run.summary} for run in found])
+
+
+def _refuse_unknown(keys: Iterable[str], found: Sequence[Run]) -> None:
+    """ValueError for a key that none of the runs has; if there are none, for one that no config begins with."""
+    for key in keys:
+        if key in KEYS or any(run.get(key, None) is not None for run in found):
+            continue
+        known = set(KEYS).union(*(_keys(run.config) for run in found), *(run.choices for run in found))
+        if key not in known and (found or key.partition(".")[0] not in KEYS):
+            raise ValueError(f"{key}: no such key; {_nearest(key, sorted(known))}")
+
+
+def _keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a config and of the nodes in it."""
+    for key, value in config.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """Those that are spelt like it, as a whole or in their last part; else where all are told."""
+    last = key.rpartition(".")[2]
+    ends = get_close_matches(last, {one.rpartition(".")[2] for one in known}, n=3)
+    alike = [one for end in ends for one in known if one.rpartition(".")[2] == end]
+    near = alike or get_close_matches(key, known)
+    some = f"did you mean {' or '.join(near[:3])}? " if near else ""
+    return f"{some}choose a config group or a key that python run.py --cfg job shows, such as workload.qps"
 
 
 def _matches(value: Any, want: Any) -> bool:
@@ -185,9 +251,54 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write `path` to the disk, for certain."""
-    pq.write_table(table, path)
-    _sync(path)  # run.json must not reach the disk before what it vouches for
+    """Write `path` to the disk, for certain. OSError if it cannot be, and then it is not there."""
+    try:
+        pq.write_table(table, path)
+        _sync(path)  # run.json must not reach the disk before what it vouches for
+    except OSError:
+        with suppress(OSError):
+            path.unlink()
+        raise
+
+
+class NotStored(OSError):
+    """A result is not where it belongs: one line that says why, and where it lies instead, if anywhere."""
+
+
+def probe(folder: Path) -> None:
+    """OSError if `folder`, or where it is to be made, takes no file of `PROBE` bytes. Nothing of that stays."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        number = errno.EEXIST if there == folder else errno.ENOTDIR
+        raise OSError(number, os.strerror(number), str(there))
+    with tempfile.TemporaryFile(dir=there) as file:
+        file.write(bytes(PROBE))
+
+
+def fallback(name: str) -> Path:
+    """Where a result goes that cannot be written where it belongs: into the temporary folder. OSError without one."""
+    return Path(tempfile.gettempdir()) / f"block-{name}"
+
+
+def keep_json(key: str, path: Path, document: Mapping[str, Any]) -> tuple[Path, NotStored | None]:
+    """Write a result to `path`, which is called `key`, or else into the temporary folder; returns where it is, and what
+    is to be told if that is not `path`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, document)
+    except OSError as error:
+        try:
+            write_json(where := fallback(path.name), document)
+        except OSError as again:
+            return path, NotStored(f"{key}: {reason(error)}; nor is it stored elsewhere: {reason(again)}")
+        return where, NotStored(f"{key}: {reason(error)}; it is in {where} instead")
+    return path, None
+
+
+def reason(error: OSError) -> str:
+    """What the system says: No space left on device."""
+    return error.strerror or str(error).rpartition("] ")[2]  # as Arrow puts it: "… Detail: [errno 28] No space …"
 
 
 def _sync(path: Path) -> None:

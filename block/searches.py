@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from block import provenance
-from block.results import experiment_hash, local_time, write_json
+from block.results import NotStored, experiment_hash, keep_json, local_time
 
 DEFAULT_ROOT = Path("artifacts/capacity")  # relative to the current directory
 
@@ -21,12 +21,13 @@ DEFAULT_ROOT = Path("artifacts/capacity")  # relative to the current directory
 class Search:
     """One stored search: created, choices, config, hashes, git, capacities_qps by objective, and the points tried.
 
-    again: it was found, not made by the one who asked.
+    again: it was found, not made by the one who asked. trouble: why it is not stored where it belongs.
     """
 
     path: Path
     document: Mapping[str, Any]
     again: bool = False
+    trouble: NotStored | None = None
 
     @property
     def created(self) -> str:
@@ -57,8 +58,6 @@ def find(config: Mapping[str, Any], hashes: Mapping[str, str], root: Path = DEFA
 
 
 def store(document: Mapping[str, Any], root: Path = DEFAULT_ROOT) -> Search:
-    """Write a search, over an outdated one if there is one. OSError if it cannot be written."""
-    path = path_of(document["config"], root)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, document)
-    return Search(path, document)
+    """Write a search, over an outdated one if there is one; into the temporary folder if it cannot be written there."""
+    path, trouble = keep_json(str(root), path_of(document["config"], root), document)
+    return Search(path, document, trouble=trouble)

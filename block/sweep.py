@@ -60,8 +60,11 @@ def attempt(work: Callable[[], object], hydra: DictConfig) -> None:
     except Exception as error:
         outcome = f"{' '.join(hydra.overrides.task)}: {' '.join(str(error).split()) or type(error).__name__}"
         print(f"failed: {outcome}", file=sys.stderr)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _OUTCOME).write_text(outcome)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _OUTCOME).write_text(outcome)
+    except OSError as error:
+        print(f"failed: {folder}: {error.strerror}: this job is not counted", file=sys.stderr)
 
 
 def end_with(main: int) -> None:

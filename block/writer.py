@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,16 +15,20 @@ from types import TracebackType
 from typing import Any, Literal, Self, TextIO
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import ArrayLike
 
 from block import metrics, provenance, tables
 from block.results import (
     DEFAULT_ROOT,
     SCHEMA_VERSION,
+    NotStored,
     Run,
     experiment_hash,
+    fallback,
     json_value,
     read_run,
+    reason,
     write_json,
     write_table,
 )
@@ -40,6 +46,9 @@ class RunWriter:
         with RunWriter(config, choices, hashes={"latency_model": …, "data_set": …}) as writer:
             outcome = …
             writer.store(outcome.records, outcome.decisions, outcome.instances, wall_time_s=…)
+
+    What cannot be written there, as the disk is full, say, is written into the temporary folder; `path` is where it is,
+    and NotStored, raised on leaving the context, says so. `run` has it all in any case.
 
     The run's status is "ok" after `store`, "interrupted" after KeyboardInterrupt, SystemExit or a cancelled task, and
     "failed" after any other exception, which propagates. Leaving without `store` and without an exception raises
@@ -59,7 +68,8 @@ class RunWriter:
     ) -> None:
         created = datetime.now(UTC)
         self.id = f"{created:%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
-        self.path = Path(root) / self.id
+        self._root = Path(root)
+        self.path = self._root / self.id
         config = json_value(config)
         self._document: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -78,10 +88,13 @@ class RunWriter:
             "summary": {},
         }
         self._notes: TextIO | None = None
+        self._takes_notes = True
+        self._tables: dict[str, pa.Table] = {}
+        self._trouble: OSError | None = None  # of the first table that could not be written
 
     def __enter__(self) -> Self:
         self.path.mkdir(parents=True)
-        self._handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
+        self._handler = _RunLog(self.path / "run.log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(self._handler)
         self._level = _package_log.level
@@ -91,11 +104,22 @@ class RunWriter:
 
     def note(self, record: RequestRecord) -> None:
         """Keep the record of a finished request for the case that this process is killed."""
-        if self._notes is None:
-            write_json(self.path / STARTED, self._document)
-            self._notes = (self.path / FINISHED).open("a", encoding="utf-8")
-        self._notes.write(json.dumps(asdict(record), default=int) + "\n")
-        self._notes.flush()
+        if not self._takes_notes:
+            return
+        try:
+            if self._notes is None:
+                write_json(self.path / STARTED, self._document)
+                self._notes = (self.path / FINISHED).open("a", encoding="utf-8")
+            self._notes.write(json.dumps(asdict(record), default=int) + "\n")
+            self._notes.flush()
+        except OSError as error:  # no reason to stop
+            self._takes_notes = False
+            log.warning("%s: %s; if this run is killed, what it has finished is lost", self.path, reason(error))
+
+    @property
+    def run(self) -> Run:
+        """The run, of which the tables can be read if they are stored."""
+        return Run(self.path, self._document)
 
     @property
     def summary(self) -> metrics.Summary:
@@ -129,17 +153,17 @@ class RunWriter:
         counterfactuals: columns of a table, like `instances`.
         engines: what real engines said of themselves. ejections: (time, instance id, reason) of those lost.
         changes: (time, instance id, change, reason) of those that joined or left; instance_seconds: what all have cost.
-        Raises OSError if the disk is full, ValueError if the records contradict themselves.
+        Raises ValueError if the records contradict themselves.
         """
         columns = tables.request_columns(records)
-        write_table(self.path / "requests.parquet", tables.requests_table(columns))
+        self._write("requests", tables.requests_table(columns))
         tokens = tables.tokens_table(records)
         if tokens is not None:
-            write_table(self.path / "tokens.parquet", tokens)
-        write_table(self.path / "decisions.parquet", tables.decisions_table(decisions))
-        write_table(self.path / "instances.parquet", tables.series_table(instances))
+            self._write("tokens", tokens)
+        self._write("decisions", tables.decisions_table(decisions))
+        self._write("instances", tables.series_table(instances))
         if counterfactuals is not None:
-            write_table(self.path / "counterfactuals.parquet", tables.series_table(counterfactuals))
+            self._write("counterfactuals", tables.series_table(counterfactuals))
         ok = int(np.count_nonzero(columns["status"] == "ok"))
         self._document["counts"] = {
             "sent": len(records),
@@ -165,6 +189,15 @@ class RunWriter:
         log.info("stored %s", ", ".join(f"{count} {name}" for name, count in self._document["counts"].items()))
         return self.summary
 
+    def _write(self, name: str, table: pa.Table) -> None:
+        """Write a table, or keep it until the run ends if that cannot be."""
+        self._tables[f"{name}.parquet"] = table
+        try:
+            if self._trouble is None:
+                write_table(self.path / f"{name}.parquet", table)
+        except OSError as error:
+            self._trouble = error
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Literal[False]:
@@ -184,17 +217,61 @@ class RunWriter:
             logging.getLogger().removeHandler(self._handler)
             self._handler.close()
         try:
+            if self._trouble is not None:
+                raise self._trouble
             write_json(self.path / "run.json", self._document)
-        except OSError as full:
+        except OSError as trouble:
+            told = self._elsewhere(trouble)
             if error is None:
-                raise
-            log.warning("run %s failed, and its run.json could not be written: %s", self.id, full)
+                raise told from trouble
+            log.warning("%s", told)
             return False
-        if self._notes is not None:
-            self._notes.close()
-            for name in (STARTED, FINISHED):
-                (self.path / name).unlink(missing_ok=True)
+        self._forget_notes()
         return False
+
+    def _elsewhere(self, trouble: OSError) -> NotStored:
+        """Store the run in the temporary folder; returns what is to be told."""
+        key, own = f"runs_dir={self._root}: {reason(trouble)}", self.path
+        try:
+            self.path = fallback(self.id)
+            self.path.mkdir()
+            with suppress(OSError):
+                shutil.copy(own / "run.log", self.path)
+            for name, table in self._tables.items():
+                write_table(self.path / name, table)
+            write_json(self.path / "run.json", self._document)
+        except OSError as again:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path = own
+            told = NotStored(f"{key}; nor is the run stored elsewhere: {reason(again)}")
+            with suppress(OSError):  # that it was there
+                failed = {"status": "failed", "error": f"NotStored: {told}"}
+                write_json(own / "run.json", {**self._document, **failed})
+            return told
+        self._forget_notes()
+        if not (own / "instances").exists():  # what servers said is left where it is
+            shutil.rmtree(own, ignore_errors=True)
+        return NotStored(f"{key}; the run is in {self.path} instead")
+
+    def _forget_notes(self) -> None:
+        """They were for the case that there would be no run.json."""
+        with suppress(OSError):
+            if self._notes is not None:
+                self._notes.close()
+            for name in (STARTED, FINISHED):
+                (self._root / self.id / name).unlink(missing_ok=True)
+
+
+class _RunLog(logging.FileHandler):
+    """A log that ends where the disk does: that is told by what is stored, and not in the midst of a run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 — logging's name
+        """Say nothing."""
+
+    def close(self) -> None:
+        """As a file is, but what cannot be written any more is lost."""
+        with suppress(OSError):
+            super().close()
 
 
 def recover(path: Path) -> Run | None:

@@ -28,7 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s %(message)s")
     tracking = Tracking(mode=options.mode, project=options.project, entity=options.entity, group=options.group)
-    found = runs(root=options.root, **dict(options.where))
+    try:
+        found = runs(root=options.root, **dict(options.where))
+    except ValueError as error:  # a key that there is not
+        parser.error(str(error))
     todo = [run for run in found if logged(run.path) is None]
     folders = [folder for run in todo if (folder := log_run(run.path, tracking)) is not None]
     for folder in folders:

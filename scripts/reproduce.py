@@ -34,9 +34,11 @@ from rich.console import Console  # noqa: E402
 
 from block import campaign, searches  # noqa: E402
 from block.campaign import Composer, Job  # noqa: E402
+from block.complaints import explain  # noqa: E402
+from block.config import NO_ROOM  # noqa: E402
 from block.console import progress  # noqa: E402
 from block.provenance import code_hash  # noqa: E402
-from block.results import Run, local_time  # noqa: E402
+from block.results import Run, local_time, probe, reason  # noqa: E402
 from block.tracking import Tracking, log_figures, log_run  # noqa: E402
 from paper_figures import cells, readme, report, style, verdicts  # noqa: E402
 from paper_figures.catalogue import FIGURES  # noqa: E402
@@ -54,6 +56,11 @@ def main() -> int:
     if options.list:
         _list(figures, jobs, options)
         return 0
+    try:
+        probe(options.out)
+    except OSError as error:
+        print(f"error: --out={options.out}: {reason(error)}", file=sys.stderr)
+        return 2
     every = campaign.distinct(jobs.values())
     missing = [job for job in every if job.stored is None or options.fresh]
     if len(missing) < len(every):
@@ -261,6 +268,11 @@ def _to_wandb(figures: Mapping[str, Any], stored: cells.Stored, options: argpars
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        print(f"error: {explain(error)}; what is stored stays", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: what is stored stays, and the next call goes on from there", file=sys.stderr)
         sys.exit(130)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,12 +21,12 @@ from hydra import compose, initialize_config_dir
 from joblib import parallel_config
 from omegaconf import DictConfig, OmegaConf
 
-from block import config, experiment, policies
+from block import config, experiment, policies, results, writer
 from block.answers import PolicyFault
 from block.complaints import ConfigError
 from block.experiment import do, execute, search
 from block.predictor import Predictor
-from block.results import Run, experiment_hash, runs
+from block.results import NotStored, Run, experiment_hash, runs
 from block.types import Decision, Forecast, InstanceView, Request
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -277,6 +279,30 @@ def test_a_runs_dir_that_cannot_be_made_is_told_before_anything_runs(tmp_path: P
         executed(tmp_path / "file")
 
 
+def full(path: Path, *_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+def test_what_cannot_be_stored_is_reported_and_then_told(
+    sweep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    write = writer.write_table
+    monkeypatch.setattr(
+        writer, "write_table", lambda path, table: (full if "runs" in path.parts else write)(path, table)
+    )
+    job = OmegaConf.create({"sweep": {"dir": str(tmp_path / "sweep")}}) if sweep else None
+    with pytest.raises(NotStored, match=r"^runs_dir=.*/runs: No space left on device; the run is in "):
+        execute(composed(f"runs_dir={tmp_path}/runs"), CHOICES, sweep=job)
+    (run,) = runs(root=tmp_path / "temporary")
+    assert run.counts == {"sent": 60, "ok": 60, "failed": 0, "fallback": 0, "preempted": 0, "failed_over": 0}
+    printed = capsys.readouterr().out
+    assert f"{run.summary['ttft_p99_s'] * (1 if sweep else 1000):.4g}" in printed
+    assert str(run.path) in printed
+
+
 # -------------------------------------------------------------------------------------------------------------- search
 
 SEARCH = ["capacity.slo_s=[1]", "capacity.low=4", "capacity.high=12", "capacity.tolerance=1", "capacity.seeds=1"]
@@ -414,6 +440,30 @@ def test_another_latency_can_be_asked_for(folder: Path) -> None:
     assert all(math.isfinite(latency) for _, latency in document["points"])
 
 
+def test_a_search_that_cannot_be_stored_is_printed_and_then_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "temporary"))
+    write = results.write_json
+    monkeypatch.setattr(
+        results, "write_json", lambda path, what: (full if "capacity" in path.parts else write)(path, what)
+    )
+    with pytest.raises(NotStored) as told:
+        searched()
+    (place,) = (folder / "temporary").iterdir()
+    found = json.loads(place.read_text())["capacities_qps"]["1"]
+    assert str(told.value) == f"artifacts/capacity: No space left on device; it is in {place} instead"
+    assert capsys.readouterr().out.startswith(f"random on llama2-7b: {found:.2f} requests/s")
+
+
+def test_a_place_that_takes_nothing_is_told_before_the_search(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "artifacts").write_text("in the way")
+    monkeypatch.setattr(experiment, "serve", None)
+    with pytest.raises(ConfigError, match=r"^artifacts/capacity: Not a directory$"):
+        searched()
+
+
 def test_an_objective_that_no_rate_meets_is_a_wrong_configuration(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"capacity: ttft_p99_s misses 0\.01 s even at"):  # the dispatch takes 0.23 s
         searched("capacity.slo_s=[0.01]")
@@ -472,6 +522,22 @@ def test_length_estimation_that_cannot_be_is_told_in_one_line_and_writes_nothing
     assert str(told.value).startswith(begins)
     assert "\n" not in str(told.value)
     assert not (tmp_path / "scores").exists()
+
+
+def test_scores_that_cannot_be_written_are_printed_and_then_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    write = results.write_json
+    monkeypatch.setattr(
+        results, "write_json", lambda path, what: (full if "scores" in path.parts else write)(path, what)
+    )
+    with pytest.raises(NotStored, match=r"^estimation\.scores=.*: No space left on device; it is in .*/block-mine"):
+        do(of_pairs(tmp_path), CHOICES)
+    (place,) = (tmp_path / "temporary").iterdir()
+    rows = json.loads(place.read_text())["rows"]
+    assert f"{rows[0]['error_rate']:.1%}" in capsys.readouterr().out
 
 
 def test_serving_is_what_is_done_unless_something_else_is_said(tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+import tempfile
+from dataclasses import fields, replace
 from enum import Enum
 from pathlib import Path
 
@@ -20,7 +23,9 @@ import pytest
 from stored import CONFIG, DECISIONS, INSTANCES, RECORDS, store, warnings
 
 from block import provenance
-from block.results import frame, read_run, runs, write_json
+from block import writer as writing
+from block.config import _Root
+from block.results import KEYS, NotStored, frame, probe, read_run, runs, write_json
 from block.writer import RunWriter
 
 # ------------------------------------------------------------------------------------------------------- round trip
@@ -146,12 +151,62 @@ def test_runs_match_choices_config_and_status(tmp_path):
     assert found(scheduler=["block", "random"], **{"workload.qps": 30}) == {b, c}
     assert found(**{"workload.qps": 30.0}, experiment="main_sweep") == {b}
     assert found(workload={"qps": 20}) == {a}
-    assert found(scheduler="nobody") == found(nonsense=1) == found(**{"workload.qps.deeper": 1}) == set()
+    assert found(scheduler="nobody") == found(experiment=None) == set()
     assert found(status="failed") == {d.path}
     assert found(status=None, scheduler="block") == {a, b, d.path}
     assert found(status=("ok", "failed")) == {a, b, c, d.path}
     assert found(config_hash=read_run(a).document["config_hash"]) == {a}
     assert runs(root=tmp_path / "absent") == []
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("schedular", "did you mean scheduler? "),
+        ("qps", "did you mean workload.qps? "),
+        ("num_request", "did you mean workload.num_requests? "),
+        ("workload.qbs", "did you mean workload.qps? "),
+        ("workload.qps.deeper", "did you mean workload.qps? "),
+        ("nonsense", "choose a config group or a key that python run.py --cfg job shows, such as workload.qps"),
+    ],
+)
+def test_a_key_that_no_run_has_is_told_with_the_nearest(tmp_path, key, near):
+    store(tmp_path, {"workload": {"qps": 20, "num_requests": 10, "trace_path": None}}, scheduler="block")
+    store(tmp_path, {"workload": {"qps": 30}}, scheduler="random")
+    found = runs(root=tmp_path)
+    for ask in (
+        lambda: runs(root=tmp_path, **{key: 1}),
+        lambda: frame(found, "scheduler", key),
+        lambda: found[0].get(key),
+    ):
+        with pytest.raises(ValueError, match="no such key") as told:
+            ask()
+        assert str(told.value).startswith(f"{key}: no such key; {near}")
+    assert found[0].get(key, 5) == 5
+
+
+def test_a_key_that_some_run_has_is_one_of_all(tmp_path):
+    store(tmp_path, {"workload": {"qps": 20, "path": None}}, scheduler="block")
+    store(tmp_path, {"workload": {}}, scheduler="random")
+    found = runs(root=tmp_path)
+    assert frame(found, "workload.qps", "workload.path")["workload.qps"].isna().tolist() == [False, True]
+    assert len(runs(root=tmp_path, **{"workload.path": None})) == 1
+    assert found[1].get("experiment") is None
+    with pytest.raises(ValueError, match=r"^workload\.qps: no such key"):
+        found[1].get("workload.qps")
+
+
+def test_with_nothing_stored_a_key_that_no_config_begins_with_is_told(tmp_path):
+    assert runs(root=tmp_path, scheduler="block", **{"workload.qps": 3}, config_hash="x") == []
+    with pytest.raises(ValueError, match=r"^schedular: no such key; did you mean scheduler\?"):
+        runs(root=tmp_path, schedular="block")
+    with pytest.raises(ValueError, match=r"^qps: no such key; .*such as workload\.qps$"):
+        runs(root=tmp_path, qps=3)
+
+
+def test_the_keys_that_there_always_are_are_those_of_a_config_and_of_run_json(tmp_path):
+    config = {field.name for field in fields(_Root)}
+    assert set(KEYS) == config | {"experiment"} | set(read_run(store(tmp_path)).document)
 
 
 def test_frame_has_a_row_per_run(tmp_path):
@@ -288,6 +343,105 @@ def test_kill_9_leaves_earlier_runs_and_no_half_run(tmp_path, stage):
     (found,) = runs(root=tmp_path, status=None)
     assert found.path == earlier
     assert len(found.requests()) == 3
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """The temporary folder of this process."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def full_at(monkeypatch, root, name="write_table"):
+    """Let the disk of `root` be full for `name` of the writer."""
+    write = getattr(writing, name)
+
+    def limited(path, what):
+        if path.is_relative_to(root):
+            path.write_text("half of it")
+            path.unlink()
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, what)
+
+    monkeypatch.setattr(writing, name, limited)
+
+
+@pytest.mark.parametrize("name", ["write_table", "write_json"])
+def test_what_a_full_disk_does_not_take_goes_into_the_temporary_folder(tmp_path, monkeypatch, temporary, name):
+    root = tmp_path / "runs"
+    whole = read_run(store(root))
+    full_at(monkeypatch, root, name)
+    with pytest.raises(NotStored) as told, RunWriter(CONFIG, {"scheduler": "block"}, root=root) as writer:
+        writer.store(RECORDS, DECISIONS, INSTANCES, forecast_us=[10.0, 30.0], wall_time_s=0.25)
+    place = temporary / f"block-{writer.id}"
+    assert str(told.value) == f"runs_dir={root}: No space left on device; the run is in {place} instead"
+    assert [run.path for run in runs(root=root, status=None)] == [whole.path]
+    assert list(root.iterdir()) == [whole.path]
+    (kept,) = runs(root=temporary)
+    assert kept.path == writer.path == writer.run.path == place
+    assert kept.summary == whole.summary == writer.run.summary
+    assert kept.requests().equals(whole.requests())
+    assert {path.name for path in kept.path.iterdir()} == {path.name for path in whole.path.iterdir()}
+    assert "stored 3 sent" in (kept.path / "run.log").read_text()
+
+
+def test_a_folder_that_was_deleted_meanwhile_is_no_loss(tmp_path, temporary):
+    writer = RunWriter(CONFIG, root=tmp_path / "runs")
+    with pytest.raises(NotStored, match="No such file or directory; the run is in") as told, writer:  # noqa: PT012
+        shutil.rmtree(tmp_path / "runs")
+        writer.store(RECORDS, DECISIONS, INSTANCES)
+    (kept,) = runs(root=temporary)
+    assert str(kept.path) in str(told.value)
+    assert len(kept.requests()) == 3
+
+
+def test_what_no_disk_takes_is_told_and_at_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    full_at(monkeypatch, tmp_path)
+    with pytest.raises(NotStored) as told, RunWriter(CONFIG, root=tmp_path) as writer:
+        writer.store(RECORDS, DECISIONS, INSTANCES)
+    assert str(told.value).startswith(
+        f"runs_dir={tmp_path}: No space left on device; nor is the run stored elsewhere: "
+    )
+    assert writer.run.summary["e2e_mean_s"] == 3.0
+    (failed,) = runs(root=tmp_path, status=None)
+    assert failed.status == "failed"
+    assert "NotStored" in failed.document["error"]
+
+
+def test_a_run_that_fails_on_a_full_disk_fails_as_it_did(tmp_path, monkeypatch, temporary, caplog):
+    full_at(monkeypatch, tmp_path / "runs")
+    with pytest.raises(ValueError, match="late"), RunWriter(CONFIG, root=tmp_path / "runs") as writer:  # noqa: PT012
+        writer.store(RECORDS, DECISIONS, INSTANCES)
+        raise ValueError("late")
+    (kept,) = runs(root=temporary, status=None)
+    assert (kept.status, len(kept.requests())) == ("failed", 3)
+    assert str(kept.path) in warnings(caplog)[-1].getMessage()
+
+
+def test_notes_that_the_disk_does_not_take_cost_the_notes_only(tmp_path, monkeypatch, caplog):
+    full_at(monkeypatch, tmp_path, "write_json")
+    with RunWriter(CONFIG, root=tmp_path) as writer:
+        for one in RECORDS:
+            writer.note(one)
+        monkeypatch.undo()
+        writer.store(RECORDS, DECISIONS, INSTANCES)
+    assert len(read_run(writer.path).requests()) == 3
+    assert [record.getMessage().partition(": ")[2] for record in warnings(caplog)] == [
+        "No space left on device; if this run is killed, what it has finished is lost"
+    ]
+
+
+def test_a_place_is_probed_and_left_as_it_was(tmp_path):
+    probe(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="File exists"):
+        probe(tmp_path / "file")
+    with pytest.raises(OSError, match="Not a directory"):
+        probe(tmp_path / "file" / "deeper")
 
 
 FULL = """
