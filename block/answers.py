@@ -6,6 +6,7 @@ The policies of this package are not asked twice: their tests do that, and a dec
 from __future__ import annotations
 
 import inspect
+import math
 import traceback
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -13,9 +14,11 @@ from pathlib import Path
 from random import Random as Stream
 from typing import Any
 
+import numpy as np
+
 from block import provenance
 from block.policies import Needs, Policy
-from block.types import Decision, InstanceView, Request, Views
+from block.types import FIELDS, Decision, Forecast, InstanceView, Request, Snapshot, Snapshots, Views
 
 
 class PolicyFault(ValueError):
@@ -38,6 +41,20 @@ def check(policy: Any) -> None:
 def checked(policy: Policy) -> Policy:
     """The policy itself if it is of this package, else one that answers the same and raises PolicyFault if it errs."""
     return policy if type(policy).__module__ == Policy.__module__ else _Checked(policy)  # type: ignore[return-value]  # its `needs` is the policy's
+
+
+def rehearse(policy: Policy, instances: int) -> None:
+    """Have a policy of the user's decide once, among idle instances. PolicyFault if it errs."""
+    tried = checked(policy)
+    if tried is policy:
+        return
+    stream = Stream(0)
+    ids = tried.candidates(instances, 0, stream)
+    idle = [Snapshot(i, 0.0, math.nan, 0, 0, 1000, 0, np.zeros((FIELDS, 0), dtype=np.int64)) for i in ids]
+    snapshots = None if tried.needs is Needs.COUNTS else Snapshots.of(idle)
+    forecasts = [Forecast(0.1, 1.0)] * len(ids) if tried.needs is Needs.FORECAST else None
+    views = Views(ids, [[] for _ in ids], [0] * len(ids), [0] * len(ids), snapshots, forecasts)
+    tried.choose(Request(0, 0.0, 100, 100, 100), views, stream)
 
 
 class _Checked:

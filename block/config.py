@@ -433,6 +433,4 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, e
 def _tell(error: Exception) -> int:
     """Say what is wrong; returns the exit code."""
     print(f"error: {explain(error)}", file=sys.stderr)
-    if isinstance(error, FileNotFoundError):
-        return 2
-    return 1 if isinstance(error, LaunchFailed | OSError) else 2
+    return 1 if isinstance(error, LaunchFailed | NotStored) or getattr(error, "errno", None) in NO_ROOM else 2

@@ -15,7 +15,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from block import config
+from block import answers, config
 from block.complaints import ConfigError, explain
 from block.instances.base import LaunchFailed
 from block.lengths import Reader
@@ -34,6 +34,7 @@ def serve(settings: DictConfig, policy: str) -> None:
     """Serve what `settings` describe. ConfigError if that cannot be; `policy` is what they call it."""
     run = config.build(settings)
     wanted = config.node(settings.server)
+    answers.rehearse(config.node(settings.scheduler), len(wanted.urls))  # not the one that will serve
     for key, off in (("forecast_noise", 0), ("dispatchers", 1)):
         if (value := getattr(run.dispatch, key)) != off:
             raise ConfigError(f"dispatch.{key}={value}: for experiments only; a front door has {off}")

@@ -15,6 +15,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from block import clock
+from block.answers import PolicyFault
 from block.correction import Corrected
 from block.dispatcher import DispatchConfig, Dispatcher
 from block.latency import LatencyModel
@@ -157,8 +158,11 @@ class Door:
             if exchange.record is not None:
                 self._metrics.ended(exchange.record, CANCELLED)
             raise
-        except Exception:
-            log.exception("request %d", number)
+        except Exception as error:
+            if isinstance(error, PolicyFault):
+                log.error("request %d: %s", number, error)  # which says where
+            else:
+                log.exception("request %d", number)
             if exchange.record is not None:
                 self._metrics.ended(exchange.record, FAILED)
             return error_response(500, "the front door failed; its log says why")

@@ -251,6 +251,7 @@ COMMANDS = [
     ("run.py", ["scheduler=null"], "error: a config group was given null"),
     ("run.py", ["workload=trace", "workload.trace_path=gone.csv"], "error: workload.trace_path=gone.csv: no such"),
     ("run.py", ["seed=1", "-m", "workload.qsp=30"], "error: workload.qsp: no such key"),
+    ("run.py", ["scheduler=roundrobin"], "error: scheduler=roundrobin: did you mean round_robin?"),
     ("run.py", ["command=sevre"], "error: command=sevre: choose from serve, evaluate_lengths"),
     (
         "run.py",

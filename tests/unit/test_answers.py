@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from block.answers import PolicyFault, check, checked
+from block.answers import PolicyFault, check, checked, rehearse
 from block.policies import Needs, RoundRobin, least
 from block.types import Decision, InstanceView, Request, Views
 
@@ -159,3 +159,25 @@ def test_what_is_no_policy_is_told() -> None:
         check(Lacking())
     with pytest.raises(PolicyFault, match=r"needs='counts': choose from Needs\.COUNTS, Needs\.SNAPSHOT, Needs\.FOREC"):
         check(Needy())
+
+
+class Looking(Answering):
+    """One that looks at all that it is shown, and counts how often it was asked."""
+
+    needs: ClassVar[Needs] = Needs.FORECAST
+    asked = 0
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        self.asked += 1
+        shown = [(view.snapshot, view.forecast) for view in views]
+        scores = [forecast.e2e / snapshot.free_blocks for snapshot, forecast in shown if snapshot and forecast]
+        return least(views, scores, stream)
+
+
+def test_a_rehearsal_shows_a_policy_all_that_it_needs() -> None:
+    policy = Looking(range(4))
+    rehearse(policy, 4)
+    assert policy.asked == 1
+    with pytest.raises(PolicyFault, match="1 is not between 0 and 0"):
+        rehearse(policy, 1)
+    rehearse(RoundRobin(), 0)  # of the package: not asked

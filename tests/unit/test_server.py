@@ -614,7 +614,7 @@ def test_nothing_is_lost_when_one_of_four_servers_is_killed() -> None:
     run(main())
 
 
-def test_a_bug_is_answered_too() -> None:
+def test_a_bug_is_answered_too_and_that_of_a_policy_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         @dataclass(frozen=True)
         class Broken(policies.Random):  # type: ignore[misc]
@@ -626,6 +626,9 @@ def test_a_bug_is_answered_too() -> None:
             assert (status, json.loads(body)["error"]["type"]) == (500, "InternalServerError")
 
     run(main())
+    (entry,) = [entry for entry in caplog.records if "raised" in entry.getMessage()]
+    assert "Broken: choose raised ZeroDivisionError (tests/unit/test_server.py:" in entry.getMessage()
+    assert entry.exc_info is None
 
 
 # ------------------------------------------------------------------------------------------------------ bare servers
@@ -1033,6 +1036,11 @@ def test_a_wrong_key_is_told_with_its_value(keys: dict[str, Any], says: str) -> 
         (["server.prot=80"], "error: server.prot: no such key; did you mean port? choose from urls, host, port"),
         (["server.port=http"], "error: server.port=http: wants an integer"),
         (["scheduler=roundrobin"], "error: scheduler=roundrobin: did you mean round_robin?"),
+        (
+            ["server.urls=[http://h:1]", "scheduler=random", "scheduler._target_=nobody_s_policy.Two"],
+            "error: scheduler._target_=nobody_s_policy.Two: candidates, for request 0 of 1 instances, returned [0, 1]: "
+            "1 is not between 0 and 0 (nobody_s_policy.py:6)",
+        ),
     ],
 )
 def test_a_wrong_command_ends_in_one_line(
@@ -1043,6 +1051,10 @@ def test_a_wrong_command_ends_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "nobody_s_policy.py").write_text(
+        "from dataclasses import dataclass\nfrom block.policies import Random\n\n"
+        "@dataclass(frozen=True)\nclass Two(Random):\n    def candidates(self, *_):\n        return [0, 1]\n"
+    )
     monkeypatch.setattr(sys, "argv", ["block.server", *arguments])
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")

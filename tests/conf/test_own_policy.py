@@ -1,0 +1,125 @@
+"""A policy of one's own on the command line: what it gets wrong is one line, and what it was is what is stored."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from commands import TINY, command
+
+from block.results import runs
+
+FAULTY = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from block.policies import Needs, least
+
+
+@dataclass(frozen=True)
+class Late:
+    needs: ClassVar[Needs] = Needs.COUNTS
+
+    def candidates(self, instances, turn, stream):
+        return [turn % instances if turn < 90 else instances]
+
+    def choose(self, request, views, stream):
+        return least(views, [0.0], stream)
+
+
+@dataclass(frozen=True)
+class Needless:
+    pass
+
+
+@dataclass(frozen=True)
+class Nan(Late):
+    def choose(self, request, views, stream):
+        return least(views, [float("nan") if request.id == 70 else 0.0], stream)
+
+
+@dataclass(frozen=True)
+class Wrong(Late):
+    k: int = 1
+
+    def __post_init__(self):
+        self.k / 0
+"""
+LATE = (
+    "scheduler._target_=mine.faulty.Late: candidates, for request 90 of 3 instances, returned [3]: "
+    "3 is not between 0 and 2 (mine/faulty.py:12)"
+)
+SEARCH = ["capacity.slo_s=[1]", "capacity.low=4", "capacity.high=12", "capacity.tolerance=1", "capacity.seeds=2"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with `mine/faulty.py`, and one that cannot be imported."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "faulty.py").write_text(FAULTY)
+    (tmp_path / "mine" / "broken.py").write_text("import x y\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("faulty.Late", LATE),
+        ("faulty.Nan", "scheduler._target_=mine.faulty.Nan: choose, for request 70, gave instance 1 the score NaN"),
+        ("faulty.Needless", "scheduler._target_=mine.faulty.Needless: has no method candidates (mine/faulty.py:19)"),
+        (
+            "faulty.Wrong",
+            "scheduler._target_=mine.faulty.Wrong: ZeroDivisionError: division by zero (mine/faulty.py:35)",
+        ),
+        ("broken.Late", "scheduler._target_=mine.broken.Late: SyntaxError: invalid syntax"),
+    ],
+)
+def test_what_it_gets_wrong_is_told_in_one_line(name: str, told: str, folder: Path) -> None:
+    done = command("run.py", *TINY, "scheduler=random", f"scheduler._target_=mine.{name}", folder=folder)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {told}")
+    assert "Traceback" not in done.stderr
+
+
+def test_so_it_is_in_a_sweep_whose_other_jobs_go_on(folder: Path) -> None:
+    targets = "scheduler._target_=mine.faulty.Late,block.policies.Random"
+    done = command("run.py", "-m", *TINY, "scheduler=random", targets, "hydra/launcher=joblib", folder=folder)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].endswith(LATE)
+    by_status = {run.status: run for run in runs(root=folder / "artifacts" / "runs", status=None)}
+    assert by_status["ok"].choices["scheduler"] == "random"
+    assert by_status["failed"].choices["scheduler"] == "mine.faulty.Late"
+    assert by_status["failed"].document["error"] == f"PolicyFault: {LATE}"
+    assert len(by_status["failed"].decisions()) == 90
+
+
+def test_so_it_is_in_a_search(folder: Path) -> None:
+    target = "scheduler._target_=mine.faulty.Late"
+    done = command("scripts/capacity.py", *TINY, *SEARCH, "scheduler=random", target, folder=folder)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"error: {LATE}")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_search_is_made_anew_if_asked_for_or_if_the_policy_has_changed(folder: Path) -> None:
+    shutil.copy(folder / "mine" / "faulty.py", folder / "mine" / "early.py")
+
+    def searched(*flags: str) -> tuple[str, bool]:
+        arguments = [*TINY, *SEARCH, "scheduler=random", "scheduler._target_=mine.early.Late", *flags]
+        done = command("scripts/capacity.py", *arguments, folder=folder)
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        return lines[0], all(" stored 2" in line for line in lines[1:])
+
+    policy = folder / "mine" / "early.py"
+    policy.write_text(FAULTY.replace("if turn < 90 else instances", ""))
+    first = searched()
+    assert first[0].startswith("mine.early.Late on llama2-7b: ")
+    assert not first[1]
+    assert searched() == (first[0], True)
+    assert searched("--fresh") == first
+    policy.write_text(FAULTY.replace("turn % instances if turn < 90 else instances", "0"))
+    changed = searched()
+    assert changed[0] != first[0]
+    assert not changed[1]
