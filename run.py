@@ -20,14 +20,13 @@ config.register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(settings: DictConfig) -> None:
-    """One job."""
+def main(settings: DictConfig) -> object:
+    """One job; returns its objective."""
     job = HydraConfig.get()
     if job.mode is RunMode.RUN:
-        config.told(lambda: experiment.do(settings, job.runtime.choices))
-    else:
-        sweep.attempt(lambda: experiment.do(settings, job.runtime.choices, sweep=job), job)
+        return config.told(lambda: experiment.do(settings, job.runtime.choices))
+    return sweep.attempt(lambda: experiment.do(settings, job.runtime.choices, sweep=job), job)
 
 
 if __name__ == "__main__":
-    sys.exit(config.guard(main) or (1 if sweep.Tally.failed else 0))
+    sys.exit(config.guard(lambda: sweep.whole(main)) or (1 if sweep.Tally.failed else 0))

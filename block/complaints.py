@@ -30,7 +30,7 @@ def explain(error: BaseException) -> str:
         )
         if missing:
             group, value, choices = missing.groups()
-            return f"{group}={value}: {_choose(value, choices.split())}"
+            return f"{group}={value}: {choose(value, choices.split())}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not of the form key=value"
     several = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'", text)
@@ -65,10 +65,11 @@ def _wrong_in_file(cause: BaseException | None, file: str, trouble: str, key: st
 
 def no_such_key(key: str, part: str, known: Sequence[str], where: str = "") -> str:
     """The message for `key`, of which `part` is not among the `known` ones."""
-    return f"{key}: no such key{where}{f'; {_choose(part, known)}' if known else ', nor any other here'}"
+    return f"{key}: no such key{where}{f'; {choose(part, known)}' if known else ', nor any other here'}"
 
 
-def _choose(given: str, choices: Sequence[str]) -> str:
+def choose(given: str, choices: Sequence[str]) -> str:
+    """What there is in place of what was `given`, the nearest first."""
     near = get_close_matches(given, choices, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{hint}choose from {', '.join(choices)}"

@@ -192,6 +192,7 @@ class _Root:
     dispatch: Any = field(default_factory=lambda: schema(DispatchConfig))
     capacity: Any = field(default_factory=lambda: schema(CapacityConfig))  # read by scripts/capacity.py only
     command: str = "serve"  # what run.py does: a name of experiment.COMMANDS
+    objective: Any = "ttft_p99_s"  # what sweepers that search are told of a run: a number of its summary, or a list
     seed: int = 0
     sample_every_s: float = 1.0
     replay_share: float = 0.0
@@ -406,10 +407,12 @@ def _is_override(argument: str) -> bool:
     return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
 
 
-def told(job: Callable[[], Any]) -> None:
-    """Do the `job` of a Hydra main in `guard`; what is wrong with its configuration is told before Hydra adds to it."""
+def told(job: Callable[[], Any]) -> Any:
+    """Do the `job` of a Hydra main in `guard`, and return what it returns; what is wrong with its configuration is told
+    before Hydra adds to it.
+    """
     try:
-        job()
+        return job()
     except _WRONG as error:
         raise _Told(_tell(error)) from error
 

@@ -105,12 +105,11 @@ def report(run: Run, wandb: Path | None, console: Console) -> None:
         console.print(f"{key:<13}{value}", highlight=False, markup=False, soft_wrap=True)
 
 
-def report_line(run: Run, standing: str, console: Console) -> None:
-    """The same in one line, for a job of a sweep; `standing` says how far the sweep is."""
+def report_line(run: Run, job: str, console: Console) -> None:
+    """The same in one line, for a `job` of a sweep, called so (`sweep.standing`)."""
     summary, counts = run.summary, run.counts or {}
-    job = f"scheduler={run.get('scheduler')} qps={run.get('workload.qps'):g} seed={run.get('seed')}"
     figures = f"TTFT P99 {_cell(summary['ttft_p99_s'])} s, E2E mean {_cell(summary['e2e_mean_s'])} s"
-    line = f"{standing}{job}: {figures}, {counts.get('ok')} ok → {run.path}"
+    line = f"{job}: {figures}, {counts.get('ok')} ok → {run.path}"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from block import provenance, searches, workload
 from block.capacity import crossings
 from block.cluster import Simulated
-from block.complaints import ConfigError, explain
+from block.complaints import ConfigError, choose, explain
 from block.config import RunConfig, build, filed, node, own_choices, plain
 from block.console import announce, progress, report, report_line, report_scores
 from block.lengths.estimation import evaluate
@@ -35,18 +35,35 @@ from block.predictor import Predictor
 from block.results import NotStored, Run, json_value, keep_json, probe, reason
 from block.searches import Search
 from block.serving import Outcome, requests_of, serve
-from block.sweep import end_with, standing
+from block.sweep import end_with, searching, standing
 from block.tables import request_columns
 from block.tracking import log_run
 from block.types import Request
 from block.writer import RunWriter
 
 
-def do(config: DictConfig, choices: Mapping[str, str], *, sweep: DictConfig | None = None) -> None:
-    """What `config.command`, a name of COMMANDS, stands for. ConfigError if it is none. sweep: as of `execute`."""
+def do(
+    config: DictConfig, choices: Mapping[str, str], *, sweep: DictConfig | None = None
+) -> float | list[float] | None:
+    """What `config.command`, a name of COMMANDS, stands for. ConfigError if it is none. sweep: as of `execute`.
+
+    Returns what `config.objective` names of a run's summary, a number or a list; None where there is no run.
+    """
     if config.command not in COMMANDS:
         raise ConfigError(f"command={config.command}: choose from {', '.join(COMMANDS)}")
-    COMMANDS[config.command](config, choices, sweep=sweep)
+    wanted = config.objective
+    names = [wanted] if isinstance(wanted, str) else list(wanted or [])
+    known = [*summarise(request_columns([])), "instance_seconds"]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"objective={name}: {choose(str(name), known)}")
+    made = COMMANDS[config.command](config, choices, sweep=sweep)
+    if not isinstance(made, Run) or not names:
+        return None
+    values = [made.summary.get(name) for name in names]
+    if None in values and sweep is not None and searching(sweep):
+        raise ConfigError(f"objective={names[values.index(None)]}: this run has no such number: {made.path}")
+    return values[0] if isinstance(wanted, str) else values  # type: ignore[return-value]
 
 
 def execute(

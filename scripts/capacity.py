@@ -12,19 +12,29 @@ import sys
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from block import config, experiment
+from block import config, experiment, sweep
 
 config.register()
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
-def main(settings: DictConfig) -> None:
-    """One search."""
-    config.told(lambda: experiment.search(settings, HydraConfig.get().runtime.choices))
+def main(settings: DictConfig) -> object:
+    """One search; returns the capacity, or a list of them for several objectives, for the sweeper if there is one."""
+    job = HydraConfig.get()
+    if job.mode is RunMode.RUN:
+        return config.told(lambda: search(settings, job))
+    return sweep.attempt(lambda: search(settings, job), job)
+
+
+def search(settings: DictConfig, job: DictConfig) -> float | list[float]:
+    """The capacity for each objective, alone if there is one."""
+    found = [one["capacity_qps"] for one in experiment.search(settings, job.runtime.choices).values()]
+    return found[0] if len(found) == 1 else found
 
 
 if __name__ == "__main__":
     sys.argv[1:] = ["capacity.fresh=true" if argument == "--fresh" else argument for argument in sys.argv[1:]]
-    sys.exit(config.guard(main))
+    sys.exit(config.guard(lambda: sweep.whole(main)) or (1 if sweep.Tally.failed else 0))

@@ -90,9 +90,9 @@ def test_what_does_not_exist_is_a_dash_or_said_in_words() -> None:
 
 
 def test_a_job_of_a_sweep_says_one_line() -> None:
-    text = text_of(lambda console: report_line(run(), "[3/9, 0:42 left] ", console), width=40)
+    text = text_of(lambda console: report_line(run(), "[3/9, 0:42 left] seed=4", console), width=40)
     figures = "TTFT P99 2.5 s, E2E mean 8.75 s, 98 ok"
-    assert text == f"[3/9, 0:42 left] scheduler=block qps=30 seed=4: {figures} → {run().path}\n"
+    assert text == f"[3/9, 0:42 left] seed=4: {figures} → {run().path}\n"
 
 
 # ------------------------------------------------------------------------------------------------------- announcements

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,25 +19,28 @@ from block.sweep import Tally, attempt, standing
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a sweep tells its jobs through the environment ends with the test."""
-    for name in ("BLOCK_SWEEP_JOBS", "BLOCK_SWEEP_BEGAN", "BLOCK_SWEEP_MAIN"):
-        monkeypatch.setenv(name, "0")
-        monkeypatch.delenv(name)
+    monkeypatch.setenv("BLOCK_SWEEP", "")
 
 
-def hydra(folder: Path, *task: str, job: int = 0, params: dict[str, str] | None = None) -> DictConfig:
+BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+
+
+def hydra(
+    folder: Path, *task: str, job: int = 0, params: dict[str, str] | None = None, sweeper: str = BASIC
+) -> DictConfig:
     """Hydra's own settings in job number `job` of a sweep into `folder`."""
     return OmegaConf.create(
         {
+            "job": {"num": job},
             "sweep": {"dir": str(folder)},
-            "sweeper": {"params": params},
+            "sweeper": {"params": params, "_target_": sweeper},
             "overrides": {"task": list(task)},
-            "runtime": {"output_dir": str(folder / str(job))},
         }
     )
 
 
-def begin(folder: Path, *task: str, params: dict[str, str] | None = None) -> None:
-    Tally().on_multirun_start(OmegaConf.create({"hydra": hydra(folder, *task, params=params)}))
+def begin(folder: Path, *task: str, params: dict[str, str] | None = None, sweeper: str = BASIC) -> None:
+    Tally().on_multirun_start(OmegaConf.create({"hydra": hydra(folder, *task, params=params, sweeper=sweeper)}))
 
 
 def end(folder: Path) -> int:
@@ -88,13 +93,16 @@ def test_standing_counts_the_jobs_that_left_an_outcome(tmp_path: Path) -> None:
 
 def test_standing_estimates_from_the_pace_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin(tmp_path, "seed=range(10)")
-    monkeypatch.setenv("BLOCK_SWEEP_BEGAN", str(time.time() - 20))  # the first two jobs took 20 s: 80 s for eight more
+    told = json.loads(os.environ["BLOCK_SWEEP"])
+    monkeypatch.setenv(
+        "BLOCK_SWEEP", json.dumps({**told, "began": time.time() - 20})
+    )  # the first two jobs took 20 s: 80 s for eight more
     attempt(lambda: None, hydra(tmp_path, job=0))
     assert standing(hydra(tmp_path, job=1)) in ("[2/10, 1:20 left] ", "[2/10, 1:21 left] ")
 
 
-def test_without_a_sweep_there_is_no_standing(tmp_path: Path) -> None:
-    assert standing(hydra(tmp_path)) == ""
+def test_without_a_sweep_a_job_is_called_by_all_its_overrides(tmp_path: Path) -> None:
+    assert standing(hydra(tmp_path, "seed=1", "scheduler=block")) == "seed=1 scheduler=block"
 
 
 def test_an_earlier_sweep_into_the_same_folder_does_not_count(tmp_path: Path) -> None:
@@ -102,6 +110,8 @@ def test_an_earlier_sweep_into_the_same_folder_does_not_count(tmp_path: Path) ->
     attempt(lambda: fail("no"), hydra(tmp_path, job=2))
     begin(tmp_path, "seed=1,2")
     assert standing(hydra(tmp_path)).startswith("[1/2, ")
+    for job in range(2):
+        attempt(lambda: None, hydra(tmp_path, job=job))
     assert end(tmp_path) == 0
 
 
@@ -124,24 +134,169 @@ def test_an_error_without_words_is_told_by_its_kind(tmp_path: Path, capsys: pyte
     def work() -> None:
         raise ZeroDivisionError
 
+    begin(tmp_path, "seed=1,2")
     attempt(work, hydra(tmp_path, "seed=1"))
     assert capsys.readouterr().err == "failed: seed=1: ZeroDivisionError\n"
 
 
 def test_a_sweep_without_failures_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin(tmp_path, "seed=1,2")
-    attempt(lambda: None, hydra(tmp_path))
+    for job in range(2):
+        attempt(lambda: None, hydra(tmp_path, job=job))
     assert end(tmp_path) == 0
     assert capsys.readouterr().err == ""
 
 
-def test_ctrl_c_ends_the_sweep_and_is_no_outcome_of_a_job(tmp_path: Path) -> None:
-    def work() -> None:
+def test_what_did_not_finish_or_begin_has_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
         raise KeyboardInterrupt
 
+    begin(tmp_path, "seed=range(5)")
+    attempt(lambda: None, hydra(tmp_path, "seed=0", job=0))
     with pytest.raises(KeyboardInterrupt):
-        attempt(work, hydra(tmp_path))
-    assert list(tmp_path.glob("*/*")) == []
+        attempt(interrupted, hydra(tmp_path, "seed=1", job=1))
+    assert end(tmp_path) == 4
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["4 of 5 jobs failed:", "  1: seed=1: did not finish", "  2, 3, 4: did not begin"]
+
+
+def test_a_job_gives_the_sweeper_what_it_returns(tmp_path: Path) -> None:
+    begin(tmp_path, "seed=1,2")
+    assert attempt(lambda: [1.5, 2], hydra(tmp_path)) == [1.5, 2]
+    assert attempt(lambda: fail("no"), hydra(tmp_path, job=1)) is None
+
+
+def test_a_note_that_cannot_be_written_costs_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin(tmp_path, "seed=1,2")
+    (tmp_path / ".outcomes").rmdir()
+    assert attempt(lambda: 7, hydra(tmp_path)) == 7
+    assert "outcomes/0: No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("swept", ["seed=range(0,0)", "+key=range(3,3)"])
+def test_a_sweep_over_nothing_is_refused(swept: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BaseException):  # noqa: B017, PT011 — of `config.told`, which lets Hydra say nothing more
+        begin(tmp_path, swept)
+    assert capsys.readouterr().err == f"error: {swept}: no values to sweep over\n"
+
+
+# -------------------------------------------------------------------------------------------------- of other sweepers
+
+
+def test_a_job_is_called_by_what_the_sweep_varies(tmp_path: Path) -> None:
+    given = ["tracking=none", "cluster.num_gpus=4,8", "capacity.slo_s=[3, 10]", "engine.max_num_seqs=range(24,26)"]
+    begin(tmp_path, *given, params={"seed": "1,2", "scheduler": "block"})
+    job = ["scheduler=block", "seed=2", "tracking=none", "cluster.num_gpus=8", "capacity.slo_s=[3,10]"]
+    name = standing(hydra(tmp_path, *job, "engine.max_num_seqs=24")).split("] ")[1]
+    assert name == "seed=2 cluster.num_gpus=8 engine.max_num_seqs=24"
+
+
+def test_how_many_jobs_a_search_has_is_unknown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin(tmp_path, "workload.qps=interval(20,40)", "seed=3", params={"scheduler": "choice(a,b)"}, sweeper="x.Optuna")
+    job = ["workload.qps=31.5", "scheduler=b", "seed=3"]
+    assert standing(hydra(tmp_path, *job)) == "[1 done] workload.qps=31.5 scheduler=b"
+    attempt(lambda: None, hydra(tmp_path, *job))
+    attempt(lambda: fail("no"), hydra(tmp_path, "seed=3", job=7))
+    assert standing(hydra(tmp_path, *job)).startswith("[3 done]")
+    assert end(tmp_path) == 1
+    assert capsys.readouterr().err.splitlines()[1:] == ["1 of 2 jobs failed:", "  7: seed=3: no"]
+
+
+RUN = Path(__file__).parents[2] / "run.py"
+SEARCHER = """
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+
+
+class Searcher(Sweeper):
+    def setup(self, *, hydra_context, task_function, config):
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments):
+        for i in range(2):  # one after the other: what one answers decides on the next
+            (done,) = self.launcher.launch([[*arguments, f"seed={i}"]], initial_job_idx=i)
+            print("told", done.return_value)
+            if done.return_value is None:
+                raise ValueError("no number")
+
+
+name = f"{__name__}.Searcher"
+ConfigStore.instance().store(group="hydra/sweeper", name="searcher", node={"_target_": name})
+"""
+
+
+def swept(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`run.py -m` of few requests, in a folder, where hydra/sweeper=searcher is known."""
+    plugin = folder / "hydra_plugins" / "searcher.py"
+    plugin.parent.mkdir()
+    plugin.write_text(SEARCHER)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    few = ["workload.num_requests=20", "tracking=none", "scheduler=random"]
+    command = [sys.executable, str(RUN), "-m", *few, *arguments]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("subdir", ["${hydra.job.override_dirname}", "same/for/all"])
+def test_jobs_are_told_by_their_number_not_their_folder(subdir: str, tmp_path: Path) -> None:
+    done = swept(tmp_path, "seed=0,-1", f"hydra.sweep.subdir={subdir}", "hydra.sweep.dir=here/there")
+    assert done.returncode == 1
+    assert done.stdout.startswith("[1/2, ")
+    assert "] seed=0: TTFT" in done.stdout
+    told = done.stderr.splitlines()[-2:]
+    assert told[0] == "1 of 2 jobs failed:"
+    assert told[1].endswith("seed=-1: seed=-1: must be 0 or more")
+
+
+KILLED = """
+from dataclasses import dataclass
+from typing import ClassVar
+from block.policies import Needs
+import os, signal
+
+@dataclass(frozen=True)
+class Killed:
+    needs: ClassVar[Needs] = Needs.COUNTS
+
+    def candidates(self, instances, turn, stream):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def choose(self, request, views, stream):
+        return 0
+"""
+
+
+def test_a_worker_that_is_killed_fails_its_job_and_the_sweep(tmp_path: Path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED)
+    done = swept(
+        tmp_path, "seed=0,1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "scheduler._target_=killed.Killed"
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "3 of 3 jobs failed:" in done.stderr
+    assert "seed=0 scheduler._target_=killed.Killed: did not finish" in done.stderr
+
+
+def test_a_sweeper_that_searches_is_told_each_objective(tmp_path: Path) -> None:
+    done = swept(tmp_path, "hydra/sweeper=searcher", "objective=[e2e_mean_s,preemptions]")
+    assert (done.returncode, done.stderr) == (0, "")
+    one, first, two, second = done.stdout.splitlines()
+    assert one.startswith("[1 done] seed=0: TTFT")
+    assert two.startswith("[2 done] seed=1: TTFT")
+    for said, told in ((one, first), (two, second)):
+        mean, preemptions = json.loads(told.removeprefix("told "))
+        assert mean == pytest.approx(float(re.findall("E2E mean ([0-9.]+)", said)[0]), rel=1e-3)
+        assert preemptions == 0
+
+
+def test_a_search_for_what_a_run_does_not_have_ends_in_words(tmp_path: Path) -> None:
+    done = swept(tmp_path, "hydra/sweeper=searcher", "objective=forecast_p99_us")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "objective=forecast_p99_us: this run has no such number" in done.stderr
+    assert "the sweep ended early: no number\n1 of 1 jobs failed:\n" in done.stderr
 
 
 # -------------------------------------------------------------------------------------------------------------- workers
