@@ -157,7 +157,8 @@ def test_a_sweep_in_several_processes_stores_every_combination(tmp_path: Path) -
     assert all("/4, " in line for line in lines)
     assert any(line.startswith("[4/4, 0:00 left] ") for line in lines)
     (folder,) = (tmp_path / "artifacts" / "sweeps").iterdir()
-    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["0", "1", "2", "3"]
+    assert sorted(path.name for path in folder.glob("[!.]*") if path.is_dir()) == ["0", "1", "2", "3"]
+    assert sorted(path.name for path in folder.glob(".outcomes/[!.]*")) == ["0", "1", "2", "3"]
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
