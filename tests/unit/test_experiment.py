@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -224,15 +225,21 @@ def test_where_a_run_is_stored_is_no_part_of_its_config_hash(tmp_path: Path) -> 
     assert one.document["config_hash"] == other.document["config_hash"]
 
 
+def a_job(folder: Path) -> DictConfig:
+    """Hydra's own settings in a job of a sweep."""
+    return OmegaConf.create({"sweep": {"dir": str(folder)}, "overrides": {"task": ["seed=0"]}})
+
+
 def test_a_job_of_a_sweep_says_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("BLOCK_SWEEP_JOBS", "7")
-    monkeypatch.setenv("BLOCK_SWEEP_BEGAN", "0")
-    sweep = OmegaConf.create({"sweep": {"dir": str(tmp_path / "sweep")}})
-    run = execute(composed(f"runs_dir={tmp_path}"), CHOICES, sweep=sweep)
+    (tmp_path / "outcomes").mkdir()
+    sweep = {"jobs": 7, "began": 0.0, "main": os.getpid(), "folder": str(tmp_path / "outcomes"), "fixed": []}
+    monkeypatch.setenv("BLOCK_SWEEP", json.dumps(sweep))
+    run = execute(composed(f"runs_dir={tmp_path}"), CHOICES, sweep=a_job(tmp_path))
     captured = capsys.readouterr()
     assert captured.out.startswith("[1/7, ")
+    assert "] seed=0: TTFT P99 " in captured.out
     assert captured.out.endswith(f"60 ok → {run.path}\n")
     assert captured.out.count("\n") == 1
     assert captured.err == ""
@@ -293,7 +300,7 @@ def test_what_cannot_be_stored_is_reported_and_then_told(
     monkeypatch.setattr(
         writer, "write_table", lambda path, table: (full if "runs" in path.parts else write)(path, table)
     )
-    job = OmegaConf.create({"sweep": {"dir": str(tmp_path / "sweep")}}) if sweep else None
+    job = a_job(tmp_path) if sweep else None
     with pytest.raises(NotStored, match=r"^runs_dir=.*/runs: No space left on device; the run is in "):
         execute(composed(f"runs_dir={tmp_path}/runs"), CHOICES, sweep=job)
     (run,) = runs(root=tmp_path / "temporary")
