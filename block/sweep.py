@@ -22,6 +22,7 @@ from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from block import tracking
 from block.complaints import ConfigError
 from block.config import told
 
@@ -85,6 +86,7 @@ class Tally(Callback):
         fixed = [f"{one.get_key_element()}={one.get_value_element_as_str()}" for one in overrides if not _sweeps(one)]
         sweep = _Sweep(_count(hydra, overrides), time.time(), os.getpid(), str(folder), fixed)
         os.environ[_SWEEP] = json.dumps(asdict(sweep))
+        tracking.share_trouble(folder / "wandb-trouble")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra's hook, in the main process."""

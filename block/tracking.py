@@ -1,22 +1,30 @@
 """Weights & Biases as a mirror of stored runs: it shows what `block.results` holds, and nothing is ever read from it.
 
 Without an API key (WANDB_API_KEY or netrc) nothing is asked and no network is touched: the files lie in
-``<run>/wandb/offline-run-…``, for ``wandb sync`` or for good.
+``<run>/wandb/offline-run-…``, for ``wandb sync``, `log_run` at another time, or for good. With one, the server is asked
+for a sign of life before W&B is, which would wait for half a minute; a run that cannot be logged online is logged
+offline, and so are all later ones of the process or sweep (`share_trouble`).
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import netrc
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib import import_module
 from pathlib import Path
+from ssl import SSLError
 from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +37,13 @@ if TYPE_CHECKING:
 
 MODES = ("auto", "online", "offline", "disabled")
 POINTS = 100  # of a chart's line
+PATIENCE_S = 4.0  # for the server's sign of life
+UPLOAD_S = 30.0  # for W&B to begin a run, and to send the rest of it at its end
+_NOTE = "BLOCK_WANDB_NOTE"  # environment: as of `share_trouble`
 _PROVENANCE = ("choices", "config_hash", "hashes", "git", "hardware", "packages")
 
 log = logging.getLogger(__name__)
+_trouble: str | None = None  # why W&B cannot be had, as this process knows
 
 
 @dataclass(frozen=True)
@@ -64,35 +76,144 @@ class Tracking:
         return wanted if wanted in MODES[1:] else "online" if _has_key() else "offline"
 
 
-def logged(path: str | Path) -> Path | None:
-    """The W&B folder of the stored run `path`, or None if it was never logged to the end."""
+def logged(path: str | Path, mode: str = "offline") -> Path | None:
+    """The W&B folder of the stored run `path`; None if it was never logged to the end, or not `mode`.
+
+    A run that lies offline is not logged "online" until ``wandb sync`` has seen it.
+    """
     try:
-        return Path(path) / str(json.loads(_marker(Path(path)).read_bytes())["folder"])
-    except (OSError, ValueError, KeyError, TypeError):
+        told = json.loads(_marker(Path(path)).read_bytes())
+        folder = Path(path) / str(told["folder"])
+        synced = told.get("mode") == "online" or any(folder.glob("*.wandb.synced"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    return folder if synced or mode != "online" else None
 
 
-def log_run(path: str | Path, tracking: Tracking) -> Path | None:
+def log_run(path: str | Path, tracking: Tracking, *, strict: bool = False) -> Path | None:
     """Log the stored run `path` once, and return its W&B folder; None if tracking is disabled or W&B failed.
 
-    A run that is logged already is left as it is. Whatever W&B raises becomes one warning: the run itself is safe on
-    disk, and can be logged again later.
+    A run that is logged already is left as it is; one that lies offline is logged anew once that can be done online.
+    Whatever W&B raises becomes one warning: the run itself is safe on disk, and what cannot go online is logged
+    offline. strict: it is not logged then, and Unavailable is raised.
     """
-    if tracking.resolved_mode == "disabled":
+    mode = tracking.resolved_mode
+    if mode == "disabled":
         return None
-    if (folder := logged(path)) is not None:
-        return folder
+    before = logged(path)
+    if before is not None and logged(path, mode) is not None:
+        return before
     if (run := read_run(path)) is None:
         return None
     try:
-        folder = _log(run, tracking)
-        write_json(
-            _marker(run.path), {"folder": str(folder.relative_to(run.path.resolve())), "mode": tracking.resolved_mode}
-        )
-    except Exception as error:  # W&B has no common base class, and no failure of a mirror may cost a run
+        if mode == "online":
+            try:
+                _sign_of_life()
+                return _mirrored(run, tracking, mode)
+            except Exception as error:
+                if not _of_server(error):
+                    raise
+                if strict:
+                    raise Unavailable(_reason(error)) from error
+                _go_offline(error)
+                if before is not None:
+                    return before
+        return _mirrored(run, tracking, "offline")
+    except Unavailable:
+        raise
+    except Exception as error:  # no failure of a mirror may cost a run
         log.warning("W&B: %s is stored but was not logged: %s: %s", run.path, type(error).__name__, error)
         return None
-    return run.path / folder.relative_to(run.path.resolve())
+
+
+class Unavailable(Exception):
+    """W&B cannot be had; the message says why and what to do."""
+
+
+def share_trouble(note: Path) -> None:
+    """Let the processes that this one starts, and itself, log offline once one of them has found that W&B cannot be
+    had; that one writes the reason to `note`, which does not exist yet.
+    """
+    os.environ[_NOTE] = str(note)
+
+
+def _go_offline(error: Exception) -> None:
+    """Say, once, why nothing more is logged online. Silent if that is known."""
+    global _trouble
+    if _trouble is not None or isinstance(error, _Known):
+        return
+    _trouble = _reason(error)
+    if note := os.environ.get(_NOTE):
+        try:
+            with Path(note).open("x", encoding="utf-8") as file:
+                file.write(_trouble)
+        except FileExistsError:  # another process was faster, and has said so
+            return
+        except OSError:
+            pass
+    log.warning("W&B: %s; runs are logged offline, in their folders. Later: python scripts/log_runs.py", _trouble)
+
+
+def _of_server(error: Exception) -> bool:
+    """Whether it says something of W&B at large, and not of one run."""
+    theirs = any(kind.__module__.startswith("wandb.") for kind in type(error).__mro__)
+    return theirs or isinstance(error, (Unavailable, TimeoutError, ConnectionError))
+
+
+def _reason(error: Exception) -> str:
+    told = " ".join(str(error).split()) or type(error).__name__
+    return told if isinstance(error, Unavailable) else f"{type(error).__name__}: {told}"
+
+
+class _Known(Unavailable):
+    """It has been found before, and said."""
+
+
+def _sign_of_life() -> None:
+    """Ask the server who we are. Unavailable if it does not answer within PATIENCE_S, or does not know us."""
+    global _trouble
+    note = os.environ.get(_NOTE)
+    if _trouble is None and note and Path(note).exists():
+        _trouble = Path(note).read_text(encoding="utf-8")
+    if _trouble is not None:
+        raise _Known(_trouble)
+    url = _server()
+    headers = {"Content-Type": "application/json"}
+    if key := _key():
+        headers["Authorization"] = f"Basic {base64.b64encode(f'api:{key}'.encode()).decode()}"
+    question = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
+    refused = Unavailable(f"{url} does not accept the API key: correct WANDB_API_KEY (or netrc)")
+    try:
+        with urlopen(Request(f"{url}/graphql", question, headers), timeout=PATIENCE_S) as answer:
+            told = json.loads(answer.read(1 << 16))
+        if key and told.get("data", {}).get("viewer", True) is None:
+            raise refused
+    except HTTPError as error:
+        error.close()
+        if error.code in (401, 403) and key:
+            raise refused from error
+        if error.code >= 500:
+            raise Unavailable(f"{url} answers {error.code} {error.reason}") from error
+    except TimeoutError as error:
+        raise Unavailable(f"{url} does not answer within {PATIENCE_S:g} s") from error
+    except URLError as error:
+        if isinstance(error.reason, TimeoutError):
+            raise Unavailable(f"{url} does not answer within {PATIENCE_S:g} s") from error
+        if not isinstance(error.reason, SSLError):  # W&B may know certificates that are unknown here
+            raise Unavailable(f"{url} cannot be reached: {error.reason}") from error
+    except (OSError, HTTPException, ValueError, AttributeError) as error:
+        raise Unavailable(f"{url} does not answer as a W&B server: {type(error).__name__}: {error}") from error
+
+
+def _mirrored(run: Run, tracking: Tracking, mode: str) -> Path:
+    """Log the run and remember that; what lay offline before is then of no use."""
+    old = logged(run.path)
+    folder = _log(run, tracking, mode)
+    name = folder.relative_to(run.path.resolve())
+    write_json(_marker(run.path), {"folder": str(name), "mode": mode})
+    if old is not None and old.resolve() != folder:
+        shutil.rmtree(old, ignore_errors=True)
+    return run.path / name
 
 
 @contextmanager
@@ -114,9 +235,9 @@ def curves(
                 group=tracking.group or "length_estimation",
                 tags=tracking.tags,
                 dir=folder,
-                mode=tracking.resolved_mode,
+                mode=_mode(tracking),
                 config=dict(config),
-                settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, disable_git=True),
+                settings=_settings(wandb),
             )
         except Exception as error:  # W&B has no common base class
             log.warning("W&B: training goes on without curves: %s: %s", type(error).__name__, error)
@@ -125,6 +246,26 @@ def curves(
     finally:
         if mirror is not None:
             mirror.finish()
+
+
+def _mode(tracking: Tracking) -> str:
+    """The mode that can be had: offline, and that is said, if online cannot."""
+    if tracking.resolved_mode != "online":
+        return tracking.resolved_mode
+    try:
+        _sign_of_life()
+    except Unavailable as error:
+        _go_offline(error)
+        return "offline"
+    return "online"
+
+
+def _settings(wandb: Any) -> Any:
+    """Quiet, and of bounded patience as far as this version of W&B can be told so."""
+    bounds = {"init_timeout": UPLOAD_S, "finish_timeout": UPLOAD_S, "finish_timeout_raises": True}
+    known = getattr(wandb.Settings, "model_fields", {})
+    bounded = {name: value for name, value in bounds.items() if name in known}
+    return wandb.Settings(console="off", silent=True, x_disable_stats=True, disable_git=True, **bounded)
 
 
 def _marker(path: Path) -> Path:
@@ -140,9 +281,6 @@ def log_figures(folder: Path, tracking: Tracking) -> Path | None:
     try:
         wandb: Any = import_module("wandb")
         with _data_dir(folder / "wandb" / "data"):
-            settings = wandb.Settings(
-                console="off", silent=True, x_disable_stats=True, disable_git=True, init_timeout=30
-            )
             mirror = wandb.init(
                 name="figures",
                 job_type="figures",
@@ -151,8 +289,8 @@ def log_figures(folder: Path, tracking: Tracking) -> Path | None:
                 group=tracking.group,
                 tags=tracking.tags,
                 dir=folder,
-                mode=tracking.resolved_mode,
-                settings=settings,
+                mode=_mode(tracking),
+                settings=_settings(wandb),
             )
             with mirror:
                 artifact = wandb.Artifact("figures", type="figures")
@@ -167,12 +305,11 @@ def log_figures(folder: Path, tracking: Tracking) -> Path | None:
         return None
 
 
-def _log(run: Run, tracking: Tracking) -> Path:
+def _log(run: Run, tracking: Tracking, mode: str) -> Path:
     wandb: Any = import_module("wandb")  # half a second, and as much for its service: only tracked runs pay
 
     home = run.path.resolve()
     (home / "wandb").mkdir(exist_ok=True)  # W&B falls back to a temporary folder where this one is missing
-    settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, disable_git=True, init_timeout=30)
     with _data_dir(home / "wandb" / "data"):
         mirror = wandb.init(
             id=run.id,
@@ -182,9 +319,9 @@ def _log(run: Run, tracking: Tracking) -> Path:
             group=tracking.group or run.get("experiment"),
             tags=tracking.tags,
             dir=home,
-            mode=tracking.resolved_mode,
+            mode=mode,
             config={**run.config, **{key: run.document.get(key) for key in _PROVENANCE}},
-            settings=settings,
+            settings=_settings(wandb),
         )
         with mirror:
             if run.status == "ok":
@@ -262,16 +399,26 @@ def _data_dir(path: Path) -> Iterator[None]:
         del os.environ["WANDB_DATA_DIR"]
 
 
+def _server() -> str:
+    return (os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").rstrip("/")
+
+
 def _has_key() -> bool:
     """Whether W&B would find credentials without asking."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    return bool(os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _key())
+
+
+def _key() -> str | None:
+    """The API key."""
+    if key := os.environ.get("WANDB_API_KEY"):
+        return key
+    host = urlsplit(_server()).hostname or ""
     candidates = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
     for path in [Path(name).expanduser() for name in candidates if name]:
         try:
             if path.exists():
-                return host in netrc.netrc(path).hosts
+                hosts = netrc.netrc(path).hosts
+                return hosts[host][2] if host in hosts else None
         except (OSError, netrc.NetrcParseError):
             continue
-    return False
+    return None

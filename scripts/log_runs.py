@@ -1,7 +1,8 @@
 """Log stored runs to W&B, each once: ``python scripts/log_runs.py [key=value …]``.
 
 A key is a config group or a dotted config key, as in ``scheduler=block,random workload.qps=30``; several values match
-any of them. Runs that were logged already, when they were made or by this script, are left as they are.
+any of them. Runs that were logged already, when they were made or by this script, are left as they are; those that lie
+offline go online once there is an API key. If the server cannot be had, nothing more is logged.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from block.results import DEFAULT_ROOT, runs
-from block.tracking import MODES, Tracking, log_run, logged
+from block.tracking import MODES, Tracking, Unavailable, log_run, logged
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Log what matches; the exit status is 1 if W&B refused any."""
+    """Log what matches; the exit status is 1 if any of it was not logged."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("where", nargs="*", type=_condition, metavar="key=value", help="which runs; none: all")
     parser.add_argument("--root", default=DEFAULT_ROOT, help="folder of the runs (%(default)s)")
@@ -32,12 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = runs(root=options.root, **dict(options.where))
     except ValueError as error:  # a key that there is not
         parser.error(str(error))
-    todo = [run for run in found if logged(run.path) is None]
-    folders = [folder for run in todo if (folder := log_run(run.path, tracking)) is not None]
-    for folder in folders:
-        print(folder)
-    print(f"logged {len(folders)} of {len(todo)}; {len(found) - len(todo)} were logged before")
-    return int(len(folders) < len(todo))
+    todo = [run for run in found if logged(run.path, tracking.resolved_mode) is None]
+    done = 0
+    try:
+        for run in todo:
+            if (folder := log_run(run.path, tracking, strict=True)) is not None:
+                done += 1
+                print(folder)
+    except Unavailable as error:
+        print(f"error: W&B: {error}; nothing more was logged: try again, or --mode offline", file=sys.stderr)
+    print(f"logged {done} of {len(todo)}; {len(found) - len(todo)} were logged before")
+    return int(done < len(todo))
 
 
 def _condition(text: str) -> tuple[str, list[Any]]:

@@ -1,16 +1,25 @@
-"""The W&B mirror: what it is given, with a recording stand-in for the wandb module; and one real run of it, offline."""
+"""The W&B mirror: what it is given, with a recording stand-in for the wandb module; one real run of it, offline; and
+servers of all moods, `wandb_server`.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import socket
+import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from stored import CONFIG, record, store, warnings
+from wandb_server import serving
 
+from block import tracking
 from block.results import runs
 from block.tracking import Tracking, log_figures, log_run, logged
 from block.writer import RunWriter
@@ -28,6 +37,8 @@ def nobody(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("NETRC", str(home / "netrc"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(home / "cache"))
+    monkeypatch.delenv("BLOCK_WANDB_NOTE", raising=False)
+    monkeypatch.setattr(tracking, "_trouble", None)
     return home
 
 
@@ -230,6 +241,155 @@ def test_the_real_wandb_offline(tmp_path, nobody, monkeypatch):
     assert len(list(folder.glob("files/media/table/*_cdf*"))) == 2
     # All of it lies within the run's folder.
     assert not list(nobody.rglob("*.table.json")) + list(nobody.rglob("staging"))
+
+
+# -------------------------------------------------------------------------------------------------------- the server
+
+KEY = "0123456789" * 4
+
+
+@contextmanager
+def server(mood, monkeypatch):
+    """W&B's server in a mood, and a key for it; its address."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with serving("ok" if mood == "unreachable" else mood) as one:
+        url = one.url
+        if mood == "unreachable":
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        yield url
+
+
+REASONS = {
+    "unreachable": "cannot be reached: [Errno 111] Connection refused",
+    "401": "does not accept the API key: correct WANDB_API_KEY (or netrc)",
+    "500": "answers 500 Internal Server Error",
+    "hang": "does not answer within 0.5 s",
+}
+
+
+@pytest.mark.parametrize("mood", REASONS)
+def test_what_cannot_go_online_is_logged_offline_and_said_once(mood, tmp_path, wandb, caplog, monkeypatch):
+    monkeypatch.setattr(tracking, "PATIENCE_S", 0.5)
+    paths = [store(tmp_path / "runs") for _ in range(3)]
+    began = time.monotonic()
+    with server(mood, monkeypatch) as url:
+        for path in paths:
+            assert log_run(path, Tracking()) == path / "wandb" / "run-x"
+    assert time.monotonic() - began < 4  # one question was asked
+    assert [started["mode"] for started in wandb.inits] == ["offline"] * 3
+    (warning,) = warnings(caplog)
+    told = f"W&B: {url} {REASONS[mood]}; runs are logged offline, in their folders. Later: python scripts/log_runs.py"
+    assert warning.getMessage() == told
+    assert logged(paths[0]) is not None
+    assert logged(paths[0], "online") is None
+
+
+def test_what_w_and_b_itself_cannot_do_online_is_logged_offline(tmp_path, wandb, caplog, monkeypatch):
+    class CommError(Exception):
+        __module__ = "wandb.errors.errors"
+
+    start, modes = wandb.init, []
+
+    def init(**arguments):
+        modes.append(arguments["mode"])
+        if arguments["mode"] == "online":
+            raise CommError("too slow")
+        return start(**arguments)
+
+    wandb.init = init
+    with server("ok", monkeypatch):
+        for _ in range(2):
+            assert log_run(store(tmp_path / "runs"), Tracking()) is not None
+    assert modes == ["online", "offline", "offline"]
+    (warning,) = warnings(caplog)
+    assert warning.getMessage().startswith("W&B: CommError: too slow; runs are logged offline")
+
+
+def test_processes_that_share_their_trouble_say_it_once(tmp_path, wandb, caplog, monkeypatch):
+    monkeypatch.setenv("BLOCK_WANDB_NOTE", "")
+    tracking.share_trouble(tmp_path / "note")
+    with server("500", monkeypatch):
+        log_run(store(tmp_path / "runs"), Tracking())
+        for _ in range(2):
+            monkeypatch.setattr(tracking, "_trouble", None)  # as another process begins
+            log_run(store(tmp_path / "runs"), Tracking())
+    assert [started["mode"] for started in wandb.inits] == ["offline"] * 3
+    assert len(warnings(caplog)) == 1
+
+
+def test_a_run_that_lies_offline_goes_online_once_it_can(tmp_path, wandb, monkeypatch):
+    path = store(tmp_path / "runs")
+    assert log_run(path, Tracking()) is not None
+    with server("ok", monkeypatch):
+        assert logged(path, "online") is None
+        for _ in range(2):
+            assert log_run(path, Tracking()) is not None
+        assert logged(path, "online") is not None
+    assert [started["mode"] for started in wandb.inits] == ["offline", "online"]
+    synced = log_run(store(tmp_path / "more"), Tracking(mode="offline"))
+    synced.mkdir(parents=True)
+    (synced / "run-x.wandb.synced").touch()  # as `wandb sync` leaves it
+    assert logged(synced.parents[1], "online") == synced
+
+
+def script(*arguments):
+    """The script with the real wandb, in a process of its own, which takes wandb's along at its end."""
+    command = [sys.executable, str(LOG_RUNS), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
+
+
+def test_a_run_is_really_logged_online(tmp_path, monkeypatch):
+    path = store(tmp_path / "runs", scheduler="block")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with serving("ok") as one:
+        monkeypatch.setenv("WANDB_BASE_URL", one.url)
+        done = script("--root", tmp_path / "runs")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "logged 1 of 1; 0 were logged before"
+    assert logged(path, "online") is not None
+    assert one.complete == {path.name}
+    assert one.config[path.name]["workload"]["value"] == {"qps": 30, "shape": None}
+    assert one.config[path.name]["choices"]["value"] == {"scheduler": "block"}
+    assert one.summary[path.name]["e2e_mean_s"] == 3.0
+    assert one.summary[path.name]["sent"] == 3
+    assert one.rows[path.name] > 3
+    (table,) = [body for name, body in one.files.items() if "media/table/requests_" in name]
+    assert json.loads(table)["columns"][0] == "request_id"
+
+
+def test_a_sweep_without_its_server_says_so_once_and_logs_offline(tmp_path, monkeypatch):
+    run = LOG_RUNS.parents[1] / "run.py"
+    small = ["scheduler=random", "workload.num_requests=20", "workload.qps=4,5,6", "hydra/launcher=joblib"]
+    with server("unreachable", monkeypatch) as url:
+        command = [sys.executable, str(run), "-m", *small, "hydra.launcher.n_jobs=2"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    told = f"W&B: {url} cannot be reached: [Errno 111] Connection refused; runs are logged offline, in their folders."
+    assert done.stderr == f"{told} Later: python scripts/log_runs.py\n"
+    assert len(done.stdout.splitlines()) == 3
+    paths = [run.path for run in runs(root=tmp_path / "artifacts" / "runs")]
+    assert [logged(path).name.startswith("offline-run-") for path in paths] == [True] * 3
+    with serving("ok") as one:
+        monkeypatch.setenv("WANDB_BASE_URL", one.url)
+        assert script("--root", tmp_path / "artifacts" / "runs").returncode == 0
+    assert one.complete == {path.name for path in paths}
+
+
+@pytest.mark.parametrize("mood", ["unreachable", "401"])
+def test_the_script_logs_nothing_where_the_server_cannot_be_had(mood, tmp_path, monkeypatch):
+    path = store(tmp_path / "runs")
+    with server(mood, monkeypatch) as url:
+        done = script("--root", tmp_path / "runs")
+        assert done.returncode == 1
+        assert done.stdout == "logged 0 of 1; 0 were logged before\n"
+        told = f"error: W&B: {url} {REASONS[mood]}; nothing more was logged: try again, or --mode offline\n"
+        assert done.stderr == told
+        assert logged(path) is None
+        assert script("--root", tmp_path / "runs", "--mode", "offline").returncode == 0
+    assert logged(path) is not None
 
 
 # -------------------------------------------------------------------------------------------------------- the script
