@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 import math
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from random import Random as Stream
@@ -21,12 +22,23 @@ from block.policies import Needs, Policy
 from block.types import FIELDS, Decision, Forecast, InstanceView, Request, Snapshot, Snapshots, Views
 
 
-class PolicyFault(ValueError):
-    """A policy is at fault: one line that names it, what it has done, its file and line."""
+class UserFault(ValueError):
+    """A class of the user's is at fault: one line that tells what it has done, its file and line."""
+
+
+@contextmanager
+def own_code() -> Iterator[None]:
+    """Within, what code of the user's raises becomes a UserFault; errors of this package stay what they are."""
+    try:
+        yield
+    except Exception as error:
+        if where := place(error):
+            raise UserFault(f"{told(error)} ({where})") from error
+        raise
 
 
 def check(policy: Any) -> None:
-    """PolicyFault if it is no `Policy`."""
+    """UserFault if it is no `Policy`."""
     for method in ("candidates", "choose"):
         if not callable(getattr(policy, method, None)):
             raise _fault(policy, f"has no method {method}")
@@ -39,12 +51,12 @@ def check(policy: Any) -> None:
 
 
 def checked(policy: Policy) -> Policy:
-    """The policy itself if it is of this package, else one that answers the same and raises PolicyFault if it errs."""
+    """The policy itself if it is of this package, else one that answers the same and raises UserFault if it errs."""
     return policy if type(policy).__module__ == Policy.__module__ else _Checked(policy)  # type: ignore[return-value]  # its `needs` is the policy's
 
 
 def rehearse(policy: Policy, instances: int) -> None:
-    """Have a policy of the user's decide once, among idle instances. PolicyFault if it errs."""
+    """Have a policy of the user's decide once, among idle instances. UserFault if it errs."""
     tried = checked(policy)
     if tried is policy:
         return
@@ -137,13 +149,13 @@ def _is_integer(value: Any) -> bool:
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
-def _fault(policy: Any, what: str, method: str | None = None, where: str = "") -> PolicyFault:
+def _fault(policy: Any, what: str, method: str | None = None, where: str = "") -> UserFault:
     cls = type(policy)
     where = where or _defined(getattr(cls, method, cls) if method else cls)
-    return PolicyFault(f"scheduler._target_={cls.__module__}.{cls.__qualname__}: {what}{where and f' ({where})'}")
+    return UserFault(f"scheduler._target_={cls.__module__}.{cls.__qualname__}: {what}{where and f' ({where})'}")
 
 
-def _raised(policy: Policy, method: str, error: Exception) -> PolicyFault:
+def _raised(policy: Policy, method: str, error: Exception) -> UserFault:
     return _fault(policy, f"{method} raised {told(error)}", method, place(error))
 
 

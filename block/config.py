@@ -427,7 +427,7 @@ class _Told(BaseException):
 
 _WRONG = (
     *(ConfigError, HydraException, OmegaConfBaseException, FileNotFoundError, MarkedYAMLError, LaunchFailed),
-    *(answers.PolicyFault, NotStored),
+    *(answers.UserFault, NotStored),
 )
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR)
 """What the system says of a place that takes no files."""

@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from block import provenance, searches, workload
+from block.answers import own_code
 from block.capacity import crossings
 from block.cluster import Simulated
 from block.complaints import ConfigError, choose, explain
@@ -75,10 +76,7 @@ def execute(
     the run is a job of; such a run says one line only. quiet: say nothing.
     """
     run = build(config)
-    try:
-        requests = requests_of(run)
-    except (ValueError, OSError) as error:
-        raise ConfigError(explain(error)) from error
+    requests = _requests(run)
     try:
         probe(Path(config.runs_dir))
     except OSError as error:
@@ -91,14 +89,14 @@ def execute(
         Predictor(testbed.engine, run.backend.latency(alike), alike.total_blocks).warm_up()
     hashes = fingerprints(run, requests)
     _forget_peak()
-    origin = provenance.origin(_own_files(run))
+    origin = provenance.origin([*_own_files(run), *own_choices()])
     writer = RunWriter(plain(config), filed(config, choices), hashes=hashes, git=origin, root=config.runs_dir)
     trouble = None
     try:
         with writer:
             outcome = Outcome()
             try:
-                with progress(console, "requests", len(requests)) as advance:
+                with own_code(), progress(console, "requests", len(requests)) as advance:
                     note = None if run.backend.virtual else writer.note
                     serve(run, requests, outcome, advance, note, writer.path / "instances")
             finally:  # a run that fails or is interrupted keeps what it has finished
@@ -114,6 +112,15 @@ def execute(
     if trouble is not None:
         raise trouble
     return stored
+
+
+def _requests(run: RunConfig) -> list[Request]:
+    """The run's requests. ConfigError if there is no such trace or estimator, or it is not sound."""
+    try:
+        with own_code():
+            return requests_of(run)
+    except (ValueError, OSError) as error:
+        raise ConfigError(explain(error)) from error
 
 
 def _forget_peak() -> None:
@@ -160,7 +167,7 @@ def fingerprints(run: RunConfig, requests: Sequence[Request] | None = None) -> d
 
     They are the same at every request rate, and for every scheduler of this package.
     """
-    requests = requests_of(run) if requests is None else requests
+    requests = _requests(run) if requests is None else requests
     at_any_rate = run.workload if run.workload.qps is None else replace(run.workload, qps=1.0)
     arrivals = requests if at_any_rate == run.workload else workload.generate(at_any_rate, run.seed)
     backend, kinds = run.backend, run.testbed.kinds
@@ -211,9 +218,9 @@ def _named_files(run: RunConfig) -> list[Path]:
 
 
 def _own_files(run: RunConfig) -> list[Path]:
-    """What the user has written of the run and might have committed: modules, files of conf groups, data sheets."""
+    """What the user has written of the run's objects and might have committed: modules and data sheets."""
     sheets = [Path(value) for part in _parts(run) for value in _texts(part) if value.endswith(".yaml")]
-    return [*own_modules(run).values(), *own_choices(), *(path for path in sheets if path.is_file())]
+    return [*own_modules(run).values(), *(path for path in sheets if path.is_file())]
 
 
 def _is_ours(module: str) -> bool:
@@ -250,7 +257,8 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     seeds = range(config.seed, config.seed + wanted.seeds)
     console = Console()
     found = []
-    jobs = (delayed(_search)(config, choices, seed, os.getpid()) for seed in seeds)
+    files = own_choices()  # which only this process knows
+    jobs = (delayed(_search)(config, choices, files, seed, os.getpid()) for seed in seeds)
     with progress(Console(stderr=True), "seeds", len(seeds)) as advance:
         for one in Parallel(n_jobs=-1, return_as="generator")(jobs):
             found.append(one)
@@ -273,15 +281,17 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     return objectives
 
 
-def _search(config: DictConfig, choices: Mapping[str, str], seed: int, main: int) -> Search:
+def _search(config: DictConfig, choices: Mapping[str, str], files: Sequence[Path], seed: int, main: int) -> Search:
     end_with(main)
     seeded = config.copy()
     seeded.seed = seed
-    return search_one(seeded, choices)
+    return search_one(seeded, choices, files)
 
 
-def search_one(config: DictConfig, choices: Mapping[str, str]) -> Search:
+def search_one(config: DictConfig, choices: Mapping[str, str], files: Sequence[Path] = ()) -> Search:
     """The search that `config` describes for its own seed: the stored one, or a new one, which is stored.
+
+    files: those of the user's that `config` was composed of.
 
     All is built anew for each rate that is tried, as for a run. ConfigError if the configuration is wrong.
     """
@@ -300,7 +310,8 @@ def search_one(config: DictConfig, choices: Mapping[str, str]) -> Search:
         settings.workload.qps = qps
         at_rate = build(settings)
         outcome = Outcome()
-        serve(at_rate, requests_of(at_rate), outcome)
+        with own_code():
+            serve(at_rate, _requests(at_rate), outcome)
         assert outcome.dispatcher is not None
         value = summarise(request_columns(outcome.dispatcher.records)).get(wanted.metric)
         if value is None:
@@ -316,7 +327,7 @@ def search_one(config: DictConfig, choices: Mapping[str, str]) -> Search:
         "choices": {key: value for key, value in filed(config, choices).items() if not key.startswith("hydra/")},
         "config": settings,
         "hashes": hashes,
-        "git": provenance.origin(_own_files(run)),
+        "git": provenance.origin([*_own_files(run), *files]),
         "capacities_qps": {f"{slo:g}": rate for slo, rate in zip(wanted.slo_s, rates, strict=True)},
         "points": points,
     }

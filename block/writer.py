@@ -277,7 +277,7 @@ class _RunLog(logging.FileHandler):
 def recover(path: Path) -> Run | None:
     """Complete the folder of a run on real servers that was killed, with what it had finished; None if it is none.
 
-    The run's status is "interrupted"; decisions and time series are lost.
+    The run's status is "interrupted"; decisions and time series are lost. OSError if it cannot be written.
     """
     if (path / "run.json").exists() or not (path / STARTED).exists():
         return None
@@ -285,6 +285,8 @@ def recover(path: Path) -> Run | None:
     writer.path, writer.id = path, path.name
     writer._document = json.loads((path / STARTED).read_text())
     writer.store(list(_noted(path / FINISHED)), [], {})
+    if writer._trouble is not None:
+        raise writer._trouble
     writer._document |= {"status": "interrupted", "error": "killed"}
     write_json(path / "run.json", writer._document)
     return read_run(path)

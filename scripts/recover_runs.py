@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from block.results import DEFAULT_ROOT
+from block.results import DEFAULT_ROOT, reason
 from block.writer import recover
 
 
@@ -17,7 +17,11 @@ def main() -> int:
         print(f"error: {root}: no such folder", file=sys.stderr)
         return 2
     for folder in sorted(root.iterdir()):
-        run = recover(folder)
+        try:
+            run = recover(folder)
+        except OSError as error:
+            print(f"error: {folder}: {reason(error)}", file=sys.stderr)
+            return 1
         if run is not None and run.counts is not None:
             print(f"{run.path}: {run.counts['ok']} requests had finished")
     return 0

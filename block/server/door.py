@@ -15,7 +15,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from block import clock
-from block.answers import PolicyFault
+from block.answers import UserFault
 from block.correction import Corrected
 from block.dispatcher import DispatchConfig, Dispatcher
 from block.latency import LatencyModel
@@ -159,7 +159,7 @@ class Door:
                 self._metrics.ended(exchange.record, CANCELLED)
             raise
         except Exception as error:
-            if isinstance(error, PolicyFault):
+            if isinstance(error, UserFault):
                 log.error("request %d: %s", number, error)  # which says where
             else:
                 log.exception("request %d", number)

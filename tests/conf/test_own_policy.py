@@ -45,6 +45,14 @@ class Wrong(Late):
 
     def __post_init__(self):
         self.k / 0
+
+
+@dataclass(frozen=True)
+class Guess:
+    outrun_share: ClassVar[float] = 0.0
+
+    def estimate(self, output_tokens, rng):
+        return output_tokens[None]["mean"]
 """
 LATE = (
     "scheduler._target_=mine.faulty.Late: candidates, for request 90 of 3 instances, returned [3]: "
@@ -82,6 +90,26 @@ def test_what_it_gets_wrong_is_told_in_one_line(name: str, told: str, folder: Pa
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("script", ["run.py", "scripts/capacity.py"])
+def test_so_is_what_another_class_of_one_s_own_raises(script: str, folder: Path) -> None:
+    done = command(script, *TINY, *SEARCH, "lengths=oracle", "lengths._target_=mine.faulty.Guess", folder=folder)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: IndexError: only integers, slices")
+    assert done.stderr.splitlines()[-1].endswith(" (mine/faulty.py:43)")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_search_tells_of_a_trace_that_is_not_sound(folder: Path) -> None:
+    (folder / "trace.csv").write_text("a,b\n1,2\n")
+    done = command(
+        "scripts/capacity.py", *TINY, *SEARCH, "workload=trace", "workload.trace_path=trace.csv", folder=folder
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "prompt_tokens" in done.stderr
+
+
 def test_so_it_is_in_a_sweep_whose_other_jobs_go_on(folder: Path) -> None:
     targets = "scheduler._target_=mine.faulty.Late,block.policies.Random"
     done = command("run.py", "-m", *TINY, "scheduler=random", targets, "hydra/launcher=joblib", folder=folder)
@@ -91,7 +119,7 @@ def test_so_it_is_in_a_sweep_whose_other_jobs_go_on(folder: Path) -> None:
     by_status = {run.status: run for run in runs(root=folder / "artifacts" / "runs", status=None)}
     assert by_status["ok"].choices["scheduler"] == "random"
     assert by_status["failed"].choices["scheduler"] == "mine.faulty.Late"
-    assert by_status["failed"].document["error"] == f"PolicyFault: {LATE}"
+    assert by_status["failed"].document["error"] == f"UserFault: {LATE}"
     assert len(by_status["failed"].decisions()) == 90
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from block.answers import PolicyFault, check, checked, rehearse
+from block.answers import UserFault, check, checked, rehearse
 from block.policies import Needs, RoundRobin, least
 from block.types import Decision, InstanceView, Request, Views
 
@@ -63,7 +63,7 @@ def test_any_sequence_of_some_of_the_instances_will_do(candidates: Sequence[int]
     ],
 )
 def test_candidates_that_are_none_are_told(candidates: Any, told: str) -> None:
-    with pytest.raises(PolicyFault) as fault:
+    with pytest.raises(UserFault) as fault:
         checked(Answering(candidates)).candidates(3, 5, Stream(0))
     assert str(fault.value).startswith(f"{NAME}candidates, for request 5 of 3 instances, {told}")
     assert str(fault.value).endswith(PLACES["candidates"])
@@ -100,7 +100,7 @@ def test_a_decision_for_one_of_the_candidates_will_do(decision: Decision) -> Non
     ],
 )
 def test_a_decision_that_is_none_is_told(decision: Any, told: str) -> None:
-    with pytest.raises(PolicyFault) as fault:
+    with pytest.raises(UserFault) as fault:
         checked(Answering([2, 0], decision)).choose(REQUEST, VIEWS, Stream(0))
     assert str(fault.value).startswith(f"{NAME}choose, for request 7, {told}")
     assert str(fault.value).endswith(PLACES["choose"])
@@ -125,7 +125,7 @@ class Misplaced(Answering):
     ],
 )
 def test_what_it_raises_is_placed_at_the_line_of_its_own(policy: type[Answering], told: str) -> None:
-    with pytest.raises(PolicyFault) as fault:
+    with pytest.raises(UserFault) as fault:
         checked(policy([2, 0])).choose(REQUEST, VIEWS, Stream(0))
     line = inspect.getsourcelines(policy.choose)[1] + 1
     assert str(fault.value) == (
@@ -138,7 +138,7 @@ def test_a_method_that_takes_something_else_is_placed_where_it_is_defined() -> N
         def candidates(self) -> Sequence[int]:  # type: ignore[override]
             return [0]
 
-    with pytest.raises(PolicyFault, match=r"takes 1 positional argument but 4 were given \(tests/unit/test_answers"):
+    with pytest.raises(UserFault, match=r"takes 1 positional argument but 4 were given \(tests/unit/test_answers"):
         checked(Short()).candidates(3, 0, Stream(0))
 
 
@@ -155,9 +155,9 @@ def test_what_is_no_policy_is_told() -> None:
         needs = "counts"  # type: ignore[assignment]
 
     check(Answering())
-    with pytest.raises(PolicyFault, match=r"Lacking: has no method candidates \(tests/unit/test_answers\.py:"):
+    with pytest.raises(UserFault, match=r"Lacking: has no method candidates \(tests/unit/test_answers\.py:"):
         check(Lacking())
-    with pytest.raises(PolicyFault, match=r"needs='counts': choose from Needs\.COUNTS, Needs\.SNAPSHOT, Needs\.FOREC"):
+    with pytest.raises(UserFault, match=r"needs='counts': choose from Needs\.COUNTS, Needs\.SNAPSHOT, Needs\.FOREC"):
         check(Needy())
 
 
@@ -178,6 +178,6 @@ def test_a_rehearsal_shows_a_policy_all_that_it_needs() -> None:
     policy = Looking(range(4))
     rehearse(policy, 4)
     assert policy.asked == 1
-    with pytest.raises(PolicyFault, match="1 is not between 0 and 0"):
+    with pytest.raises(UserFault, match="1 is not between 0 and 0"):
         rehearse(policy, 1)
     rehearse(RoundRobin(), 0)  # of the package: not asked

@@ -23,7 +23,7 @@ from joblib import parallel_config
 from omegaconf import DictConfig, OmegaConf
 
 from block import config, experiment, policies, results, writer
-from block.answers import PolicyFault
+from block.answers import UserFault
 from block.complaints import ConfigError
 from block.experiment import do, execute, search
 from block.predictor import Predictor
@@ -247,7 +247,7 @@ def test_a_job_of_a_sweep_says_one_line(
 
 @pytest.mark.parametrize(
     ("policy", "status", "error"),
-    [("Broken", "failed", PolicyFault), ("Interrupted", "interrupted", KeyboardInterrupt)],
+    [("Broken", "failed", UserFault), ("Interrupted", "interrupted", KeyboardInterrupt)],
 )
 def test_a_run_that_stops_half_way_is_stored_as_such(
     policy: str, status: str, error: type[BaseException], tmp_path: Path

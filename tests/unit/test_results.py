@@ -26,7 +26,7 @@ from block import provenance
 from block import writer as writing
 from block.config import _Root
 from block.results import KEYS, NotStored, frame, probe, read_run, runs, write_json
-from block.writer import RunWriter
+from block.writer import RunWriter, recover
 
 # ------------------------------------------------------------------------------------------------------- round trip
 
@@ -432,6 +432,20 @@ def test_notes_that_the_disk_does_not_take_cost_the_notes_only(tmp_path, monkeyp
     assert [record.getMessage().partition(": ")[2] for record in warnings(caplog)] == [
         "No space left on device; if this run is killed, what it has finished is lost"
     ]
+
+
+def test_what_a_killed_run_had_finished_waits_for_a_disk_that_takes_it(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit), RunWriter(CONFIG, root=tmp_path) as writer:
+        for one in RECORDS:
+            writer.note(one)
+        monkeypatch.setattr(writing, "write_json", lambda *_: sys.exit())
+    monkeypatch.undo()
+    full_at(monkeypatch, tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        recover(writer.path)
+    assert runs(root=tmp_path, status=None) == []
+    monkeypatch.undo()
+    assert recover(writer.path).counts["ok"] == 2
 
 
 def test_a_place_is_probed_and_left_as_it_was(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from block import policies
-from block.answers import PolicyFault
+from block.answers import UserFault
 from block.cluster import ClusterConfig, Mixed, Pool, Simulated
 from block.config import RunConfig
 from block.dispatcher import DispatchConfig
@@ -175,7 +175,7 @@ def test_progress_adds_up_to_the_number_of_requests(count: int) -> None:
 def test_a_run_that_stops_keeps_what_it_has_finished(error: BaseException) -> None:
     settings = run(scheduler=Stopping(error))
     outcome = Outcome()
-    told = PolicyFault if isinstance(error, Exception) else type(error)
+    told = UserFault if isinstance(error, Exception) else type(error)
     with pytest.raises(told) as raised:
         serve(settings, requests_of(settings), outcome)
     assert raised.value.__cause__ is error or not isinstance(error, Exception)
