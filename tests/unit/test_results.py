@@ -435,17 +435,18 @@ def test_notes_that_the_disk_does_not_take_cost_the_notes_only(tmp_path, monkeyp
 
 
 def test_what_a_killed_run_had_finished_waits_for_a_disk_that_takes_it(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit), RunWriter(CONFIG, root=tmp_path) as writer:
+    with RunWriter(CONFIG, root=tmp_path / "runs") as writer:
         for one in RECORDS:
             writer.note(one)
-        monkeypatch.setattr(writing, "write_json", lambda *_: sys.exit())
-    monkeypatch.undo()
+        shutil.copytree(writer.path, tmp_path / "killed")  # as it would be left
+        writer.store([], [], {})
     full_at(monkeypatch, tmp_path)
     with pytest.raises(OSError, match="No space left"):
-        recover(writer.path)
+        recover(tmp_path / "killed")
     assert runs(root=tmp_path, status=None) == []
     monkeypatch.undo()
-    assert recover(writer.path).counts["ok"] == 2
+    assert recover(tmp_path / "killed").counts["ok"] == 2
+    assert [run.status for run in runs(root=tmp_path, status=None)] == ["interrupted"]
 
 
 def test_a_place_is_probed_and_left_as_it_was(tmp_path):
