@@ -10,6 +10,7 @@ import copy
 import gc
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +57,12 @@ class Job:
         runs = int(self.settings["workload"]["num_requests"] or 10_000) // 10_000
         return max(runs, 1) * (SEARCH_RUNS if self.search else 1)
 
-    def find(self, stored: Mapping[str, Run]) -> Run | searches.Search | None:
-        """What is stored of it, among runs by their config hash; None if there is none, or it is outdated."""
+    def find(self, stored: Mapping[str, Sequence[Run]]) -> Run | searches.Search | None:
+        """What is stored of it, the latest among runs by their config hash; None if there is none that is current."""
         if self.search:
             return searches.find(self.settings, self.hashes)
-        run = stored.get(self.identity[1])
-        return run if run is not None and run.document.get("hashes") == self.hashes else None
+        same = reversed(stored.get(self.identity[1], ()))
+        return next((run for run in same if run.document.get("hashes") == self.hashes), None)
 
     def __str__(self) -> str:
         at = "capacity" if self.search else f"qps={self.settings['workload']['qps']:g}"
@@ -189,8 +190,10 @@ def _set(settings: dict[str, Any], key: str, value: Any) -> None:
 
 
 def find(jobs: Iterable[Job]) -> None:
-    """Give each job what is stored of it; of runs with the same config hash the latest."""
-    stored = {run.document["config_hash"]: run for run in runs(root=DEFAULT_ROOT)}
+    """Give each job what is stored of it."""
+    stored: dict[str, list[Run]] = defaultdict(list)
+    for run in runs(root=DEFAULT_ROOT):
+        stored[str(run.get("config_hash", None))].append(run)
     for job in jobs:
         job.stored = job.find(stored)
 

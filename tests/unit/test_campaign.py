@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from hydra import compose, initialize_config_dir
 from block import campaign, config
 from block.campaign import Composer, Job
 from block.provenance import SOURCE
-from block.results import experiment_hash
+from block.results import Run, experiment_hash
+from block.writer import RunWriter
 
 ALWAYS = ("backend=simulated", "tracking=none", "workload.num_requests=40")
 CONF = SOURCE / "conf"
@@ -119,6 +121,27 @@ def test_without_a_place_for_the_cache_it_composes_all_the_same(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BLOCK_CACHE", str(tmp_path / "file"))
     assert job(Composer(CONF, ALWAYS), {"scheduler": "random"}, search=True).search
+
+
+def test_of_the_runs_of_a_job_the_latest_that_is_current_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wanted = job(Composer(CONF, ALWAYS), {"scheduler": "random"})
+    campaign.find([wanted])
+    assert wanted.stored is None
+    folders = []
+    for hashes in (wanted.hashes, wanted.hashes, {**wanted.hashes, "code": "another"}, {}):
+        with RunWriter(wanted.settings, wanted.choices, hashes=hashes) as writer:
+            writer.store([], [], {})
+        folders.append(writer.path)
+    old = folders[0] / "run.json"  # of a version that hashed nothing
+    document = json.loads(old.read_text())
+    del document["hashes"], document["config_hash"]
+    old.write_text(json.dumps(document))
+    campaign.find([wanted])
+    assert isinstance(wanted.stored, Run)
+    assert wanted.stored.path == folders[1]
 
 
 def test_jobs_that_do_the_same_are_done_once_and_the_longest_first() -> None:
