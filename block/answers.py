@@ -57,16 +57,19 @@ def checked(policy: Policy) -> Policy:
 
 def rehearse(policy: Policy, instances: int) -> None:
     """Have a policy of the user's decide once, among idle instances. UserFault if it errs."""
-    tried = checked(policy)
-    if tried is policy:
-        return
+    if (tried := checked(policy)) is not policy:
+        decide_once(tried, instances)
+
+
+def decide_once(policy: Policy, instances: int) -> None:
+    """Have a policy decide among idle instances, which loads what it has compiled."""
     stream = Stream(0)
-    ids = tried.candidates(instances, 0, stream)
+    ids = policy.candidates(instances, 0, stream)
     idle = [Snapshot(i, 0.0, math.nan, 0, 0, 1000, 0, np.zeros((FIELDS, 0), dtype=np.int64)) for i in ids]
-    snapshots = None if tried.needs is Needs.COUNTS else Snapshots.of(idle)
-    forecasts = [Forecast(0.1, 1.0)] * len(ids) if tried.needs is Needs.FORECAST else None
+    snapshots = None if policy.needs is Needs.COUNTS else Snapshots.of(idle)
+    forecasts = [Forecast(0.1, 1.0)] * len(ids) if policy.needs is Needs.FORECAST else None
     views = Views(ids, [[] for _ in ids], [0] * len(ids), [0] * len(ids), snapshots, forecasts)
-    tried.choose(Request(0, 0.0, 100, 100, 100), views, stream)
+    policy.choose(Request(0, 0.0, 100, 100, 100), views, stream)
 
 
 class _Checked:

@@ -83,6 +83,8 @@ def report(run: Run, wandb: Path | None, console: Console) -> None:
             f"{_cell(summary['forecast_p50_us'])} µs P50, {_cell(summary['forecast_p99_us'])} µs P99 (measured); "
             f"E2E off by {_cell(summary['e2e_error_p50'], 100)} % P50"
         )
+    compile_s = summary.get("compile_s") or 0.0
+    compiling = f" (+ {_cell(compile_s)} s compiling, once)" if compile_s >= 0.01 else ""
     facts = {
         "requests": ", ".join(f"{value} {key}" for key, value in counts.items()),
         "throughput": f"{_cell(summary['request_throughput_rps'])} requests/s, "
@@ -90,7 +92,7 @@ def report(run: Run, wandb: Path | None, console: Console) -> None:
         "preemptions": str(summary["preemptions"]),
         "dispatch": f"{_cell(summary['dispatch_overhead_mean_s'], 1000)} ms mean",
         "forecasts": forecasts,
-        "wall time": f"{_cell(summary['wall_time_s'])} s",
+        "wall time": f"{_cell(summary['wall_time_s'])} s{compiling}",
         "run": str(run.path),
         "W&B": str(wandb) if wandb is not None else "not logged",
     }

@@ -18,7 +18,20 @@ from block.compiled import compiled
 from block.dispatcher import Forecaster
 from block.latency import LatencyModel
 from block.scheduler import step_time
-from block.types import CHUNK, COMPUTED, HEAD_ID, ID, NEXT, Floats, Forecasts, Ints, Request, Snapshot, Snapshots
+from block.types import (
+    CHUNK,
+    COMPUTED,
+    FIELDS,
+    HEAD_ID,
+    ID,
+    NEXT,
+    Floats,
+    Forecasts,
+    Ints,
+    Request,
+    Snapshot,
+    Snapshots,
+)
 
 
 @dataclass(slots=True)
@@ -48,6 +61,10 @@ class Corrected:
         self._steps = steps
         self._watches: dict[int, _Watch] = {}
         self._all = _Watch()
+        nothing = np.zeros((FIELDS, 2), dtype=np.int64)
+        expected_time(
+            nothing.copy(), nothing[:, :1], self._packed
+        )  # compiled, or loaded, before a request waits for it
 
     def factor(self, instance_id: int) -> float:
         """What an instance's steps take, over what they should; 1 as long as nothing is known.

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig
 from rich.console import Console
 
-from block import provenance, searches, workload
+from block import compiled, provenance, searches, workload
 from block.answers import own_code
 from block.capacity import crossings
 from block.cluster import Simulated
@@ -84,9 +84,11 @@ def execute(
     console = Console(stderr=True, quiet=quiet or sweep is not None)
     testbed = run.testbed
     announce(testbed, run.backend, console)
+    compiling = compiled.seconds()
     if run.scheduler.needs is Needs.FORECAST:
         alike = testbed.kinds[0]
         Predictor(testbed.engine, run.backend.latency(alike), alike.total_blocks).warm_up()
+    warm_up_s = compiled.seconds() - compiling
     hashes = fingerprints(run, requests)
     _forget_peak()
     origin = provenance.origin([*_own_files(run), *own_choices()])
@@ -94,7 +96,7 @@ def execute(
     trouble = None
     try:
         with writer:
-            outcome = Outcome()
+            outcome = Outcome(compile_s=warm_up_s)
             try:
                 with own_code(), progress(console, "requests", len(requests)) as advance:
                     note = None if run.backend.virtual else writer.note
@@ -151,6 +153,7 @@ def _store(writer: RunWriter, outcome: Outcome) -> None:
         dispatch_overhead_s=np.array(overheads),
         forecast_us=np.array(dispatcher.forecast_s) * 1e6,
         wall_time_s=outcome.wall_time_s,
+        compile_s=outcome.compile_s,
         peak_memory_mib=_peak_mib(),
         engines=outcome.engines,
         ejections=dispatcher.ejections,

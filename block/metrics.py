@@ -58,6 +58,7 @@ def summarise(
     dispatch_overhead_s: ArrayLike | None = None,
     forecast_us: ArrayLike | None = None,
     wall_time_s: float | None = None,
+    compile_s: float | None = None,
     peak_memory_mib: float | None = None,
 ) -> Summary:
     """The summary of a run, ready for JSON.
@@ -67,8 +68,8 @@ def summarise(
 
     Throughput counts ok requests from the first arrival to the last token; tokens are those of prompts and responses
     together. The keyword arguments are measured by the caller: seconds that each dispatch took beside waiting for its
-    answer, microseconds that each forecast took, wall-clock seconds of the run, and the most memory that its process
-    held.
+    answer, microseconds that each forecast took, wall-clock seconds of the run without those of compiling, these, and
+    the most memory that its process held.
 
     Raises ValueError if an ok request lacks one of its times.
     """
@@ -93,6 +94,7 @@ def summarise(
         **_stats("dispatch_overhead", dispatch_overhead_s, "s", "mean", 99),
         **_stats("forecast", forecast_us, "us", "mean", 50, 99),
         "wall_time_s": None if wall_time_s is None else float(wall_time_s),
+        "compile_s": None if compile_s is None else float(compile_s),
         "peak_memory_mib": None if peak_memory_mib is None else float(peak_memory_mib),
     }
 

@@ -15,7 +15,7 @@ from copy import copy
 import numpy as np
 
 from block import scheduler as s
-from block.compiled import Index, compiled
+from block.compiled import Index, compiled, one_at_a_time
 from block.engine import EngineConfig
 from block.fastforward import FINISHED, SCRATCH, STOPPED, fast_forward, scratch_columns
 from block.latency import LatencyModel
@@ -91,7 +91,8 @@ class Predictor:
     def warm_up(self) -> None:
         """Load the compiled forecast, so that the first request neither waits for that nor measures it."""
         idle = Snapshot(0, 0.0, math.nan, 0, 0, 0, 0, np.zeros((FIELDS, 0), dtype=np.int64))
-        self.forecasts([idle], [[]], Request(0, 0.0, 1, 1, 1), 0.0)
+        with one_at_a_time():
+            self.forecasts([idle], [[]], Request(0, 0.0, 1, 1, 1), 0.0)
 
     def forecasts(
         self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float

@@ -140,6 +140,7 @@ class RunWriter:
         dispatch_overhead_s: ArrayLike | None = None,
         forecast_us: ArrayLike | None = None,
         wall_time_s: float | None = None,
+        compile_s: float | None = None,
         peak_memory_mib: float | None = None,
         engines: Mapping[str, Any] | None = None,
         ejections: Iterable[tuple[float, int, str]] = (),
@@ -178,6 +179,7 @@ class RunWriter:
             dispatch_overhead_s=dispatch_overhead_s,
             forecast_us=forecast_us,
             wall_time_s=wall_time_s,
+            compile_s=compile_s,
             peak_memory_mib=peak_memory_mib,
         )
         if instance_seconds is not None:

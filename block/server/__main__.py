@@ -34,7 +34,8 @@ def serve(settings: DictConfig, policy: str) -> None:
     """Serve what `settings` describe. ConfigError if that cannot be; `policy` is what they call it."""
     run = config.build(settings)
     wanted = config.node(settings.server)
-    answers.rehearse(config.node(settings.scheduler), len(wanted.urls))  # not the one that will serve
+    rehearsed = answers.checked(config.node(settings.scheduler))  # not the one that will serve
+    answers.decide_once(rehearsed, len(wanted.urls))  # and so compiled before a request comes
     for key, off in (("forecast_noise", 0), ("dispatchers", 1)):
         if (value := getattr(run.dispatch, key)) != off:
             raise ConfigError(f"dispatch.{key}={value}: for experiments only; a front door has {off}")

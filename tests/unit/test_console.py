@@ -81,6 +81,14 @@ def test_the_report_has_every_number_with_its_unit() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("compile_s", "told"), [(None, "1.75 s"), (0.0, "1.75 s"), (43.21, "1.75 s (+ 43.21 s compiling, once)")]
+)
+def test_compiling_is_told_apart(compile_s: float | None, told: str) -> None:
+    text = text_of(lambda console: report(run(compile_s=compile_s), None, console))
+    assert f"wall time    {told}\n" in text
+
+
 def test_what_does_not_exist_is_a_dash_or_said_in_words() -> None:
     nothing = dict.fromkeys(("forecast_p50_us", "forecast_p99_us", "e2e_error_p50", "tpot_mean_s"))
     text = text_of(lambda console: report(run(**nothing), None, console))

@@ -34,7 +34,7 @@ THREE = [
 
 
 def test_hand_worked():
-    got = summarise(columns(THREE), dispatch_overhead_s=[0.1, 0.3], forecast_us=[5, 7, 100], wall_time_s=2)
+    got = summarise(columns(THREE), dispatch_overhead_s=[0.1, 0.3], forecast_us=[5, 7, 100], wall_time_s=2, compile_s=5)
     # Three sorted values a ≤ b ≤ c have P99 = b + 0.98 (c − b); two have a + 0.99 (b − a).
     assert got == pytest.approx(
         {
@@ -59,6 +59,7 @@ def test_hand_worked():
             "forecast_p50_us": 7.0,
             "forecast_p99_us": 7 + 0.98 * 93,
             "wall_time_s": 2.0,
+            "compile_s": 5.0,
             "peak_memory_mib": None,
         }
     )
@@ -73,6 +74,7 @@ def test_what_was_not_measured_is_none():
         "forecast_p50_us",
         "forecast_p99_us",
         "wall_time_s",
+        "compile_s",
         "peak_memory_mib",
     }
 
