@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import resource
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -190,7 +192,7 @@ def fingerprints(run: RunConfig, requests: Sequence[Request] | None = None) -> d
         "arrivals": _hash(_column(arrivals, "arrival", np.float64)),
         "estimates": _hash(_column(requests, "predicted_output_tokens", np.int64)),
     }
-    sources = {name: provenance.source_hash(path) for name, path in own_modules(run).items()}
+    sources = {name: provenance.source_hash(path) for name, path in own_modules(run).items()} | _loose_classes(run)
     return hashes | sources | {str(path): provenance.file_hash(path)[:16] for path in _named_files(run)}
 
 
@@ -213,6 +215,19 @@ def own_modules(run: RunConfig) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def _loose_classes(run: RunConfig) -> dict[str, str]:
+    """Hashes of the user's classes that no file holds, as in a notebook; what nothing tells is never the same again."""
+    found = {}
+    for cls in {type(part) for part in _parts(run) if not _is_ours(type(part).__module__)}:
+        if cls.__module__ not in provenance.own_modules(cls.__module__):
+            try:
+                text = inspect.getsource(cls)
+            except (OSError, TypeError):
+                text = secrets.token_hex()
+            found[f"{cls.__module__}.{cls.__qualname__}"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return dict(sorted(found.items()))
+
+
 def _named_files(run: RunConfig) -> list[Path]:
     """The files, and those in the folders, that the fields of objects of the user's classes name."""
     named = [Path(value) for part in _parts(run) if not _is_ours(type(part).__module__) for value in _texts(part)]
@@ -223,7 +238,8 @@ def _named_files(run: RunConfig) -> list[Path]:
 def _own_files(run: RunConfig) -> list[Path]:
     """What the user has written of the run's objects and might have committed: modules and data sheets."""
     sheets = [Path(value) for part in _parts(run) for value in _texts(part) if value.endswith(".yaml")]
-    return [*own_modules(run).values(), *(path for path in sheets if path.is_file())]
+    modules = filter(provenance.is_own, own_modules(run).values())
+    return [*modules, *(path for path in sheets if path.is_file())]
 
 
 def _is_ours(module: str) -> bool:

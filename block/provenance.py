@@ -95,9 +95,11 @@ class _Undocumented(ast.NodeTransformer):
 def own_modules(name: str) -> dict[str, Path]:
     """The files of a module of the user's and of those that it imports, directly or through others, by their names.
 
-    The user's are those that lie neither in this package nor where Python and what is installed do. An import is one
-    that stands in the source, at whatever depth; what a name computed at run time leads to is not found.
+    The user's are those that lie neither in this package nor where Python and what is installed do, and those of the
+    package that the module is of. An import is one that stands in the source, at whatever depth; what a name computed
+    at run time leads to is not found.
     """
+    root = name.partition(".")[0]
     found: dict[str, Path] = {}
     waiting = [name]
     while waiting:
@@ -107,7 +109,7 @@ def own_modules(name: str) -> dict[str, Path]:
             path = _file_of(one)
             if path is None:  # a package without an __init__, or no module
                 continue
-            if not is_own(path):  # nor is anything below it; and finding that would import it
+            if not is_own(path) and one.partition(".")[0] != root:  # nor is what is below it, to find which imports it
                 break
             found[one] = path
             if path.suffix == ".py":

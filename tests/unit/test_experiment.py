@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -192,6 +193,27 @@ def test_hashes_change_with_a_policy_of_one_s_own_and_what_it_imports(package: s
     assert {key for key in base if changed[key] != base[key]} == {f"{package}.helper"}
     Path(package, "sticky.py").write_text(STATEFUL.format(package=package).replace("100", "50"))
     assert fingerprints(*overrides)[f"{package}.sticky"] != base[f"{package}.sticky"]
+
+
+def test_a_class_that_no_file_holds_is_never_taken_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = types.ModuleType("notebook")
+    code = STATEFUL.replace("from {package}.helper import STEP", "STEP = 1")
+    monkeypatch.setitem(sys.modules, "notebook", notebook)
+    exec(code, notebook.__dict__)
+    one, other = (fingerprints("scheduler=random", "scheduler._target_=notebook.Sticky") for _ in range(2))
+    assert {key for key in one if one[key] != other[key]} == {"notebook.Sticky"}
+
+
+def test_hashes_change_with_a_file_that_a_class_of_one_s_own_names(tmp_path: Path, package: str) -> None:
+    Path(package, "sticky.py").write_text(
+        STATEFUL.format(package=package).replace("seen: list", 'weights: str = "weights.txt"\n    seen: list')
+    )
+    Path("weights.txt").write_text("1")
+    overrides = ("scheduler=random", f"scheduler._target_={package}.sticky.Sticky")
+    base = fingerprints(*overrides)
+    Path("weights.txt").write_text("2")
+    changed = fingerprints(*overrides)
+    assert {key for key in base if changed[key] != base[key]} == {"weights.txt"}
 
 
 def test_hashes_change_with_the_data_sheet_of_a_gpu(tmp_path: Path) -> None:

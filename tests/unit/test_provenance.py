@@ -59,7 +59,12 @@ def test_the_modules_of_one_s_own_are_found_by_what_they_import(
     found = own_modules("theirs.one")
     assert list(found) == names
     assert found["theirs.deep.three"] == tmp_path / "theirs" / "deep" / "three.py"
-    assert own_modules("numpy.linalg") == own_modules("json") == own_modules("block.policies") == {}
+    installed = tmp_path / "site-packages"
+    for name in ("plugin/__init__.py", "plugin/one.py", "plugin/two.py", "plugin/aside.py", "other.py"):
+        (installed / name).parent.mkdir(parents=True, exist_ok=True)
+        (installed / name).write_text("import other\nfrom . import two" if name == "plugin/one.py" else "")
+    monkeypatch.syspath_prepend(str(installed))
+    assert list(own_modules("plugin.one")) == ["plugin", "plugin.one", "plugin.two"]
 
 
 def test_the_package_has_one(tmp_path: Path) -> None:
