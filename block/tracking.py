@@ -140,6 +140,7 @@ def share_trouble(note: Path) -> None:
 def _go_offline(error: Exception) -> None:
     """Say, once, why nothing more is logged online. Silent if that is known."""
     global _trouble
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # which W&B sends to the server, key given, even offline
     if _trouble is not None or isinstance(error, _Known):
         return
     _trouble = _reason(error)

@@ -39,6 +39,8 @@ def nobody(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_CACHE_DIR", str(home / "cache"))
     monkeypatch.delenv("BLOCK_WANDB_NOTE", raising=False)
     monkeypatch.setattr(tracking, "_trouble", None)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "")
+    monkeypatch.delenv("WANDB_ERROR_REPORTING")  # what is set meanwhile ends with the test
     return home
 
 
@@ -358,6 +360,19 @@ def test_a_run_is_really_logged_online(tmp_path, monkeypatch):
     assert one.rows[path.name] > 3
     (table,) = [body for name, body in one.files.items() if "media/table/requests_" in name]
     assert json.loads(table)["columns"][0] == "request_id"
+
+
+def test_a_server_that_hangs_is_asked_one_thing(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    small = ["scheduler=random", "workload.num_requests=20"]
+    with serving("hang") as one:
+        monkeypatch.setenv("WANDB_BASE_URL", one.url)
+        command = [sys.executable, str(LOG_RUNS.parents[1] / "run.py"), *small]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert f"W&B: {one.url} does not answer within 4 s; runs are logged offline" in done.stderr
+    assert "/wandb/offline-run-" in done.stdout
+    assert one.asked == ["/graphql"]
 
 
 def test_a_sweep_without_its_server_says_so_once_and_logs_offline(tmp_path, monkeypatch):

@@ -16,7 +16,10 @@ MODES = ("ok", "401", "500", "hang")
 
 
 class Server(ThreadingHTTPServer):
-    """Answers in one of MODES. queries: names of what was asked; config, summary, files: of the runs, by name."""
+    """Answers in one of MODES.
+
+    asked: paths that were posted to; queries: names of what was asked; config, summary, rows, files: of runs, by name.
+    """
 
     daemon_threads = True
 
@@ -26,6 +29,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, mode: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.mode = mode
+        self.asked: list[str] = []
         self.queries: list[str] = []
         self.config: dict[str, dict[str, Any]] = {}
         self.summary: dict[str, dict[str, Any]] = {}
@@ -75,6 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self._body()
+        self.server.asked.append(self.path)
         if self.server.mode == "hang":
             time.sleep(60)
         if self.server.mode == "401":
