@@ -22,7 +22,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -248,6 +248,9 @@ def local_time(created: str) -> str:
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write `path` whole or not at all, even if the machine stops. Raises OSError, or ValueError for a NaN."""
     text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    if _is_device(path):
+        path.write_text(text)
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -259,6 +262,11 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def _is_device(path: Path) -> bool:
+    """Such as /dev/null, in whose place no file is to be put."""
+    return path.exists() and not path.is_file()
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -273,7 +281,12 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 class NotStored(OSError):
-    """A result is not where it belongs: one line that says why, and where it lies instead, if anywhere."""
+    """A result is not where it belongs: one line that says why, and where it lies instead, if anywhere.
+
+    result: what is to be shown of it all the same.
+    """
+
+    result: Any = None
 
 
 def probe(folder: Path) -> None:
@@ -292,19 +305,39 @@ def fallback(name: str) -> Path:
 
 
 def keep_json(key: str, path: Path, document: Mapping[str, Any]) -> tuple[Path, NotStored | None]:
-    """Write a result to `path`, which is called `key`, or else into the temporary folder; returns where it is, and what
-    is to be told if that is not `path`.
+    """`keep` for a document."""
+    return keep(key, path, lambda place: write_json(place, document))
+
+
+def keep(key: str, path: Path, write: Callable[[Path], None]) -> tuple[Path, NotStored | None]:
+    """Have a result written to `path`, which is called `key`, or else into the temporary folder; returns where it is,
+    and what is to be told if that is not `path`.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, document)
+        write(path)
     except OSError as error:
         try:
-            write_json(where := fallback(path.name), document)
+            write(where := fallback(path.name))
         except OSError as again:
             return path, NotStored(f"{key}: {reason(error)}; nor is it stored elsewhere: {reason(again)}")
         return where, NotStored(f"{key}: {reason(error)}; it is in {where} instead")
     return path, None
+
+
+def whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Have a file written whole or not at all: beside `path`, and then put there. OSError if that cannot be."""
+    if _is_device(path):
+        write(path)
+        return
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        part.replace(path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink()
+        raise
 
 
 def reason(error: OSError) -> str:

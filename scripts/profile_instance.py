@@ -18,6 +18,7 @@ from block.console import progress
 from block.instances.base import InstanceFailed
 from block.instances.vllm import VLLMInstance
 from block.profiling import live
+from block.results import keep, probe, reason, whole
 
 
 def main() -> int:
@@ -30,6 +31,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if not arguments.out.parent.is_dir():
         parser.error(f"--out={arguments.out}: no such folder {arguments.out.parent}")
+    try:
+        probe(arguments.out.parent)
+    except OSError as error:
+        parser.error(f"--out={arguments.out}: {reason(error)}")
     if arguments.seconds <= 0:
         parser.error(f"--seconds={arguments.seconds}: must be greater than 0")
     try:
@@ -37,11 +42,13 @@ def main() -> int:
     except (InstanceFailed, live.TooFewSteps) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    found.model.save(arguments.out)
+    path, trouble = keep(f"--out={arguments.out}", arguments.out, lambda path: whole(path, found.model.save))
     print(f"{found.steps:,} steps timed, {found.error.rows:,} of them held out; errors on those:")
     print(f"median {found.error.median:.1%}, P95 {found.error.p95:.1%}, of their sum {found.total_error:+.1%}")
-    print(arguments.out)
-    return 0
+    print(path)
+    if trouble is not None:
+        print(f"error: {trouble}", file=sys.stderr)
+    return int(trouble is not None)
 
 
 async def _measure(arguments: argparse.Namespace) -> live.Fit:

@@ -21,6 +21,7 @@ from block.complaints import ConfigError, explain
 from block.console import progress
 from block.lengths.estimation import train
 from block.lengths.roberta import RoBERTa
+from block.results import NotStored
 from block.tracking import curves
 
 config.register()
@@ -39,13 +40,18 @@ def run(settings: DictConfig) -> None:
     settled = config.plain(settings)
     slow = isinstance(lengths, RoBERTa)
     mirror = curves(tracking, Path(lengths.path), settled) if slow else nullcontext(lambda step, values: None)
+    trouble = None
     try:
         with mirror as log:
             found = train(lengths, wanted, settled["seed"], log, lambda steps: progress(console, "steps", steps))
+    except NotStored as error:
+        found, trouble = error.result, error
     except (ValueError, OSError) as error:
         why = getattr(error, "strerror", None)  # what the system says of a path names no key
         raise ConfigError(f"lengths.path={lengths.path}: {why}" if why else explain(error)) from error
     print(lengths.path, *(f"{name} {value:.4g}" for name, value in found._asdict().items()), sep="\n  ")
+    if trouble is not None:
+        raise trouble
 
 
 if __name__ == "__main__":

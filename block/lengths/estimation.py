@@ -17,7 +17,7 @@ from block.lengths.compact import Compact
 from block.lengths.errors import measured
 from block.lengths.pairs import Pairs, Split, load
 from block.lengths.roberta import ERRORS, RoBERTa
-from block.results import write_json
+from block.results import keep, probe, whole, write_json
 from block.types import Floats, Ints
 
 BASELINES = ("mean", "median", "prompt_length")
@@ -165,10 +165,12 @@ def train(
     """Train `lengths`, write it to its `path` with what it errs by on the test side, and return how it did there.
 
     log: is told what was measured at a step. progress: a bar for so many steps, told of each as it is done.
-    ValueError or OSError, in one line, if the data or the encoder is not to be had, or this kind is not trained.
+    ValueError or OSError, in one line, if the data or the encoder is not to be had, or this kind is not trained, or if
+    the place takes no files. NotStored, whose result are the scores, if that turns out afterwards.
     """
     if not isinstance(lengths, Compact | RoBERTa):
         raise ValueError(f"lengths={type(lengths).__name__.lower()}: is not trained; choose from {', '.join(LEARNED)}")
+    probe(Path(lengths.path).parent)
     split = load(config.data, config.tokenizer, config.train, config.test)
     if not split.train.prompts or not split.tune.prompts or not split.test.prompts:
         raise ValueError(f"estimation.data={config.data}: too few pairs to train, tune and test")
@@ -190,8 +192,17 @@ def _train_compact(lengths: Compact, split: Split, origin: Mapping[str, Any]) ->
     said = model.predict(split.test.prompts)
     found = scores(said, split.test.tokens)
     described = {**model.origin, "scores": {name: round(value, 4) for name, value in found._asdict().items()}}
-    model._replace(errors=measured(said.tokens, split.test.tokens), origin=described).save(Path(lengths.path))
+    model = model._replace(errors=measured(said.tokens, split.test.tokens), origin=described)
+    _keep(lengths.path, lambda path: whole(path, model.save), found)
     return found
+
+
+def _keep(path: str, write: Callable[[Path], None], found: Scores) -> None:
+    """Write a model. NotStored, with its scores, if it is in the temporary folder."""
+    _, trouble = keep(f"lengths.path={path}", Path(path), write)
+    if trouble is not None:
+        trouble.result = found
+        raise trouble
 
 
 def _train_roberta(
@@ -216,11 +227,14 @@ def _train_roberta(
         model = training.train(lengths, settings, split.train, split.tune, seed, log, advance)
     said = model.predict(split.test.prompts, lengths.batch_size)
     found = scores(said, split.test.tokens)
-    folder = Path(lengths.path)
-    model.save(folder)
     table = measured(said.tokens, split.test.tokens)
-    (folder / ERRORS).write_text(json.dumps(table.round(4).tolist()) + "\n")
-    write_json(folder / "origin.json", {**origin, "encoder": lengths.encoder, "scores": found._asdict()})
+
+    def write(folder: Path) -> None:
+        model.save(folder)
+        (folder / ERRORS).write_text(json.dumps(table.round(4).tolist()) + "\n")
+        write_json(folder / "origin.json", {**origin, "encoder": lengths.encoder, "scores": found._asdict()})
+
+    _keep(lengths.path, write, found)
     return found
 
 

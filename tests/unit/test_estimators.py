@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import tempfile
 import time
 import zlib
 from collections.abc import Callable
@@ -19,13 +21,14 @@ from testbed import request
 
 from block.lengths import Constant, Estimates, Lengths, Noisy, Oracle, Reader, tag
 from block.lengths import compact as c
-from block.lengths.compact import Compact, load
+from block.lengths.compact import Compact, Model, load
 from block.lengths.compact_fit import fit
 from block.lengths.errors import BINS, measured, resampled
 from block.lengths.estimation import EstimationConfig, baseline, calibration, evaluate, scores, train
 from block.lengths.pairs import Pairs, is_pairs, pieces
 from block.lengths.pairs import load as load_pairs
 from block.lengths.roberta import RoBERTa
+from block.results import NotStored
 from block.workload import Workload, generate
 
 TRACKED = Path(__file__).resolve().parents[2] / "artifacts" / "lengths" / "compact.npz"
@@ -335,6 +338,36 @@ def test_baselines_are_fitted_to_the_training_side() -> None:
     assert set(baseline("mean", pairs, ["x"] * 3).tokens.tolist()) == {740}
     assert set(baseline("median", pairs, ["x"] * 3).tokens.tolist()) == {200}
     assert baseline("prompt_length", pairs, ["a" * 10, "a" * 1000]).tokens.tolist() == [20, 2000]
+
+
+def test_a_model_that_the_disk_does_not_take_is_elsewhere_and_the_one_before_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [as_prompt(p, "word " * t) for p, t in zip(*some_pairs(600)[:2], strict=True)]
+    config = EstimationConfig(data=write(tmp_path / "rivers.jsonl", rows))
+    path = tmp_path / "models" / "one.npz"
+    path.parent.mkdir()
+    path.write_text("the one before")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    save = Model.save
+
+    def limited(model: Model, path: Path) -> None:
+        save(model, path)
+        if "models" in path.parts:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Model, "save", limited)
+    with pytest.raises(NotStored) as told:
+        train(Compact(str(path)), config, seed=0)
+    place = tmp_path / "temporary" / "block-one.npz"
+    assert str(told.value) == f"lengths.path={path}: No space left on device; it is in {place} instead"
+    assert told.value.result.error_rate < 0.15
+    assert len(Compact(str(place)).predict(["a prompt"]).tokens) == 1
+    assert [one.read_text() for one in path.parent.iterdir()] == ["the one before"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="File exists"):
+        train(Compact(str(tmp_path / "file" / "one.npz")), config, seed=0)
 
 
 def test_the_command_s_parts_train_and_evaluate(tmp_path: Path) -> None:

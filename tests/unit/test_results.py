@@ -25,7 +25,7 @@ from stored import CONFIG, DECISIONS, INSTANCES, RECORDS, store, warnings
 from block import provenance
 from block import writer as writing
 from block.config import _Root
-from block.results import KEYS, NotStored, frame, probe, read_run, runs, write_json
+from block.results import KEYS, NotStored, frame, probe, read_run, runs, whole, write_json
 from block.writer import RunWriter, recover
 
 # ------------------------------------------------------------------------------------------------------- round trip
@@ -510,6 +510,16 @@ def test_write_json_replaces_whole_files_only(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("write", [lambda path: write_json(path, {"a": 1}), lambda path: whole(path, Path.touch)])
+def test_no_file_is_put_in_the_place_of_a_device(tmp_path, write):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write(tmp_path / "pipe")
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_storing_a_run_does_not_import_pandas(tmp_path):
