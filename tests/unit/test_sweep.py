@@ -19,7 +19,8 @@ from block.sweep import Tally, attempt, standing
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a sweep tells its jobs through the environment ends with the test."""
-    monkeypatch.setenv("BLOCK_SWEEP", "")
+    for name in ("BLOCK_SWEEP", "BLOCK_WANDB_NOTE"):
+        monkeypatch.setenv(name, "")
 
 
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
