@@ -6,8 +6,8 @@ No trace is part of the project. `scripts/fetch_data.py` puts them into $BLOCK_D
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +40,17 @@ TRACES = {
 class Trace:
     """Requests in the order of their arrival: lengths int[n] in tokens, times float[n] in seconds and prompts (if
     recorded).
+
+    format: what the file was taken for; rows: what it holds; dropped: how many of these were left out, by the reason.
     """
 
     prompt: Ints
     output: Ints
     times: Floats | None
     prompts: Sequence[str] | None = None
+    format: str = ""
+    rows: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 def data_dirs() -> list[Path]:

@@ -40,7 +40,7 @@ _WORDS = re.compile(r"\W+")
 # Names of the two sides of a pair, in the order in which they are looked for; "input" goes behind an instruction.
 _PROMPTS = ("instruction", "prompt", "question", "query")
 _RESPONSES = ("response", "output", "completion", "answer")
-_TURNS = ("conversations", "messages")
+_TURNS = ("conversations", "messages", "conversation")
 
 
 class Pairs(NamedTuple):
@@ -155,9 +155,11 @@ def _read(path: Path) -> Iterable[tuple[str, str]]:
 
             records = parquet.read_table(path).to_pylist()
         elif path.suffix == ".jsonl":
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            # Lines end at "\n" alone: a string of JSON may hold what else Unicode takes for the end of a line.
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            records = [json.loads(line) for line in lines if line.strip()]
         else:
-            records = json.loads(path.read_text(encoding="utf-8"))
+            records = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: is no JSON, JSON lines or parquet file: {error}") from error
     if not isinstance(records, list):

@@ -280,6 +280,17 @@ def test_a_file_without_pairs_is_told_in_one_line(tmp_path: Path, name: str, con
     assert "\n" not in str(told.value)
 
 
+def test_conversations_of_lmsys_and_wildchat_are_read_by_lines(tmp_path: Path) -> None:
+    records = [
+        {"conversation": [{"role": "user", "content": f"question\u2028{i}"}, {"role": "assistant", "content": "yes"}]}
+        for i in range(40)
+    ]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\ufeff" + "\n".join(json.dumps(record, ensure_ascii=False) for record in records))
+    split = load_pairs(str(path))
+    assert sum(map(len, (split.train.prompts, split.tune.prompts, split.test.prompts))) == 40
+
+
 def test_data_that_are_not_there_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BLOCK_DATA", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
