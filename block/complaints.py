@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from difflib import get_close_matches
 
 from hydra.errors import InstantiationException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from yaml import MarkedYAMLError  # type: ignore[import-untyped]
+
+from block.choices import choose
 
 
 class ConfigError(ValueError):
@@ -66,13 +67,6 @@ def _wrong_in_file(cause: BaseException | None, file: str, trouble: str, key: st
 def no_such_key(key: str, part: str, known: Sequence[str], where: str = "") -> str:
     """The message for `key`, of which `part` is not among the `known` ones."""
     return f"{key}: no such key{where}{f'; {choose(part, known)}' if known else ', nor any other here'}"
-
-
-def choose(given: str, choices: Sequence[str]) -> str:
-    """What there is in place of what was `given`, the nearest first."""
-    near = get_close_matches(given, choices, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{hint}choose from {', '.join(choices)}"
 
 
 def _mismatch(text: str, node: object = None) -> str:

@@ -15,6 +15,7 @@ from rich.table import Table
 from block.cluster import Backend, Mixed, Simulated, Testbed, visible_gpus
 from block.lengths.estimation import Scores
 from block.results import Run
+from block.workload import Facts
 
 HEADLINE = (
     ("TTFT", "ttft", 1000.0, "ms"),
@@ -46,6 +47,12 @@ def announce(testbed: Testbed, backend: Backend, console: Console) -> None:
         console.print(f"{what}; step times: {method}", highlight=False, soft_wrap=True)
 
 
+def tell(facts: Facts, console: Console) -> None:
+    """Say what was done to a trace before it is replayed."""
+    for line in facts.lines():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 @contextmanager
 def progress(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar with an estimate; yields what is to be told how many more are done."""
@@ -71,7 +78,9 @@ def progress(console: Console, what: str, total: int) -> Iterator[Callable[[int]
 def report(run: Run, wandb: Path | None, console: Console) -> None:
     """The table at the end of a run."""
     summary, counts = run.summary, run.counts or {}
-    title = f"{run.get('scheduler')} · {run.get('model')} · {run.get('workload.qps'):g} requests/s"
+    qps = run.get("workload.qps")
+    rate = "as recorded" if qps is None else f"{qps:g} requests/s"
+    title = f"{run.get('scheduler')} · {run.get('model')} · {rate}"
     table = Table("", "mean", "P50", "P99", title=title, title_justify="left")
     for label, name, factor, unit in HEADLINE:
         cells = (_cell(summary[f"{name}_{which}_s"], factor) for which in ("mean", "p50", "p99"))

@@ -21,23 +21,24 @@ from typing import Any
 import numpy as np
 from joblib import Parallel, delayed
 from numpy.typing import NDArray
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from block import compiled, provenance, searches, workload
 from block.answers import own_code
 from block.capacity import crossings
+from block.choices import choose
 from block.cluster import Simulated
-from block.complaints import ConfigError, choose, explain
+from block.complaints import ConfigError, explain
 from block.config import RunConfig, build, filed, node, own_choices, plain
-from block.console import announce, progress, report, report_line, report_scores
+from block.console import announce, progress, report, report_line, report_scores, tell
 from block.lengths.estimation import evaluate
 from block.metrics import interval, summarise
 from block.policies import Needs
 from block.predictor import Predictor
 from block.results import NotStored, Run, json_value, keep_json, probe, reason
 from block.searches import Search
-from block.serving import Outcome, requests_of, serve
+from block.serving import Outcome, made_of, serve
 from block.sweep import end_with, searching, standing
 from block.tables import request_columns
 from block.tracking import log_run
@@ -78,7 +79,7 @@ def execute(
     the run is a job of; such a run says one line only. quiet: say nothing.
     """
     run = build(config)
-    requests = _requests(run)
+    requests, facts = _made(run)
     try:
         probe(Path(config.runs_dir))
     except OSError as error:
@@ -86,6 +87,8 @@ def execute(
     console = Console(stderr=True, quiet=quiet or sweep is not None)
     testbed = run.testbed
     announce(testbed, run.backend, console)
+    if sweep is None or OmegaConf.select(sweep, "job.num", default=0) == 0:  # the first of a sweep speaks for all
+        tell(facts, Console(stderr=True, quiet=quiet))
     compiling = compiled.seconds()
     if run.scheduler.needs is Needs.FORECAST:
         alike = testbed.kinds[0]
@@ -94,7 +97,10 @@ def execute(
     hashes = fingerprints(run, requests)
     _forget_peak()
     origin = provenance.origin([*_own_files(run), *own_choices()])
-    writer = RunWriter(plain(config), filed(config, choices), hashes=hashes, git=origin, root=config.runs_dir)
+    told = {"workload": asdict(facts)}
+    writer = RunWriter(
+        plain(config), filed(config, choices), hashes=hashes, git=origin, facts=told, root=config.runs_dir
+    )
     trouble = None
     try:
         with writer:
@@ -118,11 +124,13 @@ def execute(
     return stored
 
 
-def _requests(run: RunConfig) -> list[Request]:
-    """The run's requests. ConfigError if there is no such trace or estimator, or it is not sound."""
+def _made(run: RunConfig) -> tuple[list[Request], workload.Facts]:
+    """The run's requests, and what was done to them. ConfigError if there is no such trace or estimator, or it is not
+    sound.
+    """
     try:
         with own_code():
-            return requests_of(run)
+            return made_of(run)
     except (ValueError, OSError) as error:
         raise ConfigError(explain(error)) from error
 
@@ -172,7 +180,7 @@ def fingerprints(run: RunConfig, requests: Sequence[Request] | None = None) -> d
 
     They are the same at every request rate, and for every scheduler of this package.
     """
-    requests = _requests(run) if requests is None else requests
+    requests = _made(run)[0] if requests is None else requests
     at_any_rate = run.workload if run.workload.qps is None else replace(run.workload, qps=1.0)
     arrivals = requests if at_any_rate == run.workload else workload.generate(at_any_rate, run.seed)
     backend, kinds = run.backend, run.testbed.kinds
@@ -271,7 +279,9 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     search could not be stored where it belongs.
     """
     wanted = node(config.capacity)
-    build(config)  # tell what is wrong before any process starts
+    run = build(config)  # tell what is wrong before any process starts
+    if run.workload.source == "trace":
+        tell(_made(run)[1], Console(stderr=True))
     choices = filed(config, choices)
     seeds = range(config.seed, config.seed + wanted.seeds)
     console = Console()
@@ -330,7 +340,7 @@ def search_one(config: DictConfig, choices: Mapping[str, str], files: Sequence[P
         at_rate = build(settings)
         outcome = Outcome()
         with own_code():
-            serve(at_rate, _requests(at_rate), outcome)
+            serve(at_rate, _made(at_rate)[0], outcome)
         assert outcome.dispatcher is not None
         value = summarise(request_columns(outcome.dispatcher.records)).get(wanted.metric)
         if value is None:

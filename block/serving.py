@@ -47,7 +47,13 @@ class Outcome:
 
 def requests_of(run: RunConfig) -> list[Request]:
     """The run's requests, tagged with their predicted lengths."""
-    return tag(workload.generate(run.workload, run.seed), run.lengths, run.seed)
+    return made_of(run)[0]
+
+
+def made_of(run: RunConfig) -> tuple[list[Request], workload.Facts]:
+    """The same, and what was done to their workload."""
+    requests, facts = workload.make(run.workload, run.seed)
+    return tag(requests, run.lengths, run.seed), facts
 
 
 def serve(

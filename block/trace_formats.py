@@ -22,7 +22,7 @@ import pyarrow as pa
 from pyarrow import compute, parquet
 from pyarrow import csv as arrow_csv
 
-from block.complaints import choose
+from block.choices import choose
 from block.lengths.pairs import pieces
 from block.traces import Trace
 from block.types import Floats, Ints
@@ -372,10 +372,19 @@ def _format(table: _Table, columns: Columns, path: Path) -> tuple[str, Format]:
             return name, form
     if columns.prompt and columns.output:
         return "own", Format(columns.prompt, columns.output, None, "")
-    known = "; ".join(f"{name} ({form.prompt}, {form.output})" for name, form in FORMATS.items())
+    for name, form in FORMATS.items():  # of one column that is not named, the format tells
+        if table.has(form.output if columns.prompt else form.prompt) and (columns.prompt or columns.output):
+            return name, form
+    said = f"{path}: has the columns {', '.join(table.names)}, which"
+    for name, form in FORMATS.items():
+        for there, lacking, key in ((form.prompt, form.output, "output"), (form.output, form.prompt, "prompt")):
+            if table.has(there):
+                raise UnknownFormat(
+                    f"{said} lack {lacking!r} of the format {name}; name another by workload.{key}_column"
+                )
     raise UnknownFormat(
-        f"{path}: has the columns {', '.join(table.names)}, which no known format has; "
-        f"name them by workload.prompt_column and workload.output_column, or take the names of one: {known}"
+        f"{said} are of no known format ({', '.join(FORMATS)}: docs/workloads.md); "
+        "name them by workload.prompt_column and workload.output_column"
     )
 
 

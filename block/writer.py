@@ -54,7 +54,8 @@ class RunWriter:
     "failed" after any other exception, which propagates. Leaving without `store` and without an exception raises
     RuntimeError. Within the context, warnings of all packages and what this one logs at level INFO go to run.log too.
 
-    `config` is the resolved config in plain containers; `choices` names what was chosen of each config group.
+    `config` is the resolved config in plain containers; `choices` names what was chosen of each config group; `facts`
+    are further nodes of run.json.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class RunWriter:
         *,
         hashes: Mapping[str, str | None] | None = None,
         git: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Any] | None = None,
         root: str | Path = DEFAULT_ROOT,
     ) -> None:
         created = datetime.now(UTC)
@@ -86,6 +88,7 @@ class RunWriter:
             "packages": provenance.packages(),
             "counts": None,
             "summary": {},
+            **json_value(facts or {}),
         }
         self._notes: TextIO | None = None
         self._takes_notes = True

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,11 +21,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from block.choices import choose
 from block.rng import stream
 from block.sketch import LengthSketch
-from block.traces import TRACES, Trace, TraceFile, find_data, read_trace
+from block.trace_formats import Columns, read
+from block.traces import TRACES, Trace, find_data
 from block.types import Floats, Ints
-from block.workload import CUSTOM, SKETCHES
+from block.workload import SKETCHES
 
 ORIGINS = {
     "sharegpt": "ShareGPT, Llama-2 tokens: artifact of arXiv 2508.03611 (github.com/AKafakA/Block), MIT",
@@ -133,24 +136,26 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; exit code 2 and one line on standard error if a trace is missing or malformed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"data sets: {', '.join(TRACES)}; with --csv one name of your own")
-    parser.add_argument("--csv", type=Path, help="a trace of your own")
-    parser.add_argument("--prompt-column", default=CUSTOM.prompt, help="with --csv (default: %(default)s)")
-    parser.add_argument("--output-column", default=CUSTOM.output, help="with --csv (default: %(default)s)")
+    parser.add_argument("--csv", type=Path, help="a trace of your own, in any format of docs/workloads.md")
+    parser.add_argument("--prompt-column", help="with --csv (default: by the file's own format)")
+    parser.add_argument("--output-column", help="with --csv (default: by the file's own format)")
     parser.add_argument("--time-column", help="with --csv: seconds or timestamps; keeps how rate and lengths drifted")
     parser.add_argument("--out", type=Path, default=SKETCHES, help="directory (default: artifacts/workloads)")
+    parser.add_argument("--force", action="store_true", help="write over sketches that are there")
     options = parser.parse_args(arguments)
     console = Console()
-    options.out.mkdir(parents=True, exist_ok=True)
     try:
+        options.out.mkdir(parents=True, exist_ok=True)
         for name, file, origin in _chosen(options):
-            target = options.out / f"{name}.json"
+            target = _target(options, name)
             if file is None:
                 sketch = published_burstgpt()
                 sketch.save(target)
                 console.print(f"{name}: {sketch.source['note']} -> {target}", soft_wrap=True)
                 continue
-            trace = read_trace(Path(file.path), file.prompt, file.output, file.time)
-            sketch, quality = fit(trace, origin, Path(file.path))
+            path, timed = file
+            trace = read(path, _columns(options), timed=timed)
+            sketch, quality = fit(trace, origin, path)
             sketch.save(target)
             console.print(report(name, sketch, trace, quality), f"-> {target}", soft_wrap=True)
     except (OSError, ValueError) as error:
@@ -159,17 +164,33 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _chosen(options: argparse.Namespace) -> Iterator[tuple[str, TraceFile | None, str]]:
-    """Name, trace (None: BurstGPT without one) and origin of each sketch that the command line asks for."""
+def _target(options: argparse.Namespace, name: str) -> Path:
+    """Where the sketch of that name goes. ValueError if it is no name, or is taken."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"name={name!r}: must be of letters, digits, '_', '-' and '.', such as my_chat")
+    target: Path = options.out / f"{name}.json"
+    if target.exists() and not options.force:
+        raise ValueError(f"{target}: is there already; give another name or --out, or --force to write over it")
+    return target
+
+
+def _columns(options: argparse.Namespace) -> Columns:
+    return Columns(None, options.prompt_column, options.output_column, options.time_column)
+
+
+def _chosen(options: argparse.Namespace) -> Iterator[tuple[str, tuple[Path, bool] | None, str]]:
+    """Of each sketch that is asked for: name, trace and whether it has times (None: BurstGPT without one), origin."""
     if options.csv:
         if len(options.names) != 1:
             raise ValueError(f"--csv {options.csv}: give exactly one name for its sketch, not {len(options.names)}")
-        file = TraceFile(str(options.csv), options.prompt_column, options.output_column, options.time_column)
-        yield options.names[0], file, options.csv.name
+        yield options.names[0], (options.csv, options.time_column is not None), options.csv.name
         return
+    for key in ("prompt_column", "output_column", "time_column"):
+        if getattr(options, key) is not None:
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(options, key)}: has no effect without --csv")
     for name in options.names or TRACES:
         if name not in TRACES:
-            raise ValueError(f"name={name!r}: choose from {', '.join(TRACES)}, or give --csv FILE.csv")
+            raise ValueError(f"name={name!r}: {choose(name, list(TRACES))}, or give --csv FILE.csv")
         try:
             path = find_data(TRACES[name].path, f"`python scripts/fetch_data.py {name}` gets it")
         except FileNotFoundError as missing:
@@ -180,7 +201,7 @@ def _chosen(options: argparse.Namespace) -> Iterator[tuple[str, TraceFile | None
             else:
                 print(f"fit_workload: skipped {name}: {missing}", file=sys.stderr)
         else:
-            yield name, replace(TRACES[name], path=str(path)), ORIGINS[name]
+            yield name, (path, TRACES[name].timed), ORIGINS[name]
 
 
 if __name__ == "__main__":

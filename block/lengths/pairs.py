@@ -105,6 +105,14 @@ def is_pairs(data: str) -> bool:
     return data in SETS or Path(data).suffix in (".json", ".jsonl", ".parquet")
 
 
+def holds_pairs(path: Path) -> bool:
+    """Whether `load` finds pairs in a file."""
+    try:
+        return is_pairs(str(path)) and bool(list(_read(path)))
+    except ValueError:
+        return False
+
+
 def pieces(text: str) -> int:
     """Tokens of a text, counted without a tokenizer (`COUNTED`)."""
     return len(_PIECES.findall(text))

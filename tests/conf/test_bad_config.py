@@ -184,8 +184,8 @@ def test_one_line_names_key_value_and_choices(overrides: list[str], begins: str,
 def test_a_trace_without_the_columns_is_told_which_it_has(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("input,output\n1,2\n")
     line = complaint("workload=trace", f"workload.trace_path={tmp_path / 'other.csv'}")
-    assert "prompt_tokens" in line
-    assert "choose from input, output" in line
+    assert "has the columns input, output" in line
+    assert "workload.prompt_column" in line
 
 
 # what a model file of the user's holds; what is said

@@ -310,8 +310,16 @@ def test_a_workload_of_pairs_has_prompts_and_their_lengths(tmp_path: Path) -> No
     assert [r.prompt for r in requests] == (held_out.prompts * 9)[:50]
     assert [r.output_tokens for r in requests[:count]] == held_out.tokens.tolist()
     assert [r.prompt_tokens for r in requests[:count]] == [pieces(prompt) for prompt in held_out.prompts]
-    with pytest.raises(ValueError, match=r"workload.arrivals=trace"):
-        Workload(source="trace", trace_path=path, arrivals="trace")
+    with pytest.raises(ValueError, match=r"no times; take workload.arrivals=poisson"):
+        generate(Workload(source="trace", trace_path=path, arrivals="trace"), 0)
+    with pytest.raises(ValueError, match=r"workload.arrivals=trace: .* has no arrival times"):
+        Workload(source="trace", trace_path="gpteacher", arrivals="trace")
+
+
+def test_pairs_of_which_none_is_held_out_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "few.jsonl", [as_prompt("the only question", "an answer")])
+    with pytest.raises(ValueError, match=r"few.jsonl: none of its 1 pairs is held out; give more"):
+        generate(Workload(source="trace", trace_path=path), 0)
 
 
 # ---------------------------------------------------------------------------------------------------------- Table 1

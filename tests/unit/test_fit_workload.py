@@ -10,7 +10,8 @@ import pytest
 from block.arrivals import RateProfile
 from block.rng import stream
 from block.sketch import LengthSketch
-from block.traces import TRACES, read_trace
+from block.trace_formats import Columns, read
+from block.traces import TRACES
 
 ROOT = Path(__file__).parents[2]
 TRACKED = ROOT / "artifacts" / "workloads"
@@ -184,6 +185,11 @@ def test_traces_that_are_not_there_are_skipped_aloud(
         (["sharegpt"], "fit_workload: no sharegpt_10k_llama2.csv: looked for"),
         (["--csv", "own.csv"], "fit_workload: --csv own.csv: give exactly one name"),
         (["--csv", "nowhere.csv", "mine"], "nowhere.csv"),
+        (["--csv", "own.csv", "../../evil"], "fit_workload: name='../../evil': must be of letters"),
+        (["--csv", "own.csv", "/evil"], "fit_workload: name='/evil': must be of letters"),
+        (["--csv", "own.csv", ".hidden"], "fit_workload: name='.hidden': must be of letters"),
+        (["--time-column", "at", "burstgpt"], "fit_workload: --time-column at: has no effect without --csv"),
+        (["azure_con"], "did you mean azure_conv?"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(
@@ -199,6 +205,20 @@ def test_errors_are_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_sketch_is_written_over_only_if_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "burstgpt.json"
+    kept.write_text("mine")
+    arguments = ["burstgpt", "--out", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLOCK_DATA", str(tmp_path))
+        patch.setenv("HOME", str(tmp_path))
+        assert fit_workload.main(arguments) == 2
+        assert "burstgpt.json: is there already" in capsys.readouterr().err
+        assert kept.read_text() == "mine"
+        assert fit_workload.main([*arguments, "--force"]) == 0
+    assert kept.read_text() != "mine"
 
 
 # --- the tracked sketches ---------------------------------------------------------------------------------------------
@@ -225,7 +245,7 @@ def test_tracked_sketches_are_what_the_script_derives(name: str, data: Path, tmp
 @pytest.mark.parametrize("name", MEASURED)
 def test_tracked_sketches_match_their_trace(name: str, data: Path) -> None:
     file = TRACES[name]
-    trace = read_trace(data / file.path, file.prompt, file.output, file.time)
+    trace = read(data / file.path, Columns(), timed=file.timed)
     prompt, output = LengthSketch.load(TRACKED / f"{name}.json").sample(len(trace.prompt), stream(1, "test"))
     original, drawn = trace.prompt + trace.output, prompt + output
     assert drawn.mean() == pytest.approx(original.mean(), rel=1e-3)

@@ -212,6 +212,11 @@ def test_columns_are_named_by_paths_in_json_and_parquet(tmp_path: Path) -> None:
         assert trace.times.tolist() == [0, 2]
 
 
+def test_a_single_column_can_be_named(tmp_path: Path) -> None:
+    trace = traced(written(tmp_path, "prompt_tokens,answer,arrival\n5,6,0\n7,8,2\n"), output="answer")
+    assert (trace.format, trace.output.tolist(), trace.times.tolist()) == ("block", [6, 8], [0, 2])  # type: ignore[union-attr]
+
+
 def test_times_of_ones_own_have_a_unit(tmp_path: Path) -> None:
     path = written(tmp_path, "p,o,t\n1,2,1000\n3,4,3500\n")
     named = {"prompt": "p", "output": "o", "time": "t"}
@@ -278,6 +283,8 @@ WRONG: list[tuple[str | bytes, dict[str, str], list[str]]] = [
     ('{"a": 1}', {}, ["has the columns a", "workload.prompt_column"]),
     ("a,b\n1,2\n", {}, ["has the columns a, b", "workload.prompt_column", "workload.output_column", "mooncake"]),
     ("a,b\n1,2\n", {"prompt": "a"}, ["has the columns a, b"]),
+    ("prompt_tokens,b\n1,2\n", {}, ["lack 'output_tokens' of the format block", "workload.output_column"]),
+    ("a,GeneratedTokens\n1,2\n", {}, ["lack 'ContextTokens' of the format azure", "workload.prompt_column"]),
     (CSV + "1,2,3\n", {"prompt": "promt_tokens"}, ["no column 'promt_tokens'", "did you mean prompt_tokens?"]),
     (CSV + "1,2,3\n", {"prompt": "nonesuch"}, ["no column 'nonesuch'", "workload.prompt_column"]),
     (CSV + "1,2,3\n", {"output": "x"}, ["no column 'x'", "workload.output_column", "choose from prompt_tokens"]),

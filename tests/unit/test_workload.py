@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from block.arrivals import RateProfile, recorded_gaps
 from block.rng import stream
 from block.types import Request
-from block.workload import Workload, generate
+from block.workload import Facts, Workload, generate, make
 
 CONF = Path(__file__).parents[2] / "conf" / "workload"
 NAMES = ("sharegpt", "arxiv", "azure_conv", "azure_code", "burstgpt")
@@ -227,6 +227,63 @@ def test_a_traces_own_times_are_scaled_to_the_rate(tmp_path: Path) -> None:
     assert arrivals(requests) == pytest.approx([2.0, 3.0, 6.0])
 
 
+def test_without_a_rate_a_traces_own_times_stay_as_they_are(tmp_path: Path) -> None:
+    workload = own(tmp_path, num_requests=None, qps=None, arrivals="trace")
+    requests, facts = make(workload, 0)
+    assert arrivals(requests).tolist() == [0.0, 1.0, 4.0]
+    assert (facts.requests, facts.native_qps) == (3, 0.5)
+    assert facts.lines()[1:] == ["replayed as recorded, at 0.5 requests/s"]
+    again = arrivals(generate(own(tmp_path, num_requests=5, qps=None, arrivals="trace"), 0))
+    assert again.tolist() == [0.0, 1.0, 4.0, 6.0, 7.0]  # a mean gap lies between two rounds
+
+
+def test_without_a_rate_a_sketch_keeps_that_of_its_trace() -> None:
+    requests = generate(Workload("azure_code", 8819, None, arrivals="trace"), 0)
+    assert requests[-1].arrival == pytest.approx(3_436, rel=0.01)  # seconds that the trace lasts
+
+
+def test_what_is_done_to_a_trace_is_told(tmp_path: Path) -> None:
+    text = OWN + "50,60,10.0\n0,5,11.0\n5,0,12.0\n"
+    settings = {"qps": 2.0, "arrivals": "trace", "max_total_tokens": 32}
+    with pytest.raises(
+        ValueError, match=r"workload.max_total_tokens=32: 2 of 4 requests of .*own.csv are longer, up to"
+    ):
+        generate(own(tmp_path, text, **settings), 0)
+    requests, facts = make(own(tmp_path, text, too_long="cut", num_requests=3, **settings), 0)
+    assert lengths(requests).tolist() == [[10, 1], [20, 2], [29, 3]]
+    path = str(tmp_path / "own.csv")
+    assert facts == Facts(
+        requests=3,
+        qps=2.0,
+        native_qps=0.6,
+        file=path,
+        format="block",
+        rows=6,
+        dropped={"prompt_tokens below 1": 1, "output_tokens below 1": 1},
+        unused=1,
+        cut=1,
+        mean_prompt=(20.0, pytest.approx(59 / 3)),  # type: ignore[arg-type]
+        max_total_tokens=32,
+    )
+    assert facts.lines() == [
+        f"{path}: 6 rows, read as block",
+        "left out: 1 of 6 rows: prompt_tokens below 1",
+        "left out: 1 of 6 rows: output_tokens below 1",
+        "cut: 1 of 3 requests to 32 tokens, their prompts first (mean prompt 20 to 20)",
+        "not replayed: the last 1 rows (workload.num_requests=null takes all)",
+        "recorded at 0.6 requests/s, replayed at 2 (workload.qps=null replays it as it is)",
+    ]
+    requests, facts = make(own(tmp_path, text, too_long="drop", num_requests=5, **settings), 0)
+    assert lengths(requests).tolist() == [[10, 1], [20, 2], [10, 1], [20, 2], [10, 1]]
+    assert facts.dropped["longer than 32 tokens"] == 2
+    assert "replayed 2.5 times, for 5 requests" in facts.lines()
+
+
+def test_nothing_left_of_a_trace_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"workload.too_long=drop: all requests of"):
+        generate(own(tmp_path, max_total_tokens=5, too_long="drop"), 0)
+
+
 def test_time_stamps_are_read_and_sorted_and_failed_requests_left_out(tmp_path: Path) -> None:
     text = "In,Out,At\n30,3,2023-11-16 18:00:09.0\n10,1,2023-11-16 18:00:05.0000000\n9,0,2023-11-16 18:00:00.0\n"
     columns = {"prompt_column": "In", "output_column": "Out", "time_column": "At"}
@@ -238,12 +295,9 @@ def test_time_stamps_are_read_and_sorted_and_failed_requests_left_out(tmp_path: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "prompt_tokens,answer\n1,2\n",
-            "column='output_tokens' is not in .*own.csv: choose from prompt_tokens, answer",
-        ),
-        ("prompt_tokens,output_tokens\n1,many\n", "column='output_tokens' of .*: must hold a number in every row"),
-        ("prompt_tokens,output_tokens\n1,\n2,3\n", "column='output_tokens' of .*: must hold a number in every row"),
+        ("prompt_tokens,answer\n1,2\n", r"own.csv: has the columns prompt_tokens, answer, .*workload.output_column"),
+        ("prompt_tokens,output_tokens\n1,many\n", r"own.csv: line 2: column 'output_tokens' .*holds 'many'"),
+        ("prompt_tokens,output_tokens\n1,\n2,3\n", r"own.csv: line 2: column 'output_tokens' .*holds nothing"),
         ("prompt_tokens,output_tokens\n1,0\n", "no row has both"),
     ],
 )
@@ -307,6 +361,25 @@ def test_block_data_comes_before_the_cache(tmp_path: Path, monkeypatch: pytest.M
         ({"source": "synthetic", "prompt_mean": 4096.0}, r"workload.prompt_mean=4096.0: must be in \[1, max_total"),
         ({"arrivals": "trace"}, "workload.arrivals=trace: sharegpt with source=sketch has no arrival times; choose"),
         ({"arrivals": "trace", "source": "synthetic"}, "source=synthetic has no arrival times"),
+        ({"trace_path": "a.csv"}, "workload.trace_path=a.csv: has no effect without workload.source=trace"),
+        ({"prompt_column": "p"}, "workload.prompt_column=p: has no effect without workload.source=trace"),
+        ({"output_column": "p"}, "workload.output_column=p: has no effect without workload.source=trace"),
+        ({"time_column": "t"}, "workload.time_column=t: has no effect without workload.source=trace"),
+        ({"time_unit": "s"}, "workload.time_unit=s: has no effect without workload.source=trace"),
+        ({"format": "azure"}, "workload.format=azure: has no effect without workload.source=trace"),
+        ({"source": "trace", "time_column": "t"}, "workload.time_column=t: has no effect without workload.arrivals"),
+        ({"source": "trace", "time_unit": "ms"}, "workload.time_unit=ms: has no effect without workload.arrivals"),
+        (
+            {"source": "trace", "trace_path": "gpteacher", "format": "azure"},
+            "workload.format=azure: has no effect on gpteacher",
+        ),
+        ({"prompt_mean": 512.0}, "workload.prompt_mean=512.0: has no effect without workload.source=synthetic"),
+        ({"source": "trace", "output_cv": 2.0}, "workload.output_cv=2.0: has no effect without workload.source=synth"),
+        ({"source": "trace", "format": "azur"}, r"workload.format=azur: did you mean azure\? choose from block"),
+        ({"qps": None}, "workload.qps=null: arrivals=poisson has no times to replay"),
+        ({"num_requests": None}, "workload.num_requests=null: source=sketch has no end; give a number"),
+        ({"too_long": "shorten"}, "workload.too_long='shorten': choose from refuse, cut, drop"),
+        ({"too_long": "drop"}, "workload.too_long=drop: source=sketch is cut; of a trace it can be chosen"),
     ],
 )
 def test_values_out_of_range_are_refused_in_one_line(values: dict[str, Any], message: str) -> None:
