@@ -7,15 +7,18 @@ any other pair `roofline` puts data sheet and Hugging Face config together (docs
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import yaml  # type: ignore[import-untyped]
 
+from block.choices import choose
 from block.latency import LatencyModel, table
+from block.types import Floats
 
 TRACKED = Path(__file__).parents[1] / "artifacts" / "latency"
+MODELS = Path(__file__).parents[1] / "conf" / "model"
 
 # Roofline: what a kernel reaches of the data sheet, rounded from the profiles of A30 and A100 (docs/latency.md).
 BANDWIDTH_EFFICIENCY = 0.80  # weights and activations
@@ -25,6 +28,7 @@ ATTENTION_EFFICIENCY = 0.42  # prefill attention, counting the masked half too: 
 LINK_EFFICIENCY = 0.55  # ring all-reduce, of the link's one-way bandwidth: measured on the A100
 LINK_LATENCY = 20e-6  # one all-reduce of a few tokens: measured on the A100
 KERNEL = 7e-6  # the least a memory-bound kernel takes: 3 to 14 µs in the profiles
+EXPERT_KERNELS = 4  # more in a layer with experts: router, top-k, sorting by expert, sum of the experts' outputs
 KERNELS = 6  # such kernels a layer: two norms, rotary embedding, KV save, activation, residual add
 
 # Memory that vLLM gives neither to weights nor to KV (activations, driver; communication buffers), so that the three
@@ -65,12 +69,20 @@ GPUS: dict[str, GPU] = {
         _nvidia("a100-40gb", 40, 1555, 312, 300, "A100 SXM4 40 GB (NVLink 3)"),
         _nvidia("a100-80gb", 80, 2039, 312, 300, "A100 SXM4 80 GB (NVLink 3)"),
         _nvidia("l4", 24, 300, 121, 32, "L4 (PCIe gen 4)"),
+        _nvidia("a10g", 24, 600, 70, 32, "A10G, as in Amazon's G5 instances (PCIe gen 4)"),
+        _nvidia("rtx-4090", 24, 1008, 165.2, 32, "GeForce RTX 4090 (PCIe gen 4)"),
+        _nvidia("rtx-5090", 32, 1792, 209.5, 64, "GeForce RTX 5090 (PCIe gen 5)"),
+        _nvidia("rtx-6000-ada", 48, 960, 364.2, 32, "RTX 6000 Ada (PCIe gen 4)"),
         _nvidia("l40s", 48, 864, 362, 32, "L40S (PCIe gen 4)"),
         _nvidia("h100", 80, 3350, 989, 450, "H100 SXM5 (NVLink 4)"),
         _nvidia("h100-pcie", 80, 2000, 756, 300, "H100 PCIe (NVLink bridge)"),
+        _nvidia("h100-nvl", 94, 3900, 835.5, 300, "H100 NVL (NVLink bridge)"),
+        _nvidia("gh200", 96, 4000, 989, 450, "GH200 96 GB HBM3 (NVLink 4)"),
+        _nvidia("h20", 96, 4000, 148, 450, "H20 (NVLink 4)"),
         _nvidia("h200", 141, 4800, 989, 450, "H200 SXM (NVLink 4)"),
         _nvidia("b200", 180, 8000, 2250, 900, "DGX B200, an eighth of the system (NVLink 5)"),
         GPU("mi300x", 192, 5300, 1307, 448, "AMD Instinct MI300X data sheet (Infinity Fabric, 7 links)"),
+        GPU("mi325x", 256, 6000, 1307, 448, "AMD Instinct MI325X data sheet (Infinity Fabric, 7 links)"),
         GPU("cpu", 32, 40, 0.5, 10, "two cores of a server, roughly: for backend=vllm_cpu, which measures its own"),
     )
 }
@@ -84,7 +96,7 @@ def gpu_named(name: str, key: str = "cluster.gpu") -> GPU:
     if name.endswith(".yaml"):
         return _data_sheet(name, key)
     if name not in GPUS:
-        raise ValueError(f"{key}={name}: choose from {', '.join(GPUS)}, or give a data sheet, FILE.yaml")
+        raise ValueError(f"{key}={name}: {choose(name, list(GPUS))}, or give a data sheet, FILE.yaml")
     return GPUS[name]
 
 
@@ -101,13 +113,26 @@ def _data_sheet(path: str, key: str) -> GPU:
     return GPU(path, **sheet, source=path)
 
 
+_MIXTURE = ("experts", "experts_per_token", "expert_size")  # given together or not at all
+_LATENT = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")  # likewise
+
+
 @dataclass(frozen=True)
 class Model:
-    """A dense decoder-only transformer by the numbers of its Hugging Face config, and how an instance holds it.
+    """A decoder-only transformer by the numbers of its Hugging Face config, and how an instance holds it.
 
     The `layers` (num_hidden_layers) have attention with `heads` (num_attention_heads) and `kv_heads`
     (num_key_value_heads) of `head_dim`, and an MLP of `intermediate_size`, `gated_mlp` if it has a gate projection.
-    `tied_embeddings` is tie_word_embeddings. `tensor_parallel` GPUs share a copy, `dtype_bytes` a weight or KV element.
+    `tied_embeddings` is tie_word_embeddings. `tensor_parallel` GPUs share a copy, `dtype_bytes` a weight or KV element;
+    `kv_dtype_bytes` a KV element if that is another.
+
+    Mixture of experts, if `experts` > 0: all layers but the first `dense_layers` (first_k_dense_replace) have a router,
+    `experts` gated MLPs of `expert_size` (moe_intermediate_size), `experts_per_token` of which a token goes through,
+    and one of `shared_size` (n_shared_experts × moe_intermediate_size) that each does.
+
+    Multi-head latent attention (DeepSeek), if `kv_lora_rank` > 0: with `q_lora_rank` (0: queries are not compressed),
+    `qk_rope_head_dim`, `qk_nope_head_dim`, `v_head_dim` as in the config; `head_dim` is the sum of the two of a key.
+    ValueError in one line for numbers that do not fit together, or of which a part is missing.
     """
 
     name: str
@@ -123,6 +148,17 @@ class Model:
     tied_embeddings: bool = False
     tensor_parallel: int = 1
     dtype_bytes: int = 2
+    kv_dtype_bytes: int | None = None
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    shared_size: int = 0
+    dense_layers: int = 0
+    kv_lora_rank: int = 0
+    q_lora_rank: int = 0
+    qk_rope_head_dim: int = 0
+    qk_nope_head_dim: int = 0
+    v_head_dim: int = 0
 
     def __post_init__(self) -> None:
         for key in ("layers", "hidden_size", "intermediate_size", "heads", "kv_heads", "head_dim", "vocab_size"):
@@ -136,6 +172,27 @@ class Model:
             raise ValueError(f"model.tensor_parallel={self.tensor_parallel}: choose from {choices} for {self.name}")
         if self.dtype_bytes not in (1, 2, 4):
             raise ValueError(f"model.dtype_bytes={self.dtype_bytes}: choose from 1, 2, 4")
+        if self.kv_dtype_bytes not in (None, 1, 2, 4):
+            raise ValueError(f"model.kv_dtype_bytes={self.kv_dtype_bytes}: choose from 1, 2, 4")
+        self._whole(_MIXTURE, ("shared_size", "dense_layers"), "a mixture of experts")
+        self._whole(_LATENT, ("q_lora_rank",), "multi-head latent attention")
+        if self.experts_per_token > self.experts:
+            raise ValueError(f"model.experts_per_token={self.experts_per_token}: more than experts={self.experts}")
+        if self.experts and self.dense_layers >= self.layers:
+            raise ValueError(f"model.dense_layers={self.dense_layers}: leaves no layer of {self.layers} to the experts")
+        if self.kv_lora_rank and self.head_dim != self.qk_nope_head_dim + self.qk_rope_head_dim:
+            raise ValueError(f"model.head_dim={self.head_dim}: want qk_nope_head_dim + qk_rope_head_dim")
+
+    def _whole(self, needed: tuple[str, ...], more: tuple[str, ...], what: str) -> None:
+        """ValueError unless all of `needed` are given, or none of them and none of `more`."""
+        given = [key for key in (*needed, *more) if getattr(self, key) != 0]
+        for key in given:
+            if getattr(self, key) < 0:
+                raise ValueError(f"model.{key}={getattr(self, key)}: want an integer of at least 0")
+        missing = [key for key in needed if key not in given]
+        if given and missing:
+            first = f"model.{given[0]}={getattr(self, given[0])}"
+            raise ValueError(f"{first}: {what} also needs {', '.join(missing)}")
 
     def _splits_over(self, gpus: int) -> bool:
         """Whether every GPU gets as many heads as any other, and as many KV heads (or copies of one)."""
@@ -143,7 +200,7 @@ class Model:
 
     @property
     def projections(self) -> dict[str, float]:
-        """Weights (elements) per layer and GPU of each matrix product, by the profiler's operator names."""
+        """Weights (elements) per dense layer and GPU of each matrix product, by the profiler's operator names."""
         query, kv = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
         mlp = self.hidden_size * self.intermediate_size
         whole = {
@@ -152,7 +209,41 @@ class Model:
             "mlp_up_proj": mlp * (2 if self.gated_mlp else 1),
             "mlp_down_proj": mlp,
         }
-        return {operator: weights / self.tensor_parallel for operator, weights in whole.items()}
+        split = {operator: weights / self.tensor_parallel for operator, weights in whole.items()}
+        return split | self._latent_projections if self.kv_lora_rank else split
+
+    @property
+    def _latent_projections(self) -> dict[str, float]:
+        """The same of latent attention; what compresses queries and KV is on every GPU, the rest split by heads."""
+        rank = self.q_lora_rank or self.hidden_size
+        every = self.hidden_size * (self.q_lora_rank + self.kv_lora_rank + self.qk_rope_head_dim)
+        query = rank * self.heads * self.head_dim
+        keys_values = self.kv_lora_rank * self.heads * (self.qk_nope_head_dim + self.v_head_dim)
+        output = self.heads * self.v_head_dim * self.hidden_size
+        return {
+            "attn_pre_proj": every + (query + keys_values) / self.tensor_parallel,
+            "attn_post_proj": output / self.tensor_parallel,
+        }
+
+    @property
+    def _expert_layers(self) -> int:
+        return self.layers - self.dense_layers if self.experts else 0
+
+    @property
+    def _expert_weights(self) -> float:
+        """Weights (elements) of one expert per layer and GPU: each is split over the GPUs, as vLLM does by default."""
+        return 3 * self.hidden_size * self.expert_size / self.tensor_parallel
+
+    @property
+    def _always_weights(self) -> float:
+        """Weights (elements) per expert layer and GPU that all tokens go through: attention, router, shared expert."""
+        attention = self.projections["attn_pre_proj"] + self.projections["attn_post_proj"]
+        shared = 3 * self.hidden_size * self.shared_size / self.tensor_parallel
+        return attention + self.hidden_size * self.experts + shared
+
+    def experts_hit(self, tokens: Floats) -> Floats:
+        """How many distinct experts of a layer the tokens of a step go through, expected under uniform routing."""
+        return self.experts * (1 - (1 - self.experts_per_token / self.experts) ** tokens)
 
     @property
     def head_weights(self) -> float:
@@ -162,14 +253,32 @@ class Model:
     @property
     def weight_bytes(self) -> float:
         """Bytes of weights that each GPU holds; biases are left out (less than a thousandth)."""
+        return self._weights(self.experts) * self.dtype_bytes
+
+    @property
+    def active_weights(self) -> float:
+        """Weights (elements) per GPU that one token goes through, embeddings included: all without experts."""
+        return self._weights(self.experts_per_token)
+
+    def _weights(self, experts: int) -> float:
+        """Weights (elements) per GPU, with `experts` in each layer that has some."""
         embeddings = self.head_weights * (1 if self.tied_embeddings else 2)
         norms = (2 * self.layers + 1) * self.hidden_size
-        return (self.layers * sum(self.projections.values()) + embeddings + norms) * self.dtype_bytes
+        dense = (self.layers - self._expert_layers) * sum(self.projections.values()) + embeddings + norms
+        if not self.experts:
+            return dense
+        return dense + self._expert_layers * (self._always_weights + experts * self._expert_weights)
 
     @property
     def kv_bytes(self) -> float:
-        """Bytes of KV cache per token and layer on each GPU; KV heads fewer than the GPUs are replicated."""
-        return 2 * max(1.0, self.kv_heads / self.tensor_parallel) * self.head_dim * self.dtype_bytes
+        """Bytes of KV cache per token and layer on each GPU.
+
+        KV heads fewer than the GPUs are replicated, and so is the latent of latent attention.
+        """
+        size = self.kv_dtype_bytes or self.dtype_bytes
+        if self.kv_lora_rank:
+            return float((self.kv_lora_rank + self.qk_rope_head_dim) * size)
+        return 2 * max(1.0, self.kv_heads / self.tensor_parallel) * self.head_dim * size
 
 
 def roofline(gpu: GPU, model: Model, max_tokens: int = 8192) -> LatencyModel:
@@ -177,30 +286,56 @@ def roofline(gpu: GPU, model: Model, max_tokens: int = 8192) -> LatencyModel:
     bandwidth = gpu.bandwidth * 1e9 * BANDWIDTH_EFFICIENCY
     flops = gpu.tflops * 1e12 * COMPUTE_EFFICIENCY
     size, shards = model.dtype_bytes, model.tensor_parallel
-    weights = sum(model.projections.values())
     heads = model.heads * model.head_dim
-    # Elements that memory-bound kernels move per token: two norms and the residual add on every GPU, the rest shared.
-    moved = 7 * model.hidden_size + (3 * model.intermediate_size + 2 * heads) / shards + 2 * model.kv_bytes / size
-    fixed = weights * size / bandwidth + KERNELS * KERNEL
-    per_token = 2 * weights / flops + moved * size / bandwidth
-    if shards > 1:  # after the attention and after the MLP
-        fixed += 2 * LINK_LATENCY
-        sent = 2 * (shards - 1) / shards * model.hidden_size * size
-        per_token += 2 * sent / (gpu.link * 1e9 * LINK_EFFICIENCY)
+    values = model.heads * model.v_head_dim if model.kv_lora_rank else heads
     tokens = np.array([1.0, max_tokens])
+
+    def layer(weights: float, inner: int, copies: int = 0) -> tuple[float, float]:
+        """Fixed time and time per token of a layer of `weights` and an MLP of `inner`, `copies` of a token summed."""
+        # Elements that memory-bound kernels move per token: two norms and the residual add on every GPU, the rest
+        # shared.
+        moved = 7 * model.hidden_size + (3 * inner + heads + values) / shards + 2 * model.kv_bytes / size
+        moved += 2 * copies * model.hidden_size
+        fixed = weights * size / bandwidth + (KERNELS + (EXPERT_KERNELS if copies else 0)) * KERNEL
+        per_token = 2 * weights / flops + moved * size / bandwidth
+        if shards > 1:  # after the attention and after the MLP
+            fixed += 2 * LINK_LATENCY
+            sent = 2 * (shards - 1) / shards * model.hidden_size * size
+            per_token += 2 * sent / (gpu.link * 1e9 * LINK_EFFICIENCY)
+        return fixed, per_token
+
     head = model.head_weights * size / bandwidth  # logits of the sampled tokens only: the weights' time
+    experts, used = model._expert_layers, model.experts_per_token
+    if experts:
+        tokens = np.arange(1.0, max_tokens + 1)  # the experts hit are a curve
+    fixed, per_token = layer(sum(model.projections.values()), model.intermediate_size)
+    linear = (model.layers - experts) * (fixed + per_token * tokens) + head
+    if experts:
+        fixed, per_token = layer(model._always_weights, used * model.expert_size + model.shared_size, used)
+        fetched = model.experts_hit(tokens) * model._expert_weights * size / bandwidth
+        per_token += 2 * used * model._expert_weights / flops
+        linear = linear + experts * (fixed + fetched + per_token * tokens)
 
     chunks = np.array([1, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192.0])
     contexts = np.array([0, 8192.0])
     attended = contexts + chunks[:, None]
     attention_flops = gpu.tflops * 1e12 * ATTENTION_EFFICIENCY
     kv_read = model.kv_bytes / (gpu.bandwidth * 1e9 * DECODE_EFFICIENCY)
-    prefill = 2 * KERNEL + 4 * chunks[:, None] * attended * heads / shards / attention_flops + attended * kv_read
+    decode = kv_read
+    prefill = 2 * KERNEL + 2 * chunks[:, None] * attended * (heads + values) / shards / attention_flops
+    prefill = prefill + attended * kv_read
+    if model.kv_lora_rank:
+        # A decode step works on the latent itself, every head on the one that is read; a prompt chunk makes keys and
+        # values of its context anew.
+        latent = 2 * model.kv_lora_rank + model.qk_rope_head_dim
+        decode = max(kv_read, 2 * model.heads / shards * latent / flops)
+        made = model.kv_lora_rank * model.heads * (model.qk_nope_head_dim + model.v_head_dim) / shards
+        prefill = prefill + 2 * contexts * made / flops
     return LatencyModel(
-        linear=table(tokens, model.layers * (fixed + per_token * tokens) + head),
+        linear=table(tokens, linear),
         decode_base=model.layers * 2 * KERNEL,
         decode_per_sequence=0.0,
-        decode_per_kv=model.layers * kv_read,
+        decode_per_kv=model.layers * decode,
         prefill_chunks=chunks,
         prefill_contexts=contexts,
         prefill=model.layers * prefill,
@@ -258,9 +393,22 @@ def _room(gpu: GPU, model: Model, block_size: int, utilization: float) -> int:
 
 
 def _tracked(gpu: GPU, model: Model, directory: Path) -> LatencyModel | None:
-    """The tracked fit of this pair at this degree of tensor parallelism, if there is one."""
+    """The tracked fit of this pair at this degree of tensor parallelism, if there is one.
+
+    None, too, for a model of one's own that has the name of one of conf/model, but other numbers.
+    """
     path = directory / f"{gpu.name}-{model.name}.json"
-    if not path.exists():
+    if not path.exists() or not _as_tracked(model):
         return None
     fit = LatencyModel.load(path)
     return fit if fit.source.get("tensor_parallel") == model.tensor_parallel else None
+
+
+def _as_tracked(model: Model) -> bool:
+    """Whether `model` has the numbers of the one of conf/model of that name, if there is one."""
+    path = MODELS / f"{model.name}.yaml"
+    if not path.exists():
+        return True
+    values = yaml.safe_load(path.read_text())
+    known = Model(**{key: value for key, value in values.items() if key != "defaults"})
+    return replace(known, tensor_parallel=model.tensor_parallel, hf_id=model.hf_id) == model

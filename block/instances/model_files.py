@@ -38,6 +38,9 @@ def emulated_model(model: Model, max_model_len: int) -> Path:
 
 
 def _made(model: Model, max_model_len: int, *, weights: bool) -> Path:
+    if model.kv_lora_rank or (weights and model.experts):
+        what = "latent attention" if model.kv_lora_rank else "experts"
+        raise ValueError(f"model={model.name}: has {what}, of which no model files are made; choose a dense model")
     config = _config(model, max_model_len)
     key = hashlib.sha256(json.dumps([config, weights, VOCABULARY], sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_folder() / "models" / f"{model.name}-{key}"

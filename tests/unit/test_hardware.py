@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 from block.hardware import GPUS, TRACKED, Model, gpu_named, kv_blocks, latency_model, roofline
+from block.instances.model_files import emulated_model, tiny_model
 from block.latency import decode_time, linear_time, prefill_time
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -50,11 +52,125 @@ def test_every_model_has_the_name_of_its_file_and_a_step_time_on_some_gpu(name: 
         ("qwen2.5-72b", 72.706),
         ("qwen3-8b", 8.191),
         ("tiny-llama", 1.100),
+        ("llama3.1-8b", 8.030),
+        ("llama3.1-70b", 70.554),
+        ("llama3.1-405b", 405.854),
+        ("llama3.3-70b", 70.554),
+        ("llama3.2-3b", 3.213),
+        ("qwen2.5-3b", 3.086),
+        ("qwen3-4b", 4.022),
+        ("qwen3-14b", 14.768),
+        ("qwen3-32b", 32.762),
+        ("mistral-small-24b", 23.572),
+        ("mistral-nemo-12b", 12.248),
+        ("phi-4", 14.660),
+        ("mixtral-8x7b", 46.703),
+        ("qwen3-30b-a3b", 30.532),
+        ("deepseek-v3", 671.026),
     ],
 )
 def test_weights_are_the_published_parameters(name: str, billions: float) -> None:
     whole = replace(model(name), tensor_parallel=1)
-    assert whole.weight_bytes / 2 == pytest.approx(billions * 1e9, rel=1e-3)
+    assert whole.weight_bytes / whole.dtype_bytes == pytest.approx(billions * 1e9, rel=1e-3)
+
+
+def test_the_published_parameters_of_a_token_are_those_of_its_experts() -> None:
+    # As published, to their last digit: Mixtral 12.9, Qwen 3.3, DeepSeek 36.6, the input embedding left out.
+    def active(name: str) -> float:
+        return replace(model(name), tensor_parallel=1).active_weights / 1e9
+
+    assert active("mixtral-8x7b") == pytest.approx(12.9, abs=0.05)
+    assert active("qwen3-30b-a3b") == pytest.approx(3.3, abs=0.06)
+    assert active("deepseek-v3") - 129280 * 7168 / 1e9 == pytest.approx(36.6, abs=0.05)
+    assert active("llama3-8b") == pytest.approx(8.030, abs=0.001)
+
+
+@pytest.mark.parametrize(("name", "kv"), [("deepseek-v3", 70_272), ("llama3-8b", 131_072), ("mixtral-8x7b", 131_072)])
+def test_kv_bytes_of_a_token(name: str, kv: int) -> None:
+    chosen = model(name)
+    assert replace(chosen, tensor_parallel=1).kv_bytes * chosen.layers == kv
+    if chosen.kv_lora_rank:  # every GPU has the whole latent
+        assert chosen.tensor_parallel == 8
+        assert chosen.kv_bytes * chosen.layers == kv
+
+
+def test_a_step_reads_the_experts_that_its_tokens_hit() -> None:
+    mixtral, card = replace(model("mixtral-8x7b"), tensor_parallel=1), GPUS["h200"]
+    assert mixtral.experts_hit(np.array([1.0, 2.0, 10_000.0])) == pytest.approx([2.0, 3.5, 8.0])
+    packed = roofline(card, mixtral).pack()
+    seconds = {tokens: linear_time(packed, tokens) for tokens in (1, 2, 3, 64)}
+    second = 32 * 3 * 4096 * 14336 * 2 / (card.bandwidth * 1e9 * 0.8)  # one more expert in each layer
+    assert seconds[2] - seconds[1] == pytest.approx(1.5 * second, rel=0.02)
+    assert seconds[3] - seconds[2] == pytest.approx(1.125 * second, rel=0.02)
+    whole = mixtral.weight_bytes / (card.bandwidth * 1e9)
+    assert whole < seconds[64] < 1.6 * whole
+    # Many tokens: the time grows by the products of two experts of eight, not of all.
+    per_token = (linear_time(packed, 8192) - linear_time(packed, 4096)) / 4096
+    active = 2 * (mixtral.active_weights - 2 * mixtral.head_weights) / (card.tflops * 1e12 * 0.8)
+    assert active < per_token < 1.2 * active
+
+
+def test_latent_attention_reads_the_latent_and_computes_on_it() -> None:
+    deepseek, h200 = model("deepseek-v3"), GPUS["h200"]
+    read = 70_272 / (h200.bandwidth * 1e9 * 0.9)
+    assert roofline(h200, deepseek).decode_per_kv == pytest.approx(read)  # 16 heads a GPU: bound by memory
+    slow = replace(h200, tflops=1.0)
+    flops = 61 * 2 * 16 * (2 * 512 + 64)
+    assert roofline(slow, deepseek).decode_per_kv == pytest.approx(flops / (1e12 * 0.8))
+    packed = roofline(h200, deepseek).pack()
+    assert prefill_time(packed, 64, 8192) > prefill_time(packed, 64, 0) + 61 * 2 * 8192 * 512 * 16 * 256 / 989e12
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "complaint"),
+    [
+        ("llama3-8b", {"experts": 8}, "model.experts=8: .* also needs experts_per_token, expert_size"),
+        ("llama3-8b", {"shared_size": 8}, "model.shared_size=8: .* also needs experts, "),
+        ("llama3-8b", {"kv_lora_rank": 512}, "model.kv_lora_rank=512: .* also needs qk_rope_head_dim"),
+        ("llama3-8b", {"q_lora_rank": 512}, "model.q_lora_rank=512: .* also needs kv_lora_rank"),
+        ("mixtral-8x7b", {"experts_per_token": 9}, "model.experts_per_token=9: more than experts=8"),
+        ("mixtral-8x7b", {"expert_size": -1}, "model.expert_size=-1: want an integer of at least 0"),
+        ("mixtral-8x7b", {"dense_layers": 32}, "model.dense_layers=32: leaves no layer"),
+        ("deepseek-v3", {"head_dim": 128}, "model.head_dim=128: want qk_nope_head_dim"),
+        ("llama3-8b", {"kv_dtype_bytes": 3}, "model.kv_dtype_bytes=3: choose from 1, 2, 4"),
+    ],
+)
+def test_experts_and_latent_attention_come_whole(name: str, change: dict[str, int], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint) as caught:
+        replace(model(name), **change)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fit_is_not_that_of_another_model_of_the_same_name() -> None:
+    mine = replace(model("llama2-7b"), layers=16)
+    assert not latency_model("a30", mine)[1]
+    assert kv_blocks(gpu_named("a30"), mine) == kv_blocks(gpu_named("a30"), mine, tracked=NOWHERE)
+    assert latency_model("a30", replace(model("llama2-7b"), hf_id="/models/llama2"))[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("A100", "a100-40gb or a100-80gb"),
+        ("a100", "a100-40gb or a100-80gb"),
+        ("A100-80GB", "a100-80gb"),
+        ("H100", "h100"),
+        ("rtx4090", "rtx-4090"),
+        ("h10", "h100 or h100-pcie or h100-nvl"),
+    ],
+)
+def test_a_gpu_by_another_spelling_is_told_the_catalogue_s(given: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=rf"^cluster\.gpu={given}: did you mean {hint}\? choose from t4, "):
+        gpu_named(given)
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "deepseek-v3"])
+def test_no_model_files_are_made_that_would_be_another_model_s(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"model={name}: has .*, of which no model files are made"):
+        tiny_model(model(name), 4096)
+    if name == "deepseek-v3":
+        with pytest.raises(ValueError, match="has latent attention"):
+            emulated_model(model(name), 4096)
 
 
 def test_tensor_parallelism_divides_weights_and_kv() -> None:
@@ -92,7 +208,10 @@ def test_an_unknown_gpu_is_named_with_the_choices() -> None:
     with pytest.raises(ValueError, match=r"gpu=gone\.yaml: no such file"):
         gpu_named("gone.yaml")
     for call in (lambda: gpu_named("rtx"), lambda: latency_model("rtx", model("tiny-llama"))):
-        with pytest.raises(ValueError, match=r"gpu=rtx: choose from .*a30.*a100-40gb.*h200"):
+        with pytest.raises(
+            ValueError,
+            match=r"gpu=rtx: did you mean rtx-4090 or rtx-5090 or rtx-6000-ada\? choose from .*a30.*a100-40gb.*h200",
+        ):
             call()
 
 
@@ -162,11 +281,11 @@ def test_a_damaged_tracked_file_is_not_passed_over(tmp_path: Path) -> None:
 def test_no_roofline_beats_the_hardware(gpu: str, name: str) -> None:
     card, chosen = GPUS[gpu], model(name)
     packed = roofline(card, chosen).pack()
-    weights = chosen.weight_bytes - (0 if chosen.tied_embeddings else chosen.head_weights * chosen.dtype_bytes)
+    unread = 0 if chosen.tied_embeddings else chosen.head_weights
+    weights = (chosen.active_weights - unread) * chosen.dtype_bytes
     assert linear_time(packed, 1) > weights / (card.bandwidth * 1e9)
-    assert linear_time(packed, 4096) > 2 * 4096 * chosen.layers * sum(chosen.projections.values()) / (
-        card.tflops * 1e12
-    )
+    products = chosen.active_weights - chosen.head_weights * (1 if chosen.tied_embeddings else 2)
+    assert linear_time(packed, 4096) > 2 * 4096 * products / (card.tflops * 1e12)
     assert decode_time(packed, 8, 10_000) > chosen.layers * 10_000 * chosen.kv_bytes / (card.bandwidth * 1e9)
 
 
