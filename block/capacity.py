@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from block.choices import choose
+
 METRICS = tuple(f"{name}_{which}_s" for name in ("ttft", "tpot", "e2e") for which in ("mean", "p50", "p99"))
 
 
@@ -38,7 +40,7 @@ class CapacityConfig:
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
-            raise ValueError(f"capacity.metric={self.metric}: choose from {', '.join(METRICS)}")
+            raise ValueError(f"capacity.metric={self.metric}: {choose(self.metric, METRICS)}")
         object.__setattr__(self, "slo_s", tuple(self.slo_s))  # Hydra passes a list
         if not self.slo_s or not all(0 < slo < math.inf for slo in self.slo_s):
             raise ValueError(f"capacity.slo_s={list(self.slo_s)}: must be seconds greater than 0, such as [3,10]")

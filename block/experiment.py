@@ -54,7 +54,7 @@ def do(
     Returns what `config.objective` names of a run's summary, a number or a list; None where there is no run.
     """
     if config.command not in COMMANDS:
-        raise ConfigError(f"command={config.command}: choose from {', '.join(COMMANDS)}")
+        raise ConfigError(f"command={config.command}: {choose(str(config.command), list(COMMANDS))}")
     wanted = config.objective
     names = [wanted] if isinstance(wanted, str) else list(wanted or [])
     known = [*summarise(request_columns([])), "instance_seconds"]

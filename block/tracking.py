@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from block import metrics
+from block.choices import choose
 from block.results import Run, read_run, write_json
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Tracking:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"tracking.mode={self.mode!r}: choose from {', '.join(MODES)}")
+            raise ValueError(f"tracking.mode={self.mode!r}: {choose(self.mode, MODES)}")
         if self.table_rows < 0:
             raise ValueError(f"tracking.table_rows={self.table_rows}: must be 0 or more")
         object.__setattr__(self, "tags", tuple(self.tags))  # Hydra passes a list

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from block.arrivals import constant_gaps, gamma_gaps, recorded_gaps
+from block.choices import choose
 from block.lengths import pairs
 from block.rng import stream
 from block.sketch import LengthSketch
@@ -350,7 +351,7 @@ def _sketch(name: str) -> LengthSketch:
 
 def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"workload.{key}={value!r}: choose from {', '.join(choices)}")
+        raise ValueError(f"workload.{key}={value!r}: {choose(value, choices)}")
 
 
 def _at_least(key: str, value: int, least: int) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from block.choices import choose
 from block.traces import TRACES, data_dirs
 
 CHUNK = 1 << 16
@@ -155,7 +156,7 @@ def main(arguments: list[str] | None = None, remotes: Mapping[str, Remote] = REM
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in remotes]
     if unknown:
-        print(f"fetch_data: name={unknown[0]!r}: choose from {', '.join(remotes)}", file=sys.stderr)
+        print(f"fetch_data: name={unknown[0]!r}: {choose(unknown[0], list(remotes))}", file=sys.stderr)
         return 2
     directory = data_dirs()[0]
     console = Console(stderr=True)

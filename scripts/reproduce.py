@@ -34,6 +34,7 @@ from rich.console import Console  # noqa: E402
 
 from block import campaign, searches  # noqa: E402
 from block.campaign import Composer, Job  # noqa: E402
+from block.choices import choose  # noqa: E402
 from block.complaints import explain  # noqa: E402
 from block.config import NO_ROOM  # noqa: E402
 from block.console import progress  # noqa: E402
@@ -101,7 +102,7 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     for name in options.figures:
         if name not in FIGURES:
-            parser.error(f"{name}: choose from {', '.join(FIGURES)}")
+            parser.error(f"{name}: {choose(name, list(FIGURES))}")
         if options.backend != "simulated" and not _real(name):
             parser.error(
                 f"{name}: needs --backend simulated; of real engines there are {', '.join(filter(_real, FIGURES))}"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from block.hardware import Model
+from block.instances.base import LaunchFailed
 
 VOCABULARY = 2048
 SPECIAL = ("<unk>", "<s>", "</s>")
@@ -40,7 +41,7 @@ def emulated_model(model: Model, max_model_len: int) -> Path:
 def _made(model: Model, max_model_len: int, *, weights: bool) -> Path:
     if model.kv_lora_rank or (weights and model.experts):
         what = "latent attention" if model.kv_lora_rank else "experts"
-        raise ValueError(f"model={model.name}: has {what}, of which no model files are made; choose a dense model")
+        raise LaunchFailed(f"model={model.name}: has {what}, of which no model files are made; choose a dense model")
     config = _config(model, max_model_len)
     key = hashlib.sha256(json.dumps([config, weights, VOCABULARY], sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_folder() / "models" / f"{model.name}-{key}"

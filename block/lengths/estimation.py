@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from block.choices import choose
 from block.lengths import Constant, Estimates, Lengths, Reader
 from block.lengths.compact import Compact
 from block.lengths.errors import measured
@@ -70,7 +71,7 @@ class EstimationConfig:
             object.__setattr__(self, key, tuple(getattr(self, key)))  # Hydra passes a list
         for name in self.estimators:
             if name not in (*BASELINES, *LEARNED):
-                raise ValueError(f"estimation.estimators={name}: choose from {', '.join((*BASELINES, *LEARNED))}")
+                raise ValueError(f"estimation.estimators={name}: {choose(name, (*BASELINES, *LEARNED))}")
 
 
 class Scores(NamedTuple):

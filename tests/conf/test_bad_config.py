@@ -252,14 +252,18 @@ COMMANDS = [
     ("run.py", ["workload=trace", "workload.trace_path=gone.csv"], "error: workload.trace_path=gone.csv: no such"),
     ("run.py", ["seed=1", "-m", "workload.qsp=30"], "error: workload.qsp: no such key"),
     ("run.py", ["scheduler=roundrobin"], "error: scheduler=roundrobin: did you mean round_robin?"),
-    ("run.py", ["command=sevre"], "error: command=sevre: choose from serve, evaluate_lengths"),
+    ("run.py", ["command=sevre"], "error: command=sevre: did you mean serve? choose from serve, evaluate_lengths"),
     (
         "run.py",
         ["experiment=length_estimation", "estimation.data_sets=[gone.json]"],
         "error: estimation.data=gone.json",
     ),
     ("scripts/capacity.py", ["capacity.seeds=0"], "error: capacity.seeds=0: must be"),
-    ("scripts/capacity.py", ["capacity.metric=e2e_p42_s"], "error: capacity.metric=e2e_p42_s: choose from"),
+    (
+        "scripts/capacity.py",
+        ["capacity.metric=e2e_p42_s"],
+        "error: capacity.metric=e2e_p42_s: did you mean e2e_p99_s? choose from",
+    ),
 ]
 
 

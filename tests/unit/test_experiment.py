@@ -541,7 +541,10 @@ def test_length_estimation_measures_prints_and_writes_and_serves_nothing(
         ("estimation.estimators=[gbm]", "estimation.estimators=gbm: choose from mean"),
         ("estimation.estimators=[compact]", "lengths.path=artifacts/lengths/compact-mine.npz: no such file"),
         ("estimation.scores=/dev/null/x.json", "estimation.scores=/dev/null/x.json: File exists"),
-        ("command=evaluate_length", "command=evaluate_length: choose from serve, evaluate_lengths"),
+        (
+            "command=evaluate_length",
+            "command=evaluate_length: did you mean evaluate_lengths? choose from serve, ",
+        ),
     ],
 )
 def test_length_estimation_that_cannot_be_is_told_in_one_line_and_writes_nothing(

@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from block.hardware import GPUS, TRACKED, Model, gpu_named, kv_blocks, latency_model, roofline
+from block.instances.base import LaunchFailed
 from block.instances.model_files import emulated_model, tiny_model
 from block.latency import decode_time, linear_time, prefill_time
 
@@ -166,10 +167,10 @@ def test_a_gpu_by_another_spelling_is_told_the_catalogue_s(given: str, hint: str
 
 @pytest.mark.parametrize("name", ["mixtral-8x7b", "deepseek-v3"])
 def test_no_model_files_are_made_that_would_be_another_model_s(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"model={name}: has .*, of which no model files are made"):
+    with pytest.raises(LaunchFailed, match=rf"model={name}: has .*, of which no model files are made"):
         tiny_model(model(name), 4096)
     if name == "deepseek-v3":
-        with pytest.raises(ValueError, match="has latent attention"):
+        with pytest.raises(LaunchFailed, match="has latent attention"):
             emulated_model(model(name), 4096)
 
 

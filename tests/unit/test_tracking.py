@@ -111,7 +111,9 @@ def test_a_netrc_entry_of_the_server_is_a_key(monkeypatch, nobody):
 
 
 def test_bad_settings_name_the_choices():
-    with pytest.raises(ValueError, match=r"tracking.mode='on': choose from auto, online, offline, disabled"):
+    with pytest.raises(
+        ValueError, match=r"tracking.mode='on': did you mean online\? choose from auto, online, offline, disabled"
+    ):
         Tracking(mode="on")
     with pytest.raises(ValueError, match=r"tracking.table_rows=-1: must be 0 or more"):
         Tracking(table_rows=-1)
