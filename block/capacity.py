@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from block.choices import choose
 
+FAR = 16  # steps of the grid: when so long a reach is not enough, the far end is tried at once
+
 METRICS = tuple(f"{name}_{which}_s" for name in ("ttft", "tpot", "e2e") for which in ("mean", "p50", "p99"))
 
 
@@ -60,11 +62,25 @@ class Point(NamedTuple):
     latency_s: float
 
 
-def crossings(latency: Callable[[float], float], config: CapacityConfig) -> tuple[list[float], list[Point]]:
-    """The rate at which `latency(qps)` crosses each objective, and the points tried, in order of rate.
+class Crossings(NamedTuple):
+    """What a search has found: the rate at which each objective is crossed (requests/s; NaN if it is nowhere), the
+    points tried, in order of rate, and why an objective is crossed nowhere, by the objective (s).
+    """
 
-    What was tried for one objective serves the others. ValueError if an objective is missed at 1/100 of `low` (or at
-    the least rate there is, `tolerance`) or still met at 100 times `high`.
+    rates: list[float]
+    points: list[Point]
+    reasons: dict[float, str]
+
+
+class _Nowhere(Exception):
+    """An objective is crossed nowhere; the message says why."""
+
+
+def crossings(latency: Callable[[float], float], config: CapacityConfig) -> Crossings:
+    """Where `latency(qps)` crosses each objective. What was tried for one objective serves the others.
+
+    An objective that is missed at 1/100 of `low` (or at the least rate there is, `tolerance`), or still met at 100
+    times `high`, is crossed nowhere: so it is with few requests, which all fit into the instances at once.
     """
     tried: dict[int, float] = {}  # latency by rate, in units of `tolerance`
 
@@ -73,8 +89,14 @@ def crossings(latency: Callable[[float], float], config: CapacityConfig) -> tupl
             tried[rate] = latency(_qps(rate, config))
         return tried[rate]
 
-    rates = [_crossing(at, tried, slo, config) for slo in config.slo_s]
-    return rates, [Point(_qps(rate, config), tried[rate]) for rate in sorted(tried)]
+    rates, reasons = [], {}
+    for slo in config.slo_s:
+        try:
+            rates.append(_crossing(at, tried, slo, config))
+        except _Nowhere as why:
+            rates.append(math.nan)
+            reasons[slo] = str(why)
+    return Crossings(rates, [Point(_qps(rate, config), tried[rate]) for rate in sorted(tried)], reasons)
 
 
 def _qps(rate: int, config: CapacityConfig) -> float:
@@ -105,6 +127,8 @@ def _crossing(at: Callable[[int], float], tried: dict[int, float], slo: float, c
             guess = nearest - excess(nearest) / slope
             if low:
                 rate = math.ceil(min(max(guess, low + reach), low + max(span, reach)))
+                if reach >= FAR:  # the crossing is far beyond the guess, if it is anywhere
+                    rate = max(rate, math.ceil(most * 100) + 1)
             else:
                 rate = max(math.floor(max(min(guess, high - reach), high - max(span, reach))), 1)
             reach *= 2
@@ -113,15 +137,11 @@ def _crossing(at: Callable[[int], float], tried: dict[int, float], slo: float, c
         if excess(rate) > 0:
             high = rate
             if not low and rate <= max(least / 100, 1):
-                raise ValueError(
-                    f"capacity: {config.metric} misses {slo:g} s even at {_qps(rate, config):.3g} requests/s"
-                )
+                raise _Nowhere(f"{config.metric} misses {slo:g} s even at {_qps(rate, config):,.4g} requests/s")
         else:
             low = rate
             if not high and rate > most * 100:
-                raise ValueError(
-                    f"capacity: {config.metric} meets {slo:g} s even at {_qps(rate, config):.3g} requests/s"
-                )
+                raise _Nowhere(f"{config.metric} meets {slo:g} s even at {_qps(rate, config):,.4g} requests/s")
     return config.tolerance * _on_line(low, excess(low), high, excess(high))
 
 

@@ -273,7 +273,8 @@ def _texts(part: Any) -> Iterator[str]:
 
 def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     """Find the capacity of what `config` describes (its node `capacity`) and print it; returns, for each objective, the
-    mean capacity_qps, its half_width_qps and those by_seed.
+    mean capacity_qps, its half_width_qps and those by_seed (NaN where the latency crosses it nowhere, and then the mean
+    is None).
 
     Seeds run in parallel, one process each. ConfigError if the configuration is wrong; NotStored, after printing, if a
     search could not be stored where it belongs.
@@ -295,13 +296,18 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     objectives = {}
     for slo in wanted.slo_s:
         rates = [one.capacity(slo) for one in found]
-        mean, half = interval(rates)
+        gaps = [why for one in found if (why := one.gap(slo)) is not None]
+        mean, half = (None, None) if gaps else interval(rates)
         objectives[f"{slo:g}"] = {"capacity_qps": mean, "half_width_qps": half, "by_seed": rates}
-        spread = "" if half is None else f" ± {half:.2f}"
-        each = ", ".join(f"{rate:.2f}" for rate in rates)
         what = f"{choices['scheduler']} on {choices['model']}"
-        how = f"{wanted.metric} ≤ {slo:g} s (95 % interval; by seed: {each})"
-        console.print(f"{what}: {mean:.2f}{spread} requests/s at {how}", highlight=False, soft_wrap=True)
+        how = f"{wanted.metric} ≤ {slo:g} s"
+        if mean is None:
+            said = f"no capacity at {how}: {gaps[0]} ({len(gaps)} of {len(found)} seeds)"
+        else:
+            spread = "" if half is None else f" ± {half:.2f}"
+            each = ", ".join(f"{rate:.2f}" for rate in rates)
+            said = f"{mean:.2f}{spread} requests/s at {how} (95 % interval; by seed: {each})"
+        console.print(f"{what}: {said}", highlight=False, soft_wrap=True)
     for one in found:
         stored = f" stored {one.created}, --fresh searches anew" if one.again else ""
         console.print(f"[dim]{one.path}{stored}[/dim]", highlight=False, soft_wrap=True)
@@ -347,18 +353,19 @@ def search_one(config: DictConfig, choices: Mapping[str, str], files: Sequence[P
             raise ConfigError(f"capacity.metric={wanted.metric}: a run's summary has no such number")
         return float(value)
 
-    try:
-        rates, points = crossings(latency, wanted)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    found = crossings(latency, wanted)
     document = {
         "created": datetime.now(UTC).isoformat(),
         "choices": {key: value for key, value in filed(config, choices).items() if not key.startswith("hydra/")},
         "config": settings,
         "hashes": hashes,
         "git": provenance.origin([*_own_files(run), *files]),
-        "capacities_qps": {f"{slo:g}": rate for slo, rate in zip(wanted.slo_s, rates, strict=True)},
-        "points": points,
+        "capacities_qps": {
+            f"{slo:g}": None if slo in found.reasons else rate
+            for slo, rate in zip(wanted.slo_s, found.rates, strict=True)
+        },
+        "gaps": {f"{slo:g}": why for slo, why in found.reasons.items()},
+        "points": found.points,
     }
     return searches.store(document)
 

@@ -6,6 +6,7 @@ The file is written whole or not at all, and written again when what the search 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,16 @@ class Search:
         return local_time(str(self.document.get("created", "")))
 
     def capacity(self, slo_s: float) -> float:
-        """Requests/s at which the latency crosses `slo_s`. KeyError if that was not searched for."""
-        return float(self.document["capacities_qps"][f"{slo_s:g}"])
+        """Requests/s at which the latency crosses `slo_s`; NaN if it does nowhere, and `gap` says why. KeyError if that
+        was not searched for.
+        """
+        rate = self.document["capacities_qps"][f"{slo_s:g}"]
+        return math.nan if rate is None else float(rate)
+
+    def gap(self, slo_s: float) -> str | None:
+        """Why there is no capacity at `slo_s`; None if there is one."""
+        why = self.document.get("gaps", {}).get(f"{slo_s:g}")
+        return None if why is None else str(why)
 
 
 def path_of(config: Mapping[str, Any], root: Path = DEFAULT_ROOT) -> Path:

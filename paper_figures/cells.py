@@ -84,6 +84,15 @@ class Stored:
             [{**cell, "slo_s": slo, "capacity_qps": one.capacity(slo)} for cell, one in found for slo in slo_s]
         )
 
+    def gaps(self, cells: Sequence[Cell]) -> str:
+        """Why searches have found no capacity, and how many of them; empty if all have."""
+        found = self.search(cells)
+        reasons = [why for _, one in found for why in one.document.get("gaps", {}).values()]
+        sought = sum(len(one.document["capacities_qps"]) for _, one in found)
+        if not reasons:
+            return ""
+        return f"{len(reasons)} of {sought} capacities are beyond these runs, as {reasons[0]}"
+
 
 def _found(cells: Sequence[Cell], stored: Mapping[Key, Kind], what: str) -> list[tuple[Cell, Kind]]:
     missing = [cell for cell in cells if key(cell) not in stored]

@@ -54,7 +54,7 @@ def table(stored: cells.Stored) -> pd.DataFrame:
 def draw(table: pd.DataFrame) -> Any:
     """A heat map for each metric: means over seeds."""
     figure, axes = plt.subplots(1, 3, figsize=(2 * style.COLUMN, 2.3), layout="constrained")
-    runs = table[table["capacity_qps"].isna()]
+    runs = table[table["e2e_mean_s"].notna()]
     names = [f"{sigma:.0%}" for sigma in SIGMAS]
     for axis, (metric, label) in zip(axes, PANELS.items(), strict=True):
         grid = runs.pivot_table(index=LENGTH, columns=FORECAST, values=metric)
@@ -69,7 +69,7 @@ def draw(table: pd.DataFrame) -> Any:
 
 def claims(table: pd.DataFrame) -> list[Claim]:
     """The capacity lost with errors of 100 % on both."""
-    by = table[table["capacity_qps"].notna()].pivot(index="seed", columns=LENGTH, values="capacity_qps")
+    by = table[table["e2e_mean_s"].isna()].pivot(index="seed", columns=LENGTH, values="capacity_qps")
     lost = 100 * (1 - by[1.0] / by[0.0])
     low, high = PUBLISHED["injected_error_capacity_percent"]
     middle = (low + high) / 2

@@ -88,7 +88,7 @@ def claims(table: pd.DataFrame) -> list[verdicts.Claim]:
     """What the paper says of preempt against relief, seed by seed; and the numbers behind it."""
     runs = _runs(table).pivot(index="seed", columns="provisioner")
     found = [
-        verdicts.order(what, (runs[metric]["preempt"] <= runs[metric]["relief"]).tolist())
+        verdicts.order(what, [None if worse is None else not worse for worse in _worse(runs[metric])])
         for what, metric in (
             ("preempt provisions no later than relief", "first_join_s"),
             ("preempt has a lower P99 than relief", "e2e_p99_s"),
@@ -103,6 +103,11 @@ def claims(table: pd.DataFrame) -> list[verdicts.Claim]:
         for provisioner in ("relief", "preempt"):
             found.append(verdicts.value(f"{label}, {provisioner}", None, runs[metric][provisioner].tolist(), unit))
     return found
+
+
+def _worse(metric: pd.DataFrame) -> list[bool | None]:
+    """Whether preempt has more of it than relief, seed by seed."""
+    return verdicts.above(metric["preempt"], metric["relief"])
 
 
 def _runs(table: pd.DataFrame) -> pd.DataFrame:

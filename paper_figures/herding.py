@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib.ticker import FixedLocator, NullFormatter
 
 from paper_figures import cells, settings, style
-from paper_figures.verdicts import Claim, order, value
+from paper_figures.verdicts import Claim, above, order, value
 
 TITLE = (
     "Herding: dispatchers that know nothing of each other, by instances asked and age of snapshots, at 32 requests/s"
@@ -109,8 +109,8 @@ def claims(table: pd.DataFrame) -> list[Claim]:
         )
         for k, name in ((2, "2"), (12, "all"))
     ]
-    fresh = by[True, 1, 0, 12].to_numpy() < by[True, 1, 0, 2].to_numpy()
-    herds = by[True, 16, 5, 12].to_numpy() > by[True, 16, 5, 2].to_numpy()
+    fresh = above(by[True, 1, 0, 2], by[True, 1, 0, 12])
+    herds = above(by[True, 16, 5, 12], by[True, 16, 5, 2])
     found.append(order("one dispatcher with fresh snapshots does better when it asks all than when it asks 2", fresh))
     found.append(order("16 dispatchers with snapshots up to 5 s old do better when they ask 2 than all", herds))
     return found

@@ -32,7 +32,7 @@ def write(folder: Path, page: Path) -> None:
 
 def _counts(summary: pd.DataFrame) -> str:
     counts = summary["verdict"].value_counts()
-    words = ("reproduced", "partly", "not", "ours")
+    words = ("reproduced", "partly", "not", "ours", "gap")
     return " ".join(
         f'<button class="verdict {word}" data-filter="{word}">{counts[word]} {word}</button>'
         for word in words

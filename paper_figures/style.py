@@ -93,8 +93,18 @@ def bars(table: pd.DataFrame, axis: Any, x: str, y: str, order: Sequence[str]) -
     axis.get_legend().remove()
 
 
+def gap(axis: Any) -> None:
+    """Say in a panel that there is nothing to show."""
+    axis.annotate("none found", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", color="0.4")
+    axis.tick_params(labelleft=False)
+
+
 def zoom(axis: Any, values: pd.Series, share: float = 0.15) -> None:
     """Let the values fill the axis: a capacity is no length, and its differences are what is to be seen."""
+    values = values.dropna()
+    if values.empty:
+        gap(axis)
+        return
     spread = float(values.max() - values.min()) or 1.0
     axis.set_ylim(max(0.0, values.min() - share * spread - 0.5), values.max() + share * spread)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ class Claim:
     """One published value or order beside ours.
 
     published: None if the paper has no number; ours: mean over seeds; half_width: half of its 95 % interval, None for
-    one seed; tolerance: absolute, in `unit`; holds: for a claim of an order, whether it holds for each seed.
+    one seed; tolerance: absolute, in `unit`; holds: for a claim of an order, whether it holds for each seed (None where
+    a seed cannot tell).
     """
 
     what: str
@@ -37,15 +38,17 @@ class Claim:
     half_width: float | None = None
     unit: str = ""
     tolerance: float = 0.0
-    holds: tuple[bool, ...] | None = None
+    holds: tuple[bool | None, ...] | None = None
 
     @property
     def verdict(self) -> str:
         """reproduced: within the tolerance, or for all seeds; partly: within three times it, or for most seeds; else
-        not. "ours" if nothing is published.
+        not. "ours" if nothing is published, "gap" if what is asked for is not there for every seed.
         """
+        if None in self.holds if self.holds is not None else math.isnan(self.ours):
+            return "gap"
         if self.holds is not None:
-            share = sum(self.holds) / len(self.holds)
+            share = sum(map(bool, self.holds)) / len(self.holds)
             return "reproduced" if share == 1 else "partly" if share > 0.5 else "not"
         if self.published is None:
             return "ours"
@@ -62,29 +65,39 @@ def value(
     return Claim(what, published, mean, half, unit, allowed)
 
 
-def order(what: str, holds: Sequence[bool]) -> Claim:
+def order(what: str, holds: Sequence[bool | None]) -> Claim:
     """A claim that something is more than another, and whether it is, seed by seed."""
-    return Claim(what, None, math.nan, holds=tuple(map(bool, holds)))
+    return Claim(what, None, math.nan, holds=tuple(None if one is None else bool(one) for one in holds))
 
 
-def rows(figure: str, paper: str, claims: Sequence[Claim]) -> pd.DataFrame:
-    """The claims of one figure as rows of the summary."""
+def above(more: Iterable[float], less: Iterable[float]) -> list[bool | None]:
+    """Whether the one is more than the other, seed by seed; None where either is not there (NaN)."""
+    pairs = zip(more, less, strict=True)
+    return [None if math.isnan(one) or math.isnan(other) else one > other for one, other in pairs]
+
+
+def rows(figure: str, paper: str, claims: Sequence[Claim], gap: str = "") -> pd.DataFrame:
+    """The claims of one figure as rows of the summary; `gap`: why something that they ask for is not there."""
     found = []
     for claim in claims:
         reason = REASONS.get(figure, {}).get(claim.what, "") if claim.verdict in ("partly", "not") else ""
         ours: float | str = claim.ours
         published: float | str | None = claim.published
         if claim.holds is not None:
-            published, ours = "claimed", f"{sum(claim.holds)} of {len(claim.holds)} seeds"
+            published, ours = "claimed", f"{sum(map(bool, claim.holds))} of {len(claim.holds)} seeds"
+        if claim.verdict == "gap":
+            ours, reason = math.nan, gap or "it did not happen in these runs"
         found.append((figure, paper, claim.what, claim.unit, published, ours, claim.half_width, claim.verdict, reason))
     columns = ["figure", "paper", "what", "unit", "published", "ours", "half_width", "verdict", "reason"]
     return pd.DataFrame(found, columns=columns)
 
 
-def markdown(summary: pd.DataFrame) -> str:
-    """The summary for people."""
+def markdown(summary: pd.DataFrame, label: str = "") -> str:
+    """The summary for people; `label` says of what, if it is not of the runs of the full size."""
     counts = summary["verdict"].value_counts()
-    told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("reproduced", "partly", "not") if verdict in counts)
+    told = ", ".join(
+        f"{counts[verdict]} {verdict}" for verdict in ("reproduced", "partly", "not", "gap") if verdict in counts
+    )
     lines = [
         "# What is reproduced",
         "",
@@ -92,6 +105,11 @@ def markdown(summary: pd.DataFrame) -> str:
         "numbers ± 4 %), or, for an order, for every seed. Partly: within three times that, or for most seeds. Ours:",
         "mean over seeds ± half of its 95 % interval (Student's t). Written by `python scripts/reproduce.py`.",
         "",
+        *(
+            [f"**A quick look**: {label}. Gap: what these runs cannot tell, and why. One seed has no interval.", ""]
+            if label
+            else []
+        ),
         "| figure | what | published | ours | difference | verdict | reason |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -138,9 +156,9 @@ def difference(published: Any, ours: Any, unit: str = "") -> str:
     return f"{other - one:+.1f} points" if unit == "%" or one == 0 else f"{other / one - 1:+.1%}"
 
 
-def update(path: Path, figure: str, paper: str, claims: Sequence[Claim]) -> None:
-    """Put a figure's claims into the summary at `path`, in the place of those that it had."""
-    new = rows(figure, paper, claims)
+def update(path: Path, figure: str, paper: str, claims: Sequence[Claim], gap: str = "") -> None:
+    """Put a figure's claims into the summary at `path`, in the place of those that it had. gap: as of `rows`."""
+    new = rows(figure, paper, claims, gap)
     if path.exists():
         old = pd.read_csv(path, dtype=str)
         new = pd.concat([old[old["figure"] != figure], new])
@@ -155,6 +173,6 @@ def read(folder: Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype=str) if path.exists() else rows("", "", [])
 
 
-def write(folder: Path) -> None:
-    """Write summary.md beside summary.csv."""
-    (folder / "summary.md").write_text(markdown(read(folder)))
+def write(folder: Path, label: str = "") -> None:
+    """Write summary.md beside summary.csv. label: as of `markdown`."""
+    (folder / "summary.md").write_text(markdown(read(folder), label))

@@ -21,6 +21,7 @@ import importlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -193,13 +194,14 @@ def _draw(figures: Mapping[str, Any], stored: cells.Stored, options: argparse.Na
         if isinstance(claims, str):
             lacking.append(f"{name}: {claims}")
             continue
-        verdicts.update(folder / "summary.csv", name, figures[name].PAPER, claims if options.seeds > 1 else [])
+        gap = _gap(figures[name], stored)
+        verdicts.update(folder / "summary.csv", name, figures[name].PAPER, claims, gap)
         stamps[name] = stamp
         (folder / ".stamps.json").write_text(json.dumps(stamps))
         print(next(path for kind in ("png", "md") if (path := folder / f"{name}.{kind}").exists()))
     changed = bool(due)
     if changed or not (folder / "summary.md").exists():
-        verdicts.write(folder)
+        verdicts.write(folder, label)
     page = Path("artifacts/report") if options.full and folder == FIGURE_FOLDER else folder
     if changed or not (page / "index.html").exists():
         report.write(folder, page / "index.html")
@@ -213,15 +215,25 @@ def _picture(name: str, stored: cells.Stored, folder: Path, label: str) -> list[
     """Draw one figure, in a process of its own; returns its claims, or what it lacks."""
     module = importlib.import_module(f"paper_figures.{name}")
     style.use()
+    gap = _gap(module, stored)
+    label = f"{label}\nGaps: {gap}" if gap else label
     try:
         table = module.table(stored)
+        picture = module.draw(table) if hasattr(module, "draw") else None
+        style.save(picture, table, folder, name, label)
+        if picture is None:
+            (folder / f"{name}.md").write_text(f"{label or module.TITLE}:\n\n{module.markdown(table)}")
+        return module.claims(table) if hasattr(module, "claims") else []
     except cells.MissingCells as error:
         return str(error)
-    picture = module.draw(table) if hasattr(module, "draw") else None
-    style.save(picture, table, folder, name, label)
-    if picture is None:
-        (folder / f"{name}.md").write_text(f"{label or module.TITLE}:\n\n{module.markdown(table)}")
-    return module.claims(table) if hasattr(module, "claims") else []
+    except Exception as error:  # the others are drawn all the same, and what is wrong here is told at the end
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__}: {' '.join(str(error).split())} ({Path(where.filename).name}:{where.lineno})"
+
+
+def _gap(module: Any, stored: cells.Stored) -> str:
+    """Why capacities that a figure shows are not there; empty if all are."""
+    return stored.gaps(getattr(module, "SEARCHES", ()))
 
 
 def _label(options: argparse.Namespace) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from datetime import date
+from importlib import import_module
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from paper_figures import fig6
@@ -17,9 +20,9 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "reproduce.py"
 TINY = ("--requests", "60", "--seeds", "1")
 
 
-def reproduce(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def reproduce(folder: Path, *arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def test_the_list_has_every_figure_with_its_state_and_cost(tmp_path: Path) -> None:
@@ -72,6 +75,47 @@ def test_a_second_call_does_nothing_and_a_lost_run_is_made_again(tmp_path: Path)
     assert fresh.returncode == 0, fresh.stderr
     assert "stored" not in fresh.stdout
     assert len(list((tmp_path / "artifacts" / "runs").glob("*/run.json"))) == 29
+
+
+def test_every_figure_comes_from_the_smallest_runs(tmp_path: Path) -> None:
+    """The README's quick look: all figures, from real runs."""
+    drawn = reproduce(tmp_path, "--requests", "300", "--seeds", "1", "--out", "out", timeout=900)
+    assert (drawn.returncode, drawn.stderr) == (0, "")
+    folder = tmp_path / "out"
+    for name in FIGURES:
+        module = import_module(f"paper_figures.{name}")
+        kinds = ("csv", "png", "pdf") if hasattr(module, "draw") else ("csv", "md")
+        assert all((folder / f"{name}.{kind}").stat().st_size > 100 for kind in kinds), name
+    summary = pd.read_csv(folder / "summary.csv")
+    claimed = {name for name in FIGURES if hasattr(import_module(f"paper_figures.{name}"), "claims")}
+    assert set(summary["figure"]) == claimed
+    gaps = summary[summary["verdict"] == "gap"]
+    assert {"headline", "fig6", "table2", "fig9"} <= set(gaps["figure"])
+    assert gaps["reason"].notna().all()
+    assert gaps["ours"].isna().all()
+    assert summary["half_width"].isna().all()  # one seed has no interval
+    assert "**A quick look**: Simulated: 300 requests a run, seeds: 1." in (folder / "summary.md").read_text()
+    assert "Gaps: " in (folder / "table2.md").read_text()
+    assert "</html>" in (folder / "index.html").read_text()
+
+
+def test_the_fault_of_one_figure_costs_no_other(tmp_path: Path) -> None:
+    """A module that draws nothing stands in for fig7."""
+    (tmp_path / "broken.py").write_text(
+        "import runpy, sys\n"
+        "from paper_figures import fig7\n"
+        "fig7.draw = lambda table: 1 / 0\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = [sys.executable, "broken.py", str(SCRIPT), "fig7", *TINY]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert run.returncode == 1
+    assert run.stderr.splitlines() == ["error: fig7: ZeroDivisionError: division by zero (broken.py:3)"]
+    assert (tmp_path / "artifacts" / "figures" / "simulated-60x1" / "summary.md").exists()
 
 
 def test_a_run_that_fails_costs_its_figures_only(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ def settings(*slo_s: float, **changes: Any) -> CapacityConfig:
 
 
 def test_an_exponential_curve_is_met_exactly() -> None:
-    rates, _ = crossings(exponential, settings(3.0, 10.0))
+    rates, *_ = crossings(exponential, settings(3.0, 10.0))
     assert rates == pytest.approx([30 + 2 * math.log(3), 30 + 2 * math.log(10)])
 
 
@@ -45,32 +46,42 @@ def test_an_exponential_curve_is_met_exactly() -> None:
 def test_other_curves_are_met_within_the_tolerance(
     latency: Callable[[float], float], slo: float, crossing: float
 ) -> None:
-    (rate,), _ = crossings(latency, settings(slo, tolerance=0.1))
+    (rate,), *_ = crossings(latency, settings(slo, tolerance=0.1))
     assert rate == pytest.approx(crossing, abs=0.1)
 
 
 @pytest.mark.parametrize("at", [0.5, 10.0, 23.9, 24.0, 36.0, 36.1, 100.0, 1000.0])
 def test_the_bracket_is_widened_until_the_crossing_is_in_it(at: float) -> None:
-    (rate,), points = crossings(lambda qps: exponential(qps, at, at / 15), settings(1.0, low=24, high=36))
+    (rate,), points, _ = crossings(lambda qps: exponential(qps, at, at / 15), settings(1.0, low=24, high=36))
     assert rate == pytest.approx(at)
     tried = [point.qps for point in points]
     assert min(tried) <= at <= max(tried)
     assert len(tried) < 30  # each is a whole run
 
 
-def test_a_curve_that_never_misses_or_never_meets_is_an_error_that_tells_how_far_it_looked() -> None:
-    with pytest.raises(ValueError, match=r"capacity: e2e_p99_s meets 3 s even at \d+"):
-        crossings(lambda qps: 0.1, settings(3.0, metric="e2e_p99_s"))
-    with pytest.raises(ValueError, match=r"capacity: ttft_p99_s misses 3 s even at 0\.\d+"):
-        crossings(lambda qps: 9.0, settings(3.0))
+def test_an_objective_that_is_crossed_nowhere_is_a_gap_that_tells_how_far_it_looked() -> None:
+    (rate,), points, reasons = crossings(lambda qps: 0.1, settings(3.0, metric="e2e_p99_s"))
+    assert math.isnan(rate)
+    assert re.fullmatch(r"e2e_p99_s meets 3 s even at 3,600 requests/s", reasons[3.0])
+    assert len(points) < 10  # each is a whole run
+    (rate,), _, reasons = crossings(lambda qps: 9.0, settings(3.0))
+    assert math.isnan(rate)
+    assert re.fullmatch(r"ttft_p99_s misses 3 s even at 0\.\d+ requests/s", reasons[3.0])
+
+
+def test_one_objective_that_is_crossed_nowhere_leaves_the_other() -> None:
+    rates, _, reasons = crossings(lambda qps: min(qps / 10, 5.0), settings(3.0, 10.0))
+    assert rates[0] == pytest.approx(30.0)
+    assert math.isnan(rates[1])
+    assert list(reasons) == [10.0]
 
 
 def test_rates_are_multiples_of_the_tolerance_and_few() -> None:
     """So that searches that begin elsewhere try the same rates."""
     found = [crossings(exponential, settings(3.0, 10.0, low=low, high=low + 4)) for low in (28.0, 30.0, 33.0)]
     assert found[0][0] == pytest.approx(found[1][0])
-    assert all(point.qps % 0.5 == 0 for _, points in found for point in points)
-    assert all(len(points) <= 7 for _, points in found)
+    assert all(point.qps % 0.5 == 0 for one in found for point in one.points)
+    assert all(len(one.points) <= 7 for one in found)
 
 
 def test_objectives_share_what_was_tried_and_each_rate_is_tried_once() -> None:
@@ -80,7 +91,7 @@ def test_objectives_share_what_was_tried_and_each_rate_is_tried_once() -> None:
         calls.append(qps)
         return exponential(qps)
 
-    _, points = crossings(latency, settings(3.0, 10.0, 3.1))
+    _, points, _ = crossings(latency, settings(3.0, 10.0, 3.1))
     assert len(calls) == len(set(calls))
     assert [point.qps for point in points] == sorted(calls)
     assert all(point.latency_s == exponential(point.qps) for point in points)
@@ -98,7 +109,7 @@ def test_objectives_in_any_order_and_any_first_bracket_give_the_same(
     slos: list[float], at: float, low: float, width: float
 ) -> None:
     config = settings(*slos, low=low, high=low + width, tolerance=0.1)
-    rates, _ = crossings(lambda qps: exponential(qps, at, at / 10), config)
+    rates, *_ = crossings(lambda qps: exponential(qps, at, at / 10), config)
     assert rates == pytest.approx([at + at / 10 * math.log(slo) for slo in slos])
 
 

@@ -494,10 +494,18 @@ def test_a_place_that_takes_nothing_is_told_before_the_search(folder: Path, monk
         searched()
 
 
-def test_an_objective_that_no_rate_meets_is_a_wrong_configuration(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"capacity: ttft_p99_s misses 0\.01 s even at"):  # the dispatch takes 0.23 s
-        searched("capacity.slo_s=[0.01]")
-    assert not (folder / "artifacts").exists()
+def test_an_objective_that_no_rate_meets_is_a_gap_that_is_stored_and_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = searched("capacity.slo_s=[0.01]")["0.01"]  # the dispatch takes 0.23 s
+    assert found["capacity_qps"] is None
+    assert all(map(math.isnan, found["by_seed"]))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no capacity at ttft_p99_s ≤ 0.01 s: ttft_p99_s misses 0.01 s even at" in said
+    (path, *_) = (folder / "artifacts" / "capacity").glob("*.json")
+    document = json.loads(path.read_text())
+    assert document["capacities_qps"] == {"0.01": None}
+    assert "misses 0.01 s" in document["gaps"]["0.01"]
 
 
 def test_what_is_wrong_is_told_before_any_process_starts(folder: Path) -> None:
