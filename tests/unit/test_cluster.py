@@ -124,7 +124,7 @@ def test_a_pool_of_one_kind_serves_as_a_cluster_of_it() -> None:
     ("pools", "said"),
     [
         ((), r"cluster\.pools=\[\]: needs one pool"),
-        ((Pool("a31", 1),), "cluster.gpu=a31: choose from"),
+        ((Pool("a31", 1),), "cluster.gpu=a31: did you mean a30"),
         ((Pool("a30", 1), Pool("a30", 1, tensor_parallel=2)), "cluster.num_gpus=1: .*tensor_parallel=2"),
         ((Pool("a30", 3, tensor_parallel=3),), "model.tensor_parallel=3: choose from"),
         ((Pool("a30", 0),), "cluster.num_gpus=0: must be at least 1"),
