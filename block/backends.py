@@ -114,7 +114,7 @@ class VLLMCPU:
 
     def latency(self, testbed: Testbed) -> LatencyModel:
         """The file's."""
-        return LatencyModel.load(_found(self.latency_model))
+        return _loaded(self.latency_model)
 
     @asynccontextmanager
     async def start(self, testbed: Testbed, logs: Path) -> AsyncIterator[Fleet]:
@@ -170,7 +170,7 @@ class VLLM:
     def latency(self, testbed: Testbed) -> LatencyModel:
         """The file's, or the GPU's."""
         if self.latency_model is not None:
-            return LatencyModel.load(_found(self.latency_model))
+            return _loaded(self.latency_model)
         model, _ = latency_model(testbed.gpu, testbed.model)
         return model.scaled(self.step_time_factor, self.step_overhead_s)
 
@@ -250,10 +250,15 @@ def _require(*modules: str) -> None:
             )
 
 
-def _found(path: str) -> Path:
-    """`path` in the current directory or beside the package."""
-    here = Path(path)
-    return here if here.exists() or here.is_absolute() else Path(__file__).parents[1] / path
+def _loaded(path: str) -> LatencyModel:
+    """The step times in a file of the current directory, or beside the package. ValueError if they are not there."""
+    here = Path(path).expanduser()
+    found = here if here.exists() or here.is_absolute() else Path(__file__).parents[1] / path
+    try:
+        return LatencyModel.load(found)
+    except ValueError as error:
+        why = str(error).removeprefix(f"latency model {found}: ")
+        raise ValueError(f"backend.latency_model={path}: {why}; scripts/profile_instance.py makes one") from error
 
 
 def _check_latency(backend: Any) -> None:
@@ -266,6 +271,8 @@ def _check_latency(backend: Any) -> None:
 def _check_servers(backend: Any) -> None:
     if not 0 < backend.ready_timeout_s < math.inf:
         raise ValueError(f"backend.ready_timeout_s={backend.ready_timeout_s}: must be greater than 0")
+    if getattr(backend, "latency_model", None) is not None:
+        _loaded(backend.latency_model)  # what is wrong with it is told before anything starts
     for key in ("urls", "arguments"):
         if hasattr(backend, key):
             object.__setattr__(backend, key, tuple(getattr(backend, key)))  # Hydra passes a list

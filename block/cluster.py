@@ -51,6 +51,10 @@ class Pool:
     num_gpus: int
     tensor_parallel: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.tensor_parallel is not None and self.tensor_parallel < 1:
+            raise ValueError(f"cluster.pools: tensor_parallel={self.tensor_parallel}: must be at least 1")
+
 
 @dataclass(frozen=True)
 class Mixed:

@@ -104,7 +104,10 @@ def _data_sheet(path: str, key: str) -> GPU:
     wanted = ("memory_gib", "bandwidth", "tflops", "link")
     if not Path(path).is_file():
         raise ValueError(f"{key}={path}: no such file")
-    sheet = yaml.safe_load(Path(path).read_text())
+    try:
+        sheet = yaml.safe_load(Path(path).read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{key}={path}: is not to be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(sheet, dict) or set(sheet) != set(wanted):
         raise ValueError(f"{key}={path}: must hold {', '.join(wanted)}, and no other key")
     for name, value in sheet.items():

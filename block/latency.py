@@ -133,6 +133,8 @@ class LatencyModel:
         """Read what `save` wrote; ValueError in one line if the file is missing or is not a latency model."""
         try:
             document = json.loads(path.read_text())
+            if not isinstance(document, dict):
+                raise ValueError("holds no JSON object")
             if document["format"] != FORMAT:
                 raise ValueError(f"format is {document['format']!r}, want {FORMAT!r}")
             decode, linear, prefill = document["decode"], document["linear"], document["prefill"]
