@@ -7,10 +7,13 @@ known and typed; the yaml files under ``conf/`` add published and measured value
 
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 import errno
 import os
+import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -31,7 +35,7 @@ from block import answers, policies
 from block.backends import VLLM, VLLMCPU, Emulated
 from block.capacity import CapacityConfig
 from block.cluster import Backend, ClusterConfig, Mixed, Simulated, Testbed, visible_gpus
-from block.complaints import ConfigError, explain, no_such_key
+from block.complaints import ConfigError, explain, no_such_key, piped
 from block.dispatcher import DispatchConfig
 from block.engine import EngineConfig
 from block.hardware import Model
@@ -202,7 +206,10 @@ class _Root:
 
 
 def schema(cls: type) -> type:
-    """A mutable twin of the frozen dataclass `cls` for Hydra, with the class's own name as `_target_`."""
+    """A mutable twin of the frozen dataclass `cls` for Hydra, with the class's own name as `_target_`.
+
+    Launchers pickle it for their processes.
+    """
     hints = get_type_hints(cls)
     fields: list[tuple[str, Any, Any]] = [
         (f.name, _mutable(hints[f.name]), field(default=f.default, default_factory=f.default_factory))
@@ -210,6 +217,10 @@ def schema(cls: type) -> type:
     ]
     fields.append(("_target_", str, field(default=f"{cls.__module__}.{cls.__qualname__}")))
     return dataclasses.make_dataclass(cls.__name__, fields, kw_only=True)
+
+
+# A field without a default says so by this one object, which a pickled class must not have a copy of.
+copyreg.pickle(type(dataclasses.MISSING), lambda missing: "MISSING")
 
 
 def _mutable(hint: Any) -> Any:
@@ -235,7 +246,7 @@ def _schemas() -> dict[str, type]:
 
 def build(config: DictConfig) -> RunConfig:
     """Construct what `config` describes; ConfigError if it cannot be."""
-    _refuse_unknown(config, [f.name for f in dataclasses.fields(_Root)])
+    check_keys(config)
     keys = [f.name for f in dataclasses.fields(RunConfig) if f.name != "peers"]
     try:
         parts = {key: config[key] for key in keys}
@@ -250,6 +261,11 @@ def build(config: DictConfig) -> RunConfig:
     except (ValueError, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
     return run
+
+
+def check_keys(config: DictConfig) -> None:
+    """ConfigError if the root of `config` has a key that there is not."""
+    _refuse_unknown(config, [f.name for f in dataclasses.fields(_Root)])
 
 
 def _on_real_gpus(run: RunConfig) -> RunConfig:
@@ -275,7 +291,7 @@ def _on_real_gpus(run: RunConfig) -> RunConfig:
 
 def node(part: DictConfig) -> Any:
     """The object that one node describes; ConfigError if it cannot be."""
-    _refuse_unknown(part, [f.name for f in dataclasses.fields(_class_of(part))])
+    _refuse_unknown(part, [f.name for f in dataclasses.fields(class_of(part))])
     try:
         return instantiate(part, _convert_="all")
     except (HydraException, OmegaConfBaseException) as error:
@@ -284,15 +300,19 @@ def node(part: DictConfig) -> Any:
         if where and not str(cause).startswith(f"{part._get_full_key(None)}."):  # a class of the user's does not work
             key = part._get_full_key("_target_")
             raise ConfigError(f"{key}={part['_target_']}: {answers.told(cause or error)} ({where})") from error
+        try:
+            plain(part)
+        except OmegaConfBaseException as unresolved:  # which says of what key it is
+            raise ConfigError(explain(unresolved)) from error
         raise ConfigError(explain(error)) from error
 
 
-def _class_of(part: DictConfig) -> type:
+def class_of(part: DictConfig) -> type:
     """The dataclass that a node's `_target_` names: one of this package, or of a module of the user's."""
     key, group = str(part._get_full_key("_target_")), str(part._get_full_key(None))
     if "_target_" not in part:
         raise ConfigError(f"{group}: its file lacks the line `defaults: [/schema/{group}@_here_, _self_]`")
-    name = part["_target_"]
+    name = str(part["_target_"])
     module, dot, attribute = name.rpartition(".")
     if not dot:
         raise ConfigError(f"{key}={name}: not of the form module.Class")
@@ -310,8 +330,8 @@ def _class_of(part: DictConfig) -> type:
 def _refuse_unknown(part: DictConfig, known: Sequence[str]) -> None:
     """Hydra adds any key that is given with a +, and so must be told here which there are."""
     for key in map(str, part):
-        if key not in known and not key.startswith("_"):
-            raise ConfigError(no_such_key(str(part._get_full_key(key)), key, known))
+        if key not in known and key != "_target_":
+            raise ConfigError(no_such_key(str(part._get_full_key(key)), key, known, root=part._get_root()))
 
 
 def _kinds(key: str) -> str:
@@ -376,23 +396,35 @@ def _target_of(path: Path, group: str) -> str | None:
 
 def guard(main: Callable[[], Any]) -> int:
     """Run a Hydra `main` and return the exit code: 2 and one line for a wrong configuration, 1 for servers that did
-    not come up and for what cannot be stored, 130 for Ctrl-C.
+    not come up, for what cannot be stored and for an output that nobody reads on, 130 for Ctrl-C.
     """
+    return piped(lambda: _guarded(main))
+
+
+def _guarded(main: Callable[[], Any]) -> int:
     if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
         print(sys.modules[main.__module__].__doc__)  # Hydra adds the groups
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through, so that they are told here and not by Hydra
     sys.path.append(str(Path.cwd()))  # where a `_target_` of the user's may lie
     sys.argv[1:] = sorted(sys.argv[1:], key=_is_override)  # which Hydra wants behind all options
     try:
-        main()
+        _check_arguments(sys.argv[1:])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", f".*{_NO_FOLDER}", UserWarning)
+            main()
     except _Told as error:
         return error.status
     except _WRONG as error:
         return _tell(error)
     except ValueError as error:
-        if "Config group override must be" not in str(error):
+        unread = _unreadable(sys.argv[1:]) if isinstance(error, UnicodeDecodeError) else None
+        if unread is None and not str(error).startswith(("Config group override must be", "Invalid defaults list")):
             raise
-        return _tell(ConfigError("a config group was given null or a number: choose one of its files in conf/"))
+        return _tell(ConfigError(unread or explain(error)))
+    except UserWarning as warning:
+        if _NO_FOLDER not in str(warning):
+            raise
+        return _tell(ConfigError(f"hydra.searchpath: {str(warning).split(', ')[-1]}"))
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
@@ -401,6 +433,41 @@ def guard(main: Callable[[], Any]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _unreadable(arguments: Sequence[str]) -> str | None:
+    """What is wrong with a file of a --config-dir that is not UTF-8."""
+    folder = get_args_parser().parse_args(arguments).config_dir
+    for path in sorted(Path(folder).rglob("*.yaml")) if folder else ():
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            return f"{path}: is not UTF-8: {error}"
+    return None
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """ConfigError for what Hydra would answer with its usage, or with an error that names no key."""
+
+    def refuse(message: str) -> None:
+        raise ConfigError(f"{message.replace('arguments: ', '')}: --help and --hydra-help tell what there is")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[assignment,method-assign]
+    options = parser.parse_args(arguments)
+    if options.resolve and not (options.cfg or options.help):
+        refuse("argument --resolve: goes with --cfg")
+    for given in options.overrides:
+        group, _, value = given.lstrip("+~").partition("=")
+        if not group:
+            raise ConfigError(f"{given}: not of the form key=value")
+        if "/" in group and not group.startswith("hydra/"):
+            raise ConfigError(f"{given}: no such group; keys have dots: {group.replace('/', '.')}={value}")
+        if group in GROUPS or group in CHOICES:
+            if value == "null" or re.fullmatch(r"[-+.\d]+", value):
+                raise ConfigError(f"{given}: {_kinds(group)}")
+            if re.search(r"\.yaml\b", value):
+                raise ConfigError(f"{given}: files are named without .yaml")
 
 
 def _is_override(argument: str) -> bool:
@@ -429,6 +496,7 @@ _WRONG = (
     *(ConfigError, HydraException, OmegaConfBaseException, FileNotFoundError, MarkedYAMLError, LaunchFailed),
     *(answers.UserFault, NotStored),
 )
+_NO_FOLDER = "is not available"  # Hydra's warning of a search path
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR)
 """What the system says of a place that takes no files."""
 

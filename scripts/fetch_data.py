@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from block.choices import choose
+from block.complaints import Parser, piped
 from block.traces import TRACES, data_dirs
 
 CHUNK = 1 << 16
@@ -151,12 +152,12 @@ def _download(name: str, url: str, part: Path, progress: Progress | None) -> Non
 
 def main(arguments: list[str] | None = None, remotes: Mapping[str, Remote] = REMOTES) -> int:
     """Command line. Fetches what it can; 2 if anything could not be fetched, with one line for each on stderr."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"default: {' '.join(DEFAULT)}; choices: {', '.join(remotes)}")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in remotes]
     if unknown:
-        print(f"fetch_data: name={unknown[0]!r}: {choose(unknown[0], list(remotes))}", file=sys.stderr)
+        print(f"error: name={unknown[0]!r}: {choose(unknown[0], list(remotes))}", file=sys.stderr)
         return 2
     directory = data_dirs()[0]
     console = Console(stderr=True)
@@ -173,9 +174,9 @@ def main(arguments: list[str] | None = None, remotes: Mapping[str, Remote] = REM
                 state = "fetched" if new else "already there"
                 progress.console.print(f"{name}: {state}: {directory / remote.path} ({remote.licence})", soft_wrap=True)
     for failure in failures:
-        print(f"fetch_data: {failure} (workload.source=sketch needs no file)", file=sys.stderr)
+        print(f"error: {failure} (workload.source=sketch needs no file)", file=sys.stderr)
     return 2 if failures else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from block.complaints import Parser, piped
 from block.hardware import TRACKED, Model, gpu_named
 from block.profiling.fit import Fit, Profile, fit
 from block.profiling.transfer import LLAMA2_7B_A30
@@ -89,7 +90,7 @@ def show(console: Console, pair: str, fitted: Fit) -> None:
 
 def main() -> int:
     """Exit status 0, or 2 with one line on stderr."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=list(PAIRS), action="append", help="fit only this one (may be repeated)")
     parser.add_argument("--data", type=Path, help="folder that holds profiles/ (default: $BLOCK_DATA)")
     parser.add_argument("--out", type=Path, default=TRACKED, help="folder to write to (default: artifacts/latency)")
@@ -106,10 +107,10 @@ def main() -> int:
             replace(fitted.model, source=source).save(arguments.out / f"{pair}.json")
             show(console, pair, fitted)
     except (ValueError, OSError) as error:
-        print(f"fit_latency: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

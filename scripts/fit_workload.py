@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from block.choices import choose
+from block.complaints import Parser, piped
 from block.rng import stream
 from block.sketch import LengthSketch
 from block.trace_formats import Columns, read
@@ -134,7 +135,7 @@ def report(name: str, sketch: LengthSketch, trace: Trace, quality: Quality) -> T
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exit code 2 and one line on standard error if a trace is missing or malformed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"data sets: {', '.join(TRACES)}; with --csv one name of your own")
     parser.add_argument("--csv", type=Path, help="a trace of your own, in any format of docs/workloads.md")
     parser.add_argument("--prompt-column", help="with --csv (default: by the file's own format)")
@@ -205,4 +206,4 @@ def _chosen(options: argparse.Namespace) -> Iterator[tuple[str, tuple[Path, bool
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

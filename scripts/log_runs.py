@@ -12,15 +12,17 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from block.complaints import Parser, piped
 from block.results import DEFAULT_ROOT, runs
 from block.tracking import MODES, Tracking, Unavailable, log_run, logged
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Log what matches; the exit status is 1 if any of it was not logged."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("where", nargs="*", type=_condition, metavar="key=value", help="which runs; none: all")
     parser.add_argument("--root", default=DEFAULT_ROOT, help="folder of the runs (%(default)s)")
     parser.add_argument("--mode", default=Tracking.mode, choices=MODES[:-1], help="default: online with an API key")
@@ -28,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--entity")
     parser.add_argument("--group", help="default: the run's experiment")
     options = parser.parse_args(arguments)
+    if options.root != DEFAULT_ROOT and not Path(options.root).is_dir():
+        parser.error(f"--root={options.root}: no such folder")
     logging.basicConfig(format="%(levelname)s %(message)s")
     tracking = Tracking(mode=options.mode, project=options.project, entity=options.entity, group=options.group)
     try:
@@ -62,4 +66,4 @@ def _value(text: str) -> Any:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(piped(main))

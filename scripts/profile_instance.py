@@ -14,6 +14,7 @@ import aiohttp
 from rich.console import Console
 
 from block import clock
+from block.complaints import Parser, piped
 from block.console import progress
 from block.instances.base import InstanceFailed
 from block.instances.vllm import VLLMInstance
@@ -23,7 +24,7 @@ from block.results import keep, probe, reason, whole
 
 def main() -> int:
     """Drive, fit, report, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", help="of the server, such as http://127.0.0.1:8000")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     parser.add_argument("--seconds", type=float, default=120.0, help="how long to drive the server (default: 120)")
@@ -74,4 +75,4 @@ async def _measure(arguments: argparse.Namespace) -> live.Fit:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

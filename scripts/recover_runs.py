@@ -1,16 +1,16 @@
 """Complete the runs on real servers that were killed, with the requests that they had finished."""
 
-import argparse
 import sys
 from pathlib import Path
 
+from block.complaints import Parser, piped
 from block.results import DEFAULT_ROOT, reason
 from block.writer import recover
 
 
 def main() -> int:
     """Recover what can be, and say so."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("root", nargs="?", type=Path, default=DEFAULT_ROOT, help="folder of the runs (%(default)s)")
     root = parser.parse_args().root
     if not root.is_dir():
@@ -28,4 +28,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

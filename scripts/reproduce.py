@@ -36,7 +36,7 @@ from rich.console import Console  # noqa: E402
 from block import campaign, searches  # noqa: E402
 from block.campaign import Composer, Job  # noqa: E402
 from block.choices import choose  # noqa: E402
-from block.complaints import explain  # noqa: E402
+from block.complaints import Parser, explain, piped  # noqa: E402
 from block.config import NO_ROOM  # noqa: E402
 from block.console import progress  # noqa: E402
 from block.provenance import code_hash  # noqa: E402
@@ -84,7 +84,7 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"some of {', '.join(FIGURES)} (default: all)")
     parser.add_argument("--list", action="store_true", help="say what there is and what is stored of it")
     parser.add_argument("--fresh", action="store_true", help="run and search again what is stored, too")
@@ -280,7 +280,7 @@ def _to_wandb(figures: Mapping[str, Any], stored: cells.Stored, options: argpars
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(piped(main))
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise

@@ -16,7 +16,8 @@ from block import config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
-TINY = ["workload.num_requests=150", "workload.qps=6", "cluster.num_gpus=3", "tracking=none"]
+SMALL = ["workload.num_requests=150", "cluster.num_gpus=3", "tracking=none"]
+TINY = [SMALL[0], "workload.qps=6", *SMALL[1:]]
 
 
 def choices(group: str) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from block import config
-from block.complaints import ConfigError, explain
+from block.complaints import ConfigError, explain, quoted
+from block.effects import without_effect
 from block.experiment import execute
 
 
@@ -29,6 +32,19 @@ def complaint(*overrides: str) -> str:
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         return explain(error)
     pytest.fail(f"{overrides} passed")
+
+
+def typed(
+    script: str, *arguments: str, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]
+) -> tuple[Any, str, str]:
+    """Exit code, output and errors of a command, in this process."""
+    patch.setattr(sys, "argv", [script, *arguments])
+    patch.setattr(sys, "path", list(sys.path))
+    patch.setenv("HYDRA_FULL_ERROR", "0")  # so that what the command sets ends with the test
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    captured = capture.readouterr()
+    return ended.value.code, captured.out, captured.err
 
 
 def leaves(node: DictConfig, prefix: str = "") -> list[tuple[str, Any]]:
@@ -89,7 +105,7 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["scheduler._target_=pathlib.Path"], "scheduler._target_=pathlib.Path: ", ["must be a dataclass", "scheduler"]),
     # not of the form
     (["workload.qps"], "workload.qps: ", ["not of the form key=value"]),
-    (["workload.qps=="], "workload.qps==: ", ["not of the form key=value"]),
+    (["workload.qps=="], "workload.qps==: ", ["quotes", """'workload.qps="="'"""]),
     (["scheduler=block,random"], "scheduler=block,random: ", ["-m"]),
     (["workload.qps=range(20,37)"], "workload.qps=range(20,37): ", ["-m"]),
     # the wrong type
@@ -229,6 +245,50 @@ def test_one_line_tells_where_a_file_of_the_user_s_is_no_yaml(tmp_path: Path) ->
     assert "\n" not in line
 
 
+# what a file of the user's holds, byte by byte; what is said of it
+BAD_TEXTS: list[tuple[bytes, str]] = [
+    (b"defaults:\n\t- /schema/model@_here_\n", "model/mine.yaml, line 2: found character"),
+    (b"defaults: [/schema/model@_here_, _self_]\nlayers: 2\nlayers: 3\n", "line 3: found duplicate key layers"),
+    (b"name: \xff\xfe\n", "model/mine.yaml: is not UTF-8"),
+    ("name: a\n".encode("utf-16"), "model/mine.yaml: is not UTF-8"),
+    (b"", "model: its file lacks the line `defaults:"),
+    (b"hello\n", "model: its file lacks the line `defaults:"),
+    (b"- a\n- b\n", "model=['a', 'b']: choose a file of conf/model"),
+    (b"defaults: x\nname: a\n", "'model/mine', defaults must be a list"),
+    (b"defaults: {a: b}\n", "'model/mine', defaults must be a list"),
+    (b"defaults: [/schema/modell@_here_, _self_]\n", "In 'model/mine': Could not load 'schema/modell'"),
+    (b"defaults: [nope, _self_]\n", "In 'model/mine': Could not load 'model/nope'"),
+    (b"defaults: [/schema/model, _self_]\n", "model: its file lacks the line `defaults:"),
+    (b"defaults: [/schema/cluster@_here_, _self_]\nname: a\n", "model.name: no such key in model/mine.yaml"),
+    (b"defaults: [/schema/model@_here_, _self_]\nname: a\n", "hf_id: needs a value"),
+    (b"defaults: [/schema/model@_here_, _self_]\nname: ${nope}\n", "model.name: ${nope} is the value of a key nope"),
+    (b"defaults: [/schema/model@_here_, _self_]\nname: {a: b}\n", "model.name: wants a string, in model/mine.yaml"),
+    (b"defaults: [/schema/model@_here_, _self_]\nname: null\n", "model.name=None: wants a string"),
+    (b"defaults: [/schema/model@_here_, _self_]\n3: 4\n", "model.3: no such key in model/mine.yaml"),
+    (b"defaults: [/schema/model@_here_, _self_, override /engine: x]\n", "In 'model/mine': Could not override"),
+    (b"name: 'a\n", "line 2: found unexpected end of stream"),
+    (b"name: a: b\n", "line 1: mapping values are not allowed here"),
+    (b"name: *x\n", "line 1: found undefined alias"),
+    (b"name: a\n---\nname: b\n", "line 2: but found another document"),
+    (b"name: !!python/object/apply:os.system ['true']\n", "line 1: could not determine a constructor"),
+    (b"_target_: nope.Nope\n", "model._target_=nope.Nope: No module named 'nope'"),
+    (b"_target_: 3\n", "model._target_=3: not of the form module.Class"),
+]
+
+
+@pytest.mark.parametrize(("content", "says"), BAD_TEXTS, ids=[f"{i} {says}" for i, (_, says) in enumerate(BAD_TEXTS)])
+def test_so_it_is_by_the_command_line(
+    content: bytes, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_bytes(content)
+    code, out, err = typed("run.py", "--config-dir", str(tmp_path), "model=mine", patch=monkeypatch, capture=capsys)
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    assert says in line
+    assert (code, out) == (2, "")
+
+
 NUMBERS = [key for key, value in leaves(composed()) if isinstance(value, int | float)]
 
 
@@ -248,7 +308,7 @@ def test_every_group_lists_its_choices(group: str) -> None:
 COMMANDS = [
     ("run.py", ["workload.qsp=30"], "error: workload.qsp: no such key"),
     ("run.py", ["workload.qps=-1"], "error: workload.qps=-1.0: must be"),
-    ("run.py", ["scheduler=null"], "error: a config group was given null"),
+    ("run.py", ["scheduler=null"], "error: scheduler=null: choose from random"),
     ("run.py", ["workload=trace", "workload.trace_path=gone.csv"], "error: workload.trace_path=gone.csv: no such"),
     ("run.py", ["seed=1", "-m", "workload.qsp=30"], "error: workload.qsp: no such key"),
     ("run.py", ["scheduler=roundrobin"], "error: scheduler=roundrobin: did you mean round_robin?"),
@@ -277,16 +337,10 @@ def test_a_command_says_it_on_stderr_and_exits_with_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [script, *overrides])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # so that what the command sets ends with the test
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    captured = capsys.readouterr()
-    (line,) = captured.err.splitlines()
+    code, out, err = typed(script, *overrides, patch=monkeypatch, capture=capsys)
+    (line,) = err.splitlines()
     assert line.startswith(begins)
-    assert captured.out == ""
-    assert ended.value.code == 2
+    assert (code, out) == (2, "")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -301,6 +355,7 @@ def test_so_does_a_process(script: str, overrides: list[str], begins: str, tmp_p
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what is wrong with the configuration is boiled down; ValueErrors from elsewhere are not."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(sys, "argv", ["run.py"])
 
     def main() -> None:
         raise ValueError("a bug")
@@ -321,6 +376,7 @@ def test_options_may_stand_among_the_overrides(monkeypatch: pytest.MonkeyPatch) 
 
 def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(sys, "argv", ["run.py"])
 
     def main() -> None:
         raise KeyboardInterrupt
@@ -328,3 +384,70 @@ def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert config.guard(main) == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert config.guard(lambda: None) == 0
+
+
+# ---------------------------------------------------------------------------------------------------- odd, but right
+
+VALUES = [
+    *("my trace=1.csv", "é.csv", "it's.csv", 'a"b.csv', "~/x.csv", "a(1).csv", "a{1}.csv", "a[1].csv", "[a.csv", "a#b"),
+    *("a;b", "a&b", "a!b", "${x}", "${", "a\\", 'a\\"b', "a,b.csv", "C:\\x y\\z.csv", "a`b", "<a>", "日本.csv", "'"),
+    *('"', "a\\'b", "$HOME", "a^b", "a=b=c", " a", "x:y z", "*?", "a|b", "%"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_what_is_said_to_type_gives_the_text(value: str) -> None:
+    """Through the shell's grammar and Hydra's own; of what needs no quotes, nothing is said."""
+    try:
+        assert composed(f"workload.trace_path={value}").workload.trace_path == value.strip()
+    except (HydraException, OmegaConfBaseException) as error:
+        said = explain(error)
+        (override,) = shlex.split(str(quoted("workload.trace_path", value)))
+        if "${x}" not in value:
+            assert said.split(" is " if "several" in said else "type ")[-1].rstrip(")") == shlex.quote(override)
+        assert composed(override).workload.trace_path == value
+
+
+def test_functions_of_the_grammar_say_what_they_want() -> None:
+    assert complaint("seed=int(x)").startswith("seed=int(x): invalid literal for int()")
+    assert complaint("seed=choise(1)").startswith("seed=choise(1): no such function; did you mean choice?")
+
+
+RIGHT = [
+    ["scheduler=[block]"],
+    ["++scheduler.k=3"],
+    ["+scheduler.k=3"],
+    ["scheduler={k:3}"],
+    ["workload.qps='3'"],
+    ["workload.qps=3e1"],
+    ["workload.num_requests=1_000"],
+    ["seed=0", "seed=1"],
+    ['workload.name="sharegpt"'],
+    ["engine.num_gpu_blocks=NULL"],
+    ["runs_dir=a b/c"],
+    ["tracking.tags=[]"],
+    ["tracking.tags=[a,'b c']"],
+    ["dispatch.ledger=True"],
+    ["backend.slowdown=[1.5]"],
+]
+
+
+@pytest.mark.parametrize("overrides", RIGHT, ids=" ".join)
+def test_what_is_odd_but_right_is_taken(overrides: list[str]) -> None:
+    assert without_effect(composed(*overrides), overrides, "serve") == {}
+    config.build(composed(*overrides))
+
+
+# ------------------------------------------------------------------------------------------------------- closed pipes
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["run.py --cfg job", "run.py --help", "run.py --info all", "run.py qps=3 2>&1", "scripts/capacity.py --cfg all",
+     "scripts/fetch_data.py --help", "scripts/log_runs.py --help", "scripts/reproduce.py --help"],
+)  # fmt: skip
+def test_an_output_that_nobody_reads_leaves_no_traceback(line: str, tmp_path: Path) -> None:
+    script, arguments = line.split(" ", 1)
+    typed = f"{sys.executable} {ROOT / script} {arguments} | true"
+    done = subprocess.run(typed, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stderr, done.stdout) == ("", "")

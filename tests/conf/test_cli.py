@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, TINY, alive, command, start
+from commands import CONF, ROOT, SMALL, TINY, alive, command, start
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from block.results import runs
 
@@ -173,6 +175,36 @@ def test_a_failed_job_is_reported_and_the_others_are_stored(launcher: str, tmp_p
     assert "Traceback" not in done.stderr
 
 
+def shrunk(experiment: str) -> list[str]:
+    """What makes an experiment tiny: of the first key that it sweeps over two values are left, of others one."""
+    params = OmegaConf.select(OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml"), "hydra.sweeper.params") or {}
+    parsed = OverridesParser.create().parse_overrides([f"{key}={values}" for key, values in params.items()])
+    return [
+        f"{one.get_key_element()}={','.join(list(one.sweep_string_iterator())[: 1 if place else 2])}"
+        for place, one in enumerate(parsed)
+    ]
+
+
+@pytest.mark.parametrize("experiment", [path.stem for path in sorted((CONF / "experiment").glob("*.yaml"))])
+def test_an_experiment_runs_as_it_is_typed(experiment: str, tmp_path: Path) -> None:
+    """Through its own launcher, as no test does that only composes it."""
+    keys = [*shrunk(experiment), "workload.num_requests=60", f"runs_dir={tmp_path / 'runs'}"]
+    if experiment == "length_estimation":
+        pairs = [{"prompt": f"count to {i}", "response": " ".join(map(str, range(i % 40 + 1)))} for i in range(200)]
+        (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+        keys = ["estimation.data_sets=[pairs.json]", "estimation.estimators=[mean,median]"]
+    if experiment == "scale":
+        keys.append("cluster.num_gpus=20")
+    done = command("run.py", f"experiment={experiment}", *keys, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    if experiment == "length_estimation":
+        assert done.stdout.splitlines()[-1] == "artifacts/lengths/scores.json"
+    else:
+        stored = runs(root=tmp_path / "runs")
+        assert [run.counts["ok"] if run.counts else 0 for run in stored] == [60, 60]
+
+
 # --------------------------------------------------------------------------------------------------------- hard endings
 
 
@@ -225,7 +257,7 @@ def test_ctrl_c_keeps_what_has_finished(tmp_path: Path) -> None:
 
 def test_a_capacity_search_tells_rate_and_interval(tmp_path: Path) -> None:
     keys = ["capacity.slo_s=[0.8,2]", "capacity.seeds=2", "capacity.low=4", "capacity.high=8", "capacity.tolerance=1"]
-    done = command("scripts/capacity.py", *TINY, *keys, folder=tmp_path)
+    done = command("scripts/capacity.py", *SMALL, *keys, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     strict, loose, *where = done.stdout.splitlines()
     assert strict.startswith("block on llama2-7b: ")

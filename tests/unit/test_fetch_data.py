@@ -126,7 +126,7 @@ def test_failures_are_one_line_each_and_the_rest_is_fetched(
         "it": remote(f"{server}/file"),
     }
     assert fetch_data.main(["dead", "gone", "manual", "it"], remotes) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fetch_data: ")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert [line.split()[1] for line in lines] == ["dead:", "gone:", "manual:"]
     assert f"cannot download {dead}: " in lines[0]
     assert "Not Found" in lines[1]
@@ -137,7 +137,7 @@ def test_failures_are_one_line_each_and_the_rest_is_fetched(
 
 def test_an_unknown_name_lists_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
     assert fetch_data.main(["alpaca"]) == 2
-    assert capsys.readouterr().err.startswith("fetch_data: name='alpaca': choose from azure_conv, azure_code,")
+    assert capsys.readouterr().err.startswith("error: name='alpaca': choose from azure_conv, azure_code,")
 
 
 def test_the_table_of_public_files_is_well_formed() -> None:
