@@ -45,6 +45,10 @@ def announce(testbed: Testbed, backend: Backend, console: Console) -> None:
         what = f"{kind.instances} × {kind.model.name} on {each}, {kind.total_blocks} KV blocks each"
         method = backend.latency(kind).source["method"]
         console.print(f"{what}; step times: {method}", highlight=False, soft_wrap=True)
+        gpus, shared = kind.cluster.num_gpus, kind.model.tensor_parallel
+        if gpus % shared:
+            idle = f"{gpus % shared} of {gpus} GPUs are idle, which model.tensor_parallel={shared} does not divide"
+            console.print(idle, highlight=False, soft_wrap=True)
 
 
 def tell(facts: Facts, console: Console) -> None:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from block import compiled, provenance, searches, workload
+from block import compiled, effects, provenance, searches, workload
 from block.answers import own_code
 from block.capacity import crossings
 from block.choices import choose
@@ -56,7 +56,7 @@ def do(
     if config.command not in COMMANDS:
         raise ConfigError(f"command={config.command}: {choose(str(config.command), list(COMMANDS))}")
     wanted = config.objective
-    names = [wanted] if isinstance(wanted, str) else list(wanted or [])
+    names = list(wanted or []) if isinstance(wanted, Sequence | None) and not isinstance(wanted, str) else [wanted]
     known = [*summarise(request_columns([])), "instance_seconds"]
     for name in names:
         if name not in known:
@@ -79,6 +79,7 @@ def execute(
     the run is a job of; such a run says one line only. quiet: say nothing.
     """
     run = build(config)
+    effects.refuse(config, "serve", run)
     requests, facts = _made(run)
     try:
         probe(Path(config.runs_dir))
@@ -281,6 +282,7 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     """
     wanted = node(config.capacity)
     run = build(config)  # tell what is wrong before any process starts
+    effects.refuse(config, "capacity", run)
     if run.workload.source == "trace":
         tell(_made(run)[1], Console(stderr=True))
     choices = filed(config, choices)
@@ -378,6 +380,7 @@ def evaluate_lengths(
     not be written there.
     """
     wanted = node(config.estimation)
+    effects.refuse(config, "evaluate_lengths")
     path = Path(wanted.scores)
     try:
         probe(path.parent)

@@ -6,12 +6,14 @@ of it in a file named by its number, artifacts/sweeps/…/.outcomes/<number>, an
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,12 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 
-from block import tracking
+from block import effects, tracking
 from block.complaints import ConfigError
 from block.config import told
 
@@ -65,17 +69,29 @@ class Tally(Callback):
     """Looks at a sweep before it begins, and says at its end which jobs failed; `failed` is their number."""
 
     failed = 0
+    command = "serve"  # what the jobs do: a key of `effects.READ`
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra's hook, in the main process."""
-        told(lambda: self._begin(config.hydra))  # Hydra would make a warning of an exception, and go on
+        told(lambda: self._begin(config))  # Hydra would make a warning of an exception, and go on
 
-    def _begin(self, hydra: DictConfig) -> None:
+    def _begin(self, config: DictConfig) -> None:
+        hydra = config.hydra
         Tally.failed = 0
         overrides = _overrides(hydra)
         for one in overrides:
-            if one.is_discrete_sweep() and not list(one.sweep_string_iterator()):
+            try:
+                empty = one.is_discrete_sweep() and not list(one.sweep_string_iterator())
+            except ValueError as error:  # of a range
+                raise ConfigError(f"{one.input_line}: {error}") from error
+            if empty:
                 raise ConfigError(f"{one.input_line}: no values to sweep over")
+            if one.is_sweep_override() and not one.is_discrete_sweep() and not searching(hydra):
+                raise ConfigError(
+                    f"{one.input_line}: for sweepers that search; name the values, such as range(1,4) or 1,2"
+                )
+        if not searching(hydra) and GlobalHydra.instance().is_initialized():
+            effects.refuse_in_all(_jobs(config, overrides), Tally.command)
         folder = Path(hydra.sweep.dir, ".outcomes").absolute()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -93,8 +109,12 @@ class Tally(Callback):
         _tell_failures()
 
 
-def whole(main: Callable[[], object]) -> None:
-    """Run `main`, of Hydra; if it is a sweep that something ends early, say which jobs failed before that."""
+def whole(main: Callable[[], object], command: str = "serve") -> None:
+    """Run `main`, of Hydra; if it is a sweep that something ends early, say which jobs failed before that.
+
+    command: what its jobs do, a key of `effects.READ`.
+    """
+    Tally.command = command
     os.environ.pop(_SWEEP, None)  # of a sweep that has started this process
     try:
         main()
@@ -194,6 +214,27 @@ def _overrides(hydra: DictConfig) -> list[Override]:
     loader = instance.config_loader() if instance.is_initialized() else None  # which knows what glob(…) stands for
     parsed = OverridesParser.create(loader).parse_overrides(given + list(hydra.overrides.task))
     return list({one.get_key_element(): one for one in parsed}.values())
+
+
+def _jobs(config: DictConfig, overrides: list[Override]) -> Iterator[tuple[DictConfig, list[str]]]:
+    """The jobs of a grid: the config of each, and what the command line gives it. Seeds and rates are not varied, on
+    which the effect of no key hangs; what cannot be composed is left out.
+    """
+    loader = GlobalHydra.instance().config_loader()
+    typed = {
+        one.get_key_element() for one in OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    }
+    values = []
+    for one in overrides:
+        key = one.get_key_element()
+        every = list(one.sweep_string_iterator()) if one.is_discrete_sweep() else [one.get_value_element_as_str()]
+        values.append([(key, value) for value in (every[:1] if key in ("seed", "workload.qps") else every)])
+    for job in itertools.product(*values):
+        with suppress(HydraException, OmegaConfBaseException):
+            settings = loader.load_sweep_config(config, [f"{key}={value}" for key, value in job])
+            with read_write(settings), open_dict(settings):
+                del settings["hydra"]
+            yield settings, [f"{key}={value}" for key, value in job if key in typed]
 
 
 def _sweeps(override: Override) -> bool:

@@ -37,4 +37,4 @@ def search(settings: DictConfig, job: DictConfig) -> float | list[float]:
 
 if __name__ == "__main__":
     sys.argv[1:] = ["capacity.fresh=true" if argument == "--fresh" else argument for argument in sys.argv[1:]]
-    sys.exit(config.guard(lambda: sweep.whole(main)) or (1 if sweep.Tally.failed else 0))
+    sys.exit(config.guard(lambda: sweep.whole(main, "capacity")) or (1 if sweep.Tally.failed else 0))

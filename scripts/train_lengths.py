@@ -16,7 +16,7 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from block import config
+from block import config, effects
 from block.complaints import ConfigError, explain
 from block.console import progress
 from block.lengths.estimation import train
@@ -35,6 +35,7 @@ def main(settings: DictConfig) -> None:
 
 def run(settings: DictConfig) -> None:
     """Train what `settings` describe. ConfigError if that cannot be."""
+    effects.refuse(settings, "train_lengths")
     lengths, wanted, tracking = (config.node(settings[key]) for key in ("lengths", "estimation", "tracking"))
     console = Console(stderr=True)
     settled = config.plain(settings)

@@ -15,7 +15,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from block import answers, config
+from block import answers, config, effects
 from block.complaints import ConfigError, explain
 from block.instances.base import LaunchFailed
 from block.lengths import Reader
@@ -34,6 +34,7 @@ def serve(settings: DictConfig, policy: str) -> None:
     """Serve what `settings` describe. ConfigError if that cannot be; `policy` is what they call it."""
     run = config.build(settings)
     wanted = config.node(settings.server)
+    effects.refuse(settings, "server", run)
     rehearsed = answers.checked(config.node(settings.scheduler))  # not the one that will serve
     answers.decide_once(rehearsed, len(wanted.urls))  # and so compiled before a request comes
     for key, off in (("forecast_noise", 0), ("dispatchers", 1)):

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import TINY, command
+from commands import SMALL, TINY, command
 
 from block.results import runs
 
@@ -58,7 +58,14 @@ LATE = (
     "scheduler._target_=mine.faulty.Late: candidates, for request 90 of 3 instances, returned [3]: "
     "3 is not between 0 and 2 (mine/faulty.py:12)"
 )
-SEARCH = ["capacity.slo_s=[1]", "capacity.low=4", "capacity.high=12", "capacity.tolerance=1", "capacity.seeds=2"]
+SEARCH = [
+    "capacity.slo_s=[1]",
+    "capacity.low=4",
+    "capacity.high=12",
+    "capacity.tolerance=1",
+    "capacity.seeds=2",
+    *SMALL,
+]
 
 
 @pytest.fixture
@@ -90,9 +97,9 @@ def test_what_it_gets_wrong_is_told_in_one_line(name: str, told: str, folder: Pa
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("script", ["run.py", "scripts/capacity.py"])
-def test_so_is_what_another_class_of_one_s_own_raises(script: str, folder: Path) -> None:
-    done = command(script, *TINY, *SEARCH, "lengths=oracle", "lengths._target_=mine.faulty.Guess", folder=folder)
+@pytest.mark.parametrize(("script", "keys"), [("run.py", TINY), ("scripts/capacity.py", SEARCH)])
+def test_so_is_what_another_class_of_one_s_own_raises(script: str, keys: list[str], folder: Path) -> None:
+    done = command(script, *keys, "lengths=oracle", "lengths._target_=mine.faulty.Guess", folder=folder)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: IndexError: only integers, slices")
     assert done.stderr.splitlines()[-1].endswith(" (mine/faulty.py:43)")
@@ -101,9 +108,7 @@ def test_so_is_what_another_class_of_one_s_own_raises(script: str, folder: Path)
 
 def test_a_search_tells_of_a_trace_that_is_not_sound(folder: Path) -> None:
     (folder / "trace.csv").write_text("a,b\n1,2\n")
-    done = command(
-        "scripts/capacity.py", *TINY, *SEARCH, "workload=trace", "workload.trace_path=trace.csv", folder=folder
-    )
+    done = command("scripts/capacity.py", *SEARCH, "workload=trace", "workload.trace_path=trace.csv", folder=folder)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("error: ")
@@ -125,7 +130,7 @@ def test_so_it_is_in_a_sweep_whose_other_jobs_go_on(folder: Path) -> None:
 
 def test_so_it_is_in_a_search(folder: Path) -> None:
     target = "scheduler._target_=mine.faulty.Late"
-    done = command("scripts/capacity.py", *TINY, *SEARCH, "scheduler=random", target, folder=folder)
+    done = command("scripts/capacity.py", *SEARCH, "scheduler=random", target, folder=folder)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"error: {LATE}")
     assert "Traceback" not in done.stderr
 
@@ -134,7 +139,7 @@ def test_a_search_is_made_anew_if_asked_for_or_if_the_policy_has_changed(folder:
     shutil.copy(folder / "mine" / "faulty.py", folder / "mine" / "early.py")
 
     def searched(*flags: str) -> tuple[str, bool]:
-        arguments = [*TINY, *SEARCH, "scheduler=random", "scheduler._target_=mine.early.Late", *flags]
+        arguments = [*SEARCH, "scheduler=random", "scheduler._target_=mine.early.Late", *flags]
         done = command("scripts/capacity.py", *arguments, folder=folder)
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()

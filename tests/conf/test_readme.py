@@ -39,7 +39,9 @@ def lines(start: str, text: str = README) -> list[str]:
 
 def small(line: str) -> list[str]:
     """What makes a command fast: few requests, and one job of a sweep."""
-    keys = ["workload.num_requests=200", "tracking=none", "runs_dir=runs"]
+    keys = ["workload.num_requests=200", "tracking=none"]
+    if line.startswith("python run.py"):
+        keys.append("runs_dir=runs")
     if line.startswith("python scripts/capacity.py"):
         low_rates = ["capacity.low=4", "capacity.high=12", "capacity.tolerance=2", "cluster.num_gpus=3"]
         keys += ["capacity.seeds=1", "capacity.slo_s=[1]", *low_rates]
