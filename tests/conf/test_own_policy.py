@@ -112,7 +112,7 @@ def test_a_search_tells_of_a_trace_that_is_not_sound(folder: Path) -> None:
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("error: ")
-    assert "prompt_tokens" in done.stderr
+    assert "workload.prompt_column" in done.stderr
 
 
 def test_so_it_is_in_a_sweep_whose_other_jobs_go_on(folder: Path) -> None:
