@@ -38,7 +38,7 @@ def test_the_list_has_every_figure_with_its_state_and_cost(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("fig99",), "fig99: choose from headline, fig5, fig6"),
+        (("fig99",), "fig99: did you mean fig9? choose from headline, fig5, fig6"),
         (("--requests", "0"), "--requests=0: must be at least 1"),
         (("--seeds", "4"), "--seeds=4: must be between 1 and 3"),
         (("--backend", "emulated", "table2"), "table2: needs --backend simulated"),
