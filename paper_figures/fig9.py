@@ -67,6 +67,7 @@ def draw(table: pd.DataFrame) -> Any:
         llumnix = part[part["lengths"].isna()]["capacity_qps"]
         axis.axhline(llumnix.mean(), color=style.COLOURS["Llumnix-"], linestyle="--", label="Llumnix-")
         style.zoom(axis, part["capacity_qps"])
+        axis.tick_params(labelleft=True)  # for the published ones, where we have none
         axis.set(title=f"capacity (requests/s), P99 TTFT ≤ {slo:g} s", xlabel="instances asked", ylabel="")
         axis.get_legend().remove()
     style.legend(figure, axes[0], 4)
