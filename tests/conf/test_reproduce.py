@@ -25,6 +25,11 @@ def reproduce(folder: Path, *arguments: str, timeout: float = 200) -> subprocess
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout, check=False)
 
 
+def said(stderr: str) -> list[str]:
+    """What was said, but that it compiles, which the first call does."""
+    return [line for line in stderr.splitlines() if not line.startswith("compiling, once")]
+
+
 def test_the_list_has_every_figure_with_its_state_and_cost(tmp_path: Path) -> None:
     listed = reproduce(tmp_path, "--list")
     assert listed.returncode == 0, listed.stderr
@@ -80,7 +85,7 @@ def test_a_second_call_does_nothing_and_a_lost_run_is_made_again(tmp_path: Path)
 def test_every_figure_comes_from_the_smallest_runs(tmp_path: Path) -> None:
     """The README's quick look: all figures, from real runs."""
     drawn = reproduce(tmp_path, "--requests", "300", "--seeds", "1", "--out", "out", timeout=900)
-    assert (drawn.returncode, drawn.stderr) == (0, "")
+    assert (drawn.returncode, said(drawn.stderr)) == (0, [])
     folder = tmp_path / "out"
     for name in FIGURES:
         module = import_module(f"paper_figures.{name}")
@@ -114,7 +119,7 @@ def test_the_fault_of_one_figure_costs_no_other(tmp_path: Path) -> None:
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
     )
     assert run.returncode == 1
-    assert run.stderr.splitlines() == ["error: fig7: ZeroDivisionError: division by zero (broken.py:3)"]
+    assert said(run.stderr) == ["error: fig7: ZeroDivisionError: division by zero (broken.py:3)"]
     assert (tmp_path / "artifacts" / "figures" / "simulated-60x1" / "summary.md").exists()
 
 
