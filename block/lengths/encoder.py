@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -70,9 +71,7 @@ class Regressor(torch.nn.Module):  # type: ignore[misc]
         folder.mkdir(parents=True, exist_ok=True)
         self.encoder.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        part = folder / f"{HEAD}.part"
-        torch.save(self.state_dict(), part)
-        part.replace(folder / HEAD)
+        write(folder / HEAD, self.state_dict())
 
     def forward(self, prompts: Sequence[str]) -> torch.Tensor:
         """float[n, 2]: the logarithm of the length, and of its spread."""
@@ -105,3 +104,12 @@ def loss(said: torch.Tensor, tokens: Ints) -> torch.Tensor:
     truth = torch.log(torch.as_tensor(tokens, dtype=said.dtype, device=said.device))
     width = said[:, 1] - math.log(math.sqrt(2))  # standard deviation = √2 × scale
     return ((said[:, 0] - truth).abs() * torch.exp(-width) + width).mean()
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `path` whole or not at all. OSError if the disk is full, where torch's own writer raises RuntimeError."""
+    packed = io.BytesIO()
+    torch.save(content, packed)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(packed.getbuffer())
+    part.replace(path)

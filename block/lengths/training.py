@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from block.lengths.encoder import Regressor, loss
+from block.lengths.encoder import Regressor, loss, write
 from block.lengths.pairs import Pairs
 from block.lengths.roberta import RoBERTa
 from block.rng import stream
@@ -141,6 +141,4 @@ def _read(place: Path, model: Regressor) -> dict[str, Any]:
 
 def _save(place: Path, content: dict[str, Any]) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_name(f"{CHECKPOINT}.part")
-    torch.save(content, part)
-    part.replace(place)
+    write(place, content)

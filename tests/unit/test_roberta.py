@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import subprocess
@@ -180,3 +181,16 @@ assert CHOICES["lengths"]["roberta"]
 sys.exit(any(name.split(".")[0] in ("torch", "transformers") for name in sys.modules))
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_full_disk_is_an_os_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Which the scripts tell in one line; torch's own writer raises RuntimeError."""
+    from block.lengths.encoder import write
+
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "head.pt", {"a": 1})
+    assert not (tmp_path / "head.pt").exists()
