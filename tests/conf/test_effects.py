@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from commands import TINY, command, composed
 from omegaconf import DictConfig
+from rich.console import Console
 
 from block import config
 from block.complaints import ConfigError
+from block.console import announce
 from block.effects import READ, RULES, refuse_in_all, without_effect
 
 PROMPTS = ["workload=trace", "workload.trace_path=gpteacher", "workload.arrivals=poisson"]
@@ -286,3 +288,12 @@ def test_the_commands_look_at_it(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
     keys = [*TINY, "workload.num_requests=20", "scheduler=random,least_tokens", "lengths=noisy"]
     assert command("run.py", "-m", *keys, folder=tmp_path).returncode == 0
+
+
+def test_gpus_that_are_left_over_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for gpus, told in ((7, "3 of 7 GPUs are idle, which model.tensor_parallel=4 does not divide"), (8, "")):
+        run = config.build(composed("model=llama2-70b", "cluster=a100x8", f"cluster.num_gpus={gpus}"))
+        announce(run.testbed, run.backend, Console(stderr=True))
+        said = capsys.readouterr().err
+        assert told in said
+        assert ("idle" in said) == bool(told)
