@@ -29,6 +29,7 @@ from block.types import Floats, Ints, Request
 ARRIVALS = ("poisson", "gamma", "constant", "trace")
 SOURCES = ("sketch", "trace", "synthetic")
 TOO_LONG = ("refuse", "cut", "drop")
+MOST_REQUESTS = 1_000_000_000  # some hundred bytes each
 SKETCHES = Path(__file__).resolve().parent.parent / "artifacts" / "workloads"
 SYNTHETIC = {"prompt_mean": 512.0, "prompt_cv": 1.0, "output_mean": 256.0, "output_cv": 1.0}
 
@@ -84,6 +85,8 @@ class Workload:
                 raise ValueError(f"workload.num_requests=null: source={self.source} has no end; give a number")
         else:
             _at_least("num_requests", self.num_requests, 1)
+            if self.num_requests > MOST_REQUESTS:
+                raise ValueError(f"workload.num_requests={self.num_requests}: must be at most {MOST_REQUESTS:,}")
         _at_least("max_total_tokens", self.max_total_tokens, 2)
         for key in ("qps", "burst_shape", *SYNTHETIC):
             if getattr(self, key) is not None:

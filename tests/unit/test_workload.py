@@ -349,6 +349,7 @@ def test_block_data_comes_before_the_cache(tmp_path: Path, monkeypatch: pytest.M
             {"name": "alpaca", "source": "trace"},
             r"workload\.trace_path=null: 'alpaca' has .* give FILE\.csv, or .*sharegpt",
         ),
+        ({"num_requests": 10**19}, f"workload.num_requests={10**19}: must be at most 1,000,000,000"),
         ({"num_requests": 0}, "workload.num_requests=0: must be an integer >= 1"),
         ({"num_requests": 1.5}, "workload.num_requests=1.5: must be an integer >= 1"),
         ({"max_total_tokens": 1}, "workload.max_total_tokens=1: must be an integer >= 2"),
