@@ -65,7 +65,8 @@ class Job:
         return next((run for run in same if run.document.get("hashes") == self.hashes), None)
 
     def __str__(self) -> str:
-        at = "capacity" if self.search else f"qps={self.settings['workload']['qps']:g}"
+        qps = self.settings["workload"]["qps"]
+        at = "capacity" if self.search else "qps=null" if qps is None else f"qps={qps:g}"
         return f"scheduler={self.choices['scheduler']} {at} seed={self.settings['seed']}"
 
 

@@ -51,9 +51,9 @@ def announce(testbed: Testbed, backend: Backend, console: Console) -> None:
             console.print(idle, highlight=False, soft_wrap=True)
 
 
-def tell(facts: Facts, console: Console) -> None:
-    """Say what was done to a trace before it is replayed."""
-    for line in facts.lines():
+def tell(facts: Facts, console: Console, searched: bool = False) -> None:
+    """Say what was done to a trace before it is replayed. searched: as of `Facts.lines`."""
+    for line in facts.lines(searched):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -221,7 +221,7 @@ READ: Mapping[str, tuple[str, ...]] = {
     "server": ("scheduler", "model", "cluster", "backend", "lengths", "dispatch", "seed", "server"),
     "train_lengths": (
         *("lengths", "seed", "tracking", "estimation.data", *_PAIRS),
-        *(f"estimation.{key}" for key in _TRAINING),
+        *(f"estimation.{key}" for key in (*_TRAINING, "force")),
     ),
 }
 """What each command reads, by how its keys begin: run.py by what the key `command` says, and the others."""

@@ -39,7 +39,7 @@ from block.predictor import Predictor
 from block.results import NotStored, Run, json_value, keep_json, probe, reason
 from block.searches import Search
 from block.serving import Outcome, made_of, serve
-from block.sweep import end_with, searching, standing
+from block.sweep import end_with, searching, standing, varies
 from block.tables import request_columns
 from block.tracking import log_run
 from block.types import Request
@@ -88,7 +88,8 @@ def execute(
     console = Console(stderr=True, quiet=quiet or sweep is not None)
     testbed = run.testbed
     announce(testbed, run.backend, console)
-    if sweep is None or OmegaConf.select(sweep, "job.num", default=0) == 0:  # the first of a sweep speaks for all
+    first = sweep is None or OmegaConf.select(sweep, "job.num", default=0) == 0
+    if first or (sweep is not None and varies(sweep, "workload")):  # the first of a sweep speaks for all that are alike
         tell(facts, Console(stderr=True, quiet=quiet))
     compiling = compiled.seconds()
     if run.scheduler.needs is Needs.FORECAST:
@@ -284,7 +285,7 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     run = build(config)  # tell what is wrong before any process starts
     effects.refuse(config, "capacity", run)
     if run.workload.source == "trace":
-        tell(_made(run)[1], Console(stderr=True))
+        tell(_made(run)[1], Console(stderr=True), searched=True)
     choices = filed(config, choices)
     seeds = range(config.seed, config.seed + wanted.seeds)
     console = Console()

@@ -177,6 +177,14 @@ def standing(hydra: DictConfig) -> str:
     return f"[{min(done, sweep.jobs)}/{sweep.jobs}, {int(left) // 60}:{int(left) % 60:02d} left] {job}"
 
 
+def varies(hydra: DictConfig, group: str) -> bool:
+    """Whether the jobs of the sweep differ in a config group, or in a key of it beside its rate."""
+    running = _Sweep.running()
+    fixed = running.fixed if running is not None else []
+    keys = [one.partition("=")[0].lstrip("+~") for one in hydra.overrides.task if one not in fixed]
+    return any(key == group or (key.startswith(f"{group}.") and key != f"{group}.qps") for key in keys)
+
+
 def searching(hydra: DictConfig) -> bool:
     """Whether the sweeper looks for something and asks each job for its objective; Hydra's own makes all of a grid."""
     return not hydra.sweeper._target_.endswith(".BasicSweeper")

@@ -136,14 +136,16 @@ def read(path: Path, columns: Columns, *, timed: bool) -> Trace:
                 f"{path}: column {columns.time or form.time!r} needs at least two different arrival times; "
                 "workload.arrivals=poisson goes without them"
             )
+    since = None if times is None else times[kept] - times[kept[0]]
     return Trace(
         prompt[kept],
         output[kept],
-        None if times is None else times[kept] - times[kept[0]],
+        since,
         None if texts is None else [texts[i] for i in kept],
         format=name,
         rows=len(table),
         dropped={reason: int(rows.sum()) for reason, rows in failed.items() if rows.any()},
+        rate=None if since is None else (len(kept) - 1) / float(since[-1]),
     )
 
 

@@ -36,6 +36,7 @@ class Trace:
     recorded).
 
     format: what the file was taken for; rows: what it holds; dropped: how many of these were left out, by the reason.
+    rate: requests/s of the recording, with those that were left out as too long; None without times.
     """
 
     prompt: Ints
@@ -45,6 +46,7 @@ class Trace:
     format: str = ""
     rows: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
+    rate: float | None = None
 
 
 def data_dirs() -> list[Path]:

@@ -178,8 +178,8 @@ class Facts:
     mean_prompt: tuple[float, float] = (0.0, 0.0)
     max_total_tokens: int = 0
 
-    def lines(self) -> list[str]:
-        """The same for people, a line for each thing; of a trace only."""
+    def lines(self, searched: bool = False) -> list[str]:
+        """The same for people, a line for each thing; of a trace only. searched: a search tries rates of its own."""
         if self.file is None:
             return []
         said = [f"{self.file}: {self.rows:,} rows" + (f", read as {self.format}" if self.format else "")]
@@ -194,13 +194,15 @@ class Facts:
             said.append(f"not replayed: the last {self.unused:,} rows (workload.num_requests=null takes all)")
         if self.rounds > 1:
             said.append(f"replayed {self.rounds:.3g} times, for {self.requests:,} requests")
-        if self.native_qps is not None and self.qps is not None:
+        if self.native_qps is not None and searched:
+            said.append(f"recorded at {self.native_qps:.3g} requests/s, replayed at each rate that the search tries")
+        elif self.native_qps is not None and self.qps is not None:
             said.append(
                 f"recorded at {self.native_qps:.3g} requests/s, replayed at {self.qps:.3g} "
                 "(workload.qps=null replays it as it is)"
             )
         elif self.native_qps is not None:
-            said.append(f"replayed as recorded, at {self.native_qps:.3g} requests/s")
+            said.append(f"recorded at {self.native_qps:.3g} requests/s, replayed as it is")
         return said
 
 
@@ -272,12 +274,12 @@ def _gaps(workload: Workload, trace: Trace | None, count: int, rng: np.random.Ge
         return gamma_gaps(count, workload.burst_shape, rng), None
     if trace is not None:
         assert trace.times is not None  # `read` gives them where they are asked for
-        native = (len(trace.times) - 1) / float(trace.times[-1])
         if workload.qps is not None:
-            return recorded_gaps(count, trace.times), native
-        gaps = np.resize(np.concatenate([[1 / native], np.diff(trace.times)]), count)
+            return recorded_gaps(count, trace.times), trace.rate
+        between = np.diff(trace.times)
+        gaps = np.resize(np.concatenate([[between.mean()], between]), count)
         gaps[0] = 0.0  # the first request is there at once
-        return gaps, native
+        return gaps, trace.rate
     profile = _sketch(workload.name).profile
     assert profile is not None  # Workload refuses arrivals=trace without one
     native = profile.requests / sum(profile.seconds)
@@ -339,12 +341,17 @@ def _held_out(workload: Workload) -> Trace:
     assert workload.trace_path is not None
     split = pairs.load(workload.trace_path)
     held_out = split.test
-    rows = sum(len(side.prompts) for side in (split.train, split.tune, split.test))
     if not held_out.prompts:
-        raise ValueError(f"workload.trace_path={workload.trace_path}: none of its {rows} pairs is held out; give more")
+        raise ValueError(
+            f"workload.trace_path={workload.trace_path}: none of its {split.pairs} pairs is held out; give more"
+        )
     prompt = np.array([max(pairs.pieces(text), 1) for text in held_out.prompts], dtype=np.int64)
-    others = {"not of the held-out side": rows - len(prompt)}
-    return Trace(prompt, held_out.tokens, None, held_out.prompts, "pairs of texts", rows, others)
+    left_out = {
+        "no prompt and response, or the prompt of another": split.rows - split.pairs,
+        "not of the held-out side": split.pairs - len(prompt),
+    }
+    dropped = {reason: count for reason, count in left_out.items() if count}
+    return Trace(prompt, held_out.tokens, None, held_out.prompts, "pairs of texts", split.rows, dropped)
 
 
 @lru_cache

@@ -1,6 +1,6 @@
 """Fit the tracked latency models to the operator profiles: BLOCK_DATA/profiles → artifacts/latency/<gpu>-<model>.json.
 
-BLOCK_DATA=… python scripts/fit_latency.py [--pair a30-llama2-7b] [--out artifacts/latency]
+BLOCK_DATA=… python scripts/fit_latency.py [--pair a30-llama2-7b] [--out artifacts/latency] [--force]
 """
 
 from __future__ import annotations
@@ -94,12 +94,18 @@ def main() -> int:
     parser.add_argument("--pair", choices=list(PAIRS), action="append", help="fit only this one (may be repeated)")
     parser.add_argument("--data", type=Path, help="folder that holds profiles/ (default: $BLOCK_DATA)")
     parser.add_argument("--out", type=Path, default=TRACKED, help="folder to write to (default: artifacts/latency)")
+    parser.add_argument("--force", action="store_true", help="write over fits that are there")
     arguments = parser.parse_args()
     data = arguments.data or os.environ.get("BLOCK_DATA")
     console = Console()
     try:
         if not data:
             raise ValueError("BLOCK_DATA is not set: give the folder that holds profiles/ there or by --data")
+        if not (Path(data) / "profiles").is_dir():
+            raise FileNotFoundError(f"{Path(data) / 'profiles'}: no such folder; BLOCK_DATA or --data names its parent")
+        targets = [arguments.out / f"{pair}.json" for pair in arguments.pair or PAIRS]
+        if not arguments.force and (taken := [path for path in targets if path.exists()]):
+            raise ValueError(f"{taken[0]}: is there already; give another --out, or --force to write over it")
         arguments.out.mkdir(parents=True, exist_ok=True)
         for pair in arguments.pair or PAIRS:
             fitted = fit(PAIRS[pair](Path(data) / "profiles"))

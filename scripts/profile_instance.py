@@ -29,9 +29,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     parser.add_argument("--seconds", type=float, default=120.0, help="how long to drive the server (default: 120)")
     parser.add_argument("--vocabulary", type=int, default=2048, help="token ids to use in prompts are below this")
+    parser.add_argument("--force", action="store_true", help="write over a file that is there")
     arguments = parser.parse_args()
     if not arguments.out.parent.is_dir():
         parser.error(f"--out={arguments.out}: no such folder {arguments.out.parent}")
+    if arguments.out.exists() and not arguments.force:
+        parser.error(f"--out={arguments.out}: is there already; give another, or --force to write over it")
     try:
         probe(arguments.out.parent)
     except OSError as error:

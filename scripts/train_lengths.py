@@ -1,11 +1,12 @@
 """Train a length estimator on pairs of prompts and responses, and say how far it is off on those held out.
 
-    python scripts/train_lengths.py lengths=compact                          GPTeacher, from $BLOCK_DATA
+    python scripts/train_lengths.py lengths=compact lengths.path=mine.npz    GPTeacher, from $BLOCK_DATA
     python scripts/train_lengths.py lengths=roberta estimation.data=sharegpt_text lengths.path=mine/roberta
     python scripts/train_lengths.py lengths=roberta lengths.encoder=FOLDER estimation.data=mine.jsonl
 
-The model is written to `lengths.path`. Training that was interrupted goes on where it was; the curves of roberta's go
-to W&B (`tracking`). Takes every key of run.py, and those of the node `estimation` (--cfg job shows them).
+The model is written to `lengths.path`, over one of compact's that is there only with --force. Training that was
+interrupted goes on where it was; the curves of roberta's go to W&B (`tracking`). Takes every key of run.py, and those
+of the node `estimation` (--cfg job shows them).
 """
 
 import sys
@@ -56,4 +57,5 @@ def run(settings: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = ["estimation.force=true" if argument == "--force" else argument for argument in sys.argv[1:]]
     sys.exit(config.guard(main))

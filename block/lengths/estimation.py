@@ -46,6 +46,7 @@ class EstimationConfig:
         own file, as NAME-DATA (artifacts/lengths/compact-sharegpt_text.npz). scores: where the table is written.
     epochs, batch_size, learning_rate, patience, checkpoint_every: of roberta's training: passes, pairs a step, AdamW's
         step size, passes without improvement until it stops, steps between checkpoints.
+    force: write over a file of compact's that is there.
     """
 
     data: str = "gpteacher"
@@ -60,6 +61,7 @@ class EstimationConfig:
     learning_rate: float = 2e-5
     patience: int = 3
     checkpoint_every: int = 200
+    force: bool = False
 
     def __post_init__(self) -> None:
         for key in ("train", "test", "epochs", "batch_size", "patience", "checkpoint_every"):
@@ -171,6 +173,8 @@ def train(
     """
     if not isinstance(lengths, Compact | RoBERTa):
         raise ValueError(f"lengths={type(lengths).__name__.lower()}: is not trained; choose from {', '.join(LEARNED)}")
+    if isinstance(lengths, Compact) and Path(lengths.path).exists() and not config.force:
+        raise ValueError(f"lengths.path={lengths.path}: is there already; give another, or --force to write over it")
     probe(Path(lengths.path).parent)
     split = load(config.data, config.tokenizer, config.train, config.test)
     if not split.train.prompts or not split.tune.prompts or not split.test.prompts:

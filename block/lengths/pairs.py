@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,13 +57,17 @@ class Pairs(NamedTuple):
 
 
 class Split(NamedTuple):
-    """The pairs to train on, to tune by and to test on, the names of their files, and how responses were counted."""
+    """The pairs to train on, to tune by and to test on, the names of their files, how responses were counted, the
+    records that the files hold, and the different pairs among these.
+    """
 
     train: Pairs
     tune: Pairs
     test: Pairs
     files: tuple[str, ...]
     counted: str
+    rows: int
+    pairs: int
 
 
 def load(data: str, tokenizer: str | None = None, train: int = 40_000, test: int = 10_000) -> Split:
@@ -76,8 +80,11 @@ def load(data: str, tokenizer: str | None = None, train: int = 40_000, test: int
     paths = _paths(data)
     count, counted = counter(tokenizer)
     found: dict[str, tuple[float, str, str, int]] = {}
+    records = 0
     for number, path in enumerate(paths):
-        for prompt, response in _read(path):
+        held, count_of_records = _read(path)
+        records += count_of_records
+        for prompt, response in held:
             key = _WORDS.sub(" ", prompt.lower()).strip()
             if key and key not in found and response.strip():
                 place = int(hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:8], 16) / 2**32
@@ -97,7 +104,7 @@ def load(data: str, tokenizer: str | None = None, train: int = 40_000, test: int
         chosen = [rows[i] for i in index]
         tokens = np.maximum(count([row[2] for row in chosen]), 1)
         parts.append(Pairs([row[1] for row in chosen], tokens, np.array([row[3] for row in chosen], dtype=np.int64)))
-    return Split(parts[2], parts[1], parts[0], tuple(path.stem for path in paths), counted)
+    return Split(parts[2], parts[1], parts[0], tuple(path.stem for path in paths), counted, records, len(rows))
 
 
 def is_pairs(data: str) -> bool:
@@ -108,7 +115,7 @@ def is_pairs(data: str) -> bool:
 def holds_pairs(path: Path) -> bool:
     """Whether `load` finds pairs in a file."""
     try:
-        return is_pairs(str(path)) and bool(list(_read(path)))
+        return is_pairs(str(path)) and bool(_read(path)[0])
     except ValueError:
         return False
 
@@ -156,7 +163,8 @@ def _paths(data: str) -> list[Path]:
     return [path]
 
 
-def _read(path: Path) -> Iterable[tuple[str, str]]:
+def _read(path: Path) -> tuple[list[tuple[str, str]], int]:
+    """The pairs of a file, and the number of its records."""
     try:
         if path.suffix == ".parquet":
             from pyarrow import parquet
@@ -178,7 +186,7 @@ def _read(path: Path) -> Iterable[tuple[str, str]]:
             f"{path}: no record has a prompt ({', '.join(_PROMPTS)}) and a response ({', '.join(_RESPONSES)}), "
             f"or turns ({', '.join(_TURNS)})"
         )
-    return pairs
+    return pairs, len(records)
 
 
 def _pair(record: Mapping[str, Any]) -> tuple[str, str] | None:

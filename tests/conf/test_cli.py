@@ -175,6 +175,19 @@ def test_a_failed_job_is_reported_and_the_others_are_stored(launcher: str, tmp_p
     assert "Traceback" not in done.stderr
 
 
+def test_a_sweep_over_traces_tells_of_each_and_one_over_rates_once(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.csv").write_text("prompt_tokens,output_tokens,arrival\n5,9,0\n6,8,1\n0,8,2\n")
+    trace = ["-m", "workload=trace", "scheduler=random", "tracking=none", "workload.num_requests=null"]
+    each = command("run.py", *trace, "workload.trace_path=a.csv,b.csv", folder=tmp_path)
+    assert each.returncode == 0, each.stderr
+    told = [line for line in each.stderr.splitlines() if "left out" in line or "rows, read" in line]
+    lost = "left out: 1 of 3 rows: prompt_tokens below 1"
+    assert told == ["a.csv: 3 rows, read as block", lost, "b.csv: 3 rows, read as block", lost]
+    once = command("run.py", *trace, "workload.trace_path=a.csv", "workload.qps=1,2", folder=tmp_path)
+    assert once.stderr.count(lost) == 1
+
+
 def shrunk(experiment: str) -> list[str]:
     """What makes an experiment tiny: of the first key that it sweeps over two values are left, of others one."""
     params = OmegaConf.select(OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml"), "hydra.sweeper.params") or {}

@@ -30,7 +30,7 @@ def test_a_command_runs(line: str, folder: Path) -> None:
     if "my.csv" in line:
         assert "my.csv: 3 rows, read as" in done.stderr
         assert "replayed 66.7 times, for 200 requests" in done.stderr
-        assert ("replayed as recorded, at 0.5 requests/s" in done.stderr) == ("qps=null" in line)
+        assert ("recorded at 0.5 requests/s, replayed as it is" in done.stderr) == ("qps=null" in line)
 
 
 def test_a_sketch_is_made_of_ones_own_trace(folder: Path) -> None:

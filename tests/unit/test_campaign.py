@@ -149,3 +149,8 @@ def test_jobs_that_do_the_same_are_done_once_and_the_longest_first() -> None:
     cell = {"scheduler": "random", "workload.qps": 20.0}
     run, same, search = (job(composer, cell, search=search) for search in (False, False, True))
     assert campaign.distinct([run, same, search]) == [search, same]
+
+
+def test_a_run_without_a_rate_has_a_name() -> None:
+    settings = {"workload": {"qps": None, "num_requests": None}, "seed": 0}
+    assert str(Job(False, settings, {"scheduler": "block"}, {})) == "scheduler=block qps=null seed=0"

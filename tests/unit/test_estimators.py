@@ -10,6 +10,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from block.lengths.pairs import Pairs, is_pairs, pieces
 from block.lengths.pairs import load as load_pairs
 from block.lengths.roberta import RoBERTa
 from block.results import NotStored
-from block.workload import Workload, generate
+from block.workload import Workload, generate, make
 
 TRACKED = Path(__file__).resolve().parents[2] / "artifacts" / "lengths" / "compact.npz"
 ODD = ["", " ", "x" * 100_000, "word " * 20_000, "你好,世界。" * 50, "\x00\xff\x07\ud800" * 9, "🙂" * 300, "?"]
@@ -316,6 +317,17 @@ def test_a_workload_of_pairs_has_prompts_and_their_lengths(tmp_path: Path) -> No
         Workload(source="trace", trace_path="gpteacher", arrivals="trace")
 
 
+def test_what_is_left_out_of_pairs_is_counted(tmp_path: Path) -> None:
+    rows = [as_prompt(f"question number {i}", "word") for i in range(100)]
+    path = write(tmp_path / "mine.jsonl", [*rows, *rows[:7], {"prompt": "no response"}, as_prompt("empty", " ")])
+    _, facts = make(Workload(source="trace", trace_path=path, num_requests=None), 0)
+    assert facts.rows == 109
+    assert facts.dropped == {
+        "no prompt and response, or the prompt of another": 9,
+        "not of the held-out side": 100 - facts.requests,
+    }
+
+
 def test_pairs_of_which_none_is_held_out_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "few.jsonl", [as_prompt("the only question", "an answer")])
     with pytest.raises(ValueError, match=r"few.jsonl: none of its 1 pairs is held out; give more"):
@@ -363,10 +375,13 @@ def test_a_model_that_the_disk_does_not_take_is_elsewhere_and_the_one_before_sta
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [as_prompt(p, "word " * t) for p, t in zip(*some_pairs(600)[:2], strict=True)]
-    config = EstimationConfig(data=write(tmp_path / "rivers.jsonl", rows))
+    config = EstimationConfig(data=write(tmp_path / "rivers.jsonl", rows), force=True)
     path = tmp_path / "models" / "one.npz"
     path.parent.mkdir()
     path.write_text("the one before")
+    with pytest.raises(ValueError, match=r"one.npz: is there already; give another, or --force"):
+        train(Compact(str(path)), replace(config, force=False), seed=0)
+    assert path.read_text() == "the one before"
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     save = Model.save

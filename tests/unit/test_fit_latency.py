@@ -184,6 +184,20 @@ def test_the_command_says_what_is_missing_in_one_line(tmp_path: Path, data: str 
     assert ("BLOCK_DATA is not set" if data is None else "no-such-folder") in done.stderr
 
 
+def test_a_fit_is_written_over_only_if_that_is_asked_for(tmp_path: Path) -> None:
+    there = tmp_path / f"{PAIRS[0]}.json"
+    there.write_text("mine")
+    arguments = ("--pair", PAIRS[0], "--out", str(tmp_path))
+    (tmp_path / "profiles").mkdir()
+    done = command(*arguments, data=str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"error: {there}: is there already; give another --out, or --force to write over it"
+    ]
+    assert "mlp.csv" in command(*arguments, "--force", data=str(tmp_path)).stderr  # which is missing
+    assert there.read_text() == "mine"
+
+
 @needs_data
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_tracked_files_are_what_the_profiles_give(tmp_path: Path, pair: str) -> None:

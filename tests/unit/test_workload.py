@@ -232,7 +232,7 @@ def test_without_a_rate_a_traces_own_times_stay_as_they_are(tmp_path: Path) -> N
     requests, facts = make(workload, 0)
     assert arrivals(requests).tolist() == [0.0, 1.0, 4.0]
     assert (facts.requests, facts.native_qps) == (3, 0.5)
-    assert facts.lines()[1:] == ["replayed as recorded, at 0.5 requests/s"]
+    assert facts.lines()[1:] == ["recorded at 0.5 requests/s, replayed as it is"]
     again = arrivals(generate(own(tmp_path, num_requests=5, qps=None, arrivals="trace"), 0))
     assert again.tolist() == [0.0, 1.0, 4.0, 6.0, 7.0]  # a mean gap lies between two rounds
 
@@ -273,10 +273,14 @@ def test_what_is_done_to_a_trace_is_told(tmp_path: Path) -> None:
         "not replayed: the last 1 rows (workload.num_requests=null takes all)",
         "recorded at 0.6 requests/s, replayed at 2 (workload.qps=null replays it as it is)",
     ]
+    assert facts.lines(searched=True)[-1] == "recorded at 0.6 requests/s, replayed at each rate that the search tries"
     requests, facts = make(own(tmp_path, text, too_long="drop", num_requests=5, **settings), 0)
     assert lengths(requests).tolist() == [[10, 1], [20, 2], [10, 1], [20, 2], [10, 1]]
     assert facts.dropped["longer than 32 tokens"] == 2
     assert "replayed 2.5 times, for 5 requests" in facts.lines()
+    assert facts.native_qps == 0.6  # of the recording, not of what is left of it
+    gaps = np.diff(arrivals(generate(own(tmp_path, text, too_long="drop", **{**settings, "qps": None}), 0)))[:3]
+    assert gaps == pytest.approx([1, 1, 1])
 
 
 def test_nothing_left_of_a_trace_is_an_error(tmp_path: Path) -> None:
