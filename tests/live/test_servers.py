@@ -241,7 +241,7 @@ def test_a_run_goes_through_the_front_door_to_servers_that_run_already(mark: str
         assert eventually(lambda: answers(door), 60), (tmp_path / "door.log").read_text()
         through = [f"backend.urls=[http://127.0.0.1:{door}]", "scheduler=round_robin"]
         small = ["backend=vllm", "model=tiny", "cluster=cpu2", "workload.num_requests=30", "workload.qps=20"]
-        run, _ = finish(start(mark, tmp_path, *small, latency, *through), tmp_path)
+        run, _ = finish(start(mark, tmp_path, *small, *through), tmp_path)
         assert run.counts is not None
         assert (run.counts["sent"], run.counts["ok"]) == (30, 30)
         assert sorted(run.requests().output_tokens) == sorted(10 + i % 20 for i in range(30))
