@@ -394,10 +394,13 @@ def _target_of(path: Path, group: str) -> str | None:
     return None
 
 
-def guard(main: Callable[[], Any]) -> int:
+def guard(main: Callable[[], Any], flags: Mapping[str, str] | None = None) -> int:
     """Run a Hydra `main` and return the exit code: 2 and one line for a wrong configuration, 1 for servers that did
     not come up, for what cannot be stored and for an output that nobody reads on, 130 for Ctrl-C.
+
+    flags: options of the command's own, by the override that each stands for.
     """
+    sys.argv[1:] = [(flags or {}).get(argument, argument) for argument in sys.argv[1:]]
     return piped(lambda: _guarded(main))
 
 

@@ -325,7 +325,7 @@ def keep(key: str, path: Path, write: Callable[[Path], None]) -> tuple[Path, Not
     return path, None
 
 
-def whole(path: Path, write: Callable[[Path], None]) -> None:
+def whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have a file written whole or not at all: beside `path`, and then put there. OSError if that cannot be."""
     if _is_device(path):
         write(path)

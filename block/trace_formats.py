@@ -7,10 +7,6 @@ in silence: what is left out is counted.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import compute, parquet
-from pyarrow import csv as arrow_csv
 
 from block.choices import choose
 from block.lengths.pairs import pieces
+from block.records import Table, open_table
 from block.traces import Trace
 from block.types import Floats, Ints
 
@@ -117,7 +112,7 @@ def read(path: Path, columns: Columns, *, timed: bool) -> Trace:
     file cannot be read; ValueError, in one line with file, line, column and the key to set, if it is not of the form
     (UnknownFormat if its columns tell nothing).
     """
-    table = _table(path)
+    table = open_table(path)
     name, form = _format(table, columns, path)
     prompt_column, output_column = columns.prompt or form.prompt, columns.output or form.output
     prompt, texts = _tokens(table, prompt_column, "prompt_column", texts=form.texts or columns.prompt is not None)
@@ -149,223 +144,7 @@ def read(path: Path, columns: Columns, *, timed: bool) -> Trace:
     )
 
 
-# --------------------------------------------------------------------------------------------------------- what is read
-
-
-class _Table:
-    """Rows of a file by column; what is wrong is told by the line that it stands in."""
-
-    def __init__(self, path: Path, names: Sequence[str], rows: int) -> None:
-        self.path = path
-        self.names = list(names)
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return self._rows
-
-    def has(self, column: str) -> bool:
-        """Whether there is such a column."""
-        return column in self.names
-
-    def values(self, column: str) -> Any:
-        """The values of a column: an arrow array, or a list."""
-        raise NotImplementedError
-
-    def line(self, row: int) -> str:
-        """Where a row stands."""
-        return f"row {row + 1}"
-
-
-class _Arrow(_Table):
-    """A CSV or a parquet file."""
-
-    def __init__(self, path: Path, table: pa.Table, text: str | None = None) -> None:
-        super().__init__(path, table.column_names, table.num_rows)
-        self._table = table
-        self._text = text  # of a CSV, to find lines in
-
-    def has(self, column: str) -> bool:
-        return self._path(column) is not None
-
-    def values(self, column: str) -> Any:
-        first, *rest = self._path(column) or [column]
-        array = self._table[first]
-        return compute.struct_field(array, rest) if rest else array
-
-    def _path(self, column: str) -> list[str] | None:
-        """The nested fields that a dotted path names; None if there are no such."""
-        if column in self.names:
-            return [column]
-        first, *rest = column.split(".")
-        if first not in self.names:
-            return None
-        kind = self._table.schema.field(first).type
-        for part in rest:
-            if not pa.types.is_struct(kind) or kind.get_field_index(part) < 0:
-                return None
-            kind = kind.field(part).type
-        return [first, *rest]
-
-    def line(self, row: int) -> str:
-        if self._text is None:
-            return super().line(row)
-        reader = csv.reader(io.StringIO(self._text), delimiter=_delimiter(self._text))
-        filled = 0
-        for fields in reader:
-            filled += bool(fields)
-            if filled == row + 2:  # the header is the first
-                return f"line {reader.line_num}"
-        return super().line(row)
-
-
-class _Records(_Table):
-    """A JSON file: objects, each with the line that it stands in, if it is of JSON lines."""
-
-    def __init__(self, path: Path, records: Sequence[Mapping[str, Any]], lines: Sequence[int] | None) -> None:
-        names = dict.fromkeys(str(name) for record in records for name in record)
-        super().__init__(path, list(names), len(records))
-        self._records = records
-        self._lines = lines
-
-    def has(self, column: str) -> bool:
-        return any(_at(record, column) is not None for record in self._records)
-
-    def values(self, column: str) -> Any:
-        return [_at(record, column) for record in self._records]
-
-    def line(self, row: int) -> str:
-        return super().line(row) if self._lines is None else f"line {self._lines[row]}"
-
-
-def _at(record: Mapping[str, Any], column: str) -> Any:
-    """The value of a name or dotted path in an object; None if it has none."""
-    if column in record:
-        return record[column]
-    value: Any = record
-    for part in column.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
-
-
-def _table(path: Path) -> _Table:
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder; give one file")
-    content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError) as error:
-            raise ValueError(f"{path}: cannot be unpacked: {error}") from error
-    if content[:4] == b"PAR1":
-        try:
-            return _filled(_Arrow(path, parquet.read_table(io.BytesIO(content))))
-        except pa.ArrowException as error:
-            raise ValueError(f"{path}: is no parquet file: {_first_line(error)}") from error
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}: line {line} is not UTF-8 (byte 0x{content[error.start]:02x}); save the file as UTF-8"
-        ) from error
-    if "\0" in text:
-        raise ValueError(f"{path}: is no text; give CSV, JSON, JSON lines or parquet")
-    return _filled(_json(path, text) if text.lstrip()[:1] in ("{", "[") else _csv(path, text))
-
-
-def _filled(table: _Table) -> _Table:
-    if not len(table):
-        raise ValueError(f"{table.path}: holds no request")
-    return table
-
-
-_HOLDERS = ("requests", "data", "rows")  # names by which an object holds the list of all requests
-
-
-def _json(path: Path, text: str) -> _Table:
-    """Records of JSON lines, of a list, or of an object that holds one."""
-    try:
-        whole = json.loads(text)
-    except json.JSONDecodeError:
-        if text.lstrip()[:1] == "[":
-            raise ValueError(f"{path}: is no JSON: {_position(text)}") from None
-    else:
-        if isinstance(whole, dict):
-            held = next((whole[name] for name in _HOLDERS if _are_records(whole.get(name))), None)
-            return _Records(path, [whole], [1]) if held is None else _Records(path, held, None)
-        if not _are_records(whole):
-            raise ValueError(f"{path}: must hold a list of objects, one for each request")
-        return _Records(path, whole, None)
-    records, lines = [], []
-    for number, line in enumerate(text.split("\n"), 1):  # and at nothing else that Unicode takes for the end of a line
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is no JSON: {error.msg} at character {error.colno}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f'{path}: line {number} is no object, such as {{"input_length": 12}}')
-        records.append(record)
-        lines.append(number)
-    return _Records(path, records, lines)
-
-
-def _are_records(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
-
-
-def _position(text: str) -> str:
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        return f"{error.msg} in line {error.lineno}"
-    return ""
-
-
-def _delimiter(text: str) -> str:
-    """What separates the fields of a CSV, by its header."""
-    header = text.split("\n", 1)[0]
-    return max(",\t;|", key=header.count)
-
-
-def _csv(path: Path, text: str) -> _Table:
-    if not text.strip():
-        raise ValueError(f"{path}: is empty")
-    delimiter = _delimiter(text)
-    header = next(csv.reader(io.StringIO(text), delimiter=delimiter))
-    twice = [name for name in header if header.count(name) > 1]
-    if twice:
-        raise ValueError(f"{path}: line 1 has the column {twice[0]!r} twice")
-    try:
-        table = arrow_csv.read_csv(
-            io.BytesIO(text.encode()),
-            parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values='"' in text),
-            convert_options=arrow_csv.ConvertOptions(null_values=[""], true_values=[], false_values=[]),
-        )
-    except pa.ArrowException as error:
-        raise ValueError(f"{path}: {_ragged(text, delimiter) or _first_line(error)}") from error
-    return _Arrow(path, table, text=text)
-
-
-def _ragged(text: str, delimiter: str) -> str | None:
-    """The first line of a CSV that has more or fewer fields than its header."""
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
-    wanted = len(next(reader))
-    for fields in reader:
-        if fields and len(fields) != wanted:
-            return f"line {reader.line_num} has {len(fields)} fields, the header {wanted}"
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0]
-
-
-# ------------------------------------------------------------------------------------------------------ what it means
-
-
-def _format(table: _Table, columns: Columns, path: Path) -> tuple[str, Format]:
+def _format(table: Table, columns: Columns, path: Path) -> tuple[str, Format]:
     """The format that is named, or the one that the columns tell. Columns that are named are of any file."""
     if columns.format is not None:
         return columns.format, FORMATS[columns.format]
@@ -390,13 +169,13 @@ def _format(table: _Table, columns: Columns, path: Path) -> tuple[str, Format]:
     )
 
 
-def _column(table: _Table, column: str, key: str) -> Any:
+def _column(table: Table, column: str, key: str) -> Any:
     if not table.has(column):
         raise ValueError(f"{table.path}: has no column {column!r} for workload.{key}: {choose(column, table.names)}")
     return table.values(column)
 
 
-def _tokens(table: _Table, column: str, key: str, *, texts: bool) -> tuple[Ints, list[str] | None]:
+def _tokens(table: Table, column: str, key: str, *, texts: bool) -> tuple[Ints, list[str] | None]:
     """Counts of tokens, and the texts that were counted, if there may be `texts` and the column holds such."""
     values = _column(table, column, key)
     if isinstance(values, list) or not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
@@ -415,7 +194,7 @@ def _tokens(table: _Table, column: str, key: str, *, texts: bool) -> tuple[Ints,
     return numbers.astype(np.int64), None
 
 
-def _wrong(table: _Table, values: Any, row: int, column: str, key: str, wanted: str) -> str:
+def _wrong(table: Table, values: Any, row: int, column: str, key: str, wanted: str) -> str:
     """What is said of a value that is not what is wanted."""
     value = values[row] if isinstance(values, list) else values[row].as_py()
     shown = "nothing" if value is None else repr(value)[:60]
@@ -442,7 +221,7 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _arrivals(table: _Table, columns: Columns, form: Format) -> Floats:
+def _arrivals(table: Table, columns: Columns, form: Format) -> Floats:
     """Seconds, from any zero."""
     column = columns.time or form.time
     timed = column is not None and (columns.time is not None or table.has(column))
@@ -457,7 +236,7 @@ def _arrivals(table: _Table, columns: Columns, form: Format) -> Floats:
     return _times(table, column, columns, form)
 
 
-def _times(table: _Table, column: str, columns: Columns, form: Format, *, gaps: bool = False) -> Floats:
+def _times(table: Table, column: str, columns: Columns, form: Format, *, gaps: bool = False) -> Floats:
     """Numbers of a unit, or timestamps, in seconds. gaps: rows may have none (NaN)."""
     values = _column(table, column, "time_column")
     unit = UNITS[columns.unit or (form.unit if columns.time in (None, form.time) else "s")]
@@ -489,7 +268,7 @@ def _timestamps(texts: Sequence[Any]) -> Floats:
     return np.asarray(seconds.to_numpy(), dtype=np.float64)
 
 
-def _sessions(table: _Table, session: str) -> Iterator[list[int]]:
+def _sessions(table: Table, session: str) -> Iterator[list[int]]:
     """The rows of each session, in their order; a row without one is a session of its own."""
     turns: dict[Any, list[int]] = {}
     for row, name in enumerate(_column(table, session, "format")):
@@ -498,7 +277,7 @@ def _sessions(table: _Table, session: str) -> Iterator[list[int]]:
     yield from turns.values()
 
 
-def _turns(table: _Table, form: Format, times: Floats | None) -> Floats:
+def _turns(table: Table, form: Format, times: Floats | None) -> Floats:
     """Arrivals of turns: at their own time, else `delay` after the turn before, and at 0 for the first without any.
 
     What is replayed is open loop: a delay that its writer counted from the answer is counted from the arrival.
@@ -515,7 +294,7 @@ def _turns(table: _Table, form: Format, times: Floats | None) -> Floats:
     return arrivals
 
 
-def _whole_prompts(table: _Table, session: str, prompt: Ints, output: Ints) -> Ints:
+def _whole_prompts(table: Table, session: str, prompt: Ints, output: Ints) -> Ints:
     """Prompts with all that was said before in their session, unless the file has hashes of whole prompts."""
     if table.has("hash_ids"):
         return prompt

@@ -320,20 +320,35 @@ def _read(workload: Workload) -> Trace:
     timed = workload.arrivals == "trace"
     if workload.trace_path is None:
         advice = f"`python scripts/fetch_data.py {workload.name}` gets it, workload.source=sketch goes without"
-        return read(find_data(TRACES[workload.name].path, advice), workload._columns(), timed=timed)
+        return _recorded(find_data(TRACES[workload.name].path, advice), workload._columns(), timed)
     if workload.trace_path in pairs.SETS:
         return _held_out(workload)
     path = Path(workload.trace_path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"workload.trace_path={workload.trace_path}: no such file")
     try:
-        return read(path, workload._columns(), timed=timed)
-    except UnknownFormat:
-        if not pairs.holds_pairs(path):
+        return _recorded(path, workload._columns(), timed)
+    except UnknownFormat as unknown:
+        if not pairs.is_pairs(str(path)):
             raise
+        try:
+            held_out = _held_out(workload)
+        except pairs.NoPairs:
+            raise unknown from None
     if timed:
         raise ValueError(f"{path}: prompts and responses have no times; take workload.arrivals=poisson")
-    return _held_out(workload)
+    return held_out
+
+
+def _recorded(path: Path, columns: Columns, timed: bool) -> Trace:
+    """What the file holds; a search asks for it at each rate, and it is read once until it changes."""
+    state = path.stat()
+    return _kept(path, columns, timed, (state.st_dev, state.st_ino, state.st_mtime_ns, state.st_size))
+
+
+@lru_cache(maxsize=1)
+def _kept(path: Path, columns: Columns, timed: bool, state: tuple[int, ...]) -> Trace:
+    return read(path, columns, timed=timed)
 
 
 def _held_out(workload: Workload) -> Trace:

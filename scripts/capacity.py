@@ -36,5 +36,5 @@ def search(settings: DictConfig, job: DictConfig) -> float | list[float]:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = ["capacity.fresh=true" if argument == "--fresh" else argument for argument in sys.argv[1:]]
-    sys.exit(config.guard(lambda: sweep.whole(main, "capacity")) or (1 if sweep.Tally.failed else 0))
+    flags = {"--fresh": "capacity.fresh=true"}
+    sys.exit(config.guard(lambda: sweep.whole(main, "capacity"), flags) or (1 if sweep.Tally.failed else 0))

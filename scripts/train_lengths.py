@@ -57,5 +57,4 @@ def run(settings: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = ["estimation.force=true" if argument == "--force" else argument for argument in sys.argv[1:]]
-    sys.exit(config.guard(main))
+    sys.exit(config.guard(main, {"--force": "estimation.force=true"}))

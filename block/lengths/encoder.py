@@ -17,6 +17,7 @@ from transformers.utils import logging as chatter
 from block.lengths import Estimates
 from block.lengths.compact import LONGEST
 from block.lengths.roberta import ADVICE
+from block.results import whole
 from block.types import Ints
 
 HEAD = "head.pt"
@@ -110,6 +111,4 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write `path` whole or not at all. OSError if the disk is full, where torch's own writer raises RuntimeError."""
     packed = io.BytesIO()
     torch.save(content, packed)
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(packed.getbuffer())
-    part.replace(path)
+    whole(path, lambda part: part.write_bytes(packed.getbuffer()))

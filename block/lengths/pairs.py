@@ -7,7 +7,6 @@ the rows; a prompt that occurs again, but for case and punctuation, is left out,
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from block.records import open_objects
 from block.traces import find_data
 from block.types import Ints
 
@@ -41,6 +41,10 @@ _WORDS = re.compile(r"\W+")
 _PROMPTS = ("instruction", "prompt", "question", "query")
 _RESPONSES = ("response", "output", "completion", "answer")
 _TURNS = ("conversations", "messages", "conversation")
+
+
+class NoPairs(ValueError):
+    """No record of a file is a pair of a prompt and a response."""
 
 
 class Pairs(NamedTuple):
@@ -112,14 +116,6 @@ def is_pairs(data: str) -> bool:
     return data in SETS or Path(data).suffix in (".json", ".jsonl", ".parquet")
 
 
-def holds_pairs(path: Path) -> bool:
-    """Whether `load` finds pairs in a file."""
-    try:
-        return is_pairs(str(path)) and bool(_read(path)[0])
-    except ValueError:
-        return False
-
-
 def pieces(text: str) -> int:
     """Tokens of a text, counted without a tokenizer (`COUNTED`)."""
     return len(_PIECES.findall(text))
@@ -165,24 +161,10 @@ def _paths(data: str) -> list[Path]:
 
 def _read(path: Path) -> tuple[list[tuple[str, str]], int]:
     """The pairs of a file, and the number of its records."""
-    try:
-        if path.suffix == ".parquet":
-            from pyarrow import parquet
-
-            records = parquet.read_table(path).to_pylist()
-        elif path.suffix == ".jsonl":
-            # Lines end at "\n" alone: a string of JSON may hold what else Unicode takes for the end of a line.
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-            records = [json.loads(line) for line in lines if line.strip()]
-        else:
-            records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: is no JSON, JSON lines or parquet file: {error}") from error
-    if not isinstance(records, list):
-        raise ValueError(f"{path}: must hold a list of records")
+    records = open_objects(path)
     pairs = [pair for record in records if isinstance(record, dict) and (pair := _pair(record)) is not None]
     if not pairs:
-        raise ValueError(
+        raise NoPairs(
             f"{path}: no record has a prompt ({', '.join(_PROMPTS)}) and a response ({', '.join(_RESPONSES)}), "
             f"or turns ({', '.join(_TURNS)})"
         )

@@ -283,6 +283,11 @@ def test_what_is_done_to_a_trace_is_told(tmp_path: Path) -> None:
     assert gaps == pytest.approx([1, 1, 1])
 
 
+def test_a_trace_that_changes_is_read_again(tmp_path: Path) -> None:
+    assert lengths(generate(own(tmp_path, num_requests=1), 0)).tolist() == [[10, 1]]
+    assert lengths(generate(own(tmp_path, OWN.replace("10,1", "11,1"), num_requests=1), 0)).tolist() == [[11, 1]]
+
+
 def test_nothing_left_of_a_trace_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"workload.too_long=drop: all requests of"):
         generate(own(tmp_path, max_total_tokens=5, too_long="drop"), 0)
