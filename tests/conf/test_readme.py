@@ -43,8 +43,9 @@ def small(line: str) -> list[str]:
     if line.startswith("python run.py"):
         keys.append("runs_dir=runs")
     if line.startswith("python scripts/capacity.py"):
-        low_rates = ["capacity.low=4", "capacity.high=12", "capacity.tolerance=2", "cluster.num_gpus=3"]
-        keys += ["capacity.seeds=1", "capacity.slo_s=[1]", *low_rates]
+        low_rates = ["capacity.low=4", "capacity.high=12", "capacity.tolerance=2"]
+        few = [] if "cluster=mixed" in line else ["cluster.num_gpus=3"]
+        keys += ["capacity.seeds=1", "capacity.slo_s=[1]", *low_rates, *few]
     for experiment in re.findall(r"\bexperiment=(\S+)", line):
         params = OmegaConf.select(OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml"), "hydra.sweeper.params")
         keys += [f"{key}={first(str(values))}" for key, values in (params or {}).items()]
