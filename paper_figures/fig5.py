@@ -64,7 +64,7 @@ def draw(table: pd.DataFrame) -> Any:
     for (name, label), marker in zip(LATENCIES.items(), ("s", "o", "v", "X"), strict=True):
         axes[1].plot(block.index, block[name], color=greys[name], marker=marker, markeredgewidth=0, label=label)
     axes[1].set(title="latency if sent to (s), Block", xlabel="requests/s", ylim=(0, None))
-    axes[1].legend(frameon=False, loc="upper left")
+    axes[1].legend(frameon=False, loc="best")
     columns = [f"ranked_{rank}" for rank in range(1, INSTANCES + 1)]
     shares = table.melt(["scheduler"], columns, "rank", "share")
     shares["rank"] = shares["rank"].str.removeprefix("ranked_").astype(int)

@@ -64,11 +64,16 @@ def draw(table: pd.DataFrame) -> Any:
     for row, scheduler in zip(axes, OURS, strict=True):
         for axis, slo in zip(row, settings.SLO_S, strict=False):
             part = table[(table["scheduler"] == scheduler) & (table["slo_s"] == slo)]
+            beyond = dict.fromkeys(places, 0)
             for shift, baseline in zip((0.22, 0.0, -0.22), BASELINES, strict=True):
                 one = part[part["baseline"] == baseline]
                 for _, far in one[one["gain_percent"] > MOST].iterrows():
+                    beyond[far["setting"]] += 1  # beside those of other baselines
                     axis.annotate(
-                        f"{far['gain_percent']:+.0f} →", (MOST, places[far["setting"]] + shift - 0.1), ha="right"
+                        f"{far['gain_percent']:+.0f} →",
+                        (MOST - 20 * (beyond[far["setting"]] - 1), places[far["setting"]] + shift - 0.1),
+                        color=style.COLOURS[style.NAMES[baseline]],
+                        ha="right",
                     )
                 one = one[one["gain_percent"] <= MOST]
                 name = style.NAMES[baseline]
