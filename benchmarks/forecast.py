@@ -7,8 +7,9 @@ import time
 import numpy as np
 from testbed import compose_run, serve, warm_up
 
-from block.predictor import Predictor
-from block.types import Forecast, Request, Snapshot
+from block.core.snapshot import Snapshot
+from block.core.types import Forecast, Request
+from block.engine.predictor import Predictor
 
 Asked = tuple[list[Snapshot], list[list[Request]], Request, float]
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import uvloop
 
-from block.instances.launch import free_ports
+from block.backends.launch import free_ports
 
 RATE = 1000  # requests/s
 ROUNDS = 5
@@ -198,7 +198,7 @@ class Bench:
         time.sleep(3.0)
         arguments = ["scheduler=round_robin", f"server.urls=[{urls}]", f"server.port={self.port}"]
         self.door = subprocess.Popen(
-            [sys.executable, "-m", "block.server", *arguments],
+            [sys.executable, "-m", "block.gateway", *arguments],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

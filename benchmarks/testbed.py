@@ -6,7 +6,8 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from block import config, serving
+from block.run import config
+from block.run import replay as serving
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 

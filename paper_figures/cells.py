@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypeVar
 
 import pandas as pd
 
-from block.results import Run
-from block.searches import Search
+from block.store.results import Run
+from block.store.searches import Search
 
 Cell = Mapping[str, Any]
 """Values of one run or search by their keys: the group choice "scheduler", or a config value such as "workload.qps"."""

@@ -1,7 +1,7 @@
 """Figure 5: how wrong forecasts are, and how good the instance is that they choose.
 
-One request in a hundred is tried on copies of all instances at the moment of its dispatch (`block.counterfactual`), so
-that the chosen one has a true rank among them.
+One request in a hundred is tried on copies of all instances at the moment of its dispatch
+(`block.dispatch.counterfactual`), so that the chosen one has a true rank among them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from block import metrics
+from block.store import summary as metrics
 from paper_figures import cells, settings, style
 from paper_figures.verdicts import PUBLISHED, Claim, order, value
 

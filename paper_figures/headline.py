@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from block.metrics import interval
+from block.store.summary import interval
 from paper_figures import cells, fig6, settings, style, table2
 from paper_figures.verdicts import PUBLISHED, Claim, order, value
 

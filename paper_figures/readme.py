@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from block.metrics import interval
+from block.store.summary import interval
 from paper_figures import settings, style
 from paper_figures.verdicts import PUBLISHED
 

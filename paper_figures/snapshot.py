@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from block.metrics import interval
+from block.store.summary import interval
 from paper_figures import cells, settings, style, verdicts
 
 TITLE = "Latencies of each scheduler at 30 requests/s, beside the published ones"

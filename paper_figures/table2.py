@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from block.metrics import interval
+from block.store.summary import interval
 from paper_figures import cells, settings, style
 from paper_figures.verdicts import CAPACITY_QPS, PUBLISHED, Claim, above, order, shown, value
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from block.metrics import interval
+from block.store.summary import interval
 from paper_figures.catalogue import FIGURES
 
 PUBLISHED: Mapping[str, Any] = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())

@@ -15,7 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from block import config, experiment, sweep
+from block.run import config, sweep
+from block.run import execute as experiment
 
 config.register()
 

@@ -23,9 +23,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from block.choices import choose
-from block.complaints import Parser, piped
-from block.traces import TRACES, data_dirs
+from block.core.choices import choose
+from block.run.config_errors import Parser, piped
+from block.workload.traces import TRACES, data_dirs
 
 CHUNK = 1 << 16
 TIMEOUT_S = 30

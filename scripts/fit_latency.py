@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from block.complaints import Parser, piped
-from block.hardware import TRACKED, Model, gpu_named
-from block.profiling.fit import Fit, Profile, fit
-from block.profiling.transfer import LLAMA2_7B_A30
+from block.hardware.catalogue import TRACKED, Model, gpu_named
+from block.hardware.profiling.fit import Fit, Profile, fit
+from block.hardware.profiling.transfer import LLAMA2_7B_A30
+from block.run.config_errors import Parser, piped
 
 MODELS = Path(__file__).parents[1] / "conf" / "model"
 

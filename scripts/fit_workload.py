@@ -21,14 +21,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from block.choices import choose
-from block.complaints import Parser, piped
-from block.rng import stream
-from block.sketch import LengthSketch
-from block.trace_formats import Columns, read
-from block.traces import TRACES, Trace, find_data
-from block.types import Floats, Ints
-from block.workload import SKETCHES
+from block.core.arrays import Floats, Ints
+from block.core.choices import choose
+from block.core.rng import stream
+from block.run.config_errors import Parser, piped
+from block.workload.length_sketch import LengthSketch
+from block.workload.spec import SKETCHES
+from block.workload.trace_formats import Columns, read
+from block.workload.traces import TRACES, Trace, find_data
 
 ORIGINS = {
     "sharegpt": "ShareGPT, Llama-2 tokens: artifact of arXiv 2508.03611 (github.com/AKafakA/Block), MIT",

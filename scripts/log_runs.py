@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from block.complaints import Parser, piped
-from block.results import DEFAULT_ROOT, runs
-from block.tracking import MODES, Tracking, Unavailable, log_run, logged
+from block.run.config_errors import Parser, piped
+from block.store.results import DEFAULT_ROOT, runs
+from block.store.wandb import MODES, Tracking, Unavailable, log_run, logged
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,13 +13,13 @@ from pathlib import Path
 import aiohttp
 from rich.console import Console
 
-from block import clock
-from block.complaints import Parser, piped
-from block.console import progress
-from block.instances.base import InstanceFailed
-from block.instances.vllm import VLLMInstance
-from block.profiling import live
-from block.results import keep, probe, reason, whole
+from block.backends import live_profile as live
+from block.backends.instance import VLLMInstance
+from block.core import clock
+from block.dispatch.instance import InstanceFailed
+from block.run.config_errors import Parser, piped
+from block.run.console import progress
+from block.store.results import keep, probe, reason, whole
 
 
 def main() -> int:

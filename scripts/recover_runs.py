@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from block.complaints import Parser, piped
-from block.results import DEFAULT_ROOT, reason
-from block.writer import recover
+from block.run.config_errors import Parser, piped
+from block.store.results import DEFAULT_ROOT, reason
+from block.store.writer import recover
 
 
 def main() -> int:

@@ -17,13 +17,13 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from block import config, effects
-from block.complaints import ConfigError, explain
-from block.console import progress
 from block.lengths.estimation import train
 from block.lengths.roberta import RoBERTa
-from block.results import NotStored
-from block.tracking import curves
+from block.run import config, effects
+from block.run.config_errors import ConfigError, explain
+from block.run.console import progress
+from block.store.results import NotStored
+from block.store.wandb import curves
 
 config.register()
 

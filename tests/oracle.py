@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import testbed
 
-from block.engine import EngineConfig
-from block.types import Request
+from block.core.types import Request
+from block.engine.config import EngineConfig
 
 
 @dataclass(eq=False)

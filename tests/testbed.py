@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 from numba import config as numba_config
 
-from block import clock
-from block.dispatcher import DispatchConfig, Dispatcher
-from block.engine import Engine, EngineConfig, Finished
-from block.instances.simulated import SimulatedInstance
-from block.latency import LatencyModel
-from block.policies import Policy
-from block.predictor import Predictor
-from block.types import Request, RequestRecord, Snapshot
+from block.core import clock
+from block.core.snapshot import Snapshot
+from block.core.types import Request, RequestRecord
+from block.dispatch.core import DispatchConfig, Dispatcher
+from block.dispatch.policies import Policy
+from block.engine.config import EngineConfig
+from block.engine.engine import Engine, Finished
+from block.engine.latency import LatencyModel
+from block.engine.predictor import Predictor
+from block.engine.simulated_instance import SimulatedInstance
 
 COMPILED = not numba_config.DISABLE_JIT
 

@@ -29,8 +29,9 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request as VllmRequest
 from vllm.v1.structured_output import StructuredOutputManager
 
-from block.engine import EngineConfig, Finished
-from block.types import Request
+from block.core.types import Request
+from block.engine.config import EngineConfig
+from block.engine.engine import Finished
 
 TOKEN, EOS = 1, 2  # what the model says, and what it ends with
 

@@ -17,8 +17,9 @@ from typing import ClassVar, NamedTuple, Protocol, final, runtime_checkable
 
 import numpy as np
 
-from block.rng import stream
-from block.types import Floats, Ints, Request
+from block.core.arrays import Floats, Ints
+from block.core.rng import stream
+from block.core.types import Request
 
 
 class Estimates(NamedTuple):

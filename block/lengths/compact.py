@@ -22,9 +22,10 @@ from typing import Any, NamedTuple, final
 
 import numpy as np
 
+from block.core.arrays import Floats, Ints
+from block.core.paths import find
 from block.lengths import Estimates
 from block.lengths.errors import OUTRUN_SHARE, check_share, resampled
-from block.types import Floats, Ints
 
 FEATURES = 1 << 14
 SHAPE = 8
@@ -109,7 +110,7 @@ class Model(NamedTuple):
 @functools.lru_cache
 def load(path: str) -> Model:
     """The model in a file. FileNotFoundError or ValueError, in one line, if there is none, or not one of this kind."""
-    found = beside(path)
+    found = find(path)
     if not found.is_file():
         raise FileNotFoundError(f"lengths.path={path}: no such file; {ADVICE}")
     try:
@@ -125,12 +126,6 @@ def load(path: str) -> Model:
     if not sound or not all(np.isfinite(part).all() for part in parts.values()):
         raise ValueError(f"lengths.path={path}: is not a compact model of this version; {ADVICE}")
     return Model(**parts, origin=origin)
-
-
-def beside(path: str) -> Path:
-    """`path` in the current directory, or beside the package if it is not there."""
-    here = Path(path).expanduser()
-    return here if here.exists() or here.is_absolute() else Path(__file__).parents[2] / path
 
 
 def features(prompt: str) -> tuple[Ints, Floats]:

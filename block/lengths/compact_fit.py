@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from block.core.arrays import Floats
 from block.lengths.compact import FEATURES, SHAPE, Model, features
 from block.lengths.errors import measured
-from block.lengths.pairs import Pairs
-from block.types import Floats
+from block.workload.prompts import Pairs
 
 PENALTIES = (0.5, 1.0, 2.0, 4.0, 8.0)
 FOLDS = 5

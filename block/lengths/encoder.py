@@ -14,11 +14,11 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as chatter
 
+from block.core.arrays import Ints
 from block.lengths import Estimates
 from block.lengths.compact import LONGEST
 from block.lengths.roberta import ADVICE
-from block.results import whole
-from block.types import Ints
+from block.store.results import whole
 
 HEAD = "head.pt"
 CHARACTERS = 8

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from block.types import Floats, Ints
+from block.core.arrays import Floats, Ints
 
 OUTRUN_SHARE = 0.3
 """Tokens still to come of a response that has outrun its estimate, per token that it has: the mean of `compact`'s

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from block.choices import choose
+from block.core.arrays import Floats, Ints
+from block.core.choices import choose
 from block.lengths import Constant, Estimates, Lengths, Reader
 from block.lengths.compact import Compact
 from block.lengths.errors import measured
-from block.lengths.pairs import Pairs, Split, load
 from block.lengths.roberta import ERRORS, RoBERTa
-from block.results import keep, probe, whole, write_json
-from block.types import Floats, Ints
+from block.store.results import keep, probe, whole, write_json
+from block.workload.prompts import Pairs, Split, load
 
 BASELINES = ("mean", "median", "prompt_length")
 """Fitted where they are evaluated: a constant, another one, and a parabola of the prompt's logarithm."""

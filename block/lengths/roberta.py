@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
+from block.core.arrays import Floats, Ints
+from block.core.paths import find
 from block.lengths import Estimates
-from block.lengths.compact import beside
 from block.lengths.errors import OUTRUN_SHARE, check_share, resampled
-from block.types import Floats, Ints
 
 if TYPE_CHECKING:
     from block.lengths.encoder import Regressor
@@ -65,7 +65,7 @@ class RoBERTa:
 
 def folder(path: str) -> Path:
     """Where the trained model is. FileNotFoundError if there is none."""
-    found = beside(path)
+    found = find(path)
     if not (found / "head.pt").is_file():
         raise FileNotFoundError(f"lengths.path={path}: no trained model there; {ADVICE}")
     return found

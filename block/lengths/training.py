@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from block.core.rng import stream
 from block.lengths.encoder import Regressor, loss, write
-from block.lengths.pairs import Pairs
 from block.lengths.roberta import RoBERTa
-from block.rng import stream
+from block.workload.prompts import Pairs
 
 CHECKPOINT = "checkpoint.pt"
 WARMUP_SHARE = 0.06

@@ -22,8 +22,8 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from block.latency import LatencyModel, decode_time, linear_time, prefill_time
-from block.types import Floats
+from block.core.arrays import Floats
+from block.engine.latency import LatencyModel, decode_time, linear_time, prefill_time
 
 LATENCY = "BLOCK_LATENCY"
 DILATION = "BLOCK_DILATION"

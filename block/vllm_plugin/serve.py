@@ -14,17 +14,17 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from block.vllm_plugin.board import Board
 from block.vllm_plugin.lifetime import die_with_parent
 from block.vllm_plugin.requirements import Incompatible, check_version
+from block.vllm_plugin.state_buffer import Board
 
 API_SERVER = "vllm.entrypoints.openai.api_server"
 PARENT = "BLOCK_PARENT"
 """Environment: the process that this server must not outlive."""
 
 HOOKS = [
-    "--scheduler-cls=block.vllm_plugin.scheduler.publishing",
-    "--middleware=block.vllm_plugin.view.SnapshotView",
+    "--scheduler-cls=block.vllm_plugin.publisher.publishing",
+    "--middleware=block.vllm_plugin.routes.SnapshotView",
 ]
 
 

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from block.latency import LatencyModel
+from block.engine.latency import LatencyModel
 from block.vllm_plugin import serve
 from block.vllm_plugin.executor import LATENCY, step_seconds
 from block.vllm_plugin.lifetime import die_with_parent
@@ -31,8 +31,8 @@ PRELOADED = (
     "vllm.v1.engine.async_llm",
     "vllm.v1.core.sched.async_scheduler",
     "vllm.model_executor.models.llama",
-    "block.vllm_plugin.scheduler",
-    "block.vllm_plugin.view",
+    "block.vllm_plugin.publisher",
+    "block.vllm_plugin.routes",
 )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from block import config
+from block.run import config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"

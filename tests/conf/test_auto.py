@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from commands import built
 
-from block import config
-from block.backends import VLLM
-from block.cluster import Simulated
-from block.complaints import ConfigError
+from block.backends.simulated import Simulated
+from block.backends.vllm import VLLM
+from block.run import config
+from block.run.config_errors import ConfigError
 
 
 @pytest.mark.parametrize("gpus", [0, 11])

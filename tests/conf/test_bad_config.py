@@ -16,10 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from block import config
-from block.complaints import ConfigError, explain, quoted
-from block.effects import without_effect
-from block.experiment import execute
+from block.run import config
+from block.run.config_errors import ConfigError, explain, quoted
+from block.run.effects import without_effect
+from block.run.execute import execute
 
 
 def complaint(*overrides: str) -> str:
@@ -101,7 +101,11 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     # a class that is not there, or cannot be a choice
     (["scheduler._target_=Mine"], "scheduler._target_=Mine: ", ["module.Class"]),
     (["scheduler._target_=nonesuch.Mine"], "scheduler._target_=nonesuch.Mine: ", ["No module named 'nonesuch'"]),
-    (["scheduler._target_=block.policies.Mine"], "scheduler._target_=block.policies.Mine: ", ["no attribute 'Mine'"]),
+    (
+        ["scheduler._target_=block.dispatch.policies.Mine"],
+        "scheduler._target_=block.dispatch.policies.Mine: ",
+        ["no attribute 'Mine'"],
+    ),
     (["scheduler._target_=pathlib.Path"], "scheduler._target_=pathlib.Path: ", ["must be a dataclass", "scheduler"]),
     # not of the form
     (["workload.qps"], "workload.qps: ", ["not of the form key=value"]),

@@ -15,7 +15,7 @@ from commands import CONF, ROOT, SMALL, TINY, alive, command, start
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from block.results import runs
+from block.store.results import runs
 
 LONG = ["workload.num_requests=200000", "tracking=none"]  # half a minute: it is stopped in the middle
 SUMMARY = (

@@ -9,11 +9,11 @@ from commands import CONF, TINY, built, choices, composed
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from block import policies
-from block.config import RunConfig
+from block.dispatch import policies
 from block.lengths import Oracle
 from block.lengths.compact import Compact
-from block.serving import Outcome, requests_of, serve
+from block.run.config import RunConfig
+from block.run.replay import Outcome, requests_of, serve
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "experiment")
 EXPERIMENTS = choices("experiment")

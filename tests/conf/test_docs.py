@@ -11,8 +11,8 @@ import pytest
 from commands import ROOT, composed
 from test_readme import run_small
 
-from block import config
-from block.effects import without_effect
+from block.run import config
+from block.run.effects import without_effect
 
 OWN = ("sweeps.md", "workloads.md")  # which have tests of their own
 DOCS = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in OWN]
@@ -27,7 +27,7 @@ def shown(*starts: str) -> list[str]:
 
 COMMANDS = shown("python run.py", "python scripts/capacity.py")
 REAL = [line for line in COMMANDS if re.search(r"\bbackend=(vllm|emulated)", line)]
-SERVERS = shown("python -m block.server")
+SERVERS = shown("python -m block.gateway")
 
 
 def test_there_are_commands_to_try() -> None:

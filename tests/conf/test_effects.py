@@ -12,10 +12,10 @@ from commands import TINY, command, composed
 from omegaconf import DictConfig
 from rich.console import Console
 
-from block import config
-from block.complaints import ConfigError
-from block.console import announce
-from block.effects import READ, RULES, refuse_in_all, without_effect
+from block.run import config
+from block.run.config_errors import ConfigError
+from block.run.console import announce
+from block.run.effects import READ, RULES, refuse_in_all, without_effect
 
 PROMPTS = ["workload=trace", "workload.trace_path=gpteacher", "workload.arrivals=poisson"]
 PARALLEL = "model.tensor_parallel=2"
@@ -95,8 +95,8 @@ IDLE: list[tuple[str, list[str], str]] = [
     ("serve", ["capacity.slo_s=[3]"], "scripts/capacity.py"),
     ("serve", ["capacity={low: 3}"], "scripts/capacity.py"),
     ("serve", ["capacity.fresh=true"], "scripts/capacity.py"),
-    ("serve", ["server.port=80"], "block.server"),
-    ("serve", ["server.urls=[http://h:1]"], "block.server"),
+    ("serve", ["server.port=80"], "block.gateway"),
+    ("serve", ["server.urls=[http://h:1]"], "block.gateway"),
     ("serve", ["estimation.data=sharegpt_text"], "train_lengths.py"),
     ("serve", ["estimation.scores=x.json"], "evaluate_lengths"),
     ("serve", ["objective=e2e_mean_s"], "sweeper"),
@@ -117,7 +117,7 @@ IDLE: list[tuple[str, list[str], str]] = [
     ("capacity", ["command=evaluate_lengths"], "run.py"),
     ("capacity", ["tracking.project=x"], "not mirrored"),
     ("capacity", ["objective=e2e_mean_s"], "sweeper"),
-    ("capacity", ["server.port=80"], "block.server"),
+    ("capacity", ["server.port=80"], "block.gateway"),
     ("capacity", ["estimation.epochs=2"], "train_lengths.py"),
     ("capacity", ["scheduler=random", "dispatch.ledger=false"], "only counts"),
     ("server", ["workload.qps=3"], "run.py"),
@@ -200,7 +200,10 @@ ALWAYS = {
     *("model.name", "model.layers", "model.hidden_size", "model.intermediate_size", "model.heads", "model.kv_heads"),
     *("model.kv_dtype_bytes", "model.experts", "model.experts_per_token", "model.expert_size", "model.shared_size"),
     *("model.dense_layers", "model.kv_lora_rank", "model.q_lora_rank", "model.qk_rope_head_dim"),
-    *("model.qk_nope_head_dim", "model.v_head_dim"),  # of one kind of model: together or not at all (block.hardware)
+    *(
+        "model.qk_nope_head_dim",
+        "model.v_head_dim",
+    ),  # of one kind of model: together or not at all (block.hardware.catalogue)
     *("engine.version", "engine.max_num_seqs", "engine.max_num_batched_tokens", "engine.max_model_len"),
     *("engine.block_size", "engine.watermark", "engine.num_gpu_blocks", "engine.async_scheduling"),
     *("engine.long_prefill_token_threshold", "engine.enable_chunked_prefill"),

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from commands import SMALL, TINY, command
 
-from block.results import runs
+from block.store.results import runs
 
 FAULTY = """
 from dataclasses import dataclass
 from typing import ClassVar
 
-from block.policies import Needs, least
+from block.dispatch.policies import Needs, least
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def test_a_search_tells_of_a_trace_that_is_not_sound(folder: Path) -> None:
 
 
 def test_so_it_is_in_a_sweep_whose_other_jobs_go_on(folder: Path) -> None:
-    targets = "scheduler._target_=mine.faulty.Late,block.policies.Random"
+    targets = "scheduler._target_=mine.faulty.Late,block.dispatch.policies.Random"
     done = command("run.py", "-m", *TINY, "scheduler=random", targets, "hydra/launcher=joblib", folder=folder)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

@@ -11,7 +11,7 @@ import pytest
 from commands import CONF, ROOT, command
 from omegaconf import OmegaConf
 
-from block.results import Run, runs
+from block.store.results import Run, runs
 from paper_figures.catalogue import FIGURES
 
 README = (ROOT / "README.md").read_text()

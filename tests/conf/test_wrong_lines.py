@@ -182,14 +182,14 @@ LINES: dict[str, str] = {
         'workload.qps=${seed}'
         scheduler._target_=os.system
         scheduler._target_=block
-        scheduler._target_=block.policies
+        scheduler._target_=block.dispatch.policies
         scheduler._target_=.x
         scheduler._target_=x.
         scheduler._target_=null
         scheduler._target_=3
         scheduler._target_=[a]
-        workload._target_=block.policies.Block → workload.name: no such key
-        scheduler._target_=block.hardware.Model → scheduler.k: no such key
+        workload._target_=block.dispatch.policies.Block → workload.name: no such key
+        scheduler._target_=block.hardware.catalogue.Model → scheduler.k: no such key
         +scheduler._args_=[1]
         +scheduler._partial_=true
         +scheduler._recursive_=nope
@@ -248,7 +248,7 @@ LINES: dict[str, str] = {
         lengths=roberta estimation.learning_rate=0
         --data x → --data
     """,
-    "block.server": r"""
+    "block.gateway": r"""
         server.urls=[]
         server.urls=http://h:1
         server.urls=[h:1]

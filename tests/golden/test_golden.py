@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from testbed import poisson, round_latency, serve
 
-from block.dispatcher import DispatchConfig
-from block.engine import EngineConfig
+from block.dispatch.core import DispatchConfig
+from block.dispatch.policies import Block, LeastRequests, LlumnixMinus
+from block.engine.config import EngineConfig
 from block.lengths import Noisy, tag
-from block.policies import Block, LeastRequests, LlumnixMinus
 
 FOLDER = Path(__file__).parent
 SMALL = {"max_model_len": 512, "max_num_seqs": 12, "max_num_batched_tokens": 256}

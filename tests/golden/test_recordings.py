@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from testbed import constant_latency, request
 
-from block import scheduler as s
-from block.engine import Engine, EngineConfig
-from block.types import CHUNK, ID, NEXT, PREEMPTED, Snapshot
+from block.core.snapshot import CHUNK, ID, NEXT, PREEMPTED, Snapshot
+from block.engine import scheduler as s
+from block.engine.config import EngineConfig
+from block.engine.engine import Engine
 
 RECORDINGS = Path(__file__).parent / "recordings"
 BLOCKS = {"emulated-sync": (139, 16), "emulated-async": (139, 16), "cpu-sync": (69, 32)}

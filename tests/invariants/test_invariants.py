@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from testbed import Run, engine_config, examples, request, round_latency, serve
 
-from block import clock, workload
-from block.arrivals import gamma_gaps
-from block.dispatcher import DispatchConfig
-from block.engine import Engine, EngineConfig
-from block.lengths import Noisy, tag
-from block.policies import (
+from block.core import clock
+from block.core.rng import stream
+from block.core.snapshot import BLOCKS, CHUNK, COMPUTED, ID, NEXT, OUTPUT, PENDING, PREEMPTED, PROMPT, TARGET, Snapshot
+from block.core.types import Request
+from block.dispatch.core import DispatchConfig
+from block.dispatch.policies import (
     Block,
     INFaaS,
     LeastRequests,
@@ -34,21 +34,11 @@ from block.policies import (
     Random,
     RoundRobin,
 )
-from block.rng import stream
-from block.types import (
-    BLOCKS,
-    CHUNK,
-    COMPUTED,
-    ID,
-    NEXT,
-    OUTPUT,
-    PENDING,
-    PREEMPTED,
-    PROMPT,
-    TARGET,
-    Request,
-    Snapshot,
-)
+from block.engine.config import EngineConfig
+from block.engine.engine import Engine
+from block.lengths import Noisy, tag
+from block.workload import spec as workload
+from block.workload.arrivals import gamma_gaps
 
 POLICIES: list[Policy] = [
     Random(),
@@ -293,8 +283,8 @@ def test_inv_6_a_decision_does_not_know_true_lengths(case: Case) -> None:
 SCRIPT = """
 import sys
 from testbed import engine_config, poisson, round_latency, serve
-from block.policies import Block
-from block.writer import RunWriter
+from block.dispatch.policies import Block
+from block.store.writer import RunWriter
 config = engine_config("v0", watermark=0.03, max_model_len=512, max_num_batched_tokens=64)
 run = serve(poisson(120, 4.0, 3, prompt=60, output=40), Block(k=2), config=config, latency=round_latency(), instances=3,
             total_blocks=140, seed=7, noise=0.1, delay_s=0.02)

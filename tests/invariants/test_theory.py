@@ -18,9 +18,9 @@ import pytest
 from numpy.typing import NDArray
 from testbed import constant_latency, engine_config, request, serve
 
-from block.engine import Engine
-from block.policies import LeastRequests, Policy, Random, RoundRobin
-from block.types import Request
+from block.core.types import Request
+from block.dispatch.policies import LeastRequests, Policy, Random, RoundRobin
+from block.engine.engine import Engine
 
 STEP = 0.01
 Floats = NDArray[np.float64]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from testbed import round_latency
 
-from block.hardware import Model
-from block.latency import decode_time, linear_time, prefill_time
+from block.engine.latency import decode_time, linear_time, prefill_time
+from block.hardware.catalogue import Model
 
 pytest.importorskip("tokenizers")
 
@@ -110,7 +110,7 @@ def test_the_tiny_model_is_made_once_and_is_whole(tmp_path: Path, monkeypatch: p
     from safetensors.numpy import load_file
     from transformers import AutoTokenizer
 
-    from block.instances import model_files
+    from block.backends import model_files
 
     monkeypatch.setenv("BLOCK_CACHE", str(tmp_path))
     folder = model_files.tiny_model(TINY, 512)
@@ -133,7 +133,7 @@ def test_the_tiny_model_is_made_once_and_is_whole(tmp_path: Path, monkeypatch: p
 
 
 def test_an_emulated_model_has_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from block.instances import model_files
+    from block.backends import model_files
 
     monkeypatch.setenv("BLOCK_CACHE", str(tmp_path))
     folder = model_files.emulated_model(TINY, 512)

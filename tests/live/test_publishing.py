@@ -11,15 +11,16 @@ import pytest
 from test_twin_vllm import MODES, MakeReal, Pair, Workload, crowd
 from testbed import engine_config, request
 
-from block.fleet import engine_of
-from block.types import CHUNK, EXPECTED, ID, MAX_TOKENS, PROMPT, Request, Snapshot
-from block.vllm_plugin.board import STARTED, TIMED, Board, read_dump
+from block.backends.servers import engine_of
+from block.core.snapshot import CHUNK, EXPECTED, ID, MAX_TOKENS, PROMPT, Snapshot
+from block.core.types import Request
+from block.vllm_plugin.state_buffer import STARTED, TIMED, Board, read_dump
 
 
 @pytest.fixture
 def board(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> Board:
     """A board on which the schedulers of this test's engines publish."""
-    from block.vllm_plugin import scheduler
+    from block.vllm_plugin import publisher as scheduler
 
     made, path = Board.create()
     monkeypatch.setenv("BLOCK_BOARD", path)

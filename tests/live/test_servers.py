@@ -16,8 +16,8 @@ import pandas as pd
 import pytest
 from processes import eventually, kill_all, marked
 
-from block.results import Run, read_run, runs
-from block.writer import recover
+from block.store.results import Run, read_run, runs
+from block.store.writer import recover
 
 pytest.importorskip("vllm")
 
@@ -190,9 +190,9 @@ def test_a_server_that_cannot_start_is_told_in_one_line_with_its_log(mark: str, 
 
 def test_a_run_goes_through_the_front_door_to_servers_that_run_already(mark: str, tmp_path: Path) -> None:
     """Two tiny models started by hand; a door that chooses by forecasts; a run that knows the door only."""
-    from block.hardware import Model
-    from block.instances.launch import free_ports
-    from block.instances.model_files import tiny_model
+    from block.backends.launch import free_ports
+    from block.backends.model_files import tiny_model
+    from block.hardware.catalogue import Model
 
     model = tiny_model(Model("tiny", "none", 2, 64, 128, 4, 2, 32, 2048, tied_embeddings=True, dtype_bytes=4), 2048)
     first, second, door = free_ports(3)
@@ -234,7 +234,7 @@ def test_a_run_goes_through_the_front_door_to_servers_that_run_already(mark: str
         urls = f"[http://127.0.0.1:{first},http://127.0.0.1:{second}]"
         latency = f"backend.latency_model={ROOT}/artifacts/latency/cpu-tiny.json"
         begin(
-            *("block.server", "scheduler=block", "backend=vllm", "model=tiny", "cluster=cpu2", latency),
+            *("block.gateway", "scheduler=block", "backend=vllm", "model=tiny", "cluster=cpu2", latency),
             *(f"server.urls={urls}", f"server.port={door}", "server.host=127.0.0.1"),
             log="door.log",
         )

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from block.types import Decision, Forecast, Request, RequestRecord
-from block.writer import RunWriter
+from block.core.types import Decision, Forecast, Request, RequestRecord
+from block.store.writer import RunWriter
 
 NAN = float("nan")
 

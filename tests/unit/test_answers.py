@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from block.answers import UserFault, check, checked, rehearse
-from block.policies import Needs, RoundRobin, least
-from block.types import Decision, InstanceView, Request, Views
+from block.core.types import Decision, InstanceView, Request, Views
+from block.dispatch.policies import Needs, RoundRobin, least
+from block.dispatch.policy_checks import UserFault, check, checked, rehearse
 
 REQUEST = Request(7, 0.0, 10, 5, 5)
 VIEWS = Views([2, 0], [[], []], [0, 0], [0, 0], None, None)

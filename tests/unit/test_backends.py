@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from block import backends, cluster
-from block.backends import VLLM, VLLMCPU, Emulated
-from block.cluster import ClusterConfig
-from block.engine import EngineConfig
-from block.fleet import _unlike, engine_of
-from block.hardware import Model
-from block.instances.base import LaunchFailed
-from block.vllm_plugin.board import EngineLimits
+from block.backends import vllm as backends
+from block.backends.emulated import Emulated
+from block.backends.servers import _unlike, engine_of
+from block.backends.vllm import VLLM
+from block.backends.vllm_cpu import VLLMCPU
+from block.cluster import spec as cluster
+from block.cluster.spec import ClusterConfig
+from block.dispatch.instance import LaunchFailed
+from block.engine.config import EngineConfig
+from block.hardware.catalogue import Model
+from block.vllm_plugin.state_buffer import EngineLimits
 
 LLAMA = Model("llama2-7b", "meta-llama/Llama-2-7b-hf", 32, 4096, 11008, 32, 32, 128, 32000)
 TWO = Model("two", "-", 32, 4096, 11008, 32, 32, 128, 32000, tensor_parallel=2)
@@ -74,7 +77,7 @@ def test_the_predictor_knows_the_engine_by_its_board() -> None:
         scheduler_reserve_full_isl=False,
     )
     assert (packed == again.limits(500)).all()
-    from block.scheduler import WATERMARK
+    from block.engine.scheduler import WATERMARK
 
     assert packed[WATERMARK] == 12
     assert engine_of(limits._replace(watermark_blocks=0)).limits(500)[WATERMARK] == 0

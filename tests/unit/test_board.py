@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from block.types import FIELDS, ID, PROMPT
-from block.vllm_plugin import board as b
-from block.vllm_plugin.board import Board, EngineLimits, read_dump
+from block.core.snapshot import FIELDS, ID, PROMPT
+from block.vllm_plugin import state_buffer as b
+from block.vllm_plugin.state_buffer import Board, EngineLimits, read_dump
 
 LIMITS = EngineLimits(100, 16, 48, 512, 4096, 3, 7, True, False, False)
 

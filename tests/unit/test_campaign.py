@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from block import campaign, config
-from block.campaign import Composer, Job
-from block.provenance import SOURCE
-from block.results import Run, experiment_hash
-from block.writer import RunWriter
+from block.core.paths import shipped
+from block.run import campaign, config
+from block.run.campaign import Composer, Job
+from block.store.results import Run, experiment_hash
+from block.store.writer import RunWriter
 
 ALWAYS = ("backend=simulated", "tracking=none", "workload.num_requests=40")
-CONF = SOURCE / "conf"
+CONF = shipped("conf")
 
 
 def job(composer: Composer, cell: dict[str, Any], *, search: bool = False) -> Job:
@@ -74,7 +74,9 @@ def test_a_file_of_one_s_own_is_read_again_by_the_next_composer(tmp_path: Path) 
 
 
 def test_the_fingerprints_of_a_policy_of_one_s_own_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own_policy.py").write_text("from block.policies import Random\n\n\nclass Mine(Random):\n    pass\n")
+    (tmp_path / "own_policy.py").write_text(
+        "from block.dispatch.policies import Random\n\n\nclass Mine(Random):\n    pass\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     base = job(Composer(CONF, ALWAYS), {"scheduler": "random"}).hashes
     own = job(Composer(CONF, ALWAYS), {"scheduler": "random", "scheduler._target_": "own_policy.Mine"}).hashes

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from block.capacity import CapacityConfig, crossings
+from block.run.capacity import CapacityConfig, crossings
 
 
 def exponential(qps: float, at: float = 30.0, per: float = 2.0) -> float:

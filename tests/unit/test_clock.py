@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from block import clock
-from block.virtual import SimulationStalled
+from block.core import clock
+from block.core.virtual import SimulationStalled
 
 
 def virtually(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:

@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 from testbed import open_loop, request
 
-from block import clock, cluster
-from block.cluster import ClusterConfig, Mixed, Pool, Simulated, visible_gpus
-from block.dispatcher import DispatchConfig, Dispatcher
-from block.engine import EngineConfig
-from block.hardware import Model
-from block.latency import decode_time, linear_time, prefill_time
-from block.policies import Block, RoundRobin
-from block.types import RequestRecord
+from block.backends.simulated import Simulated
+from block.cluster import spec as cluster
+from block.cluster.spec import ClusterConfig, Mixed, Pool
+from block.core import clock
+from block.core.types import RequestRecord
+from block.dispatch.core import DispatchConfig, Dispatcher
+from block.dispatch.policies import Block, RoundRobin
+from block.engine.config import EngineConfig
+from block.engine.latency import decode_time, linear_time, prefill_time
+from block.hardware.catalogue import Model
+from block.hardware.devices import visible_gpus
 
 LLAMA = Model("llama2-7b", "meta-llama/Llama-2-7b-hf", 32, 4096, 11008, 32, 32, 128, 32000)
 TWO_GPUS = Model("two", "-", 32, 4096, 11008, 32, 32, 128, 32000, tensor_parallel=2)

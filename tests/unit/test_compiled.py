@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import block
-from block.results import runs
+from block.store.results import runs
 
 PACKAGE = Path(block.__file__).parent
 ROOT = PACKAGE.parent
@@ -39,9 +39,9 @@ def copy(tmp_path: Path) -> Path:
 def cache_folder(package: Path, cache: Path | None = None) -> Path:
     """Where the package at `package` keeps its machine code."""
     environment = {"NUMBA_CACHE_DIR": "" if cache is None else str(cache)}
-    code = "import block.compiled, numba; print(block.compiled.__file__); print(numba.config.CACHE_DIR)"
+    code = "import block.core.jit, numba; print(block.core.jit.__file__); print(numba.config.CACHE_DIR)"
     file, folder = python(code, package.parent, **environment).splitlines()
-    assert Path(file).parent == package
+    assert Path(file).parent == package / "core"
     return Path(folder)
 
 
@@ -55,7 +55,7 @@ def test_the_cache_moves_when_a_compiled_module_changes(copy: Path, tmp_path: Pa
     assert folder.parent == cache
     assert cache_folder(copy, cache) == folder
     seen = {folder}
-    for changed in ("scheduler.py", "types.py"):  # types holds constants that are compiled in
+    for changed in ("engine/scheduler.py", "core/snapshot.py"):  # snapshot holds constants that are compiled in
         append(copy / changed, "\n# changed\n")
         folder = cache_folder(copy, cache)
         assert folder not in seen
@@ -64,7 +64,7 @@ def test_the_cache_moves_when_a_compiled_module_changes(copy: Path, tmp_path: Pa
 
 def test_the_cache_stays_when_another_module_changes(copy: Path, tmp_path: Path) -> None:
     folder = cache_folder(copy, tmp_path / "cache")
-    append(copy / "console.py", "\n# changed\n")
+    append(copy / "run/console.py", "\n# changed\n")
     assert cache_folder(copy, tmp_path / "cache") == folder
 
 
@@ -80,7 +80,7 @@ def test_machine_code_of_an_older_source_is_removed_and_nothing_else(copy: Path,
     other.mkdir()
     assert cache_folder(copy, cache) == old
     assert old.exists()
-    append(copy / "scheduler.py", "\n# changed\n")
+    append(copy / "engine/scheduler.py", "\n# changed\n")
     cache_folder(copy, cache)
     assert not old.exists()
     assert other.exists()
@@ -89,7 +89,7 @@ def test_machine_code_of_an_older_source_is_removed_and_nothing_else(copy: Path,
 @pytest.mark.skipif(PLAIN, reason="nothing is compiled")
 def test_division_by_zero_follows_numpy(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "ratio.py").write_text(
-        "from block.compiled import compiled\n\n@compiled\ndef ratio(a, b):\n    return a / b\n"
+        "from block.core.jit import compiled\n\n@compiled\ndef ratio(a, b):\n    return a / b\n"
     )
     environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "NUMBA_DISABLE_JIT": "0"}
     printed = python("from ratio import ratio; print(ratio(1.0, 0.0), ratio(0.0, 0.0))", tmp_path, **environment)
@@ -110,5 +110,5 @@ def test_plain_python_serves_the_same_requests(tmp_path: Path) -> None:
 
 
 def test_disabling_compilation_gives_plain_functions() -> None:
-    code = "from types import FunctionType; from block.scheduler import blocks; print(isinstance(blocks, FunctionType))"
+    code = "import types; from block.engine.scheduler import blocks; print(isinstance(blocks, types.FunctionType))"
     assert python(code, NUMBA_DISABLE_JIT="1") == "True"

@@ -14,9 +14,9 @@ import aiohttp
 import pytest
 from test_server import STREAMED, PluginMock, stream
 
-from block import compiled
-from block.compiled import _Stopwatch
-from block.results import runs
+from block.core import jit as compiled
+from block.core.jit import _Stopwatch
+from block.store.results import runs
 
 ROOT = Path(compiled.__file__).parents[1]
 LINE = "compiling, once for this version of the code: half a minute or so\n"
@@ -89,7 +89,7 @@ def test_a_front_door_has_compiled_all_before_it_is_open(scheduler: str, tmp_pat
         corrected = ["dispatch.correction_steps=20"] if scheduler == "block" else []
         keys = [f"server.urls=[{urls}]", "server.host=127.0.0.1", "server.port=0", f"scheduler={scheduler}"]
         door = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "block.server", *keys, *corrected),
+            *(sys.executable, "-m", "block.gateway", *keys, *corrected),
             env={**os.environ, "NUMBA_CACHE_DIR": str(cache)},
             cwd=ROOT,
             stdout=asyncio.subprocess.PIPE,

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from block import cluster
-from block.backends import VLLM
-from block.cluster import Backend, ClusterConfig, Mixed, Pool, Simulated
-from block.console import announce, progress, report, report_line
-from block.engine import EngineConfig
-from block.hardware import Model
-from block.results import Run
+from block.backends.simulated import Simulated
+from block.backends.vllm import VLLM
+from block.cluster import spec as cluster
+from block.cluster.fleet import Backend
+from block.cluster.spec import ClusterConfig, Mixed, Pool
+from block.engine.config import EngineConfig
+from block.hardware.catalogue import Model
+from block.run.console import announce, progress, report, report_line
+from block.store.results import Run
 
 SUMMARY: dict[str, float | int | None] = {
     "ttft_mean_s": 0.5,

@@ -11,14 +11,16 @@ import pytest
 from test_serving import run, served
 from testbed import DECODE, FIXED, PER_KV, PER_SEQUENCE, PER_TOKEN, engine_config, request, round_latency
 
-from block import policies
-from block.cluster import ClusterConfig, Simulated
-from block.correction import Corrected, expected_time
-from block.dispatcher import DispatchConfig
-from block.engine import Engine
-from block.predictor import Predictor
-from block.types import Forecast, Request, Snapshot
-from block.workload import Workload
+from block.backends.simulated import Simulated
+from block.cluster.spec import ClusterConfig
+from block.core.snapshot import Snapshot
+from block.core.types import Forecast, Request
+from block.dispatch import policies
+from block.dispatch.core import DispatchConfig
+from block.dispatch.correction import Corrected, expected_time
+from block.engine.engine import Engine
+from block.engine.predictor import Predictor
+from block.workload.spec import Workload
 
 CONFIG = engine_config("v1", max_num_seqs=8, max_num_batched_tokens=64, max_model_len=400)
 PACKED = round_latency().pack()

@@ -13,13 +13,14 @@ import pytest
 from test_serving import run, served
 from testbed import constant_latency, engine_config, open_loop, request
 
-from block import clock, policies
-from block.cluster import Simulated
-from block.counterfactual import Counterfactuals, sample
-from block.dispatcher import DispatchConfig, Dispatcher
-from block.engine import Engine
-from block.instances.simulated import SimulatedInstance
-from block.types import Decision, InstanceView, Request
+from block.backends.simulated import Simulated
+from block.core import clock
+from block.core.types import Decision, InstanceView, Request
+from block.dispatch import policies
+from block.dispatch.core import DispatchConfig, Dispatcher
+from block.dispatch.counterfactual import Counterfactuals, sample
+from block.engine.engine import Engine
+from block.engine.simulated_instance import SimulatedInstance
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from testbed import constant_latency, engine_config, open_loop, request, round_latency, serve
 
-from block import clock
-from block.dispatcher import DispatchConfig, Dispatcher
-from block.engine import EngineConfig
-from block.instances.base import InstanceFailed, RequestFailed
-from block.policies import Block, INFaaS, LeastRequests, MinQPM, Needs, Random, RoundRobin
-from block.predictor import Predictor
-from block.types import FIELDS, ID, Decision, Forecast, InstanceView, Request, RequestRecord, Snapshot
+from block.core import clock
+from block.core.snapshot import FIELDS, ID, Snapshot
+from block.core.types import Decision, Forecast, InstanceView, Request, RequestRecord
+from block.dispatch.core import DispatchConfig, Dispatcher
+from block.dispatch.instance import InstanceFailed, RequestFailed
+from block.dispatch.policies import Block, INFaaS, LeastRequests, MinQPM, Needs, Random, RoundRobin
+from block.engine.config import EngineConfig
+from block.engine.predictor import Predictor
 
 
 @dataclass

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from oracle import ReferenceScheduler
 from testbed import constant_latency, engine_config, examples, request, round_latency
 
-from block import scheduler as s
-from block.engine import Engine, EngineConfig, Finished
-from block.types import EXPECTED, ID, PROMPT, Request
+from block.core.snapshot import EXPECTED, ID, PROMPT
+from block.core.types import Request
+from block.engine import scheduler as s
+from block.engine.config import EngineConfig
+from block.engine.engine import Engine, Finished
 
 KINDS: dict[str, dict[str, Any]] = {
     "v0": {"version": "v0", "watermark": 0.02},

@@ -26,11 +26,11 @@ from block.lengths.compact import Compact, Model, load
 from block.lengths.compact_fit import fit
 from block.lengths.errors import BINS, measured, resampled
 from block.lengths.estimation import EstimationConfig, baseline, calibration, evaluate, scores, train
-from block.lengths.pairs import Pairs, is_pairs, pieces
-from block.lengths.pairs import load as load_pairs
 from block.lengths.roberta import RoBERTa
-from block.results import NotStored
-from block.workload import Workload, generate, make
+from block.store.results import NotStored
+from block.workload.prompts import Pairs, is_pairs, pieces
+from block.workload.prompts import load as load_pairs
+from block.workload.spec import Workload, generate, make
 
 TRACKED = Path(__file__).resolve().parents[2] / "artifacts" / "lengths" / "compact.npz"
 ODD = ["", " ", "x" * 100_000, "word " * 20_000, "你好,世界。" * 50, "\x00\xff\x07\ud800" * 9, "🙂" * 300, "?"]

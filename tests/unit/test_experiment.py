@@ -23,13 +23,16 @@ from hydra import compose, initialize_config_dir
 from joblib import parallel_config
 from omegaconf import DictConfig, OmegaConf
 
-from block import config, experiment, policies, results, writer
-from block.answers import UserFault
-from block.complaints import ConfigError
-from block.experiment import do, execute, search
-from block.predictor import Predictor
-from block.results import NotStored, Run, experiment_hash, runs
-from block.types import Decision, Forecast, InstanceView, Request
+from block.core.types import Decision, Forecast, InstanceView, Request
+from block.dispatch import policies
+from block.dispatch.policy_checks import UserFault
+from block.engine.predictor import Predictor
+from block.run import config
+from block.run import execute as experiment
+from block.run.config_errors import ConfigError
+from block.run.execute import do, execute, search
+from block.store import results, writer
+from block.store.results import NotStored, Run, experiment_hash, runs
 
 CONF = Path(__file__).parents[2] / "conf"
 TINY = ["workload.num_requests=60", "workload.qps=6", "cluster.num_gpus=3", "tracking=none"]
@@ -143,8 +146,8 @@ from typing import ClassVar
 
 from {package}.helper import STEP
 
-from block.policies import Needs
-from block.types import Decision
+from block.dispatch.policies import Needs
+from block.core.types import Decision
 
 
 @dataclass
@@ -444,8 +447,11 @@ def test_another_policy_is_another_search_and_what_is_stored_is_called_so(
     [
         (["scheduler=po2"], "po2"),
         (["scheduler=block_star"], "block_star"),
-        (["scheduler=random", "scheduler._target_=block.policies.RoundRobin"], "block.policies.RoundRobin"),
-        (["scheduler=random", "scheduler._target_=block.policies.Random"], "random"),
+        (
+            ["scheduler=random", "scheduler._target_=block.dispatch.policies.RoundRobin"],
+            "block.dispatch.policies.RoundRobin",
+        ),
+        (["scheduler=random", "scheduler._target_=block.dispatch.policies.Random"], "random"),
     ],
 )
 def test_a_run_is_filed_under_what_it_was(overrides: list[str], name: str) -> None:

@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
-from block import config, experiment
-from block.results import Run
-from block.searches import Search
+from block.run import config
+from block.run import execute as experiment
+from block.store.results import Run
+from block.store.searches import Search
 from paper_figures import cells, readme, report, settings, style, verdicts
 from paper_figures.catalogue import FIGURES
 from paper_figures.verdicts import Claim, order, value

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from block.hardware import Model, gpu_named
-from block.latency import LatencyModel, decode_time, linear_time, prefill_time
-from block.profiling.fit import Profile, fit
-from block.profiling.profiles import EMBEDDING, LAYER
-from block.profiling.repair import impossible, operator_floor, repair
+from block.engine.latency import LatencyModel, decode_time, linear_time, prefill_time
+from block.hardware.catalogue import Model, gpu_named
+from block.hardware.profiling.fit import Profile, fit
+from block.hardware.profiling.profiles import EMBEDDING, LAYER
+from block.hardware.profiling.repair import impossible, operator_floor, repair
 
 ROOT = Path(__file__).parents[2]
 TINY = Model("tiny", "none", 3, 1024, 4096, 8, 8, 128, 1000)

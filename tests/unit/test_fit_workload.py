@@ -7,11 +7,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from block.arrivals import RateProfile
-from block.rng import stream
-from block.sketch import LengthSketch
-from block.trace_formats import Columns, read
-from block.traces import TRACES
+from block.core.rng import stream
+from block.workload.arrivals import RateProfile
+from block.workload.length_sketch import LengthSketch
+from block.workload.trace_formats import Columns, read
+from block.workload.traces import TRACES
 
 ROOT = Path(__file__).parents[2]
 TRACKED = ROOT / "artifacts" / "workloads"

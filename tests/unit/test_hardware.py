@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from block.hardware import GPUS, TRACKED, Model, gpu_named, kv_blocks, latency_model, roofline
-from block.instances.base import LaunchFailed
-from block.instances.model_files import emulated_model, tiny_model
-from block.latency import decode_time, linear_time, prefill_time
+from block.backends.model_files import emulated_model, tiny_model
+from block.dispatch.instance import LaunchFailed
+from block.engine.latency import decode_time, linear_time, prefill_time
+from block.hardware.catalogue import GPUS, TRACKED, Model, gpu_named, kv_blocks, latency_model, roofline
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from block.latency import (
+from block.engine.latency import (
     LatencyModel,
     decode_run_time,
     decode_time,

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from block.instances import launch
-from block.instances.base import LaunchFailed
-from block.instances.launch import ServerSpec, free_ports, launching
+from block.backends import launch
+from block.backends.launch import ServerSpec, free_ports, launching
+from block.dispatch.instance import LaunchFailed
 
 SERVER = textwrap.dedent(
     """

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from block.latency import decode_time, linear_time, prefill_time
-from block.profiling import live
-from block.types import Floats
-from block.vllm_plugin.board import EngineLimits
+from block.backends import live_profile as live
+from block.core.arrays import Floats
+from block.engine.latency import decode_time, linear_time, prefill_time
+from block.vllm_plugin.state_buffer import EngineLimits
 
 LIMITS = EngineLimits(1000, 16, 48, 512, 4096, 0, 0, True, False, False)
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from block.metrics import interval, summarise
+from block.store.summary import interval, summarise
 
 NAN = float("nan")
 

@@ -13,15 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from testbed import constant_latency, engine_config, examples, request, round_latency
 
-from block import clock
-from block.dispatcher import DispatchConfig, Dispatcher
-from block.engine import Engine, EngineConfig, Finished
-from block.instances.simulated import SimulatedInstance
-from block.migration import MigrationConfig, Migrator, candidate, pairs
-from block.policies import Llumnix, RoundRobin, freeness
-from block.predictor import Predictor
-from block.types import BLOCKS, COMPUTED, ID, OUTPUT, PROMPT, Request, RequestRecord
-from block.virtual import SimulationStalled
+from block.cluster.migration import MigrationConfig, Migrator, candidate, pairs
+from block.core import clock
+from block.core.snapshot import BLOCKS, COMPUTED, ID, OUTPUT, PROMPT
+from block.core.types import Request, RequestRecord
+from block.core.virtual import SimulationStalled
+from block.dispatch.core import DispatchConfig, Dispatcher
+from block.dispatch.policies import Llumnix, RoundRobin, freeness
+from block.engine.config import EngineConfig
+from block.engine.engine import Engine, Finished
+from block.engine.predictor import Predictor
+from block.engine.simulated_instance import SimulatedInstance
 
 KINDS: dict[str, dict[str, Any]] = {
     "v0": {"version": "v0", "watermark": 0.02},

@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 
-from block.instances.base import one_by_one
-from block.monitor import Monitor
-from block.types import FIELDS, Request, RequestRecord, Snapshot
+from block.core.snapshot import FIELDS, Snapshot
+from block.core.types import Request, RequestRecord
+from block.dispatch.instance import one_by_one
+from block.dispatch.monitor import Monitor
 
 NAMES = ["time", "request_id", "instance_id", "free_blocks", "running", "waiting", "preemptions"]
 

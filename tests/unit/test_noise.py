@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from test_serving import run, served
 
-from block import policies
-from block.dispatcher import DispatchConfig
-from block.noise import NoisyForecaster
-from block.types import Forecast, Request, Snapshot
+from block.core.snapshot import Snapshot
+from block.core.types import Forecast, Request
+from block.dispatch import policies
+from block.dispatch.core import DispatchConfig
+from block.dispatch.noise import NoisyForecaster
 
 
 class Constant:

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from block.vllm_plugin import board as b
 from block.vllm_plugin import platform, requirements
-from block.vllm_plugin.board import Board, read_dump
+from block.vllm_plugin import state_buffer as b
 from block.vllm_plugin.requirements import Incompatible, check_version, require
-from block.vllm_plugin.view import SnapshotView
+from block.vllm_plugin.routes import SnapshotView
+from block.vllm_plugin.state_buffer import Board, read_dump
 
 
 @pytest.mark.parametrize("version", ["0.27.0", "0.32.0", "0.33.1rc2"])
@@ -84,7 +84,7 @@ async def behind(scope: dict[str, Any], receive: Any, send: Any) -> None:
 
 
 def test_the_view_shows_the_board_and_passes_on_everything_else(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("block.vllm_plugin.view.vllm_version", lambda: "0.32.0")
+    monkeypatch.setattr("block.vllm_plugin.routes.vllm_version", lambda: "0.32.0")
     board.seqs[:, :2] = 9
     board.header[b.COLUMNS] = 2
     board.steps[0] = range(b.STEP)

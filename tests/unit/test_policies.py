@@ -10,7 +10,9 @@ from random import Random as Stream
 import numpy as np
 import pytest
 
-from block.policies import (
+from block.core.snapshot import COMPUTED, EXPECTED, FIELDS, OUTPUT, PROMPT, TARGET, Snapshot
+from block.core.types import Decision, Forecast, InstanceView, Request
+from block.dispatch.policies import (
     Block,
     INFaaS,
     LeastRequests,
@@ -21,19 +23,6 @@ from block.policies import (
     Policy,
     Random,
     RoundRobin,
-)
-from block.types import (
-    COMPUTED,
-    EXPECTED,
-    FIELDS,
-    OUTPUT,
-    PROMPT,
-    TARGET,
-    Decision,
-    Forecast,
-    InstanceView,
-    Request,
-    Snapshot,
 )
 
 REQUEST = Request(100, 0.0, 50, 60, 70)

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from testbed import constant_latency, engine_config, examples, poisson, request, round_latency, serve
 
-from block.engine import Engine, EngineConfig
-from block.policies import Block
-from block.predictor import OUTRUN_MARGIN, Predictor, Predictors
-from block.types import CHUNK, ID, MAX_TOKENS, OUTPUT, PENDING, TARGET, Forecast, Request, Snapshot
+from block.core.snapshot import CHUNK, ID, MAX_TOKENS, OUTPUT, PENDING, TARGET, Snapshot
+from block.core.types import Forecast, Request
+from block.dispatch.policies import Block
+from block.engine.config import EngineConfig
+from block.engine.engine import Engine
+from block.engine.predictor import OUTRUN_MARGIN, Predictor, Predictors
 
 KINDS: dict[str, dict[str, Any]] = {
     "v0": {"version": "v0", "watermark": 0.02},

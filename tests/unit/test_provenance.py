@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from block.provenance import SOURCE, code_hash, own_modules
+from block.core.paths import PACKAGE
+from block.store.provenance import code_hash, own_modules
 
 CODE = '"""Doc."""\n\ndef f(x):\n    """More."""\n    return x + 1  # why\n'
 
@@ -34,8 +35,8 @@ def test_comments_docstrings_and_layout_are_not_code(tmp_path: Path, text: str, 
 
 def test_what_only_watches_is_no_part_of_it(tmp_path: Path) -> None:
     base = hash_of(tmp_path, engine=CODE)
-    assert hash_of(tmp_path, console=CODE, server__door=CODE) == base
-    assert hash_of(tmp_path, instances__simulated=CODE) != base
+    assert hash_of(tmp_path, run__console=CODE, gateway__app=CODE) == base
+    assert hash_of(tmp_path, engine__batch=CODE) != base
 
 
 def test_the_modules_of_one_s_own_are_found_by_what_they_import(
@@ -68,4 +69,4 @@ def test_the_modules_of_one_s_own_are_found_by_what_they_import(
 
 
 def test_the_package_has_one(tmp_path: Path) -> None:
-    assert len(code_hash(SOURCE / "block")) == 16
+    assert len(code_hash(PACKAGE)) == 16

@@ -13,18 +13,19 @@ from typing import Any, ClassVar
 import pytest
 from testbed import constant_latency, engine_config, poisson, request, round_latency
 
-from block import clock
-from block.cluster import Fleet
-from block.dispatcher import DispatchConfig, Dispatcher
-from block.engine import Engine, EngineConfig
-from block.instances.base import LaunchFailed, one_by_one
-from block.instances.simulated import SimulatedInstance
-from block.monitor import Monitor
-from block.policies import Block, Needs, RoundRobin
-from block.predictor import Predictor
-from block.provisioner import Elastic, Preempt, Relief
-from block.scaler import Scaler
-from block.types import Decision, Forecast, InstanceView, Request
+from block.cluster.fleet import Fleet
+from block.cluster.provisioner import Elastic, Preempt, Relief
+from block.cluster.scaler import Scaler
+from block.core import clock
+from block.core.types import Decision, Forecast, InstanceView, Request
+from block.dispatch.core import DispatchConfig, Dispatcher
+from block.dispatch.instance import LaunchFailed, one_by_one
+from block.dispatch.monitor import Monitor
+from block.dispatch.policies import Block, Needs, RoundRobin
+from block.engine.config import EngineConfig
+from block.engine.engine import Engine
+from block.engine.predictor import Predictor
+from block.engine.simulated_instance import SimulatedInstance
 
 
 def views(*forecasts: tuple[float, float] | None) -> list[InstanceView]:

@@ -22,11 +22,11 @@ import pyarrow.parquet as pq
 import pytest
 from stored import CONFIG, DECISIONS, INSTANCES, RECORDS, store, warnings
 
-from block import provenance
-from block import writer as writing
-from block.config import _Root
-from block.results import KEYS, NotStored, frame, probe, read_run, runs, whole, write_json
-from block.writer import RunWriter, recover
+from block.run.config import _Root
+from block.store import provenance
+from block.store import writer as writing
+from block.store.results import KEYS, NotStored, frame, probe, read_run, runs, whole, write_json
+from block.store.writer import RunWriter, recover
 
 # ------------------------------------------------------------------------------------------------------- round trip
 
@@ -303,7 +303,7 @@ def test_the_log_goes_to_the_run_while_it_runs(tmp_path):
 # A run in a process of its own, which stops at the stage named by its first argument.
 CHILD = """
 import os, sys, time
-from block.writer import RunWriter
+from block.store.writer import RunWriter
 from pathlib import Path
 from stored import *
 
@@ -461,7 +461,7 @@ def test_a_place_is_probed_and_left_as_it_was(tmp_path):
 
 FULL = """
 import resource, sys
-from block.writer import RunWriter
+from block.store.writer import RunWriter
 from pathlib import Path
 from stored import *
 

@@ -5,9 +5,9 @@ import sys
 import numpy as np
 import pytest
 
-from block.rng import stream
+from block.core.rng import stream
 
-DRAW = "from block.rng import stream; print(stream(7, 'arrivals').integers(2**62, size=4).tolist())"
+DRAW = "from block.core.rng import stream; print(stream(7, 'arrivals').integers(2**62, size=4).tolist())"
 
 
 def test_the_same_seed_and_name_repeat() -> None:

@@ -18,8 +18,8 @@ from encoders import make_encoder
 from block.lengths import training
 from block.lengths.encoder import Regressor
 from block.lengths.estimation import EstimationConfig, train
-from block.lengths.pairs import Pairs, counter
 from block.lengths.roberta import RoBERTa
+from block.workload.prompts import Pairs, counter
 
 ODD = ["", " ", "x" * 100_000, "你好,世界。" * 50, "\x00\xff\x07\ud800" * 9, "Write a poem.", "🙂" * 300]
 SETTINGS = training.Settings(epochs=3, batch_size=4, learning_rate=1e-3, patience=5, checkpoint_every=2)
@@ -174,7 +174,7 @@ def test_a_model_that_is_not_there_or_not_sound_is_told_in_one_line(tmp_path: Pa
 def test_neither_torch_nor_transformers_is_imported_by_what_does_not_need_them() -> None:
     code = """
 import sys
-from block.config import CHOICES
+from block.run.config import CHOICES
 from block.lengths.compact import Compact
 Compact().predict(["hello"])
 assert CHOICES["lengths"]["roberta"]

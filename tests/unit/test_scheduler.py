@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from oracle import ReferenceScheduler
 from testbed import constant_latency, engine_config, examples, replay, request
 
-from block.engine import Engine, EngineConfig, Finished
-from block.types import BLOCKS, CHUNK, COMPUTED, ID, NEXT, OUTPUT, PENDING, PREEMPTED, Request, Snapshot
+from block.core.snapshot import BLOCKS, CHUNK, COMPUTED, ID, NEXT, OUTPUT, PENDING, PREEMPTED, Snapshot
+from block.core.types import Request
+from block.engine.config import EngineConfig
+from block.engine.engine import Engine, Finished
 
 BOTH = pytest.mark.parametrize("version", ["v0", "v1"])
 

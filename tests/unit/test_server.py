@@ -30,16 +30,16 @@ from aiohttp import web
 from multidict import CIMultiDictProxy
 from testbed import constant_latency
 
-from block import policies
-from block.dispatcher import DispatchConfig
-from block.instances.launch import free_ports
+from block.backends.launch import free_ports
+from block.core.arrays import Ints
+from block.dispatch import policies
+from block.dispatch.core import DispatchConfig
+from block.gateway.app import Door
+from block.gateway.config import ServerConfig
+from block.gateway.openai import completion_tokens, error_event, read, tagged
 from block.lengths import Estimates, Lengths, Oracle
-from block.server.door import Door
-from block.server.openai import completion_tokens, error_event, read, tagged
-from block.server_config import ServerConfig
-from block.types import Ints
-from block.vllm_plugin import board as b
-from block.vllm_plugin.board import Board, EngineLimits
+from block.vllm_plugin import state_buffer as b
+from block.vllm_plugin.state_buffer import Board, EngineLimits
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWER = b'{"id": "cmpl-1",  "choices": [{"text": "\\u00e9 \xc3\xa9"}], "usage": {"completion_tokens": 7}}\n'
@@ -1052,14 +1052,14 @@ def test_a_wrong_command_ends_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nobody_s_policy.py").write_text(
-        "from dataclasses import dataclass\nfrom block.policies import Random\n\n"
+        "from dataclasses import dataclass\nfrom block.dispatch.policies import Random\n\n"
         "@dataclass(frozen=True)\nclass Two(Random):\n    def candidates(self, *_):\n        return [0, 1]\n"
     )
-    monkeypatch.setattr(sys, "argv", ["block.server", *arguments])
+    monkeypatch.setattr(sys, "argv", ["block.gateway", *arguments])
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("block.server", run_name="__main__")
+        runpy.run_module("block.gateway", run_name="__main__")
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert line.startswith(says)
@@ -1070,7 +1070,7 @@ async def command(*arguments: str) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "block.server",
+        "block.gateway",
         "server.host=127.0.0.1",
         *arguments,
         env={**os.environ, "HYDRA_FULL_ERROR": "0"},

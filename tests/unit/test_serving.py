@@ -10,18 +10,19 @@ from typing import Any, ClassVar
 
 import pytest
 
-from block import policies
-from block.answers import UserFault
-from block.cluster import ClusterConfig, Mixed, Pool, Simulated
-from block.config import RunConfig
-from block.dispatcher import DispatchConfig
-from block.engine import EngineConfig
-from block.hardware import Model
+from block.backends.simulated import Simulated
+from block.cluster.spec import ClusterConfig, Mixed, Pool
+from block.core.types import Decision, InstanceView, Request
+from block.dispatch import policies
+from block.dispatch.core import DispatchConfig
+from block.dispatch.policy_checks import UserFault
+from block.engine.config import EngineConfig
+from block.hardware.catalogue import Model
 from block.lengths import Noisy, Oracle
-from block.serving import PROGRESS_EVERY, Outcome, requests_of, serve
-from block.tracking import Tracking
-from block.types import Decision, InstanceView, Request
-from block.workload import Workload
+from block.run.config import RunConfig
+from block.run.replay import PROGRESS_EVERY, Outcome, requests_of, serve
+from block.store.wandb import Tracking
+from block.workload.spec import Workload
 
 LLAMA = Model("llama2-7b", "meta-llama/Llama-2-7b-hf", 32, 4096, 11008, 32, 32, 128, 32000)
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from testbed import constant_latency, engine_config, request, round_latency
 
-from block import clock
-from block.bank import Bank
-from block.engine import Engine, Finished
-from block.instances.base import Instance
-from block.instances.simulated import Looks, SimulatedInstance
-from block.types import ID, Request, RequestRecord, Snapshot
+from block.core import clock
+from block.core.snapshot import ID, Snapshot
+from block.core.types import Request, RequestRecord
+from block.dispatch.instance import Instance
+from block.engine.batch import Bank
+from block.engine.engine import Engine, Finished
+from block.engine.simulated_instance import Looks, SimulatedInstance
 
 
 def test_a_request_is_served_in_the_engines_time() -> None:

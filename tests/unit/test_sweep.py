@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from block.sweep import Tally, attempt, standing
+from block.run.sweep import Tally, attempt, standing
 
 
 @pytest.fixture(autouse=True)
@@ -254,7 +254,7 @@ def test_jobs_are_told_by_their_number_not_their_folder(subdir: str, tmp_path: P
 KILLED = """
 from dataclasses import dataclass
 from typing import ClassVar
-from block.policies import Needs
+from block.dispatch.policies import Needs
 import os, signal
 
 @dataclass(frozen=True)
@@ -304,7 +304,9 @@ def test_a_search_for_what_a_run_does_not_have_ends_in_words(tmp_path: Path) -> 
 
 
 def test_a_worker_ends_soon_after_the_process_that_started_it() -> None:
-    worker = "import os, time; from block.sweep import end_with; end_with(os.getppid()); print(os.getpid(), flush=True)"
+    worker = (
+        "import os, time; from block.run.sweep import end_with; end_with(os.getppid()); print(os.getpid(), flush=True)"
+    )
     main = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker + '; time.sleep(60)'!r}])"
     with subprocess.Popen([sys.executable, "-c", main], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -317,7 +319,7 @@ def test_a_worker_ends_soon_after_the_process_that_started_it() -> None:
 
 
 def test_only_a_worker_ends_with_its_parent() -> None:
-    lines = "import os, time; from block.sweep import end_with; end_with({}); time.sleep(1.2); print('alive')"
+    lines = "import os, time; from block.run.sweep import end_with; end_with({}); time.sleep(1.2); print('alive')"
     for main in ("os.getpid()", "1 if os.getppid() != 1 else 2"):  # the main process itself; a stranger
         done = subprocess.run(
             [sys.executable, "-c", lines.format(main)], capture_output=True, text=True, timeout=60, env=dict(os.environ)

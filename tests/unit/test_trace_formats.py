@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from block.lengths.pairs import pieces
-from block.trace_formats import FORMATS, MOST_TOKENS, Columns, UnknownFormat, read
-from block.traces import Trace
+from block.workload.prompts import pieces
+from block.workload.trace_formats import FORMATS, MOST_TOKENS, Columns, UnknownFormat, read
+from block.workload.traces import Trace
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "workloads.md"
 

@@ -19,10 +19,10 @@ import pytest
 from stored import CONFIG, record, store, warnings
 from wandb_server import serving
 
-from block import tracking
-from block.results import runs
-from block.tracking import Tracking, log_figures, log_run, logged
-from block.writer import RunWriter
+from block.store import wandb as tracking
+from block.store.results import runs
+from block.store.wandb import Tracking, log_figures, log_run, logged
+from block.store.writer import RunWriter
 
 LOG_RUNS = Path(__file__).parents[2] / "scripts" / "log_runs.py"
 

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from block import clock
-from block.instances import vllm as module
-from block.instances.base import InstanceFailed, RequestFailed
-from block.instances.vllm import VLLMInstance
-from block.types import ID, Request, RequestRecord
-from block.vllm_plugin import board as b
-from block.vllm_plugin.board import Board
+from block.backends import instance as module
+from block.backends.instance import VLLMInstance
+from block.core import clock
+from block.core.snapshot import ID
+from block.core.types import Request, RequestRecord
+from block.dispatch.instance import InstanceFailed, RequestFailed
+from block.vllm_plugin import state_buffer as b
+from block.vllm_plugin.state_buffer import Board
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ONE = Request(5, 0.0, 40, 3, 7)

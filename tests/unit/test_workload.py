@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from block.arrivals import RateProfile, recorded_gaps
-from block.rng import stream
-from block.types import Request
-from block.workload import Facts, Workload, generate, make
+from block.core.rng import stream
+from block.core.types import Request
+from block.workload.arrivals import RateProfile, recorded_gaps
+from block.workload.spec import Facts, Workload, generate, make
 
 CONF = Path(__file__).parents[2] / "conf" / "workload"
 NAMES = ("sharegpt", "arxiv", "azure_conv", "azure_code", "burstgpt")
@@ -91,7 +91,7 @@ def test_a_million_requests_are_at_hand_and_balanced() -> None:
 
 
 def test_the_module_brings_no_heavy_imports() -> None:
-    check = "import sys, block.workload; print({'hydra', 'pandas', 'torch', 'omegaconf'} & set(sys.modules))"
+    check = "import sys, block.workload.spec; print({'hydra', 'pandas', 'torch', 'omegaconf'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
 

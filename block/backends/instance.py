@@ -1,0 +1,181 @@
+"""A real vLLM server as an instance: tokens over HTTP, snapshots from its board.
+
+The server must have been started with this package's plugin (`python -m block.vllm_plugin.serve`). On this host its
+board is mapped; on another one the same bytes are fetched again and again in the background.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from contextlib import suppress
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+from block.backends.launch import answers
+from block.core import clock
+from block.core.arrays import Floats
+from block.core.snapshot import Snapshot
+from block.core.types import Request, RequestRecord
+from block.dispatch.instance import InstanceFailed, RequestFailed
+from block.vllm_plugin.publisher import TAG_EXPECTED, TAG_ID
+from block.vllm_plugin.state_buffer import STEP, Board, EngineLimits, State, read_dump
+
+POLL_S = 0.01  # wall-clock seconds between two fetches of a remote snapshot
+
+
+class WithoutPlugin(InstanceFailed):
+    """The server shows no snapshots."""
+
+
+class VLLMInstance:
+    """One server. `attach` first, `detach` at the end."""
+
+    def __init__(self, instance_id: int, url: str, session: aiohttp.ClientSession, vocabulary: int = 32000) -> None:
+        self.instance_id = instance_id
+        self.url = url.rstrip("/")
+        self._session = session
+        self._vocabulary = vocabulary
+        self._board: Board | None = None
+        self._state: State | None = None
+        self._poll: asyncio.Task[None] | None = None
+        self._model = ""
+        self.vllm_version = ""
+
+    async def attach(self) -> EngineLimits:
+        """Find the board and the name of the model; returns the engine's settings.
+
+        InstanceFailed if the server does not answer as it should, WithoutPlugin if it has no board but answers.
+        """
+        try:
+            async with self._session.get(f"{self.url}/v1/models") as response:
+                self._model = (await response.json())["data"][0]["id"]
+            async with self._session.get(f"{self.url}/block/info") as response:
+                if response.status != 200:
+                    raise WithoutPlugin(
+                        f"{self.url}: runs without this package's plugin; start it by python -m block.vllm_plugin.serve"
+                    )
+                info = await response.json()
+            self.vllm_version = info["vllm"]
+            try:
+                self._board = Board.open(info["board"], info["nonce"])
+            except (OSError, ValueError):  # another host, or another container of this one
+                await self._fetch()
+                self._poll = asyncio.create_task(self._keep_fetching())
+        except (aiohttp.ClientError, TimeoutError, KeyError, ValueError) as error:
+            raise InstanceFailed(f"{self.url}: {_reason(error)}") from error
+        return self._read().limits
+
+    @property
+    def is_local(self) -> bool:
+        """Whether snapshots come from shared memory, not over HTTP."""
+        return self._board is not None
+
+    async def detach(self) -> None:
+        """Stop looking; `attach` may follow again, to another server."""
+        if self._poll is not None:
+            self._poll.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._poll
+        self._board = self._state = self._poll = None
+
+    def _read(self) -> State:
+        if self._board is not None:
+            with suppress(TimeoutError):  # what was read last; whether the server is dead, `generate` will notice
+                self._state = self._board.read()
+        if self._state is None:
+            raise WithoutPlugin(f"{self.url}: shows no snapshots")
+        return self._state
+
+    def snapshot(self) -> Snapshot:
+        """What the scheduler published last."""
+        state = self._read()
+        return state.snapshot(self.instance_id, clock.now(), clock.at(state.started))
+
+    async def step_times(self, since: int) -> tuple[int, Floats]:
+        """How many steps the engine has timed, and those after the first `since`: float[n, STEP]."""
+        if self._board is not None:
+            return self._board.step_times(since)
+        async with self._session.get(f"{self.url}/block/steps", params={"since": since}) as response:
+            found = await response.json()
+        return found["timed"], np.array(found["steps"], dtype=np.float64).reshape(-1, STEP)
+
+    async def _fetch(self) -> None:
+        async with self._session.get(f"{self.url}/block/snapshot") as response:
+            self._state = read_dump(await response.read())
+
+    async def _keep_fetching(self) -> None:
+        while True:
+            began = time.monotonic()
+            with suppress(aiohttp.ClientError, TimeoutError, ValueError):
+                await self._fetch()  # `generate` will notice a server that is gone
+            await asyncio.sleep(max(POLL_S - (time.monotonic() - began), 0.0))
+
+    async def healthy(self) -> bool:
+        """Whether /health says so."""
+        return await answers(self._session, self.url)
+
+    async def generate(self, request: Request, record: RequestRecord) -> None:
+        """Stream the response, noting when each token came."""
+        try:
+            async with self._session.post(f"{self.url}/v1/completions", json=self._body(request)) as response:
+                if response.status != 200:
+                    text = f"{self.url}: {response.status}: {await _message(response)}"
+                    raise (InstanceFailed if response.status >= 500 else RequestFailed)(text)
+                await self._stream(response, record)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise InstanceFailed(f"{self.url}: {_reason(error)}") from error
+        preemptions = self._board.preemptions_of(request.id) if self._board is not None else None
+        record.preemptions = preemptions or 0
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        # No two prompts share a prefix, and no token is a special one.
+        start = request.id * 7919
+        prompt = [300 + (start + 31 * i) % (self._vocabulary - 300) for i in range(request.prompt_tokens)]
+        return {
+            "model": self._model,
+            "prompt": prompt,
+            "max_tokens": request.output_tokens,
+            "ignore_eos": True,
+            "temperature": 0.0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "vllm_xargs": {TAG_ID: request.id, TAG_EXPECTED: request.predicted_output_tokens},
+        }
+
+    async def _stream(self, response: aiohttp.ClientResponse, record: RequestRecord) -> None:
+        """Read server-sent events to [DONE]; the last one before it carries the token counts."""
+        last = b""
+        times = record.token_times = []
+        async for line in response.content:
+            if not line.startswith(b"data: "):
+                continue
+            now = clock.now()
+            if line.startswith(b"data: [DONE]"):
+                usage = json.loads(last).get("usage") or {}
+                record.output_tokens = int(usage.get("completion_tokens", 0))
+                return
+            if line.startswith(b'data: {"error"'):
+                raise InstanceFailed(f"{self.url}: {line[6:].decode().strip()}")
+            if b'"choices":[]' not in line:
+                if record.first_token != record.first_token:  # NaN
+                    record.first_token = now
+                record.finished = now
+                times.append(now)
+            last = line[6:]
+        raise InstanceFailed(f"{self.url}: the stream ended before its end")
+
+
+async def _message(response: aiohttp.ClientResponse) -> str:
+    """What an error response says, in one line."""
+    text = await response.text()
+    with suppress(ValueError, KeyError, TypeError):
+        text = str(json.loads(text)["error"]["message"])
+    return " ".join(text.split())[:300]
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

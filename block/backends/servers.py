@@ -1,0 +1,149 @@
+"""Real servers as a fleet: attached to, or started and stopped one by one; forecast by what they say of themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from block.cluster.fleet import Fleet
+from block.cluster.spec import Testbed
+from block.dispatch.instance import InstanceFailed, LaunchFailed
+from block.engine.config import EngineConfig
+from block.engine.latency import LatencyModel
+from block.engine.predictor import Predictor
+from block.vllm_plugin.state_buffer import EngineLimits
+
+if TYPE_CHECKING:
+    from block.backends.instance import VLLMInstance
+    from block.backends.launch import Launcher, Server, ServerSpec
+
+log = logging.getLogger(__name__)
+
+
+@asynccontextmanager
+async def launched(
+    specs: Sequence[ServerSpec],
+    starter: Any,
+    latency: LatencyModel,
+    testbed: Testbed,
+    deadline_s: float,
+    at_once: int | None = None,
+) -> AsyncIterator[Fleet]:
+    """A fleet of the servers that `specs` describe, of which the first `testbed.initial` run from the start."""
+    from block.backends.launch import launching
+
+    async with launching(starter, deadline_s=deadline_s, at_once=at_once) as launcher:
+        async with asyncio.TaskGroup() as group:
+            starting = [group.create_task(launcher.start(spec)) for spec in specs[: testbed.initial]]
+        servers = {i: task.result() for i, task in enumerate(starting)}
+        urls = [servers[i].url if i in servers else "" for i in range(len(specs))]
+        async with attached(urls, latency, testbed) as fleet:
+            yield fleet._replace(servers=_Servers(launcher, specs, servers, fleet))
+
+
+class _Servers:
+    """The servers of a fleet, by instance id."""
+
+    def __init__(
+        self, launcher: Launcher, specs: Sequence[ServerSpec], running: dict[int, Server], fleet: Fleet
+    ) -> None:
+        self._launcher = launcher
+        self._specs = specs
+        self._running = running
+        self._instances: Sequence[VLLMInstance] = fleet.instances  # type: ignore[assignment]
+        self._engines = fleet.engines
+
+    async def start(self, instance_id: int) -> None:
+        """Start a server and attach to it. LaunchFailed if it does not come up, or not as the others are."""
+        server = self._running[instance_id] = await self._launcher.start(self._specs[instance_id])
+        instance = self._instances[instance_id]
+        instance.url = server.url
+        try:
+            limits = await _attach(instance)
+            if limits is None or _said(instance, limits) != self._engines:
+                raise LaunchFailed(f"{instance.url}: other settings than the first servers: {limits}")
+        except LaunchFailed:
+            await self.stop(instance_id)
+            raise
+
+    async def stop(self, instance_id: int) -> None:
+        """Detach from a server and stop it."""
+        await self._instances[instance_id].detach()
+        await self._launcher.stop(self._running.pop(instance_id))
+
+
+def _said(instance: VLLMInstance, limits: EngineLimits) -> dict[str, Any]:
+    """What a server says of itself."""
+    return {"vllm": instance.vllm_version, **limits._asdict()}
+
+
+@asynccontextmanager
+async def attached(urls: Sequence[str], latency: LatencyModel, testbed: Testbed) -> AsyncIterator[Fleet]:
+    """Instances for running servers ("": one that does not run yet), and a predictor for the settings they report."""
+    import aiohttp
+
+    from block.backends.instance import VLLMInstance
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
+    # A connection each: a server may close an idle one just as it is used again, and would seem to have failed.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+        instances = [VLLMInstance(i, url, session, testbed.model.vocab_size) for i, url in enumerate(urls)]
+        try:
+            running = [instance for instance in instances if instance.url]
+            limits = [await _attach(instance) for instance in running]
+            known = [one for one in limits if one is not None]
+            if len(known) < len(running):  # or a front door: policies that only count need no more
+                log.warning("servers without the plugin show no snapshots: %s", ", ".join(urls))
+                yield Fleet(instances, None, {})
+                return
+            for instance, other in zip(running, known, strict=True):
+                if other != known[0]:
+                    unlike = _unlike(other, known[0])
+                    raise LaunchFailed(f"{instance.url}: other settings than {instances[0].url}: {unlike}")
+            if known[0].prefix_caching:
+                log.warning("the servers cache prefixes; forecasts do not count hits")
+            engine = engine_of(known[0])
+            if engine != replace(testbed.engine, num_gpu_blocks=None, watermark=engine.watermark):
+                log.warning("the servers run with %s", known[0])
+            predictor = Predictor(engine, latency, known[0].total_blocks)
+            yield Fleet(instances, predictor, _said(instances[0], known[0]))
+        finally:
+            for instance in instances:
+                await instance.detach()
+
+
+async def _attach(instance: VLLMInstance) -> EngineLimits | None:
+    """The settings of the server that is attached to; None if it has no plugin. LaunchFailed if it does not answer."""
+    from block.backends.instance import WithoutPlugin
+
+    try:
+        return await instance.attach()
+    except WithoutPlugin:
+        return None
+    except InstanceFailed as error:
+        raise LaunchFailed(str(error)) from error
+
+
+def engine_of(limits: EngineLimits) -> EngineConfig:
+    """The settings that a server reports, as the predictor takes them."""
+    return EngineConfig(
+        version="v1",
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_model_len=limits.max_model_len,
+        block_size=limits.block_size,
+        watermark=(limits.watermark_blocks + 0.5) / (limits.total_blocks + 1) if limits.watermark_blocks else 0.0,
+        async_scheduling=limits.async_scheduling,
+        long_prefill_token_threshold=limits.long_prefill_token_threshold,
+        scheduler_reserve_full_isl=limits.scheduler_reserve_full_isl,
+    )
+
+
+def _unlike(one: EngineLimits, other: EngineLimits) -> str:
+    pairs = zip(one._fields, one, other, strict=True)
+    return ", ".join(f"{name} {mine} and {theirs}" for name, mine, theirs in pairs if mine != theirs)

@@ -1,0 +1,109 @@
+"""Backend: engine twins on virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from block.cluster.fleet import Fleet
+from block.cluster.migration import Migrator
+from block.cluster.spec import Testbed
+from block.core.arrays import Floats
+from block.core.rng import stream
+from block.engine.batch import Bank
+from block.engine.engine import Engine
+from block.engine.latency import LatencyModel
+from block.engine.predictor import Predictor, Predictors
+from block.engine.simulated_instance import Looks, SimulatedInstance
+from block.hardware.catalogue import gpu_named, latency_model
+
+NOISE_STEPS = 4096  # an instance's noise repeats after so many steps
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """Engine twins on virtual time.
+
+    step_time_factor, step_overhead_s: calibration: a step takes its modelled time × factor + overhead.
+    step_noise: standard deviation of the factor by which each step's duration differs from that; the predictor does not
+        know it. The factors are at least 0.5.
+    slowdown: factors on the step times of instances 0, 1, …, as of GPUs that throttle, unknown to the predictor.
+    predictor_gpu: what GPUs the predictor takes the instances for; None: what they are.
+    dispatch_delay_s: seconds from a request's arrival to its arrival at the instance chosen.
+    auto: the backend before the user set anything, if real GPUs are to be taken where there are enough; else None.
+    """
+
+    step_time_factor: float = 1.0
+    step_overhead_s: float = 0.0
+    step_noise: float = 0.05
+    slowdown: tuple[float, ...] = ()
+    predictor_gpu: str | None = None
+    dispatch_delay_s: float = 0.0
+    auto: Any = None
+    virtual: ClassVar[bool] = True
+    time_dilation: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step_time_factor < math.inf:
+            raise ValueError(f"backend.step_time_factor={self.step_time_factor}: must be greater than 0")
+        if not 0 <= self.step_noise <= 1:
+            raise ValueError(f"backend.step_noise={self.step_noise}: must be between 0 and 1")
+        object.__setattr__(self, "slowdown", tuple(self.slowdown))  # Hydra passes a list
+        if not all(0 < factor < math.inf for factor in self.slowdown):
+            raise ValueError(f"backend.slowdown={list(self.slowdown)}: must be greater than 0")
+        if self.predictor_gpu is not None:
+            gpu_named(self.predictor_gpu, "backend.predictor_gpu")
+        for key in ("step_overhead_s", "dispatch_delay_s"):
+            value = getattr(self, key)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"backend.{key}={value}: must be 0 or more seconds")
+
+    def latency(self, testbed: Testbed) -> LatencyModel:
+        """The profile of the GPU and model (or their roofline), calibrated."""
+        return self._latency(self.predictor_gpu or testbed.gpu, testbed)
+
+    def _latency(self, gpu: str, testbed: Testbed) -> LatencyModel:
+        model, _ = latency_model(gpu, testbed.model)
+        return model.scaled(self.step_time_factor, self.step_overhead_s)
+
+    @asynccontextmanager
+    async def start(self, testbed: Testbed, logs: Path) -> AsyncIterator[Fleet]:
+        """Make the twins; there is nothing to stop but the migration of requests between them."""
+        migrator = None
+        if testbed.migration.interval_s > 0:
+            model, size = testbed.model, testbed.engine.block_size
+            block_bytes = model.kv_bytes * model.tensor_parallel * model.layers * size
+            migrator = Migrator(testbed.migration, size, block_bytes)
+        wake = migrator.wake if migrator else None
+        instances: list[SimulatedInstance] = []
+        bank = Bank(testbed.instances)
+        predictors: list[Predictor] = []  # of each instance; those that are alike share one
+        for kind in testbed.kinds:
+            latency, blocks = self._latency(kind.gpu, kind), kind.total_blocks
+            predictors += [Predictor(testbed.engine, self.latency(kind), blocks)] * kind.instances
+            for i in range(len(instances), len(predictors)):
+                own = latency.scaled(self.slowdown[i]) if i < len(self.slowdown) else latency
+                engine = Engine(testbed.engine, own, blocks, self._noise(testbed.seed, i), bank)
+                instances.append(SimulatedInstance(i, engine, wake))
+        look = Looks(instances, bank)
+        predictor = predictors[0] if len(testbed.kinds) == 1 else Predictors(predictors)
+        if migrator is None:
+            yield Fleet(instances, predictor, {}, look=look)
+            return
+        migrating = asyncio.create_task(migrator.run(instances, look))
+        try:
+            yield Fleet(instances, predictor, {"migrations": migrator.counts}, migrator, look=look)
+        finally:
+            migrating.cancel()
+            with suppress(asyncio.CancelledError):
+                await migrating
+
+    def _noise(self, seed: int, instance_id: int) -> Floats | None:
+        if self.step_noise == 0:
+            return None
+        return stream(seed, f"noise/{instance_id}").normal(1.0, self.step_noise, NOISE_STEPS).clip(0.5)

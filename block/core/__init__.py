@@ -1,0 +1,1 @@
+"""What everything else stands on: requests and snapshots, time, random streams, compiling, paths."""

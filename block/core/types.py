@@ -1,0 +1,179 @@
+"""Requests, forecasts, what a policy sees and decides, and the record of what happened. Times are seconds, lengths are
+tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, overload
+
+from block.core.snapshot import Snapshot, Snapshots
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request of a workload. `output_tokens` is the truth, known to the engine only.
+
+    max_tokens: the most tokens that it asks for. The model may stop before, which no scheduler can foresee; None asks
+    for `output_tokens` exactly, as a replay does that ignores the model's end of sequence. prompt: its text, if known.
+    """
+
+    id: int
+    arrival: float
+    prompt_tokens: int
+    output_tokens: int
+    predicted_output_tokens: int
+    max_tokens: int | None = None
+    prompt: str | None = None
+
+
+class Forecast(NamedTuple):
+    """Predicted seconds from now to the first token, and to the last."""
+
+    ttft: float
+    e2e: float
+
+
+class Forecasts(Sequence[Forecast]):
+    """Forecasts for several instances, by columns: the fields of a `Forecast`, which is made when it is asked for.
+
+    Where there is none they are NaN.
+    """
+
+    __slots__ = ("e2e", "ttft")
+
+    def __init__(self, ttft: Sequence[float], e2e: Sequence[float]) -> None:
+        self.ttft = ttft
+        self.e2e = e2e
+
+    @staticmethod
+    def of(forecasts: Sequence[Forecast | None]) -> Forecasts:
+        """The same by columns."""
+        if isinstance(forecasts, Forecasts):
+            return forecasts
+        known = [one or (math.nan, math.nan) for one in forecasts]
+        return Forecasts([ttft for ttft, _ in known], [e2e for _, e2e in known])
+
+    def times(self, factors: Sequence[float]) -> Forecasts:
+        """Each multiplied by a factor of its own."""
+        both = ([one * factor for one, factor in zip(times, factors, strict=True)] for times in (self.ttft, self.e2e))
+        return Forecasts(*both)
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
+
+    def __len__(self) -> int:
+        return len(self.e2e)
+
+    @overload
+    def __getitem__(self, place: int) -> Forecast: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Forecast]: ...
+    def __getitem__(self, place: int | slice) -> Forecast | Sequence[Forecast]:
+        if isinstance(place, slice):
+            return Forecasts(self.ttft[place], self.e2e[place])
+        return Forecast(self.ttft[place], self.e2e[place])
+
+
+class InstanceView(NamedTuple):
+    """What a policy may know of one instance.
+
+    underway: requests placed there that the snapshot does not show; outstanding: requests placed there and not
+    finished; recent: requests placed there in the last 60 s. `snapshot` and `forecast` are there if the policy needs
+    them.
+    """
+
+    instance_id: int
+    underway: Sequence[Request]
+    outstanding: int
+    recent: int
+    snapshot: Snapshot | None
+    forecast: Forecast | None
+
+
+class Views(Sequence[InstanceView]):
+    """Views of several instances, by columns: the fields of an `InstanceView`, which is made when it is asked for."""
+
+    __slots__ = ("forecasts", "ids", "outstanding", "recent", "snapshots", "underway")
+
+    def __init__(
+        self,
+        ids: Sequence[int],
+        underway: Sequence[Sequence[Request]],
+        outstanding: Sequence[int],
+        recent: Sequence[int],
+        snapshots: Snapshots | None,
+        forecasts: Sequence[Forecast | None] | None,
+    ) -> None:
+        self.ids = ids
+        self.underway = underway
+        self.outstanding = outstanding
+        self.recent = recent
+        self.snapshots = snapshots
+        self.forecasts = forecasts
+
+    @staticmethod
+    def of(views: Sequence[InstanceView]) -> Views:
+        """The same by columns."""
+        if isinstance(views, Views):
+            return views
+        ids, underway, outstanding, recent, shown, forecasts = map(list, zip(*views, strict=True))
+        return Views(ids, underway, outstanding, recent, None if None in shown else Snapshots.of(shown), forecasts)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, place: int) -> InstanceView: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[InstanceView]: ...
+    def __getitem__(self, place: int | slice) -> InstanceView | Sequence[InstanceView]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        return InstanceView(
+            self.ids[place],
+            self.underway[place],
+            self.outstanding[place],
+            self.recent[place],
+            None if self.snapshots is None else self.snapshots[place],
+            None if self.forecasts is None else self.forecasts[place],
+        )
+
+    def __iter__(self) -> Iterator[InstanceView]:
+        return (self[place] for place in range(len(self)))
+
+
+class Decision(NamedTuple):
+    """Where a request goes, and why: `scores[i]` belongs to `candidates[i]`, and the least one is chosen.
+
+    `fallback` names the reason when the policy's own rule could not be applied.
+    """
+
+    instance_id: int
+    candidates: Sequence[int]
+    scores: Sequence[float]
+    fallback: str | None = None
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What happened to one request; its status is pending, ok or failed. Times are on the run's clock, NaN before.
+
+    retries: instances that it was lost on before; error: the last thing that went wrong. token_times: when each token
+    came, or the several that came at once, if that is known.
+    """
+
+    request: Request
+    instance_id: int = -1
+    dispatched: float = float("nan")
+    first_token: float = float("nan")
+    finished: float = float("nan")
+    forecast: Forecast | None = None
+    status: str = "pending"
+    preemptions: int = 0
+    output_tokens: int = 0
+    retries: int = 0
+    error: str | None = None
+    token_times: list[float] | None = None

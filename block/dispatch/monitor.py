@@ -1,0 +1,56 @@
+"""Monitor: what the instances looked like over time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from block.core.arrays import Ints
+from block.core.snapshot import (
+    HEAD_BEGIN,
+    HEAD_END,
+    HEAD_FREE,
+    HEAD_ID,
+    HEAD_PREEMPTIONS,
+    HEAD_RUNNING,
+    HEADS,
+    Snapshots,
+)
+from block.dispatch.instance import Look
+
+
+class Monitor:
+    """Samples the instances that are active at the first `tick` that is `every_s` or more after the last sample."""
+
+    def __init__(self, look: Look, active: Callable[[], Sequence[int]], every_s: float) -> None:
+        self._look = look
+        self._active = active
+        self._every_s = every_s
+        self._next = 0.0
+        self._samples: list[tuple[float, int, Ints]] = []
+
+    def tick(self, now: float, request_id: int) -> None:
+        """Sample if it is time; `request_id` is the request about to be placed (the figures' x axis)."""
+        if now < self._next:
+            return
+        self._next = now + self._every_s
+        active = self._active()
+        if active:
+            self._samples.append((now, request_id, Snapshots.of(self._look(active)).heads))
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The samples: time (s), request_id, instance_id, free_blocks, running, waiting, preemptions (so far)."""
+        instances = [len(heads) for _, _, heads in self._samples]
+        heads = np.concatenate([np.zeros((0, HEADS), np.int64), *(heads for _, _, heads in self._samples)])
+        return {
+            "time": np.repeat([now for now, _, _ in self._samples], instances).astype(np.float64),
+            "request_id": np.repeat([request for _, request, _ in self._samples], instances).astype(np.int64),
+            "instance_id": heads[:, HEAD_ID],
+            "free_blocks": heads[:, HEAD_FREE],
+            "running": heads[:, HEAD_RUNNING],
+            "waiting": heads[:, HEAD_END] - heads[:, HEAD_BEGIN] - heads[:, HEAD_RUNNING],
+            "preemptions": heads[:, HEAD_PREEMPTIONS],
+        }

@@ -1,0 +1,305 @@
+"""Policies: which of the instances should take this request?
+
+A policy is a small frozen dataclass whose fields are its Hydra options. It is pure: views and a random stream in, a
+Decision out; what it may look at is declared by `needs`, so that no policy pays for probes that it does not use. Lower
+scores are better, and ties are broken at random.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random as Stream
+from typing import ClassVar, Protocol, final
+
+import numpy as np
+
+from block.core.arrays import Floats, Int, Ints
+from block.core.jit import compiled
+from block.core.snapshot import (
+    COMPUTED,
+    EXPECTED,
+    HEAD_BEGIN,
+    HEAD_END,
+    HEAD_FREE,
+    HEAD_ROW,
+    HEAD_RUNNING,
+    OUTPUT,
+    PROMPT,
+    Snapshot,
+    Snapshots,
+)
+from block.core.types import Decision, Forecasts, InstanceView, Request, Views
+
+
+class Needs(enum.Enum):
+    """What a policy must be shown: the dispatcher's own counts, a snapshot of each candidate, or also a forecast."""
+
+    COUNTS = "counts"
+    SNAPSHOT = "snapshot"
+    FORECAST = "forecast"
+
+
+class Policy(Protocol):
+    """What the dispatcher asks of a policy."""
+
+    needs: ClassVar[Needs]
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """Which of instances 0 … `instances` − 1 to look at for the `turn`-th request."""
+        ...
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """Choose among the views of the candidates, of which there is at least one."""
+        ...
+
+
+def least(
+    views: Sequence[InstanceView], scores: Sequence[float], stream: Stream, fallback: str | None = None
+) -> Decision:
+    """The decision for the least of `scores`; one of the ties at random."""
+    ids = Views.of(views).ids
+    best = min(scores)
+    if scores.count(best) == 1:
+        chosen = ids[scores.index(best)]
+    else:
+        chosen = stream.choice([id_ for id_, score in zip(ids, scores, strict=True) if score == best])
+    return Decision(chosen, ids, scores, fallback)
+
+
+def sample(instances: int, k: int | None, stream: Stream) -> Sequence[int]:
+    """`k` different instances at random; all of them, in order, if k is None or no smaller than their number."""
+    if k is None or k >= instances:
+        return range(instances)
+    # `sample` draws the same for one, at five times the cost.
+    return [stream.choice(range(instances))] if k == 1 else stream.sample(range(instances), k)
+
+
+@final
+@dataclass(frozen=True)
+class Random:
+    """Any instance, with equal probability."""
+
+    needs: ClassVar[Needs] = Needs.COUNTS
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """One at random."""
+        return sample(instances, 1, stream)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """The one candidate."""
+        return least(views, [0.0], stream)
+
+
+@final
+@dataclass(frozen=True)
+class RoundRobin:
+    """Each instance in turn."""
+
+    needs: ClassVar[Needs] = Needs.COUNTS
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """The one whose turn it is."""
+        return [turn % instances]
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """The one candidate."""
+        return least(views, [0.0], stream)
+
+
+@final
+@dataclass(frozen=True)
+class MinQPM:
+    """Fewest requests sent in the last 60 s."""
+
+    needs: ClassVar[Needs] = Needs.COUNTS
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """All."""
+        return range(instances)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """Scores: requests in the last minute."""
+        return least(views, [float(count) for count in Views.of(views).recent], stream)
+
+
+@final
+@dataclass(frozen=True)
+class LeastRequests:
+    """Fewest outstanding requests, counted by the dispatcher, as most routers do. `k`: among that many at random."""
+
+    k: int | None = None
+    needs: ClassVar[Needs] = Needs.COUNTS
+
+    def __post_init__(self) -> None:
+        _check_k(self.k)
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """All, or `k` at random."""
+        return sample(instances, self.k, stream)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """Scores: outstanding requests."""
+        return least(views, [float(count) for count in Views.of(views).outstanding], stream)
+
+
+@final
+@dataclass(frozen=True)
+class INFaaS:
+    """INFaaS++: most free KV blocks for each running request."""
+
+    needs: ClassVar[Needs] = Needs.SNAPSHOT
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """All."""
+        return range(instances)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """Scores: minus free blocks over running requests."""
+        heads = _snapshots(views).heads
+        scores = -heads[:, HEAD_FREE] / np.maximum(heads[:, HEAD_RUNNING], 1)
+        return least(views, scores.tolist(), stream)
+
+
+@final
+@dataclass(frozen=True)
+class LlumnixMinus:
+    """Llumnix's dispatcher without migration: most freeness, (free − wanted by waiting requests) / running requests."""
+
+    block_size: int = 16
+    needs: ClassVar[Needs] = Needs.SNAPSHOT
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """All."""
+        return range(instances)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """Scores: minus freeness, in KV blocks."""
+        size = self.block_size
+        shown = _snapshots(views)
+        wanted = [_blocks(requests, size) for requests in Views.of(views).underway]
+        scores = np.array(wanted, dtype=np.float64)
+        _less_free(shown.pool, shown.heads, size, scores)
+        return least(views, scores.tolist(), stream)
+
+
+def _blocks(requests: Sequence[Request], block_size: int) -> int:
+    """KV blocks that the prompts of these want."""
+    return sum(-(-one.prompt_tokens // block_size) for one in requests) if requests else 0
+
+
+@compiled
+def _less_free(pool: Ints, heads: Ints, block_size: int, scores: Floats) -> None:
+    """Scores that hold the KV blocks wanted by requests underway become minus freeness; the rest is of `Snapshots`."""
+    for i in range(heads.shape[0]):
+        seqs = pool[heads[i, HEAD_ROW]]
+        running = heads[i, HEAD_RUNNING]
+        wanted: Int = 0
+        for column in range(heads[i, HEAD_BEGIN] + running, heads[i, HEAD_END]):
+            wanted += (seqs[PROMPT, column] + seqs[OUTPUT, column] + block_size - 1) // block_size
+        scores[i] = (scores[i] + wanted - heads[i, HEAD_FREE]) / max(running, 1)
+
+
+def freeness(snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], block_size: int) -> list[float]:
+    """Llumnix's freeness of each: (KV blocks − virtual usage) / batch size, in blocks for each running request.
+
+    Virtual usage (arXiv 2406.03243, Algorithm 1, for one priority) is what running requests hold, what the first
+    waiting one demands, and nothing for those behind it. A request underway counts as if it were admitted.
+    """
+    shown = Snapshots.of(snapshots)
+    free = np.array([_blocks(requests, block_size) for requests in underway], dtype=np.float64)
+    _freeness(shown.pool, shown.heads, block_size, free)
+    return free.tolist()  # type: ignore[no-any-return]
+
+
+@compiled
+def _freeness(pool: Ints, heads: Ints, block_size: int, free: Floats) -> None:
+    """KV blocks wanted by requests underway become `freeness`; the rest is of `Snapshots`."""
+    for i in range(heads.shape[0]):
+        seqs = pool[heads[i, HEAD_ROW]]
+        running = heads[i, HEAD_RUNNING]
+        first = heads[i, HEAD_BEGIN] + running
+        if first < heads[i, HEAD_END]:
+            free[i] += (seqs[PROMPT, first] + seqs[OUTPUT, first] + block_size - 1) // block_size
+        free[i] = (heads[i, HEAD_FREE] - free[i]) / max(running, 1)
+
+
+@final
+@dataclass(frozen=True)
+class Llumnix:
+    """Llumnix's dispatcher: the instance of most `freeness`. Its other half is `block.cluster.migration`."""
+
+    block_size: int = 16
+    needs: ClassVar[Needs] = Needs.SNAPSHOT
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """All."""
+        return range(instances)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """Scores: minus freeness."""
+        free = freeness(_snapshots(views), Views.of(views).underway, self.block_size)
+        return least(views, [-one for one in free], stream)
+
+
+@final
+@dataclass(frozen=True)
+class LeastTokens:
+    """Fewest tokens left to process, prompt and expected response: Block's knowledge without its simulation."""
+
+    needs: ClassVar[Needs] = Needs.SNAPSHOT
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """All."""
+        return range(instances)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """Scores: tokens."""
+        scores = []
+        for snapshot, underway in zip(_snapshots(views), Views.of(views).underway, strict=True):
+            seqs = snapshot.seqs
+            left = seqs[PROMPT] + seqs[EXPECTED] - seqs[COMPUTED]
+            tokens = int(left[left > 0].sum())
+            tokens += sum(other.prompt_tokens + other.predicted_output_tokens for other in underway)
+            scores.append(float(tokens))
+        return least(views, scores, stream)
+
+
+@final
+@dataclass(frozen=True)
+class Block:
+    """Least predicted end-to-end latency of the request. `k`: ask that many instances at random (power of k), not all.
+
+    With true response lengths this is the paper's Block, with estimated ones its Block*. An instance without a forecast
+    is not chosen while another has one; if none has, the choice is random and recorded as a fallback.
+    """
+
+    k: int | None = None
+    needs: ClassVar[Needs] = Needs.FORECAST
+
+    def __post_init__(self) -> None:
+        _check_k(self.k)
+
+    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        """All, or `k` at random."""
+        return sample(instances, self.k, stream)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        """Scores: predicted seconds from now to the last token; inf without a forecast."""
+        scores = Forecasts.of(Views.of(views).forecasts or [None] * len(views)).e2e
+        if math.isnan(sum(scores)):
+            scores = [math.inf if math.isnan(one) else one for one in scores]
+        return least(views, scores, stream, "no forecast" if math.isinf(min(scores)) else None)
+
+
+def _snapshots(views: Sequence[InstanceView]) -> Snapshots:
+    snapshots = Views.of(views).snapshots
+    assert snapshots is not None, "the dispatcher shows snapshots to a policy that needs them"
+    return snapshots
+
+
+def _check_k(k: int | None) -> None:
+    if k is not None and k < 1:
+        raise ValueError(f"scheduler.k={k}: must be at least 1, or null for all instances")

@@ -1,0 +1,71 @@
+"""Serve a front door: ``python -m block.gateway scheduler=round_robin server.urls=[http://h1:8000,http://h2:8000]``.
+
+Takes every key of run.py, and those of the node `server` (--cfg job shows them). Only the policy, `lengths` (if it
+reads prompts), `dispatch`, `seed` and, for policies that forecast, what the latency model follows from (`model`,
+`cluster`, `backend`) have an effect.
+"""
+
+import asyncio
+import importlib.util
+import logging
+import sys
+from random import Random as Stream
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from block.dispatch import policy_checks as answers
+from block.dispatch.instance import LaunchFailed
+from block.dispatch.policies import Needs
+from block.lengths import Reader
+from block.run import config, effects
+from block.run.config_errors import ConfigError, explain
+
+config.register()
+
+
+@hydra.main(version_base="1.3", config_path="../../conf", config_name="config")
+def main(settings: DictConfig) -> None:
+    """One server, until it is told to stop."""
+    config.told(lambda: serve(settings, HydraConfig.get().runtime.choices["scheduler"]))
+
+
+def serve(settings: DictConfig, policy: str) -> None:
+    """Serve what `settings` describe. ConfigError if that cannot be; `policy` is what they call it."""
+    run = config.build(settings)
+    wanted = config.node(settings.server)
+    effects.refuse(settings, "server", run)
+    rehearsed = answers.checked(config.node(settings.scheduler))  # not the one that will serve
+    answers.decide_once(rehearsed, len(wanted.urls))  # and so compiled before a request comes
+    for key, off in (("forecast_noise", 0), ("dispatchers", 1)):
+        if (value := getattr(run.dispatch, key)) != off:
+            raise ConfigError(f"dispatch.{key}={value}: for experiments only; a front door has {off}")
+    for module in ("aiohttp", "prometheus_client", "uvloop"):
+        if importlib.util.find_spec(module) is None:
+            raise LaunchFailed(f"{module} is not installed: pip install -e '.[serve]'")
+    import uvloop
+
+    from block.gateway import app as door
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    latency = run.backend.latency(run.testbed) if run.scheduler.needs is Needs.FORECAST else None
+    if run.scheduler.needs is not Needs.COUNTS and isinstance(run.lengths, Reader):
+        try:
+            run.lengths.predict([""])  # what is wrong with the estimator is told now; and it is loaded
+        except (OSError, ValueError) as error:
+            raise ConfigError(explain(error)) from error
+    front = door.Door(wanted, run.scheduler, run.dispatch, Stream(run.seed), latency, run.lengths)
+
+    def listening(address: str) -> None:
+        print(f"{address}: {policy} over {len(wanted.urls)} servers: {', '.join(wanted.urls)}", flush=True)
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(door.serve(front, wanted.host, wanted.port, listening))
+    except OSError as error:
+        raise ConfigError(f"server.port={wanted.port}: cannot listen on {wanted.host}: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(config.guard(main))

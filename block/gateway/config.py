@@ -1,0 +1,63 @@
+"""ServerConfig: where the front door listens, and what is behind it (the node `server`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The front door, `python -m block.gateway` (one Hydra node).
+
+    urls: the model servers. host, port: where to listen.
+    expected_output_tokens: response length that policies assume where none is estimated. A request's own limit caps
+        both. estimate_timeout_s: how long a request waits for its estimate before it goes by that.
+    probe_interval_s: how often a server that was taken out is asked whether it is well again.
+    connect_timeout_s: a server that takes longer to accept a connection is gone.
+    read_timeout_s: longest silence of a server before its request fails.
+    grace_s: how long requests may go on after SIGTERM. max_body_mib: largest request body.
+    """
+
+    urls: tuple[str, ...] = ()
+    host: str = "0.0.0.0"
+    port: int = 8080
+    expected_output_tokens: int = 256
+    estimate_timeout_s: float = 0.05
+    probe_interval_s: float = 1.0
+    connect_timeout_s: float = 5.0
+    read_timeout_s: float = 600.0
+    grace_s: float = 30.0
+    max_body_mib: int = 64
+
+    def __post_init__(self) -> None:
+        urls = tuple(url.rstrip("/") for url in self.urls)  # Hydra passes a list
+        object.__setattr__(self, "urls", urls)
+        if not urls:
+            raise ValueError("server.urls=[]: give at least one, such as [http://host:8000]")
+        for url in urls:
+            if not _is_server(url):
+                raise ValueError(f"server.urls={url}: must be of the form http://host:port or https://host:port")
+            if urls.count(url) > 1:
+                raise ValueError(f"server.urls={url}: given twice")
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"server.port={self.port}: must be between 1 and 65535, or 0 for any that is free")
+        for key in ("expected_output_tokens", "max_body_mib"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"server.{key}={getattr(self, key)}: must be at least 1")
+        for key in ("estimate_timeout_s", "probe_interval_s", "connect_timeout_s", "read_timeout_s"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"server.{key}={getattr(self, key)}: must be greater than 0")
+        if not 0 <= self.grace_s < math.inf:
+            raise ValueError(f"server.grace_s={self.grace_s}: must be 0 or more seconds")
+
+
+def _is_server(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    plain = not (parts.query or parts.fragment or parts.username) and port != 0
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and plain

@@ -1,0 +1,138 @@
+"""What /metrics says, in Prometheus's text format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    Metric,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from block.core.types import RequestRecord
+from block.dispatch.core import Dispatcher
+from block.dispatch.policies import Needs
+from block.gateway.estimates import FAILED as FAILED_TO
+from block.gateway.estimates import NO_TEXT, TIMEOUT
+from block.gateway.upstreams import Upstream
+
+OK, REFUSED, FAILED, CANCELLED = "ok", "refused", "failed", "cancelled"
+NONE = "none"
+"""In place of an instance, for requests that reached none."""
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a time beside each of them
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
+_RATIOS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
+_ESTIMATE = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25)
+_FORECAST = (1e-6, 2.5e-6, 5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 1e-2)
+
+
+class Metrics:
+    """Of one door. `placed` after each decision, `ended` once for each request."""
+
+    def __init__(self, upstreams: Sequence[Upstream], dispatcher: Dispatcher, needs: Needs) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._dispatcher = dispatcher
+        self._forecasts = needs is Needs.FORECAST
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(name, text, buckets=buckets, registry=registry)
+
+        registry.register(_Books(upstreams, dispatcher))
+        requests = Counter(
+            "block_requests", "Requests by their last instance and outcome", ["instance", "status"], registry=registry
+        )
+        self._requests = {
+            (i, status): requests.labels(url, status)  # so that each is there from the beginning
+            for i, url in [(-1, NONE), *((upstream.instance_id, upstream.url) for upstream in upstreams)]
+            for status in (OK, REFUSED, FAILED, CANCELLED)
+        }
+        self._retries = Counter("block_retries", "Attempts that were repeated on another instance", registry=registry)
+        self._fallbacks = Counter(
+            "block_fallbacks", "Decisions not by the policy's own rule", ["reason"], registry=registry
+        )
+        self._not_estimated = Counter(
+            "block_length_fallbacks", "Requests whose response length was not estimated", ["reason"], registry=registry
+        )
+        for reason in (TIMEOUT, FAILED_TO, NO_TEXT):
+            self._not_estimated.labels(reason)
+        self._estimate_s = histogram("block_length_seconds", "Time that a request waits for its estimate", _ESTIMATE)
+        self._forecast_s = histogram("block_forecast_seconds", "Time that one forecast takes", _FORECAST)
+        self._actual, self._predicted, self._ratio = {}, {}, {}
+        for what, text in (("ttft", "ime to the first token"), ("e2e", "ime to the last token")):
+            self._actual[what] = histogram(f"block_{what}_seconds", f"T{text}", _SECONDS)
+            self._predicted[what] = histogram(f"block_predicted_{what}_seconds", f"Predicted t{text}", _SECONDS)
+            self._ratio[what] = histogram(f"block_predicted_{what}_ratio", f"Predicted over actual t{text}", _RATIOS)
+
+    def placed(self) -> None:
+        """The dispatcher has just decided."""
+        dispatcher = self._dispatcher
+        fallback = dispatcher.decisions[-1][1].fallback
+        if fallback is not None:
+            self._fallbacks.labels(fallback).inc()
+        if self._forecasts:
+            self._forecast_s.observe(dispatcher.forecast_s[-1])
+
+    def not_estimated(self, reason: str) -> None:
+        """A request goes by the constant length."""
+        self._not_estimated.labels(reason).inc()
+
+    def estimated(self, seconds: float) -> None:
+        """A request has waited so long for its estimate."""
+        self._estimate_s.observe(seconds)
+
+    def ended(self, record: RequestRecord, status: str) -> None:
+        """A request was answered, refused or given up."""
+        self._requests[record.instance_id, status].inc()
+        if record.retries:
+            self._retries.inc(record.retries)
+        if status != OK:
+            return
+        arrival, forecast = record.request.arrival, record.forecast
+        for what, at in (("ttft", record.first_token), ("e2e", record.finished)):
+            actual = at - arrival
+            if math.isnan(actual):
+                continue
+            self._actual[what].observe(actual)
+            predicted = math.nan if forecast is None else getattr(forecast, what)
+            if not math.isnan(predicted):
+                self._predicted[what].observe(predicted)
+                self._ratio[what].observe(predicted / max(actual, 1e-3))
+
+    def turned_away(self) -> None:
+        """A request was refused before any instance was chosen."""
+        self._requests[-1, REFUSED].inc()
+
+    def text(self) -> bytes:
+        """All of it."""
+        return generate_latest(self._registry)
+
+
+class _Books(Collector):
+    """What the dispatcher counts itself, read when it is asked for."""
+
+    def __init__(self, upstreams: Sequence[Upstream], dispatcher: Dispatcher) -> None:
+        self._upstreams = upstreams
+        self._dispatcher = dispatcher
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics of this moment."""
+        books = self._dispatcher
+        in_flight = GaugeMetricFamily("block_in_flight", "Requests placed and not finished", labels=["instance"])
+        active = GaugeMetricFamily("block_instance_active", "Whether requests may go there", labels=["instance"])
+        ejections = CounterMetricFamily("block_ejections", "Times an instance was taken out", labels=["instance"])
+        for upstream in self._upstreams:
+            i, url = upstream.instance_id, upstream.url
+            in_flight.add_metric([url], books.outstanding(i))
+            active.add_metric([url], i in books.active)
+            ejections.add_metric([url], books.ejected(i))
+        count = GaugeMetricFamily("block_active_instances", "Instances that requests may go to", len(books.active))
+        return [in_flight, active, ejections, count]

@@ -1,0 +1,141 @@
+"""OpenAI's words: what the body of a request asks for, the tag that tells a server its number, and errors."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NamedTuple
+
+from aiohttp import web
+
+from block.vllm_plugin.publisher import TAG_EXPECTED, TAG_ID
+
+BYTES_PER_TOKEN = 4
+"""Length of an average token in UTF-8, for prompts that are text."""
+TOKENS_PER_MESSAGE = 4
+"""What a chat template adds to each message, about."""
+
+ERROR_EVENT = b'data: {"error"'
+"""How a server tells of an error within a stream."""
+
+_COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
+
+
+class Asked(NamedTuple):
+    """What a body asks for; `fields` are its own, parsed, `allowed_tokens` the most that it lets a response have."""
+
+    prompt_tokens: int
+    allowed_tokens: int | None
+    fields: dict[str, Any]
+
+    def capped(self, tokens: int) -> int:
+        """So many response tokens, or as many as are allowed."""
+        return tokens if self.allowed_tokens is None else min(tokens, self.allowed_tokens)
+
+
+def read(body: bytes) -> Asked:
+    """What `body` asks for. ValueError if it is no JSON object; all else is for the server to judge.
+
+    Prompt tokens are exact for prompts of token ids, and estimated from the length of the text otherwise; of several
+    prompts they are the sum.
+    """
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the body is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError("the body is not a JSON object")
+    tokens = _prompt_tokens(fields.get("prompt")) + _message_tokens(fields.get("messages"))
+    allowed = fields.get("max_completion_tokens") or fields.get("max_tokens")
+    limit = int(allowed) if isinstance(allowed, int) and allowed > 0 else None
+    return Asked(max(tokens, 1), limit, fields)
+
+
+def prompt_text(fields: dict[str, Any]) -> str | None:
+    """The text that is asked about: the prompt, or all messages in their order; None if it is token ids, or nothing."""
+    prompt, messages = fields.get("prompt"), fields.get("messages")
+    texts = prompt if isinstance(prompt, list) else [prompt]
+    if isinstance(messages, list):
+        texts = [text for message in messages for text in _texts(message)]
+    said = [text for text in texts if isinstance(text, str)]
+    return "\n".join(said) if said else None
+
+
+def _prompt_tokens(prompt: Any) -> int:
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+        return len(prompt)
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    return sum(
+        _text_tokens(one) if isinstance(one, str) else len(one) for one in prompts if isinstance(one, str | list)
+    )
+
+
+def _message_tokens(messages: Any) -> int:
+    if not isinstance(messages, list):
+        return 0
+    tokens = 0
+    for message in messages:
+        tokens += TOKENS_PER_MESSAGE + sum(map(_text_tokens, _texts(message)))
+    return tokens
+
+
+def _texts(message: Any) -> list[str]:
+    """What a message says, part by part."""
+    content = message.get("content") if isinstance(message, dict) else None
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return [text for text in texts if isinstance(text, str)]
+
+
+def _text_tokens(text: str) -> int:
+    return -(-len(text.encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN)
+
+
+def tagged(body: bytes, fields: dict[str, Any], number: int, expected_tokens: int) -> bytes:
+    """The body with the tag that the plugin reads, in front of all that it holds; the rest keeps its bytes.
+
+    Where that cannot be, because there are `vllm_xargs` already or the encoding is not UTF-8, it is written anew.
+    """
+    tag = {TAG_ID: number, TAG_EXPECTED: expected_tokens}
+    if "vllm_xargs" in fields or json.detect_encoding(body) != "utf-8":
+        own = fields.get("vllm_xargs") or {}
+        if not isinstance(own, dict):
+            return body  # the server will refuse it
+        return json.dumps({**fields, "vllm_xargs": {**own, **tag}}).encode()
+    head, brace, rest = body.partition(b"{")
+    comma = b"," if fields else b""
+    return b'%s%s"vllm_xargs":%s%s%s' % (head, brace, json.dumps(tag).encode(), comma, rest)
+
+
+def completion_tokens(answer: bytes) -> int | None:
+    """Response tokens by the last `usage` in these bytes; None if there is none."""
+    if b'"completion_tokens"' not in answer:
+        return None
+    found = _COMPLETION_TOKENS.findall(answer)
+    return int(found[-1]) if found else None
+
+
+_KINDS = {
+    400: "BadRequestError",
+    404: "NotFoundError",
+    413: "BadRequestError",
+    500: "InternalServerError",
+    502: "BadGatewayError",
+    503: "ServiceUnavailableError",
+    504: "TimeoutError",
+}
+
+
+def error_json(status: int, message: str) -> bytes:
+    """An error as OpenAI's API words it."""
+    return json.dumps({"error": {"message": message, "type": _KINDS[status], "param": None, "code": status}}).encode()
+
+
+def error_response(status: int, message: str) -> web.Response:
+    """The same as a response."""
+    return web.Response(status=status, body=error_json(status, message), content_type="application/json")
+
+
+def error_event(status: int, message: str) -> bytes:
+    """The same as the last event of a stream that breaks off; it ends whatever event was being sent."""
+    return b"\n\ndata: " + error_json(status, message) + b"\n\n"

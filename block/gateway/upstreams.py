@@ -1,0 +1,206 @@
+"""The model servers behind the door, as instances: any server for policies that count, servers with the plugin else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import aiohttp
+
+from block.backends.instance import VLLMInstance
+from block.backends.servers import engine_of
+from block.core.snapshot import Snapshot
+from block.core.types import Forecasts, Request, RequestRecord
+from block.dispatch.core import Forecaster
+from block.dispatch.instance import Instance
+from block.dispatch.policies import Needs
+from block.engine.config import EngineConfig
+from block.engine.latency import LatencyModel
+from block.engine.predictor import Predictor, forecast_each
+from block.gateway.transport import TROUBLE, Wire
+from block.vllm_plugin.state_buffer import EngineLimits
+
+log = logging.getLogger(__name__)
+
+HEALTH_S = 5.0
+"""How long an answer to /health may take."""
+PEER_DEAD_S = 20
+"""Of silence on the network, which a busy server does not keep but a lost host does."""
+
+_KEEN = {
+    "TCP_KEEPIDLE": PEER_DEAD_S // 4,
+    "TCP_KEEPINTVL": PEER_DEAD_S // 4,
+    "TCP_KEEPCNT": 3,
+    "TCP_USER_TIMEOUT": PEER_DEAD_S * 1000,
+}
+
+
+class Upstream(Instance, Protocol):
+    """An instance that requests are proxied to, over its `wire`."""
+
+    url: str
+    wire: Wire
+
+
+class Upstreams(NamedTuple):
+    """The instances, and what makes forecasts for them if the policy needs any."""
+
+    instances: Sequence[Upstream]
+    forecaster: Forecaster | None
+
+
+def make_upstreams(
+    urls: Sequence[str],
+    session: aiohttp.ClientSession,
+    needs: Needs,
+    latency: LatencyModel | None,
+    outrun_share: float,
+) -> Upstreams:
+    """Instances for the servers at `urls` that can show what a policy needs. Nothing is asked of them yet.
+
+    latency: the servers' step times, for forecasts. outrun_share: as of `Predictor`.
+    """
+    if needs is Needs.COUNTS:
+        return Upstreams([HTTPInstance(i, url, session) for i, url in enumerate(urls)], None)
+    instances = [PluginInstance(i, url, session) for i, url in enumerate(urls)]
+    if needs is Needs.SNAPSHOT:
+        return Upstreams(instances, None)
+    assert latency is not None, "who asks for forecasts has a latency model"
+    return Upstreams(instances, FleetForecaster(instances, latency, outrun_share))
+
+
+class HTTPInstance:
+    """A server of which nothing is known but that it answers. It is proxied to, and so generates nothing itself."""
+
+    def __init__(self, instance_id: int, url: str, session: aiohttp.ClientSession) -> None:
+        self.instance_id = instance_id
+        self.url = url
+        self.wire = Wire(url, session)
+        self._session = session
+
+    def snapshot(self) -> Snapshot:
+        """Not to be had."""
+        raise NotImplementedError(f"{self.url} shows no snapshots")
+
+    async def generate(self, request: Request, record: RequestRecord) -> None:
+        """Not to be had."""
+        raise NotImplementedError("requests are proxied")
+
+    async def healthy(self) -> bool:
+        """Whether /health says so."""
+        try:
+            async with self._session.get(f"{self.url}/health", timeout=quickly(self._session)) as answer:
+                return answer.status == 200
+        except TROUBLE:
+            return False
+
+
+class PluginInstance(HTTPInstance):
+    """A server with this package's plugin. It can be looked at once `healthy`, which attaches to it, was true."""
+
+    limits: EngineLimits
+
+    def __init__(self, instance_id: int, url: str, session: aiohttp.ClientSession) -> None:
+        super().__init__(instance_id, url, session)
+        self._view: VLLMInstance | None = None
+        self._complaint = ""
+
+    def snapshot(self) -> Snapshot:
+        """What the scheduler published last."""
+        assert self._view is not None, "only servers that are attached to are active"
+        return self._view.snapshot()
+
+    async def healthy(self) -> bool:
+        """Whether /health says so, and the plugin answers too: a server that comes back publishes elsewhere."""
+        if not await super().healthy():
+            return False
+        view = VLLMInstance(self.instance_id, self.url, self._session)
+        try:
+            async with asyncio.timeout(HEALTH_S):
+                limits = await view.attach()
+            engine_of(limits).limits(limits.total_blocks)
+        except Exception as error:  # whatever answers there, it is not what can be looked at
+            await view.detach()
+            self._complain(f"{self.url}: {error}")
+            return False
+        if limits.prefix_caching:
+            self._complain(f"{self.url} caches prefixes; forecasts do not count hits")
+        await self.detach()
+        self._view, self.limits = view, limits
+        return True
+
+    async def detach(self) -> None:
+        """Stop looking."""
+        if self._view is not None:
+            await self._view.detach()
+
+    def _complain(self, complaint: str) -> None:
+        """Log what has not been said already."""
+        if complaint != self._complaint:
+            log.warning("%s", complaint)
+        self._complaint = complaint
+
+
+class FleetForecaster:
+    """Forecasts for servers that may differ in their settings, as they report them, but not in their step times."""
+
+    def __init__(self, instances: Sequence[PluginInstance], latency: LatencyModel, outrun_share: float) -> None:
+        self._outrun_share = outrun_share
+        self._instances = instances
+        self._latency = latency
+        self._predictors: dict[EngineLimits, Predictor] = {}
+        Predictor(EngineConfig(), latency, 1000).warm_up()
+
+    def forecasts(
+        self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
+    ) -> Forecasts:
+        """One forecast for each snapshot, in a compiled call for each kind of server."""
+        kinds = [self._instances[snapshot.instance_id].limits for snapshot in snapshots]
+        theirs = [[_fitting(one, limits) for one in some] for some, limits in zip(underway, kinds, strict=True)]
+        requests = [_fitting(request, limits) for limits in kinds]
+        return forecast_each([self._predictor(limits) for limits in kinds], snapshots, theirs, requests, now)
+
+    def _predictor(self, limits: EngineLimits) -> Predictor:
+        if limits not in self._predictors:
+            self._predictors[limits] = Predictor(
+                engine_of(limits), self._latency, limits.total_blocks, outrun_share=self._outrun_share
+            )
+        return self._predictors[limits]
+
+
+def _fitting(request: Request, limits: EngineLimits) -> Request:
+    """The request, no longer than a server takes: what is estimated too long would bring the twin to a halt."""
+    longest = limits.max_model_len - 1
+    return request if request.prompt_tokens <= longest else replace(request, prompt_tokens=longest)
+
+
+def quickly(session: aiohttp.ClientSession) -> aiohttp.ClientTimeout:
+    """The patience for questions that any server answers at once."""
+    return aiohttp.ClientTimeout(total=HEALTH_S, sock_connect=session.timeout.sock_connect)
+
+
+def open_session(connect_timeout_s: float, read_timeout_s: float) -> aiohttp.ClientSession:
+    """Connections to the servers: as many as there are requests, adding and changing nothing."""
+
+    def keen(address: Any) -> socket.socket:
+        """A socket that finds out when the host at the other end is gone, also while it waits for an answer."""
+        one = socket.socket(address[0], address[1], address[2])
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEN.items():
+            if hasattr(socket, option):  # else not Linux
+                one.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        return one
+
+    # vLLM closes connections that are idle for 5 s; who sends into the closing loses the request.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0, socket_factory=keen)
+    return aiohttp.ClientSession(
+        connector=connector,
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=read_timeout_s),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+    )

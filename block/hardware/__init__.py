@@ -1,0 +1,1 @@
+"""GPUs and models: their data sheets, and how long a step takes on them."""

@@ -1,1 +1,0 @@
-"""Model servers, as the dispatcher sees them."""

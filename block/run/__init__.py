@@ -1,0 +1,1 @@
+"""Experiments: the configuration, one run, a capacity search, a sweep, a campaign."""

@@ -1,0 +1,1 @@
+"""What a run leaves: tables, a summary, where it came from, and its mirror in Weights & Biases."""

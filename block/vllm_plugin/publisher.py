@@ -1,0 +1,249 @@
+"""The scheduler that publishes: vLLM's own, with a mix-in that writes its state to the board after every `schedule()`.
+
+    --scheduler-cls block.vllm_plugin.publisher.publishing
+
+It changes no decision. The path of the board comes in the environment (BLOCK_BOARD), set by `serve`. With BLOCK_RECORD,
+a file, every decision is written down too, a line of JSON each: what the twin is checked against.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from block.core.snapshot import (
+    BLOCKS,
+    CHUNK,
+    COMPUTED,
+    EXPECTED,
+    ID,
+    MAX_TOKENS,
+    NEXT,
+    OUTPUT,
+    PENDING,
+    PREEMPTED,
+    PROMPT,
+    TARGET,
+)
+from block.vllm_plugin import state_buffer as b
+from block.vllm_plugin.lifetime import die_with_parent
+from block.vllm_plugin.requirements import require
+
+# Keys of a request's `vllm_xargs`: its number in the run, and the response tokens expected of it.
+TAG_ID = "block_id"
+TAG_EXPECTED = "block_expected"
+
+_ROWS = [ID, PROMPT, TARGET, MAX_TOKENS, EXPECTED, OUTPUT, COMPUTED, CHUNK, NEXT, PENDING, PREEMPTED]
+_COMPUTED = _ROWS.index(COMPUTED)
+_CHUNK = _ROWS.index(CHUNK)
+_PREEMPTED = _ROWS.index(PREEMPTED)
+
+
+def publishing(*, vllm_config: Any, **arguments: Any) -> Any:
+    """vLLM's scheduler for `vllm_config`, synchronous or asynchronous, with the mix-in."""
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    base = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
+    return type(f"Publishing{base.__name__}", (Publishing, base), {})(vllm_config=vllm_config, **arguments)
+
+
+class Publishing:
+    """The mix-in. A *step* is what one `schedule()` decided, from then until `update_from_output`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        die_with_parent()  # SIGKILL of the API server would orphan this process
+        super().__init__(*args, **kwargs)
+        pool = "kv_cache_manager.block_pool.get_num_free_blocks"
+        require(self, "running", "waiting", "requests", pool, "_free_request", "block_size", "vllm_config")
+        self._board = b.Board.open(os.environ["BLOCK_BOARD"])
+        self._steps: deque[dict[str, tuple[int, bool]]] = deque()  # in flight: tokens, and whether it samples
+        self._features: deque[tuple[float, ...]] = deque()  # what of them goes into StepTime
+        self._tags: dict[str, tuple[int, ...]] = {}
+        self._untagged = 0  # minus the number of requests without a tag so far
+        self._preempted = 0  # preemptions of the requests that are gone
+        self._queues = [queue for queue in ("kv_holding_waiting", "skipped_waiting", "waiting") if hasattr(self, queue)]
+        self._started = float("nan")  # when the step in flight began
+        self._timing: tuple[float, tuple[float, ...]] | None = None  # the ended step that waits for its successor
+        self._write_limits()
+        record = os.environ.get("BLOCK_RECORD")
+        self._record = Path(record).open("a", buffering=1) if record else None  # noqa: SIM115 — as long as this
+
+    def add_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's own."""
+        if self._record is not None:
+            self._note("add", self._tag(request))
+        return super().add_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def _note(self, kind: str, what: Any) -> None:
+        assert self._record is not None
+        self._record.write(json.dumps([kind, what]) + "\n")
+
+    def _note_step(self, output: Any) -> None:
+        """What was decided, by the requests' numbers: tokens, preempted, running, waiting; and the free blocks."""
+        waiting = chain.from_iterable(getattr(self, queue) for queue in self._queues)
+        number = {id_: tag[0] for id_, tag in self._tags.items()}
+        self._note(
+            "step",
+            {
+                "tokens": {number[id_]: tokens for id_, tokens in output.num_scheduled_tokens.items()},
+                "preempted": sorted(number[id_] for id_ in output.preempted_req_ids or ()),
+                "running": [number[one.request_id] for one in self.running],  # type: ignore[attr-defined]
+                "waiting": [number[one.request_id] for one in waiting],
+                "free": self.kv_cache_manager.block_pool.get_num_free_blocks(),  # type: ignore[attr-defined]
+            },
+        )
+
+    def _write_limits(self) -> None:
+        config: Any = self.vllm_config  # type: ignore[attr-defined]
+        scheduler, cache = config.scheduler_config, config.cache_config
+        limits = b.EngineLimits(
+            total_blocks=cache.num_gpu_blocks - 1,  # vLLM keeps one block for itself
+            block_size=self.block_size,  # type: ignore[attr-defined]
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            max_model_len=config.model_config.max_model_len,
+            watermark_blocks=getattr(self.kv_cache_manager, "watermark_blocks", 0),  # type: ignore[attr-defined]
+            long_prefill_token_threshold=scheduler.long_prefill_token_threshold,
+            scheduler_reserve_full_isl=getattr(scheduler, "scheduler_reserve_full_isl", False),
+            async_scheduling=bool(scheduler.async_scheduling),
+            prefix_caching=bool(cache.enable_prefix_caching),
+        )
+        self._board.begin()
+        self._board.header[b.LIMITS : b.LIMITS + len(limits)] = limits
+        self._board.header[b.FREE] = limits.total_blocks
+        self._board.end()
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's own decision, published."""
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        now = time.monotonic()
+        requests = self.requests  # type: ignore[attr-defined]
+        step = {}
+        decodes = kv = chunks = chunk_context = chunk_squared = 0
+        for id_, tokens in output.num_scheduled_tokens.items():
+            request = requests[id_]
+            step[id_] = (tokens, not request.is_prefill_chunk)
+            computed = request.num_computed_tokens  # this step's included
+            if tokens == 1:
+                decodes += 1
+                kv += computed
+            else:
+                chunks += 1
+                chunk_context += tokens * (computed - tokens)
+                chunk_squared += tokens * tokens
+        if not self._steps:  # else it begins when the one in flight ends
+            self._begin(now)
+        self._steps.append(step)
+        self._features.append((output.total_num_scheduled_tokens, decodes, kv, chunks, chunk_context, chunk_squared))
+        self._publish()
+        if self._record is not None:
+            self._note_step(output)
+        return output
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's own; the step in flight has ended."""
+        now = time.monotonic()
+        if self._record is not None:
+            self._note("end", None)
+        if self._steps:
+            self._steps.popleft()
+            features = self._features.popleft()
+            self._timing = (self._started, features) if features[0] else None
+            self._started = float("nan")
+            if self._steps:
+                self._begin(now)
+        outputs = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
+        if not self._steps and not self.requests:  # type: ignore[attr-defined]
+            self._publish()  # nothing may be scheduled any more
+        return outputs
+
+    def _begin(self, now: float) -> None:
+        """A step begins: the duration of the one before it is known."""
+        if self._timing is not None:
+            started, features = self._timing
+            board = self._board
+            timed = int(board.header[b.TIMED])
+            board.steps[timed % b.RING] = (*features, now - started)
+            board.header[b.TIMED] = timed + 1
+            self._timing = None
+        self._started = now
+
+    def _publish(self) -> None:
+        running = self.running  # type: ignore[attr-defined]
+        waiting = list(chain.from_iterable(getattr(self, queue) for queue in self._queues))
+        hidden = max(len(running) + len(waiting) - b.CAPACITY, 0)
+        first = self._steps[0] if self._steps else {}
+        second = self._steps[1] if len(self._steps) > 1 else {}
+        none = (0, False)
+        rows = []
+        for request in chain(running, waiting[: b.CAPACITY - len(running)]):
+            id_ = request.request_id
+            tokens, samples = first.get(id_, none)
+            more, samples_too = second.get(id_, none)
+            rows.append(
+                (
+                    *(self._tags.get(id_) or self._tag(request)),
+                    request.num_output_tokens,
+                    request.num_computed_tokens,
+                    tokens,
+                    more,
+                    samples + samples_too,
+                    request.num_preemptions,
+                )
+            )
+        columns = np.array(rows, dtype=np.int64).reshape(-1, len(_ROWS)).T
+        chunks = np.flatnonzero(columns[_CHUNK, len(running) :])
+        stale = int(chunks[-1]) + 1 if len(chunks) else 0  # of those waiting, up to the last that a step in flight has
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()  # type: ignore[attr-defined]
+        board = self._board
+        board.begin()
+        header, seqs, count = board.header, board.seqs, columns.shape[1]
+        seqs[_ROWS, :count] = columns
+        seqs[BLOCKS, :count] = -(-columns[_COMPUTED] // self.block_size)  # type: ignore[attr-defined]
+        header[b.COLUMNS : b.HIDDEN + 1] = (
+            count,
+            len(running),
+            stale,
+            free,
+            self._preempted + int(columns[_PREEMPTED].sum()),
+            header[b.STEPS] + 1,
+            hidden,
+        )
+        board.times[b.STARTED] = self._started if any(self._steps) else np.nan
+        board.end()
+
+    def _tag(self, request: Any) -> tuple[int, ...]:
+        """The entries of a request that never change: number, prompt, the most it may answer, the answer expected.
+
+        What came without a tag gets a negative number and is expected to use all that it may.
+        """
+        params = request.sampling_params
+        extra = (params.extra_args or {}) if params is not None else {}
+        if TAG_ID in extra:
+            number = int(extra[TAG_ID])
+        else:
+            self._untagged -= 1
+            number = self._untagged
+        expected = int(extra.get(TAG_EXPECTED, request.max_tokens))
+        tag = (number, request.num_prompt_tokens, request.max_tokens, request.max_tokens, expected)
+        self._tags[request.request_id] = tag
+        return tag
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's own; the request will not be published any more."""
+        tag = self._tags.pop(request.request_id, None)
+        self._preempted += request.num_preemptions
+        if tag is not None:
+            board = self._board
+            finished = int(board.header[b.FINISHED])
+            board.gone[finished % b.GONE] = tag[0], request.num_preemptions
+            board.header[b.FINISHED] = finished + 1
+        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]

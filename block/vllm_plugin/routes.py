@@ -1,0 +1,58 @@
+"""The HTTP view of the board, for those who ask from another host; an ASGI middleware of vLLM's API server.
+
+GET /block/info       JSON: versions, the board's path and nonce, the engine's settings
+GET /block/snapshot   the board's bytes (`board.read_dump`)
+GET /block/steps?since=n    JSON: how many steps were timed, and those after the first n
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import parse_qs
+
+from block.vllm_plugin.requirements import vllm_version
+from block.vllm_plugin.state_buffer import NONCE, Board
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class SnapshotView:
+    """Answers GET /block/…, and passes everything else on to `app`."""
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        self._app = app
+        self._path = os.environ["BLOCK_BOARD"]
+        self._board = Board.open(self._path)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI call."""
+        if scope["type"] != "http" or not scope["path"].startswith("/block/"):
+            await self._app(scope, receive, send)
+            return
+        status, kind, body = self._answer(scope["path"], scope.get("query_string", b"").decode())
+        headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def _answer(self, path: str, query: str) -> tuple[int, bytes, bytes]:
+        if path == "/block/snapshot":
+            return 200, b"application/octet-stream", self._board.dump()
+        if path == "/block/info":
+            state = self._board.read()
+            info = {
+                "vllm": vllm_version(),
+                "board": self._path,
+                "nonce": int(state.header[NONCE]),
+                "limits": state.limits._asdict(),
+            }
+            return 200, b"application/json", json.dumps(info).encode()
+        if path == "/block/steps":
+            since = int(parse_qs(query).get("since", ["0"])[0])
+            timed, steps = self._board.step_times(since)
+            return 200, b"application/json", json.dumps({"timed": timed, "steps": steps.tolist()}).encode()
+        return 404, b"application/json", b'{"error": {"message": "no such view", "code": 404}}'

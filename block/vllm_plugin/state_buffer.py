@@ -1,0 +1,216 @@
+"""The board: shared memory on which a scheduler publishes its state after every `schedule()`.
+
+One writer, any number of readers, no locks: the writer makes the counter odd, writes, makes it even; a reader copies
+and begins anew if the counter was odd or has changed. The memory is a *memfd* of the server process, so it has no name
+that could be left behind: others open it as ``/proc/<pid>/fd/<fd>``, and it is gone with the last of its users.
+
+Times on the board are CLOCK_MONOTONIC, which all processes of a host share. The same bytes, cut to the columns in use,
+are what the HTTP view serves to other hosts (`Board.dump`, `read_dump`).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from block.core.arrays import Floats, Ints
+from block.core.snapshot import FIELDS, Snapshot
+
+CAPACITY = 16384  # sequences; more than that waiting are counted in HIDDEN and not shown
+MAGIC = 0x424C4F434B0001  # "BLOCK", layout 1
+
+# The header: 64 words. Words from STARTED to PUBLISHED are floats.
+_MAGIC = 0
+_COUNTER = 1
+COLUMNS = 2  # sequences on the board
+RUNNING = 3
+STALE = 4
+FREE = 5
+PREEMPTIONS = 6
+STEPS = 7  # steps scheduled so far
+HIDDEN = 8  # waiting sequences beyond CAPACITY
+STARTED = 9  # when the step in flight began; NaN when idle
+PUBLISHED = 10
+TIMED = 11  # steps whose duration was noted so far, the latest RING of them in `Board.steps`
+FINISHED = 12  # requests that have gone so far, the latest GONE of them in `Board.gone`
+NONCE = 16  # tells boards apart: a path may mean another file on another host
+_FIELDS = 17
+LIMITS = 20  # the engine's settings, in the order of `EngineLimits`
+_HEADER = 64
+
+PATIENCE_S = 0.02
+RING = 1024  # timed steps that are kept
+STEP = 7  # floats of a timed step, see StepTime
+GONE = 4096  # finished requests that are kept
+_BYTES = 8 * (_HEADER + FIELDS * CAPACITY + RING * STEP + GONE * 2)
+
+
+class StepTime(NamedTuple):
+    """One step that another followed at once: what it computed, and the seconds from its start to the other's.
+
+    A chunk is what a sequence with more than one token in the step computes, its context the tokens before it;
+    the others decode. `chunk_context` is Σ chunk × context, `chunk_squared` Σ chunk².
+    """
+
+    tokens: float
+    decodes: float
+    decode_kv: float
+    chunks: float
+    chunk_context: float
+    chunk_squared: float
+    seconds: float
+
+
+class EngineLimits(NamedTuple):
+    """The settings that a scheduler works by, by vLLM's names. `total_blocks` are usable KV blocks."""
+
+    total_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    watermark_blocks: int
+    long_prefill_token_threshold: int
+    scheduler_reserve_full_isl: bool
+    async_scheduling: bool
+    prefix_caching: bool
+
+
+class State(NamedTuple):
+    """What a reader sees: `header` and `seqs` are copies. Times are on CLOCK_MONOTONIC."""
+
+    header: Ints
+    seqs: Ints
+
+    @property
+    def started(self) -> float:
+        """When the step in flight began; NaN when idle."""
+        return float(self.header.view(np.float64)[STARTED])
+
+    def snapshot(self, instance_id: int, now: float, started: float) -> Snapshot:
+        """As the dispatcher wants it, with `now` and `started` on the run's clock."""
+        header = self.header
+        return Snapshot(
+            instance_id,
+            now,
+            started,
+            int(header[RUNNING]),
+            int(header[STALE]),
+            int(header[FREE]),
+            int(header[PREEMPTIONS]),
+            self.seqs,
+        )
+
+    @property
+    def limits(self) -> EngineLimits:
+        """The engine's settings."""
+        values = self.header[LIMITS : LIMITS + len(EngineLimits._fields)].tolist()
+        return EngineLimits(*values[:7], *map(bool, values[7:]))
+
+
+class Board:
+    """The shared memory, mapped. Made with `create` (server) or `open` (scheduler and readers)."""
+
+    def __init__(self, fd: int) -> None:
+        self._map = mmap.mmap(fd, _BYTES)
+        words: Ints = np.frombuffer(self._map, dtype=np.int64)
+        self.header = words[:_HEADER]
+        self.times: Floats = self.header.view(np.float64)
+        self.seqs: Ints = words[_HEADER : _HEADER + FIELDS * CAPACITY].reshape(FIELDS, CAPACITY)
+        steps, gone = _HEADER + FIELDS * CAPACITY, _HEADER + FIELDS * CAPACITY + RING * STEP
+        self.steps: Floats = words[steps:gone].view(np.float64).reshape(RING, STEP)
+        self.gone: Ints = words[gone:].reshape(GONE, 2)  # number and preemptions of each
+
+    @staticmethod
+    def create() -> tuple[Board, str]:
+        """A new board of this process, and the path by which other processes of this host can open it."""
+        fd = os.memfd_create("block-board")
+        os.ftruncate(fd, _BYTES)
+        board = Board(fd)
+        board.header[_FIELDS] = FIELDS
+        board.header[NONCE] = secrets.randbits(62)
+        board.times[STARTED] = np.nan
+        board.gone[:, 0] = np.iinfo(np.int64).min
+        board.header[_MAGIC] = MAGIC
+        return board, f"/proc/{os.getpid()}/fd/{fd}"
+
+    @staticmethod
+    def open(path: str, nonce: int | None = None) -> Board:
+        """The board at `path`. OSError if it is not there, ValueError if it is another layout, or not the one meant."""
+        fd = os.open(path, os.O_RDWR)
+        try:
+            if os.fstat(fd).st_size != _BYTES:
+                raise ValueError(f"board {path}: not of this version's layout")
+            board = Board(fd)
+        finally:
+            os.close(fd)  # the mapping stays
+        if board.header[_MAGIC] != MAGIC or board.header[_FIELDS] != FIELDS:
+            raise ValueError(f"board {path}: not of this version's layout")
+        if nonce is not None and board.header[NONCE] != nonce:
+            raise ValueError(f"board {path}: belongs to another server")
+        return board
+
+    def begin(self) -> None:
+        """The writer's: what is on the board is about to change."""
+        self.header[_COUNTER] += 1
+
+    def end(self) -> None:
+        """The writer's: the board is consistent again."""
+        self.times[PUBLISHED] = time.monotonic()
+        self.header[_COUNTER] += 1
+
+    def read(self) -> State:
+        """A consistent copy; TimeoutError if a change takes PATIENCE_S, because the writer died or waits for a core."""
+        header = self.header
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            before = int(header[_COUNTER])
+            if before % 2 == 0:
+                copied = header.copy()
+                seqs = self.seqs[:, : copied[COLUMNS]].copy()
+                if header[_COUNTER] == before:
+                    return State(copied, seqs)
+            if time.monotonic() > deadline:
+                raise TimeoutError("the scheduler stopped in the middle of publishing")
+            time.sleep(20e-6)
+
+    def step_times(self, since: int) -> tuple[int, Floats]:
+        """How many steps were timed, and those after the first `since`: float[n, STEP], at most RING − 1 of them."""
+        timed = int(self.header[TIMED])
+        first = max(since, timed - RING + 1)  # the oldest place may be being overwritten
+        return timed, self.steps[np.arange(first, timed) % RING].copy()
+
+    def preemptions_of(self, number: int) -> int | None:
+        """Preemptions of a request that has gone; None if it is no longer, or not yet, noted."""
+        places = np.flatnonzero(self.gone[:, 0] == number)
+        return int(self.gone[places[-1], 1]) if len(places) else None
+
+    def dump(self) -> bytes:
+        """A consistent copy as bytes, for `read_dump` on another host; its times become ages."""
+        state = self.read()
+        times = state.header.view(np.float64)
+        now = time.monotonic()
+        for word in (STARTED, PUBLISHED):
+            times[word] = now - times[word]
+        return state.header.tobytes() + state.seqs.tobytes()
+
+
+def read_dump(dump: bytes) -> State:
+    """What `Board.dump` wrote elsewhere, its times put on this host's clock as if the way had taken no time.
+
+    ValueError if it is of another layout.
+    """
+    words = np.frombuffer(dump, dtype=np.int64).copy()
+    if len(words) < _HEADER or words[_MAGIC] != MAGIC or words[_FIELDS] != FIELDS:
+        raise ValueError("the snapshot is not of this version's layout")
+    header = words[:_HEADER]
+    times = header.view(np.float64)
+    now = time.monotonic()
+    for word in (STARTED, PUBLISHED):
+        times[word] = now - times[word]
+    return State(header, words[_HEADER:].reshape(FIELDS, -1))
