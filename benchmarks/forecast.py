@@ -21,14 +21,14 @@ def states(qps: float, every: int = 50) -> list[Asked]:
     count = 0
 
     def spy(
-        self: Predictor, snapshots: list[Snapshot], underway: list[list[Request]], request: Request, now: float
+        self: Predictor, snapshots: list[Snapshot], in_transit: list[list[Request]], request: Request, now: float
     ) -> list[Forecast]:
         nonlocal count
         count += 1
         if count % every == 0:
             kept = [snapshot._replace(seqs=snapshot.seqs.copy()) for snapshot in snapshots]
-            asked.append((kept, [list(requests) for requests in underway], request, now))
-        return original(self, snapshots, underway, request, now)
+            asked.append((kept, [list(requests) for requests in in_transit], request, now))
+        return original(self, snapshots, in_transit, request, now)
 
     Predictor.forecasts = spy  # type: ignore[method-assign, assignment]
     try:

@@ -7,6 +7,7 @@ The server must have nothing else to do meanwhile. Use the result by backend.lat
 """
 
 import argparse
+import asyncio
 import sys
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from rich.console import Console
 
 from block.backends import live_profile as live
 from block.backends.instance import VLLMInstance
-from block.core import clock
-from block.dispatch.instance import InstanceFailed
+from block.cluster.instance import InstanceFailed
+from block.core.clock import Clock
 from block.run.config_errors import Parser, piped
 from block.run.console import progress
 from block.store.results import keep, probe, reason, whole
@@ -42,7 +43,7 @@ def main() -> int:
     if arguments.seconds <= 0:
         parser.error(f"--seconds={arguments.seconds}: must be greater than 0")
     try:
-        found = clock.run(_measure(arguments), virtual=False)
+        found = asyncio.run(_measure(arguments))
     except (InstanceFailed, live.TooFewSteps) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -59,7 +60,7 @@ async def _measure(arguments: argparse.Namespace) -> live.Fit:
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
     ) as session:
-        instance = VLLMInstance(0, arguments.url, session, arguments.vocabulary)
+        instance = VLLMInstance(0, arguments.url, session, Clock(), arguments.vocabulary)
         limits = await instance.attach()
         try:
             with progress(Console(stderr=True), "seconds", round(arguments.seconds)) as advance:

@@ -5,7 +5,7 @@ Nothing here computes an expectation; `oracle` does.
 
 from __future__ import annotations
 
-import asyncio
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random as Stream
@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 from numba import config as numba_config
 
-from block.core import clock
+from block.cluster.simulation import Simulation
 from block.core.snapshot import Snapshot
 from block.core.types import Request, RequestRecord
-from block.dispatch.core import DispatchConfig, Dispatcher
+from block.dispatch.core import DispatchConfig, Dispatcher, Observer
 from block.dispatch.policies import Policy
+from block.engine.batch import EngineBatch, EngineSpec, Finished
 from block.engine.config import EngineConfig
-from block.engine.engine import Engine, Finished
+from block.engine.engine import Engine
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor
-from block.engine.simulated_instance import SimulatedInstance
 
 COMPILED = not numba_config.DISABLE_JIT
 
@@ -108,7 +108,7 @@ class Replay:
         pending = sorted(self.requests, key=lambda r: r.arrival)
         last = -1.0
         now = 0.0
-        while pending or self.engine.next_finish() < float("inf"):
+        while pending or self.engine.step_ends < float("inf"):
             while pending and pending[0].arrival <= now:
                 at = pending[0].arrival
                 self.finished.extend(self.engine.advance(at))
@@ -121,17 +121,15 @@ class Replay:
             now += 1.0
 
 
+def next_finish(engine: Engine) -> float:
+    """When the next sequence of an engine finishes if nothing more arrives; inf: none does. Found out on a copy."""
+    found = engine.copy().batch.advance_all(math.inf)
+    return found[0].finished if found else math.inf
+
+
 def replay(config: EngineConfig, total_blocks: int, requests: Sequence[Request]) -> Replay:
     """Steps of one second, so that step n begins when the clock reads n."""
-    return Replay(Engine(config, constant_latency(), total_blocks), requests, [])
-
-
-async def open_loop(requests: Sequence[Request], dispatcher: Dispatcher) -> None:
-    """Submit each request at its arrival."""
-    async with asyncio.TaskGroup() as group:
-        for one in requests:
-            await clock.sleep_until(one.arrival)
-            group.create_task(dispatcher.submit(one))
+    return Replay(Engine.alone(config, constant_latency(), total_blocks), requests, [])
 
 
 @dataclass
@@ -143,11 +141,11 @@ class Run:
 
     @property
     def records(self) -> list[RequestRecord]:
-        return sorted(self.dispatcher.records, key=lambda record: record.request.id)
+        return sorted(self.dispatcher.history.records, key=lambda record: record.request.id)
 
     @property
     def chosen(self) -> list[int]:
-        return [decision.instance_id for _, decision, _ in self.dispatcher.decisions]
+        return [decision.instance_id for _, decision, _ in self.dispatcher.history.decisions]
 
 
 def serve(
@@ -163,25 +161,25 @@ def serve(
     delay_s: float = 0.0,
     dispatch: DispatchConfig | None = None,
     compressed: bool = True,
+    observers: Sequence[Observer] = (),
 ) -> Run:
     """Replay `requests` on simulated instances in virtual time."""
     rng = np.random.default_rng(seed)
     factors = [rng.normal(1.0, noise, 997).clip(0.5) if noise else None for _ in range(instances)]
-    engines = [Engine(config, latency, total_blocks, factor) for factor in factors]
-
-    async def main() -> Dispatcher:
-        dispatcher = Dispatcher(
-            [SimulatedInstance(i, engine) for i, engine in enumerate(engines)],
-            policy,
-            Predictor(config, latency, total_blocks, compressed=compressed),
-            dispatch or DispatchConfig(),
-            Stream(seed),
-            delay_s=delay_s,
-        )
-        await open_loop(requests, dispatcher)
-        return dispatcher
-
-    return Run(clock.run(main(), virtual=True), engines)
+    batch = EngineBatch([EngineSpec(config, latency, total_blocks, factor) for factor in factors])
+    simulation = Simulation(batch, delay_s)
+    dispatcher = Dispatcher(
+        instances,
+        policy,
+        Predictor(config, latency, total_blocks, compressed=compressed),
+        dispatch or DispatchConfig(),
+        Stream(seed),
+        snapshot_many=simulation.snapshot_many,
+        delay_s=delay_s,
+        observers=observers,
+    )
+    simulation.run((one, dispatcher) for one in requests)
+    return Run(dispatcher, [Engine(batch, row) for row in range(instances)])
 
 
 def poisson(count: int, rate: float, seed: int, *, prompt: int = 200, output: int = 100) -> list[Request]:

@@ -30,8 +30,8 @@ from vllm.v1.request import Request as VllmRequest
 from vllm.v1.structured_output import StructuredOutputManager
 
 from block.core.types import Request
+from block.engine.batch import Finished
 from block.engine.config import EngineConfig
-from block.engine.engine import Finished
 
 TOKEN, EOS = 1, 2  # what the model says, and what it ends with
 

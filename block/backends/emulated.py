@@ -17,6 +17,7 @@ from block.backends.servers import launched
 from block.backends.settings import OFFLINE, QUIET, check_latency, check_servers, engine_arguments, require
 from block.cluster.fleet import Fleet
 from block.cluster.spec import Testbed
+from block.core.clock import Clock
 from block.engine.latency import LatencyModel
 from block.hardware.catalogue import latency_model
 
@@ -54,7 +55,7 @@ class Emulated:
         return model.scaled(self.step_time_factor, self.step_overhead_s)
 
     @asynccontextmanager
-    async def start(self, testbed: Testbed, logs: Path) -> AsyncIterator[Fleet]:
+    async def start(self, testbed: Testbed, clock: Clock, logs: Path) -> AsyncIterator[Fleet]:
         """Fork the servers from one process that has imported vLLM."""
         require("aiohttp", "vllm")
         from block.backends.launch import ServerSpec, Zygote
@@ -81,5 +82,5 @@ class Emulated:
         }
         specs = [ServerSpec(arguments, logs / f"instance-{i}.log") for i in range(testbed.instances)]
         zygote = Zygote(logs / "zygote.log", environment, self.ready_timeout_s)
-        async with launched(specs, zygote, latency, testbed, self.ready_timeout_s) as fleet:
+        async with launched(specs, zygote, latency, testbed, clock, self.ready_timeout_s) as fleet:
             yield fleet

@@ -16,11 +16,11 @@ import aiohttp
 import numpy as np
 
 from block.backends.launch import answers
-from block.core import clock
+from block.cluster.instance import FirstToken, InstanceFailed, RequestFailed
 from block.core.arrays import Floats
+from block.core.clock import Clock
 from block.core.snapshot import Snapshot
 from block.core.types import Request, RequestRecord
-from block.dispatch.instance import InstanceFailed, RequestFailed
 from block.vllm_plugin.publisher import TAG_EXPECTED, TAG_ID
 from block.vllm_plugin.state_buffer import STEP, Board, EngineLimits, State, read_dump
 
@@ -34,10 +34,18 @@ class WithoutPlugin(InstanceFailed):
 class VLLMInstance:
     """One server. `attach` first, `detach` at the end."""
 
-    def __init__(self, instance_id: int, url: str, session: aiohttp.ClientSession, vocabulary: int = 32000) -> None:
+    def __init__(
+        self,
+        instance_id: int,
+        url: str,
+        session: aiohttp.ClientSession,
+        clock: Clock,
+        vocabulary: int = 32000,
+    ) -> None:
         self.instance_id = instance_id
         self.url = url.rstrip("/")
         self._session = session
+        self._clock = clock
         self._vocabulary = vocabulary
         self._board: Board | None = None
         self._state: State | None = None
@@ -93,7 +101,7 @@ class VLLMInstance:
     def snapshot(self) -> Snapshot:
         """What the scheduler published last."""
         state = self._read()
-        return state.snapshot(self.instance_id, clock.now(), clock.at(state.started))
+        return state.snapshot(self.instance_id, self._clock.now(), self._clock.at(state.started))
 
     async def step_times(self, since: int) -> tuple[int, Floats]:
         """How many steps the engine has timed, and those after the first `since`: float[n, STEP]."""
@@ -118,14 +126,15 @@ class VLLMInstance:
         """Whether /health says so."""
         return await answers(self._session, self.url)
 
-    async def generate(self, request: Request, record: RequestRecord) -> None:
+    async def generate(self, record: RequestRecord, first_token: FirstToken) -> None:
         """Stream the response, noting when each token came."""
+        request = record.request
         try:
             async with self._session.post(f"{self.url}/v1/completions", json=self._body(request)) as response:
                 if response.status != 200:
                     text = f"{self.url}: {response.status}: {await _message(response)}"
                     raise (InstanceFailed if response.status >= 500 else RequestFailed)(text)
-                await self._stream(response, record)
+                await self._stream(response, record, first_token)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise InstanceFailed(f"{self.url}: {_reason(error)}") from error
         preemptions = self._board.preemptions_of(request.id) if self._board is not None else None
@@ -146,14 +155,14 @@ class VLLMInstance:
             "vllm_xargs": {TAG_ID: request.id, TAG_EXPECTED: request.predicted_output_tokens},
         }
 
-    async def _stream(self, response: aiohttp.ClientResponse, record: RequestRecord) -> None:
+    async def _stream(self, response: aiohttp.ClientResponse, record: RequestRecord, first_token: FirstToken) -> None:
         """Read server-sent events to [DONE]; the last one before it carries the token counts."""
         last = b""
         times = record.token_times = []
         async for line in response.content:
             if not line.startswith(b"data: "):
                 continue
-            now = clock.now()
+            now = self._clock.now()
             if line.startswith(b"data: [DONE]"):
                 usage = json.loads(last).get("usage") or {}
                 record.output_tokens = int(usage.get("completion_tokens", 0))
@@ -162,7 +171,7 @@ class VLLMInstance:
                 raise InstanceFailed(f"{self.url}: {line[6:].decode().strip()}")
             if b'"choices":[]' not in line:
                 if record.first_token != record.first_token:  # NaN
-                    record.first_token = now
+                    first_token(record, now)
                 record.finished = now
                 times.append(now)
             last = line[6:]

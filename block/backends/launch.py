@@ -25,7 +25,7 @@ from typing import Any, Protocol, Self
 
 import aiohttp
 
-from block.dispatch.instance import LaunchFailed
+from block.cluster.instance import LaunchFailed
 from block.vllm_plugin.serve import PARENT
 
 GRACE_S = 5.0

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from block.backends.instance import VLLMInstance
-from block.core import clock
 from block.core.arrays import Floats
+from block.core.clock import Clock
 from block.core.types import Request, RequestRecord
 from block.engine.latency import LatencyModel, table
 from block.hardware.profiling.errors import Error, relative_error
@@ -48,13 +48,13 @@ async def drive(
     seen = (await instance.step_times(0))[0]
     rng = np.random.default_rng(0)
     number = 0
-    began = clock.now()
+    clock = Clock()
 
     async def ask(prompt: int, output: int) -> None:
         nonlocal number
         number += 1
         request = Request(number, clock.now(), prompt, output, output)
-        await instance.generate(request, RequestRecord(request))
+        await instance.generate(RequestRecord(request), lambda record, now: None)
 
     async def collect() -> None:
         nonlocal seen
@@ -62,12 +62,12 @@ async def drive(
             await clock.sleep(0.2)
             seen, more = await instance.step_times(seen)
             steps.append(more)
-            progress(min((clock.now() - began) / seconds, 1.0))
+            progress(min(clock.now() / seconds, 1.0))
 
     collector = asyncio.create_task(collect())
     try:
         for load in (_batches, _chunks, _mixture):
-            await load(ask, limits, rng, clock.now() + seconds / 3)
+            await load(ask, limits, rng, clock, clock.now() + seconds / 3)
         await clock.sleep(0.5)
     finally:
         collector.cancel()
@@ -77,7 +77,7 @@ async def drive(
 Ask = Callable[[int, int], Awaitable[None]]
 
 
-async def _batches(ask: Ask, limits: EngineLimits, rng: np.random.Generator, until: float) -> None:
+async def _batches(ask: Ask, limits: EngineLimits, rng: np.random.Generator, clock: Clock, until: float) -> None:
     """Decode batches of all sizes, from the smallest to the largest and again, over random contexts."""
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256) if size < limits.max_num_seqs] + [limits.max_num_seqs]
     room = limits.total_blocks * limits.block_size
@@ -90,7 +90,7 @@ async def _batches(ask: Ask, limits: EngineLimits, rng: np.random.Generator, unt
                 return
 
 
-async def _chunks(ask: Ask, limits: EngineLimits, rng: np.random.Generator, until: float) -> None:
+async def _chunks(ask: Ask, limits: EngineLimits, rng: np.random.Generator, clock: Clock, until: float) -> None:
     """Prompts of all lengths, one at a time."""
     longest = min(limits.max_model_len, limits.total_blocks * limits.block_size) - 8
     while clock.now() < until:
@@ -98,7 +98,7 @@ async def _chunks(ask: Ask, limits: EngineLimits, rng: np.random.Generator, unti
         await ask(length, 2)
 
 
-async def _mixture(ask: Ask, limits: EngineLimits, rng: np.random.Generator, until: float) -> None:
+async def _mixture(ask: Ask, limits: EngineLimits, rng: np.random.Generator, clock: Clock, until: float) -> None:
     """Requests of all kinds, about half as many at once as the engine serves."""
     longest = min(limits.max_model_len, limits.total_blocks * limits.block_size // 4)
     slots = asyncio.Semaphore(max(limits.max_num_seqs // 2, 1))

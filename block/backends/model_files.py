@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from block.cluster.instance import LaunchFailed
 from block.core import paths
-from block.dispatch.instance import LaunchFailed
 from block.hardware.catalogue import Model
 
 VOCABULARY = 2048

@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from block.cluster.fleet import Fleet
+from block.cluster.instance import InstanceFailed, LaunchFailed
 from block.cluster.spec import Testbed
-from block.dispatch.instance import InstanceFailed, LaunchFailed
+from block.core.clock import Clock
 from block.engine.config import EngineConfig
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor
@@ -30,6 +31,7 @@ async def launched(
     starter: Any,
     latency: LatencyModel,
     testbed: Testbed,
+    clock: Clock,
     deadline_s: float,
     at_once: int | None = None,
 ) -> AsyncIterator[Fleet]:
@@ -41,7 +43,7 @@ async def launched(
             starting = [group.create_task(launcher.start(spec)) for spec in specs[: testbed.initial]]
         servers = {i: task.result() for i, task in enumerate(starting)}
         urls = [servers[i].url if i in servers else "" for i in range(len(specs))]
-        async with attached(urls, latency, testbed) as fleet:
+        async with attached(urls, latency, testbed, clock) as fleet:
             yield fleet._replace(servers=_Servers(launcher, specs, servers, fleet))
 
 
@@ -82,7 +84,7 @@ def _said(instance: VLLMInstance, limits: EngineLimits) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def attached(urls: Sequence[str], latency: LatencyModel, testbed: Testbed) -> AsyncIterator[Fleet]:
+async def attached(urls: Sequence[str], latency: LatencyModel, testbed: Testbed, clock: Clock) -> AsyncIterator[Fleet]:
     """Instances for running servers ("": one that does not run yet), and a predictor for the settings they report."""
     import aiohttp
 
@@ -92,7 +94,7 @@ async def attached(urls: Sequence[str], latency: LatencyModel, testbed: Testbed)
     # A connection each: a server may close an idle one just as it is used again, and would seem to have failed.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        instances = [VLLMInstance(i, url, session, testbed.model.vocab_size) for i, url in enumerate(urls)]
+        instances = [VLLMInstance(i, url, session, clock, testbed.model.vocab_size) for i, url in enumerate(urls)]
         try:
             running = [instance for instance in instances if instance.url]
             limits = [await _attach(instance) for instance in running]

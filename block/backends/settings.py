@@ -6,9 +6,9 @@ import importlib.util
 import math
 from typing import Any
 
+from block.cluster.instance import LaunchFailed
 from block.cluster.spec import Testbed
 from block.core.paths import find
-from block.dispatch.instance import LaunchFailed
 from block.engine.latency import LatencyModel
 
 # What every server is told: no telemetry, no downloads, little logging.

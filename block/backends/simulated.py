@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-from block.cluster.fleet import Fleet
+from block.cluster.fleet import SimulatedFleet
 from block.cluster.migration import Migrator
+from block.cluster.simulation import Simulation
 from block.cluster.spec import Testbed
 from block.core.arrays import Floats
 from block.core.rng import stream
-from block.engine.batch import Bank
-from block.engine.engine import Engine
+from block.engine.batch import EngineBatch, EngineSpec
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor, Predictors
-from block.engine.simulated_instance import Looks, SimulatedInstance
 from block.hardware.catalogue import gpu_named, latency_model
 
 NOISE_STEPS = 4096  # an instance's noise repeats after so many steps
@@ -46,7 +41,6 @@ class Simulated:
     dispatch_delay_s: float = 0.0
     auto: Any = None
     virtual: ClassVar[bool] = True
-    time_dilation: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.step_time_factor < math.inf:
@@ -71,37 +65,24 @@ class Simulated:
         model, _ = latency_model(gpu, testbed.model)
         return model.scaled(self.step_time_factor, self.step_overhead_s)
 
-    @asynccontextmanager
-    async def start(self, testbed: Testbed, logs: Path) -> AsyncIterator[Fleet]:
-        """Make the twins; there is nothing to stop but the migration of requests between them."""
-        migrator = None
-        if testbed.migration.interval_s > 0:
-            model, size = testbed.model, testbed.engine.block_size
-            block_bytes = model.kv_bytes * model.tensor_parallel * model.layers * size
-            migrator = Migrator(testbed.migration, size, block_bytes)
-        wake = migrator.wake if migrator else None
-        instances: list[SimulatedInstance] = []
-        bank = Bank(testbed.instances)
+    def simulate(self, testbed: Testbed) -> SimulatedFleet:
+        """A simulation of the testbed, in which nothing has happened yet."""
+        specs: list[EngineSpec] = []
         predictors: list[Predictor] = []  # of each instance; those that are alike share one
         for kind in testbed.kinds:
             latency, blocks = self._latency(kind.gpu, kind), kind.total_blocks
             predictors += [Predictor(testbed.engine, self.latency(kind), blocks)] * kind.instances
-            for i in range(len(instances), len(predictors)):
+            for i in range(len(specs), len(predictors)):
                 own = latency.scaled(self.slowdown[i]) if i < len(self.slowdown) else latency
-                engine = Engine(testbed.engine, own, blocks, self._noise(testbed.seed, i), bank)
-                instances.append(SimulatedInstance(i, engine, wake))
-        look = Looks(instances, bank)
+                specs.append(EngineSpec(testbed.engine, own, blocks, self._noise(testbed.seed, i)))
+        simulation = Simulation(EngineBatch(specs), self.dispatch_delay_s)
         predictor = predictors[0] if len(testbed.kinds) == 1 else Predictors(predictors)
-        if migrator is None:
-            yield Fleet(instances, predictor, {}, look=look)
-            return
-        migrating = asyncio.create_task(migrator.run(instances, look))
-        try:
-            yield Fleet(instances, predictor, {"migrations": migrator.counts}, migrator, look=look)
-        finally:
-            migrating.cancel()
-            with suppress(asyncio.CancelledError):
-                await migrating
+        migrator = None
+        if testbed.migration.interval_s > 0:
+            model, size = testbed.model, testbed.engine.block_size
+            block_bytes = model.kv_bytes * model.tensor_parallel * model.layers * size
+            migrator = Migrator(testbed.migration, size, block_bytes, simulation)
+        return SimulatedFleet(simulation, predictor, migrator)
 
     def _noise(self, seed: int, instance_id: int) -> Floats | None:
         if self.step_noise == 0:

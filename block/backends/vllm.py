@@ -12,8 +12,9 @@ from typing import ClassVar, final
 from block.backends.servers import attached, launched
 from block.backends.settings import QUIET, check_latency, check_servers, engine_arguments, latency_from, require
 from block.cluster.fleet import Fleet
+from block.cluster.instance import LaunchFailed
 from block.cluster.spec import Testbed
-from block.dispatch.instance import LaunchFailed
+from block.core.clock import Clock
 from block.engine.latency import LatencyModel
 from block.hardware.catalogue import latency_model
 from block.hardware.devices import visible_gpus
@@ -54,7 +55,7 @@ class VLLM:
         return model.scaled(self.step_time_factor, self.step_overhead_s)
 
     @asynccontextmanager
-    async def start(self, testbed: Testbed, logs: Path) -> AsyncIterator[Fleet]:
+    async def start(self, testbed: Testbed, clock: Clock, logs: Path) -> AsyncIterator[Fleet]:
         """Attach to the servers of `urls`, or start one for each instance on GPUs of its own.
 
         Servers of `urls` run whether they are needed or not: a provisioner decides whether requests go there.
@@ -62,7 +63,7 @@ class VLLM:
         require("aiohttp")
         latency = self.latency(testbed)
         if self.urls:
-            async with attached(self.urls, latency, testbed) as fleet:
+            async with attached(self.urls, latency, testbed, clock) as fleet:
                 yield fleet
             return
         require("vllm")
@@ -81,7 +82,7 @@ class VLLM:
             ServerSpec(arguments, logs / f"instance-{i}.log", {**QUIET, "CUDA_VISIBLE_DEVICES": ",".join(mine)})
             for i, mine in enumerate(devices)
         ]
-        async with launched(specs, Subprocesses(), latency, testbed, self.ready_timeout_s) as fleet:
+        async with launched(specs, Subprocesses(), latency, testbed, clock, self.ready_timeout_s) as fleet:
             yield fleet
 
 

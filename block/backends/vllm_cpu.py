@@ -12,6 +12,7 @@ from block.backends.servers import launched
 from block.backends.settings import OFFLINE, QUIET, check_servers, engine_arguments, latency_from, require
 from block.cluster.fleet import Fleet
 from block.cluster.spec import Testbed
+from block.core.clock import Clock
 from block.engine.latency import LatencyModel
 
 
@@ -42,7 +43,7 @@ class VLLMCPU:
         return latency_from(self.latency_model)
 
     @asynccontextmanager
-    async def start(self, testbed: Testbed, logs: Path) -> AsyncIterator[Fleet]:
+    async def start(self, testbed: Testbed, clock: Clock, logs: Path) -> AsyncIterator[Fleet]:
         """Start the servers, each a process of its own."""
         require("aiohttp", "vllm")
         from block.backends.launch import ServerSpec, Subprocesses
@@ -61,5 +62,5 @@ class VLLMCPU:
         environment = {**QUIET, **OFFLINE, "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         specs = [ServerSpec(arguments, logs / f"instance-{i}.log", environment) for i in range(testbed.instances)]
         latency, patience = self.latency(testbed), self.ready_timeout_s
-        async with launched(specs, Subprocesses(), latency, testbed, patience, at_once=self.at_once) as fleet:
+        async with launched(specs, Subprocesses(), latency, testbed, clock, patience, at_once=self.at_once) as fleet:
             yield fleet

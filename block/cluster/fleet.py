@@ -7,50 +7,46 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+from block.cluster.instance import Server
+from block.cluster.live import Servers
 from block.cluster.migration import Migrator
+from block.cluster.simulation import Simulation
 from block.cluster.spec import Testbed
-from block.dispatch.instance import Instance, Look
+from block.core.clock import Clock
+from block.core.snapshot import Snapshot
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor, Predictors
 
 
-class Servers(Protocol):
-    """The processes behind a fleet's instances."""
-
-    async def start(self, instance_id: int) -> None:
-        """Start the server of an instance that has none. LaunchFailed if it does not come up."""
-        ...
-
-    async def stop(self, instance_id: int) -> None:
-        """Stop it, for certain."""
-        ...
-
-
 class Fleet(NamedTuple):
-    """A running cluster, the predictor that knows its engines, and what real engines said of themselves.
+    """Servers that run, the predictor that knows their engines, and what these said of themselves.
 
     Without a predictor, the instances show no snapshots either, and only policies that count can be used.
-    migrator: moves requests between the instances, if any does. servers: starts and stops those of single instances;
-    None: all are there already. look: snapshots of many of them, faster than one by one.
+    servers: starts and stops single ones; None: all are there already.
     """
 
-    instances: Sequence[Instance]
+    instances: Sequence[Server]
     predictor: Predictor | Predictors | None
     engines: Mapping[str, Any]
-    migrator: Migrator | None = None
     servers: Servers | None = None
-    look: Look | None = None
+
+    def snapshot_many(self, ids: Sequence[int], now: float) -> list[Snapshot]:
+        """What the schedulers of these instances published last."""
+        return [self.instances[i].snapshot() for i in ids]
+
+
+class SimulatedFleet(NamedTuple):
+    """A simulation, the predictor of its engines, and what moves requests between them, if anything does."""
+
+    simulation: Simulation
+    predictor: Predictor | Predictors
+    migrator: Migrator | None = None
 
 
 class Backend(Protocol):
-    """Brings up a testbed. `virtual` says on which clock it lives, `dispatch_delay_s` what delay is to be modelled."""
+    """What runs a testbed: a `RealBackend` on the wall clock, or the simulated one on `virtual` time."""
 
     virtual: ClassVar[bool]
-
-    @property
-    def time_dilation(self) -> float:
-        """Wall-clock seconds for a second of the run; 1 on virtual time."""
-        ...
 
     @property
     def dispatch_delay_s(self) -> float:
@@ -61,6 +57,15 @@ class Backend(Protocol):
         """The step times of a testbed's engines, which are alike, as the predictor knows them."""
         ...
 
-    def start(self, testbed: Testbed, logs: Path) -> AbstractAsyncContextManager[Fleet]:
-        """A context in which the cluster runs; what its servers say goes to the folder `logs`."""
+
+class RealBackend(Backend, Protocol):
+    """Brings up real servers."""
+
+    @property
+    def time_dilation(self) -> float:
+        """Wall-clock seconds for a second of the run."""
+        ...
+
+    def start(self, testbed: Testbed, clock: Clock, logs: Path) -> AbstractAsyncContextManager[Fleet]:
+        """A context in which the servers run; what they say goes to the folder `logs`."""
         ...

@@ -11,22 +11,18 @@ Copying takes the KV's bytes over the bandwidth and is assumed not to slow the e
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from block.core import clock
+from block.cluster.simulation import Process, Simulation
 from block.core.arrays import Ints
 from block.core.snapshot import BLOCKS, CHUNK, COMPUTED, ID, OUTPUT, PREEMPTED, PROMPT, Snapshot
 from block.core.types import RequestRecord
-from block.dispatch.instance import Look, one_by_one
+from block.dispatch.core import Dispatcher, Observer
 from block.dispatch.policies import freeness
-from block.engine.simulated_instance import SimulatedInstance
-
-Moved = Callable[[RequestRecord, int, int], None]
-"""Is told of a request's record, and the ids of the instances that it moved from and to."""
+from block.engine.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -88,111 +84,115 @@ class _Abandoned(Exception):
     """A migration ends early; the message is the reason that is counted."""
 
 
-class Migrator:
-    """Pairs instances and migrates requests while it is `run`. An instance takes part in one migration at a time.
+class Migrator(Observer):
+    """Pairs the instances of a simulation, at every multiple of the interval at which requests are there, and migrates
+    requests between them. An instance takes part in one migration at a time.
 
-    block_bytes: of a KV block. moved: is told of each request that has moved. counts: migrations by their outcome, KV
-    blocks copied, and the seconds that requests stood still.
+    block_bytes: of a KV block. counts: migrations by their outcome, KV blocks copied, and the seconds that requests
+    stood still.
     """
 
-    def __init__(self, config: MigrationConfig, block_size: int, block_bytes: float) -> None:
+    def __init__(self, config: MigrationConfig, block_size: int, block_bytes: float, simulation: Simulation) -> None:
         self._config = config
         self._block_size = block_size
         self._block_s = block_bytes / (config.bandwidth * 1e9)
-        self._work = asyncio.Event()
+        self._simulation = simulation
+        self._engines = [Engine(simulation.engines, row) for row in range(len(simulation.engines))]
         self._busy: set[int] = set()
-        self._instances: Sequence[SimulatedInstance] = ()
-        self._look: Look = lambda ids: ()
-        self.moved: Moved = lambda record, source, target: None
+        self._pairing = False  # is it to pair them again?
+        self._pairings = 0
         self.counts: dict[str, float] = defaultdict(float)
 
-    def wake(self) -> None:
-        """There is something to serve."""
-        self._work.set()
+    def delivered(self, dispatcher: Dispatcher, record: RequestRecord, now: float) -> None:
+        """There is something to serve, so that pairing begins, or goes on."""
+        if not self._pairing:
+            self._pairing = True
+            self._simulation.start(self._pair(dispatcher))
 
-    async def run(self, instances: Sequence[SimulatedInstance], look: Look | None = None) -> None:
-        """Pair the instances at every multiple of the interval at which one of them has work, until cancelled.
+    def _pair(self, dispatcher: Dispatcher) -> Process:
+        interval, simulation = self._config.interval_s, self._simulation
+        while simulation.running:
+            self._pairings = max(self._pairings + 1, math.ceil(simulation.now / interval))
+            yield max(self._pairings * interval, simulation.now)
+            for source, target in self._pairs():
+                self._busy |= {source, target}
+                simulation.start(self._attempt(source, target, dispatcher))
+        self._pairing = False
 
-        look: snapshots of many of them, faster than one by one.
-        """
-        self._instances = instances
-        self._look = look or one_by_one(instances)
-        interval = self._config.interval_s
-        turn = 0
-        async with asyncio.TaskGroup() as migrations:
-            while True:
-                await self._work.wait()
-                turn = max(turn + 1, math.ceil(clock.now() / interval))
-                await clock.sleep_until(turn * interval)
-                for source, target in self._pairs():
-                    self._busy |= {source.instance_id, target.instance_id}
-                    migrations.create_task(self._attempt(source, target))
-                if not any(instance.serving for instance in instances):
-                    self._work.clear()  # nothing wakes anybody until a request arrives, and a stall is seen as one
-
-    def _pairs(self) -> list[tuple[SimulatedInstance, SimulatedInstance]]:
-        ready = [instance for instance in self._instances if instance.instance_id not in self._busy]
+    def _pairs(self) -> list[tuple[int, int]]:
+        ready = [i for i in range(len(self._engines)) if i not in self._busy]
         if not ready:
             return []
-        seen = self._look([instance.instance_id for instance in ready])
+        seen = self._simulation.snapshot_many(ready, self._simulation.now)
         free = freeness(seen, [()] * len(ready), self._block_size)
         return [(ready[source], ready[target]) for source, target in pairs(free, self._config)]
 
-    async def _attempt(self, source: SimulatedInstance, target: SimulatedInstance) -> None:
+    def _attempt(self, source: int, target: int, dispatcher: Dispatcher) -> Process:
         try:
-            await self._migrate(source, target)
+            yield from self._migrate(source, target, dispatcher)
             self.counts["migrated"] += 1
         except _Abandoned as reason:
             self.counts[str(reason)] += 1
         finally:
-            self._busy -= {source.instance_id, target.instance_id}
+            self._busy -= {source, target}
 
-    async def _migrate(self, source: SimulatedInstance, target: SimulatedInstance) -> None:
+    def _now(self, instance_id: int) -> Engine:
+        """An instance's engine, advanced to this moment."""
+        engine = self._engines[instance_id]
+        engine.advance(self._simulation.now)
+        return engine
+
+    def _shown(self, instance_id: int) -> Snapshot:
+        return self._simulation.snapshot_many([instance_id], self._simulation.now)[0]
+
+    def _migrate(self, source: int, target: int, dispatcher: Dispatcher) -> Process:
         """Move the source's shortest request. Raises _Abandoned, with everything as if nothing had been tried."""
-        config = self._config
-        start = candidate(source.snapshot())
+        config, simulation = self._config, self._simulation
+        start = candidate(self._shown(source))
         if start is None:
             raise _Abandoned("nothing_decodes")
         copied = seats = 0
 
-        def hold(blocks: int) -> bool:
+        def reserve(blocks: int) -> bool:
             nonlocal copied, seats
-            kept = target.hold(blocks, 1 - seats)
-            if kept:
+            reserved = self._now(target).reserve(blocks, 1 - seats)
+            if reserved:
                 copied, seats = copied + blocks, 1
-            return kept
+            return reserved
 
         try:
             for _ in range(config.max_stages):
-                column = _still_decoding(source.snapshot(), start)
+                column = _still_decoding(self._shown(source), start)
                 if column[BLOCKS] - copied <= config.last_stage_blocks:
                     break
                 full = int(column[COMPUTED] - column[CHUNK]) // self._block_size - copied
-                if not hold(full):
+                if not reserve(full):
                     raise _Abandoned("no_room")
-                await clock.sleep(full * self._block_s)
+                yield simulation.now + full * self._block_s
                 self.counts["copied_blocks"] += full
             else:
                 raise _Abandoned("too_many_stages")
-            stopped = await source.take(int(start[ID]))
-            if stopped is None or stopped.column[PREEMPTED] > start[PREEMPTED]:
-                if stopped is not None:
-                    source.put(stopped, source)
+            yield self._now(source).halt()
+            extracted = self._engines[source].extract(int(start[ID]))
+            if extracted is None or extracted.column[PREEMPTED] > start[PREEMPTED]:
+                if extracted is not None:
+                    self._engines[source].insert(extracted, simulation.now)
                 raise _Abandoned("preempted_or_finished")
-            rest = int(stopped.column[BLOCKS]) - copied
-            if not hold(rest):
-                source.put(stopped, source)
+            rest = int(extracted.column[BLOCKS]) - copied
+            if not reserve(rest):
+                self._engines[source].insert(extracted, simulation.now)
                 raise _Abandoned("no_room")
         except _Abandoned:
-            target.release(copied, seats)
+            self._now(target).release(copied, seats, simulation.now)
             raise
         downtime = config.downtime_s + rest * self._block_s
-        await clock.sleep(downtime)
+        yield simulation.now + downtime
         self.counts["copied_blocks"] += rest
         self.counts["stood_s"] += downtime
-        record = target.put(stopped, source)
-        source.release(copied, 1)
-        self.moved(record, source.instance_id, target.instance_id)
+        self._now(target).insert(extracted, simulation.now)
+        self._now(source).release(copied, 1, simulation.now)
+        record, _ = simulation.running[int(start[ID])]
+        dispatcher.migrated(record, source, target, simulation.now)
 
 
 def _still_decoding(snapshot: Snapshot, start: Ints) -> Ints:

@@ -1,4 +1,4 @@
-"""Scaler: starts and stops a fleet's instances as a provisioner decides, while the dispatcher serves.
+"""Scaler: has instances started and stopped as a provisioner decides, while the dispatcher serves.
 
 spare → (start) → starting → (join) → active → (drain) → draining → (stop) → spare
 
@@ -8,22 +8,28 @@ is called for meanwhile, it joins again at once.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 from bisect import insort
-from collections.abc import Coroutine, Sequence
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Protocol
 
-from block.cluster.fleet import Fleet
 from block.cluster.provisioner import Elastic
-from block.core import clock
-from block.core.types import InstanceView, RequestRecord
-from block.dispatch.core import Dispatcher
-from block.dispatch.instance import InstanceFailed, LaunchFailed
+from block.core.types import RequestRecord, Views
+from block.dispatch.core import Dispatcher, Observer
 
 log = logging.getLogger(__name__)
+
+
+class Driver(Protocol):
+    """Starts and stops instances: `block.cluster.simulation.Simulation` or `block.cluster.live.LiveDriver`."""
+
+    def start_instance(self, instance_id: int, dispatcher: Dispatcher, ready_at: float) -> None:
+        """Have an instance come up, not before `ready_at`; the dispatcher is told when it is up, or did not come up."""
+        ...
+
+    def stop_instance(self, instance_id: int, dispatcher: Dispatcher) -> None:
+        """Have an instance, at which no request is, stop; the dispatcher is told when it is down."""
+        ...
 
 
 class Change(NamedTuple):
@@ -35,156 +41,113 @@ class Change(NamedTuple):
     reason: str
 
 
-class Scaler:
-    """A context in which `dispatcher`, which begins with the first `initial` instances, has more or fewer of `fleet`.
+class Scaler(Observer):
+    """Has a dispatcher, which begins with the first `initial` of `instances` instances, use more or fewer of them.
 
-    changes: what happened, in order. Leaving the context cancels what is starting; what runs is the fleet's to stop.
-    instance_seconds: what all instances have cost, once the context is left.
+    changes: what happened, in order.
     """
 
-    def __init__(self, provisioner: Elastic, fleet: Fleet, dispatcher: Dispatcher) -> None:
+    def __init__(self, provisioner: Elastic, instances: int, driver: Driver) -> None:
         self._provisioner = provisioner
-        self._servers = fleet.servers
-        self._dispatcher = dispatcher
-        self._spare = list(range(provisioner.initial, len(fleet.instances)))
-        self._starting: dict[int, asyncio.Task[None]] = {}
+        self._driver = driver
+        self._spare = list(range(provisioner.initial, instances))
+        self._starting: dict[int, str] = {}  # and why
         self._draining: set[int] = set()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping: set[int] = set()
         self._since = dict.fromkeys(range(provisioner.initial), 0.0)  # when each instance that costs began to
         self._spent = 0.0  # instance-seconds of those that cost no more
         self._grew = -math.inf  # when it was last decided to grow
         self._busy = 0.0  # when a request last had reason to need all instances
         self.changes: list[Change] = []
-        self.instance_seconds = math.nan
 
-    async def __aenter__(self) -> Self:
-        self._dispatcher.watcher = self
-        return self
+    def instance_seconds(self, now: float) -> float:
+        """What all instances have cost so far."""
+        return self._spent + sum(now - since for since in self._since.values())
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.instance_seconds = self._spent + sum(clock.now() - since for since in self._since.values())
-        for task in self._tasks:
-            task.cancel()
-        for outcome in await asyncio.gather(*self._tasks, return_exceptions=True):
-            if isinstance(outcome, Exception) and error is None:
-                raise outcome
-
-    # ------------------------------------------------------------------------------------- what the dispatcher tells
-
-    def arrived(self, views: Sequence[InstanceView]) -> int | None:
-        """A request has come; the id of the instance that joins for it and that it is to go to, if there is one.
+    def arriving(self, dispatcher: Dispatcher, views: Views, now: float) -> int | None:
+        """The instance that joins for a request, if one does.
 
         It goes there unless a running instance would give its first token before the new one is there.
         """
         reason = self._provisioner.foreseen(views)
         if reason is None:
             return None
-        self._busy = clock.now()
-        grown = self._grow(reason)
+        self._busy = now
+        grown = self._grow(reason, dispatcher, now)
         if grown in self._starting:
             soonest = min(view.forecast.ttft for view in views if view.forecast is not None)
             return grown if self._provisioner.startup_s <= soonest else None
         return grown
 
-    def placed(self, views: Sequence[InstanceView]) -> None:
-        """A request has been placed, and these were the views."""
+    def placed(self, dispatcher: Dispatcher, record: RequestRecord, views: Views, now: float) -> None:
+        """Drain an instance if all have long been idle."""
         patience = self._provisioner.drain_after_s
-        now = clock.now()
         if patience is None or not self._provisioner.idle(views):
             self._busy = now
-        elif now - self._busy >= patience and len(self._dispatcher.active) > self._provisioner.initial:
-            self._drain(f"first tokens within {self._provisioner.drain_ttft_s:g} s everywhere for {patience:g} s")
+        elif now - self._busy >= patience and len(dispatcher.active) > self._provisioner.initial:
+            reason = f"first tokens within {self._provisioner.drain_ttft_s:g} s everywhere for {patience:g} s"
+            self._drain(reason, dispatcher, now)
             self._busy = now
 
-    async def ready(self, instance_id: int) -> None:
-        """Wait until an instance that is starting has joined. InstanceFailed if it does not come up."""
-        task = self._starting.get(instance_id)
-        if task is None:
-            return
-        await asyncio.shield(task)
-        if instance_id not in self._dispatcher.active:
-            raise InstanceFailed(f"instance {instance_id} did not start")
-
-    def finished(self, record: RequestRecord) -> None:
-        """A request has left its instance, served or not."""
+    def left(self, dispatcher: Dispatcher, record: RequestRecord, now: float) -> None:
+        """Grow if a request took too long; stop an instance that has served what it had."""
         if record.status == "ok":
             reason = self._provisioner.measured(record.finished - record.request.arrival)
             if reason is not None:
-                self._grow(reason)
-        self._stop_if_drained(record.instance_id)
+                self._grow(reason, dispatcher, now)
+        self._stop_if_drained(record.instance_id, dispatcher)
 
-    # --------------------------------------------------------------------------------------------------- what it does
+    def instance_up(self, dispatcher: Dispatcher, instance_id: int, now: float) -> None:
+        """An instance that was starting has joined."""
+        if (reason := self._starting.pop(instance_id, None)) is not None:
+            self._note(instance_id, "join", reason, now)
 
-    def _note(self, instance_id: int, change: str, reason: str) -> None:
-        self.changes.append(Change(clock.now(), instance_id, change, reason))
+    def instance_down(self, dispatcher: Dispatcher, instance_id: int, reason: str, now: float) -> None:
+        """An instance that was starting did not come up, or one that was drained has stopped."""
+        if self._starting.pop(instance_id, None) is not None:
+            self._note(instance_id, "fail", reason, now)
+            self._no_longer_costs(instance_id, now)
+        elif instance_id in self._stopping:
+            self._stopping.remove(instance_id)
+            self._note(instance_id, "stop", reason, now)
+            self._no_longer_costs(instance_id, now)
+            insort(self._spare, instance_id)
+
+    def _note(self, instance_id: int, change: str, reason: str, now: float) -> None:
+        self.changes.append(Change(now, instance_id, change, reason))
         log.info("instance %d: %s: %s", instance_id, change, reason)
 
-    def _grow(self, reason: str) -> int | None:
+    def _grow(self, reason: str, dispatcher: Dispatcher, now: float) -> int | None:
         """Have another instance join, now or in time; its id, or None if there is none, or it is too soon."""
-        now = clock.now()
         if now - self._grew < self._provisioner.cooldown_s or not (self._draining or self._spare):
             return None
         self._grew = now
         if self._draining:
-            chosen = max(self._draining, key=self._dispatcher.outstanding)
+            chosen = max(self._draining, key=dispatcher.outstanding)
             self._draining.remove(chosen)
-            self._join(chosen, reason)
+            self._starting[chosen] = reason
+            dispatcher.instance_up(chosen, now)
             return chosen
         chosen = self._spare.pop(0)
         self._since[chosen] = now
-        self._note(chosen, "start", reason)
-        if self._servers is None and self._provisioner.startup_s == 0:
-            self._join(chosen, reason)
-        else:
-            self._starting[chosen] = self._do(self._start(chosen, reason))
+        self._note(chosen, "start", reason, now)
+        self._starting[chosen] = reason
+        self._driver.start_instance(chosen, dispatcher, now + self._provisioner.startup_s)
         return chosen
 
-    def _do(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.append(task)
-        return task
-
-    async def _start(self, instance_id: int, reason: str) -> None:
-        ready_at = clock.now() + self._provisioner.startup_s
-        try:
-            if self._servers is not None:
-                await self._servers.start(instance_id)
-            await clock.sleep_until(ready_at)
-        except (LaunchFailed, InstanceFailed) as error:
-            log.warning("instance %d did not start: %s", instance_id, error)
-            self._note(instance_id, "fail", str(error))
-            self._no_longer_costs(instance_id)
-        else:
-            self._join(instance_id, reason)
-        finally:
-            del self._starting[instance_id]
-
-    def _join(self, instance_id: int, reason: str) -> None:
-        self._note(instance_id, "join", reason)
-        self._dispatcher.readmit(instance_id)
-
-    def _drain(self, reason: str) -> None:
+    def _drain(self, reason: str, dispatcher: Dispatcher, now: float) -> None:
         """Have the instance with the fewest requests leave once it has served them."""
-        active = self._dispatcher.active
-        chosen = min(reversed(active), key=self._dispatcher.outstanding)
-        self._note(chosen, "drain", reason)
-        self._dispatcher.retire(chosen)
+        chosen = min(reversed(dispatcher.active), key=dispatcher.outstanding)
+        self._note(chosen, "drain", reason, now)
+        dispatcher.retire(chosen)
         self._draining.add(chosen)
-        self._stop_if_drained(chosen)
+        self._stop_if_drained(chosen, dispatcher)
 
-    def _stop_if_drained(self, instance_id: int) -> None:
-        if instance_id in self._draining and self._dispatcher.outstanding(instance_id) == 0:
+    def _stop_if_drained(self, instance_id: int, dispatcher: Dispatcher) -> None:
+        if instance_id in self._draining and dispatcher.outstanding(instance_id) == 0:
             self._draining.remove(instance_id)
-            self._do(self._stop(instance_id))
+            self._stopping.add(instance_id)
+            self._driver.stop_instance(instance_id, dispatcher)
 
-    async def _stop(self, instance_id: int) -> None:
-        if self._servers is not None:
-            await self._servers.stop(instance_id)
-        self._note(instance_id, "stop", "drained")
-        self._no_longer_costs(instance_id)
-        insort(self._spare, instance_id)
-
-    def _no_longer_costs(self, instance_id: int) -> None:
-        self._spent += clock.now() - self._since.pop(instance_id)
+    def _no_longer_costs(self, instance_id: int, now: float) -> None:
+        self._spent += now - self._since.pop(instance_id)

@@ -80,13 +80,13 @@ class Forecasts(Sequence[Forecast]):
 class InstanceView(NamedTuple):
     """What a policy may know of one instance.
 
-    underway: requests placed there that the snapshot does not show; outstanding: requests placed there and not
+    in_transit: requests placed there that the snapshot does not show; outstanding: requests placed there and not
     finished; recent: requests placed there in the last 60 s. `snapshot` and `forecast` are there if the policy needs
     them.
     """
 
     instance_id: int
-    underway: Sequence[Request]
+    in_transit: Sequence[Request]
     outstanding: int
     recent: int
     snapshot: Snapshot | None
@@ -96,19 +96,19 @@ class InstanceView(NamedTuple):
 class Views(Sequence[InstanceView]):
     """Views of several instances, by columns: the fields of an `InstanceView`, which is made when it is asked for."""
 
-    __slots__ = ("forecasts", "ids", "outstanding", "recent", "snapshots", "underway")
+    __slots__ = ("forecasts", "ids", "in_transit", "outstanding", "recent", "snapshots")
 
     def __init__(
         self,
         ids: Sequence[int],
-        underway: Sequence[Sequence[Request]],
+        in_transit: Sequence[Sequence[Request]],
         outstanding: Sequence[int],
         recent: Sequence[int],
         snapshots: Snapshots | None,
         forecasts: Sequence[Forecast | None] | None,
     ) -> None:
         self.ids = ids
-        self.underway = underway
+        self.in_transit = in_transit
         self.outstanding = outstanding
         self.recent = recent
         self.snapshots = snapshots
@@ -119,8 +119,8 @@ class Views(Sequence[InstanceView]):
         """The same by columns."""
         if isinstance(views, Views):
             return views
-        ids, underway, outstanding, recent, shown, forecasts = map(list, zip(*views, strict=True))
-        return Views(ids, underway, outstanding, recent, None if None in shown else Snapshots.of(shown), forecasts)
+        ids, in_transit, outstanding, recent, shown, forecasts = map(list, zip(*views, strict=True))
+        return Views(ids, in_transit, outstanding, recent, None if None in shown else Snapshots.of(shown), forecasts)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -134,7 +134,7 @@ class Views(Sequence[InstanceView]):
             return [self[i] for i in range(*place.indices(len(self)))]
         return InstanceView(
             self.ids[place],
-            self.underway[place],
+            self.in_transit[place],
             self.outstanding[place],
             self.recent[place],
             None if self.snapshots is None else self.snapshots[place],

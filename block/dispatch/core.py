@@ -1,11 +1,17 @@
-"""Dispatcher: one request in, one instance chosen, one record out.
+"""The dispatcher: told what happens, it answers where a request goes. It waits for nothing and knows no event loop.
 
-snapshots → requests underway → forecasts → policy → ledger → (dispatch delay) → generate → record
+    record = dispatcher.arrived(request, now)      # record.instance_id: where it goes
+    dispatcher.delivered(record, now)              # it has got there
+    dispatcher.first_token(record, now)
+    dispatcher.finished(record, now)               # or failed, refused, cancelled
+
+Who sends requests and keeps time is a *driver*: `block.cluster.simulation` (a heap of events) and `block.cluster.live`
+(asyncio). Whatever watches or steers (counterfactuals, provisioning, migration) is an `Observer` of the same events.
 
 Between the choice of an instance and the first snapshot that shows the request there, every other decision would be
-blind to it, and requests would herd to the instance that looks emptiest. The *ledger* closes that gap: it lists what
-was placed and is not yet visible, and views and forecasts count it in. The paper's artifact has none; ``ledger=False``
-is that.
+blind to it, and requests would herd to the instance that looks emptiest. The *ledger* closes that gap: it lists what is
+in transit, placed and not yet visible, and views and forecasts count it in. The paper's artifact has none;
+``ledger=False`` is that.
 """
 
 from __future__ import annotations
@@ -14,15 +20,13 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random as Stream
 from typing import Protocol, TypeVar
 
-from block.core import clock
 from block.core.snapshot import ID, Snapshot, Snapshots
-from block.core.types import Decision, Forecast, InstanceView, Request, RequestRecord, Views
-from block.dispatch.instance import Instance, InstanceFailed, Look, RequestFailed, one_by_one
+from block.core.types import Decision, Forecast, Request, RequestRecord, Views
 from block.dispatch.policies import Needs, Policy
 from block.dispatch.policy_checks import checked
 
@@ -36,41 +40,44 @@ RECENT_S = 60.0
 MAX_RETRIES = 3
 """Instances that a request may lose before it fails."""
 
-Deliver = Callable[[Instance, RequestRecord], Awaitable[None]]
-"""Has an instance serve a record's request; raises what `Instance.generate` raises."""
-
-Placed = Callable[[RequestRecord, Sequence[InstanceView], Sequence[int]], None]
-"""Is told of a placement: the record, the views that it was decided by, and the instances that were active."""
+SnapshotMany = Callable[[Sequence[int], float], Sequence[Snapshot]]
+"""Snapshots of the instances with these ids at this time. They are in memory already: nothing is waited for."""
 
 
 class Forecaster(Protocol):
     """Tells when a request would finish where: a `block.engine.predictor.Predictor`, or several."""
 
     def forecasts(
-        self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
+        self, snapshots: Sequence[Snapshot], in_transit: Sequence[Sequence[Request]], request: Request, now: float
     ) -> Sequence[Forecast]:
-        """One forecast for each snapshot, with the requests that are underway there."""
+        """One forecast for each snapshot, with the requests that are in transit there."""
         ...
 
 
-class Watcher(Protocol):
-    """Is told what happens, and may change which instances requests go to: a `block.cluster.scaler.Scaler`."""
+class Observer:
+    """Is told what happens at a dispatcher, which it gets with each event. A subclass overrides what it cares for."""
 
-    def arrived(self, views: Sequence[InstanceView]) -> int | None:
-        """A request is to be placed among these; the id of another instance that it is to go to instead, if any."""
-        ...
+    def arriving(self, dispatcher: Dispatcher, views: Views, now: float) -> int | None:
+        """A request is to be placed among these; the id of another instance that it is to go to instead, if any.
 
-    async def ready(self, instance_id: int) -> None:
-        """Wait until the instance takes requests. InstanceFailed if it never will."""
-        ...
+        That instance may still be starting: the driver then holds the request until it is up.
+        """
+        return None
 
-    def placed(self, views: Sequence[InstanceView]) -> None:
-        """It has been placed."""
-        ...
+    def placed(self, dispatcher: Dispatcher, record: RequestRecord, views: Views, now: float) -> None:
+        """It was placed, by these views. It may be placed again, if the instance fails it."""
 
-    def finished(self, record: RequestRecord) -> None:
-        """It has left its instance, served or not."""
-        ...
+    def delivered(self, dispatcher: Dispatcher, record: RequestRecord, now: float) -> None:
+        """It has got to its instance."""
+
+    def left(self, dispatcher: Dispatcher, record: RequestRecord, now: float) -> None:
+        """It is at no instance any more: it has finished (its status is "ok") or failed there."""
+
+    def instance_up(self, dispatcher: Dispatcher, instance_id: int, now: float) -> None:
+        """An instance takes requests, again or for the first time."""
+
+    def instance_down(self, dispatcher: Dispatcher, instance_id: int, reason: str, now: float) -> None:
+        """An instance was lost, or did not come up."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class DispatchConfig:
     ledger: count in requests that were placed and are not yet visible in a snapshot.
     snapshot_interval_s: a snapshot is used again until it is this old; 0 takes a fresh one for every decision.
     correction_steps: observed steps by which forecasts are corrected (`block.dispatch.correction`); 0: they are not.
-    dispatchers: so many dispatchers, each with books of its own; a request goes to one of them at random.
+    dispatchers: so many dispatchers, each with a state of its own; a request goes to one of them at random.
     forecast_noise: standard deviation of the Gaussian factor by which each forecast is off on purpose; 0 for none.
     """
 
@@ -101,20 +108,35 @@ class DispatchConfig:
             raise ValueError(f"dispatch.forecast_noise={self.forecast_noise}: must be 0 or more")
 
 
-class _Books:
-    """What the dispatcher knows without asking, by instance.
+class History:
+    """What dispatchers did, all of it or the latest `length` of each; several dispatchers may share one.
 
-    ledger: requests placed there that no snapshot shows yet; landed: ids of those of them that have got there.
-    outstanding, recent: as in `InstanceView`. ejected: times that it was. snapshots: the last ones.
+    records: one per request. decisions: (time, Decision, request id). forecast_s: wall-clock seconds that each batch of
+    forecasts took, divided by its number of forecasts. ejections: (time, instance id, reason).
     """
 
-    def __init__(self, instances: int) -> None:
-        self.ledger: list[list[Request]] = [[] for _ in range(instances)]
-        self.landed: list[set[int]] = [set() for _ in range(instances)]
-        self.outstanding = [0] * instances
-        self.recent = [0] * instances
-        self.ejected = [0] * instances
-        self.snapshots: list[Snapshot | None] = [None] * instances
+    def __init__(self, length: int | None = None) -> None:
+        self.records: deque[RequestRecord] = deque(maxlen=length)
+        self.decisions: deque[tuple[float, Decision, int]] = deque(maxlen=length)
+        self.forecast_s: deque[float] = deque(maxlen=length)
+        self.ejections: deque[tuple[float, int, str]] = deque(maxlen=length)
+
+
+class _Instances:
+    """What a dispatcher knows of the instances without asking, by their ids.
+
+    in_transit: requests placed there that no snapshot shows yet, if there is a ledger. delivered: the ids of those of
+    them that have got there. outstanding, recent: as in `InstanceView`. ejected: times that it was. snapshots: the last
+    ones, if they are used again.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.in_transit: list[list[Request]] = [[] for _ in range(count)]
+        self.delivered: list[set[int]] = [set() for _ in range(count)]
+        self.outstanding = [0] * count
+        self.recent = [0] * count
+        self.ejected = [0] * count
+        self.snapshots: list[Snapshot | None] = [None] * count
         self._placed: deque[tuple[float, int]] = deque()  # when and where, of those that are recent
 
     def place(self, request: Request, instance_id: int, now: float, *, in_ledger: bool) -> None:
@@ -123,26 +145,27 @@ class _Books:
         self.recent[instance_id] += 1
         self._placed.append((now, instance_id))
         if in_ledger:
-            self.ledger[instance_id].append(request)
+            self.in_transit[instance_id].append(request)
 
     def forget(self, now: float) -> None:
-        """What was placed long ago is not recent any more."""
+        """What was placed longer than `RECENT_S` ago is not recent any more."""
         placed = self._placed
         while placed and placed[0][0] <= now - RECENT_S:
             self.recent[placed.popleft()[1]] -= 1
 
     def show(self, instance_id: int, shown: Sequence[int]) -> None:
-        """Take out of the ledger what is among the requests that a snapshot shows."""
-        visible = self.landed[instance_id].intersection(shown)
+        """A snapshot shows the requests with these ids: those of them that were in transit are not any more."""
+        visible = self.delivered[instance_id].intersection(shown)
         if visible:
-            self.ledger[instance_id] = [one for one in self.ledger[instance_id] if one.id not in visible]
-            self.landed[instance_id] -= visible
+            self.in_transit[instance_id] = [one for one in self.in_transit[instance_id] if one.id not in visible]
+            self.delivered[instance_id] -= visible
 
     def release(self, request: Request, instance_id: int) -> None:
         """A request has left an instance."""
         self.outstanding[instance_id] -= 1
-        self.landed[instance_id].discard(request.id)
-        self.ledger[instance_id] = [one for one in self.ledger[instance_id] if one is not request]
+        if self.in_transit[instance_id]:
+            self.delivered[instance_id].discard(request.id)
+            self.in_transit[instance_id] = [one for one in self.in_transit[instance_id] if one is not request]
 
 
 def _of(values: Sequence[T], ids: Sequence[int]) -> Sequence[T]:
@@ -151,212 +174,247 @@ def _of(values: Sequence[T], ids: Sequence[int]) -> Sequence[T]:
 
 
 class Dispatcher:
-    """Places requests on instances by a policy. `predictor` may be None if the policy needs no forecasts. A policy that
-    is not of this package is checked (`block.dispatch.policy_checks`).
+    """Places requests on `instances` instances by a policy. Times are the driver's, in seconds, and never go back.
 
-    delay_s: modelled seconds from a request's arrival to its arrival at the instance; 0 where the delay is real.
-    An instance that fails a request is *ejected*, unless it only turned it away: no request goes there until `readmit`.
-    Keeps what it did, all of it or the latest `history`: `records`, one per request, and `decisions`, (time, Decision,
-    request id). forecast_s: wall-clock seconds that each batch of forecasts took, divided by its number of forecasts.
-    ejections: (time, instance id, reason). placed: is told of each placement. initial: so many instances, the first,
-    take requests from the start (None: all). look: snapshots of many instances at once; by default one by one.
-    watcher: is told of each request.
+    policy: checked at each answer if it is not of this package (`block.dispatch.policy_checks`).
+    forecaster: may be None if the policy needs no forecasts.
+    snapshot_many: may be None if the policy needs no snapshots.
+    delay_s: modelled seconds from a request's arrival to its arrival at the instance, which forecasts count in; 0 where
+        the delay is real.
+    initial: so many instances, the first, take requests from the start; None: all.
+    observers: are told of each event, in this order.
+
+    An instance that fails a request is *ejected*, unless it only turned it away: no request goes there until
+    `instance_up`.
     """
 
     def __init__(
         self,
-        instances: Sequence[Instance],
+        instances: int,
         policy: Policy,
-        predictor: Forecaster | None,
+        forecaster: Forecaster | None,
         config: DispatchConfig,
         stream: Stream,
         *,
+        snapshot_many: SnapshotMany | None = None,
         delay_s: float = 0.0,
-        history: int | None = None,
-        placed: Placed | None = None,
         initial: int | None = None,
-        look: Look | None = None,
+        observers: Sequence[Observer] = (),
+        history: History | None = None,
     ) -> None:
-        if policy.needs is Needs.FORECAST and predictor is None:
-            raise ValueError(f"policy {type(policy).__name__} needs a predictor")
-        self._instances = instances
+        if policy.needs is Needs.FORECAST and forecaster is None:
+            raise ValueError(f"policy {type(policy).__name__} needs a forecaster")
+        if policy.needs is not Needs.COUNTS and snapshot_many is None:
+            raise ValueError(f"policy {type(policy).__name__} needs snapshots")
         self._policy = checked(policy)
-        self._predictor = predictor
+        self._forecaster = forecaster
         self._config = config
         self._stream = stream
+        self._snapshot_many = snapshot_many
         self._delay_s = delay_s
-        self._placed = placed
-        self._look = look or one_by_one(instances)
-        self._books = _Books(len(instances))
+        self._observers = observers
+        self._state = _Instances(instances)
+        self._count = instances
         self._keeps_ledger = config.ledger and policy.needs is not Needs.COUNTS
-        self._active = list(range(len(instances)))[:initial]  # ids of the instances that requests may go to
-        self._turn = 0
-        self.watcher: Watcher | None = None
+        self._active = list(range(instances))[:initial]
+        self._requests = 0  # so many have arrived
+        self._index: dict[int, int] = {}  # request id → how many had arrived before it, of those that are here
+        self._lost_on: dict[int, list[int]] = {}  # request id → instances that have failed it
         self._moved: dict[int, int] = {}  # request id → instance that it has migrated to
-        self.records: deque[RequestRecord] = deque(maxlen=history)
-        self.decisions: deque[tuple[float, Decision, int]] = deque(maxlen=history)
-        self.forecast_s: deque[float] = deque(maxlen=history)
-        self.ejections: deque[tuple[float, int, str]] = deque(maxlen=history)
-
-    def replica(self, policy: Policy, stream: Stream) -> Dispatcher:
-        """Another dispatcher in front of the same instances; they know nothing of each other, but keep one history.
-
-        policy: the same one, but another object if it has a state.
-        """
-        other = Dispatcher(
-            self._instances,
-            policy,
-            self._predictor,
-            self._config,
-            stream,
-            delay_s=self._delay_s,
-            placed=self._placed,
-            look=self._look,
-        )
-        other.records, other.decisions = self.records, self.decisions
-        other.forecast_s, other.ejections = self.forecast_s, self.ejections
-        return other
+        self.starting: set[int] = set()
+        """Instances that requests were placed on and that do not take any yet: the driver holds these requests."""
+        self.history = history or History()
 
     @property
     def active(self) -> Sequence[int]:
-        """Ids of the instances that requests may go to."""
+        """Ids of the instances that requests may go to, in ascending order."""
         return self._active
 
     def outstanding(self, instance_id: int) -> int:
         """Requests placed there and not finished."""
-        return self._books.outstanding[instance_id]
+        return self._state.outstanding[instance_id]
 
     def ejected(self, instance_id: int) -> int:
         """Times that it was ejected."""
-        return self._books.ejected[instance_id]
+        return self._state.ejected[instance_id]
 
-    def eject(self, instance_id: int, reason: str) -> None:
-        """Send nothing more to an instance; does nothing if it is out already."""
+    # ------------------------------------------------------------------------------------------------ what happens
+
+    def arrived(self, request: Request, now: float) -> RequestRecord:
+        """A request has come: place it. Its record says where it goes (`instance_id`), and is "failed" if no instance
+        is left.
+        """
+        record = RequestRecord(request)
+        self.history.records.append(record)
+        self._index[request.id] = self._requests
+        self._requests += 1
+        if self._active:
+            self._place(record, self._active, now)
+        else:
+            self._end(record, "no instance is left")
+        return record
+
+    def delivered(self, record: RequestRecord, now: float) -> None:
+        """A request has got to its instance, whose next snapshots may show it."""
+        record.dispatched = now
+        if self._keeps_ledger:
+            self._state.delivered[record.instance_id].add(record.request.id)
+        for observer in self._observers:
+            observer.delivered(self, record, now)
+
+    def first_token(self, record: RequestRecord, now: float) -> None:
+        """The first token of its response is there. A simulation tells it with the last, at its own time."""
+        record.first_token = now
+
+    def finished(self, record: RequestRecord, now: float) -> None:
+        """Its last token is there."""
+        record.finished = now
+        record.status = "ok"
+        del self._index[record.request.id]
+        if self._lost_on:
+            self._lost_on.pop(record.request.id, None)
+        self._release(record, now)
+
+    def failed(self, record: RequestRecord, reason: str, now: float, *, gone: bool = True) -> bool:
+        """The instance did not serve it. Returns whether it was placed on another, and is to begin anew there.
+
+        gone: the instance serves no other request either, and is ejected; False if it only turned this one away.
+        """
+        record.error = reason
+        lost_on = self._lost_on.setdefault(record.request.id, [])
+        lost_on.append(record.instance_id)
+        if gone:
+            self.instance_down(record.instance_id, reason, now)
+        retried = record.retries < MAX_RETRIES
+        if retried:
+            record.retries += 1
+            record.first_token = math.nan
+            record.output_tokens = 0
+        self._release(record, now)
+        left = [i for i in self._active if i not in lost_on] if retried else []
+        if left:
+            self._place(record, left, now)
+        else:
+            self._end(record, reason)
+        return bool(left)
+
+    def refused(self, record: RequestRecord, reason: str, now: float) -> None:
+        """It cannot be served, or not any more, and that is not the instance's fault."""
+        self._release(record, now)
+        self._end(record, reason)
+
+    def cancelled(self, record: RequestRecord, now: float) -> None:
+        """Nobody waits for it any more. Its record stays as it is."""
+        self._release(record, now)
+        self._forget(record)
+
+    def instance_up(self, instance_id: int, now: float) -> None:
+        """An instance takes requests, again or for the first time."""
+        self.starting.discard(instance_id)
+        if instance_id not in self._active:
+            self._active = sorted([*self._active, instance_id])
+        for observer in self._observers:
+            observer.instance_up(self, instance_id, now)
+
+    def instance_down(self, instance_id: int, reason: str, now: float) -> None:
+        """An instance was lost, or did not come up: nothing more goes there. Does nothing if it was out already."""
         if instance_id in self._active:
             self.retire(instance_id)
-            self._books.ejected[instance_id] += 1
-            self.ejections.append((clock.now(), instance_id, reason))
+            self._state.ejected[instance_id] += 1
+            self.history.ejections.append((now, instance_id, reason))
             log.warning("instance %d gets no more requests: %s", instance_id, reason)
+        self.starting.discard(instance_id)
+        for observer in self._observers:
+            observer.instance_down(self, instance_id, reason, now)
 
     def retire(self, instance_id: int) -> None:
         """Send nothing more to an instance that requests may go to, and that has done nothing wrong."""
-        self._active.remove(instance_id)
+        self._active = [i for i in self._active if i != instance_id]
 
-    def readmit(self, instance_id: int) -> None:
-        """Send requests to an instance, again or for the first time."""
-        if instance_id not in self._active:
-            self._active = sorted([*self._active, instance_id])
-
-    def moved(self, record: RequestRecord, source: int, target: int) -> None:
-        """A request has migrated between two instances: the books follow it, its record keeps where it was sent."""
-        self._books.release(record.request, source)
-        self._books.outstanding[target] += 1
+    def migrated(self, record: RequestRecord, source: int, target: int, now: float) -> None:
+        """A request has moved between two instances. Its record keeps where it was sent."""
+        self._state.release(record.request, source)
+        self._state.outstanding[target] += 1
         self._moved[record.request.id] = target
 
-    async def submit(self, request: Request, deliver: Deliver | None = None) -> RequestRecord:
-        """Place `request`, have it served and return its record, with status "ok" or "failed" and why.
+    # -------------------------------------------------------------------------------------------------- where it goes
 
-        If an instance fails it, it begins anew on one that has not yet; `record.retries` counts that.
-        deliver: how to have it served; by default `Instance.generate`.
-        """
-        record = RequestRecord(request)
-        self.records.append(record)
-        turn = self._turn
-        self._turn += 1
-        failed: list[int] = []
-        while active := self._active if not failed else [i for i in self._active if i not in failed]:
-            chosen = self._place(request, record, active, turn)
-            try:
-                if self.watcher is not None:
-                    await self.watcher.ready(chosen)
-                if self._delay_s > 0:
-                    await clock.sleep(self._delay_s)
-                record.dispatched = clock.now()
-                if self._keeps_ledger:
-                    self._books.landed[chosen].add(request.id)
-                instance = self._instances[chosen]
-                await (instance.generate(request, record) if deliver is None else deliver(instance, record))
-                record.status = "ok"
-                return record
-            except RequestFailed as error:
-                record.error = str(error)
-                break
-            except InstanceFailed as error:
-                record.error = str(error)
-                failed.append(chosen)
-                if error.gone:
-                    self.eject(chosen, str(error))
-                if record.retries == MAX_RETRIES:
-                    break
-                record.retries += 1
-                record.first_token = math.nan
-                record.output_tokens = 0
-            finally:
-                self._books.release(request, self._moved.pop(request.id, chosen))
-                if self.watcher is not None:
-                    self.watcher.finished(record)
-        record.status = "failed"
-        record.error = record.error or "no instance is left"
-        return record
-
-    def _place(self, request: Request, record: RequestRecord, active: Sequence[int], turn: int) -> int:
-        """Decide to which of the instances `active` the `turn`-th request goes and enter it in the books."""
-        now = clock.now()
-        candidates = self._policy.candidates(len(active), turn, self._stream)
-        if len(active) < len(self._instances):
+    def _place(self, record: RequestRecord, active: Sequence[int], now: float) -> None:
+        """Decide to which of the instances `active` a request goes."""
+        request = record.request
+        candidates = self._policy.candidates(len(active), self._index[request.id], self._stream)
+        if len(active) < self._count:
             candidates = [active[candidate] for candidate in candidates]
         views = self._views(candidates, request, now)
-        joining = None if self.watcher is None else self.watcher.arrived(views)
-        if joining is not None and joining in self._active:
-            views = self._views([joining], request, now)
-        if joining is None or joining in self._active:
+        for observer in self._observers:
+            joining = observer.arriving(self, views, now)
+            if joining is not None:
+                decision, views = self._joined_by(joining, views, request, now)
+                break
+        else:
             decision = self._policy.choose(request, views, self._stream)
-        else:  # it has nothing to show yet
-            decision = Decision(joining, [joining], [math.nan])
-        chosen = decision.instance_id
-        record.instance_id = chosen
+        chosen = record.instance_id = decision.instance_id
         if views.forecasts is not None and chosen in views.ids:
             forecast = views.forecasts[views.ids.index(chosen)]
             if forecast is not None:
                 record.forecast = Forecast(forecast.ttft + self._delay_s, forecast.e2e + self._delay_s)
-        self.decisions.append((now, decision, request.id))
-        self._books.place(request, chosen, now, in_ledger=self._keeps_ledger)
-        if self._placed is not None:
-            self._placed(record, views, active)
-        if self.watcher is not None:
-            self.watcher.placed(views)
-        return chosen
+        self.history.decisions.append((now, decision, request.id))
+        self._state.place(request, chosen, now, in_ledger=self._keeps_ledger)
+        for observer in self._observers:
+            observer.placed(self, record, views, now)
+
+    def _joined_by(self, joining: int, views: Views, request: Request, now: float) -> tuple[Decision, Views]:
+        """The decision for an instance that joins, and what it was decided by."""
+        if joining in self._active:
+            views = self._views([joining], request, now)
+            return self._policy.choose(request, views, self._stream), views
+        self.starting.add(joining)  # which has nothing to show yet
+        return Decision(joining, [joining], [math.nan]), views
 
     def _views(self, candidates: Sequence[int], request: Request, now: float) -> Views:
-        needs = self._policy.needs
+        needs, state = self._policy.needs, self._state
         snapshots: Snapshots | None = None
         forecasts: Sequence[Forecast] | None = None
         if needs is not Needs.COUNTS:
-            snapshots = self._seen(candidates, now)
-        books = self._books
-        underway = _of(books.ledger, candidates)
-        if snapshots is not None and needs is Needs.FORECAST and self._predictor is not None:
+            snapshots = self._snapshots(candidates, now)
+        in_transit = _of(state.in_transit, candidates)
+        if snapshots is not None and needs is Needs.FORECAST and self._forecaster is not None:
             began = time.perf_counter()
-            forecasts = self._predictor.forecasts(snapshots, underway, request, now)
-            self.forecast_s.append((time.perf_counter() - began) / len(candidates))
-        books.forget(now)
-        outstanding, recent = _of(books.outstanding, candidates), _of(books.recent, candidates)
-        return Views(candidates, underway, outstanding, recent, snapshots, forecasts)
+            forecasts = self._forecaster.forecasts(snapshots, in_transit, request, now)
+            self.history.forecast_s.append((time.perf_counter() - began) / len(candidates))
+        state.forget(now)
+        outstanding, recent = _of(state.outstanding, candidates), _of(state.recent, candidates)
+        return Views(candidates, in_transit, outstanding, recent, snapshots, forecasts)
 
-    def _seen(self, candidates: Sequence[int], now: float) -> Snapshots:
+    def _snapshots(self, candidates: Sequence[int], now: float) -> Snapshots:
         """The snapshots of instances to decide by; what they show leaves the ledger."""
-        interval = self._config.snapshot_interval_s
-        books = self._books
+        interval, state = self._config.snapshot_interval_s, self._state
+        assert self._snapshot_many is not None, "a policy that needs snapshots has them"
         if interval == 0:
-            seen = Snapshots.of(self._look(candidates))
-            for place, landed in enumerate(_of(books.landed, candidates)):
-                if landed:
-                    books.show(candidates[place], seen.ids(place))
+            seen = Snapshots.of(self._snapshot_many(candidates, now))
+            for place, delivered in enumerate(_of(state.delivered, candidates)):
+                if delivered:
+                    state.show(candidates[place], seen.ids(place))
             return seen
-        known = {candidate: books.snapshots[candidate] for candidate in candidates}
+        known = {candidate: state.snapshots[candidate] for candidate in candidates}
         outdated = [i for i, snapshot in known.items() if snapshot is None or now - snapshot.taken_at >= interval]
-        for candidate, snapshot in zip(outdated, self._look(outdated), strict=True):
+        for candidate, snapshot in zip(outdated, self._snapshot_many(outdated, now), strict=True):
             kept = snapshot._replace(seqs=snapshot.seqs.copy())  # to outlive this instant
-            known[candidate] = books.snapshots[candidate] = kept
-            books.show(candidate, snapshot.seqs[ID].tolist())
+            known[candidate] = state.snapshots[candidate] = kept
+            state.show(candidate, snapshot.seqs[ID].tolist())
         return Snapshots.of([snapshot for snapshot in known.values() if snapshot is not None])
+
+    def _release(self, record: RequestRecord, now: float) -> None:
+        """A request has left the instance that it was placed on, or has migrated to."""
+        chosen = self._moved.pop(record.request.id, record.instance_id) if self._moved else record.instance_id
+        self._state.release(record.request, chosen)
+        for observer in self._observers:
+            observer.left(self, record, now)
+
+    def _end(self, record: RequestRecord, reason: str) -> None:
+        record.status, record.error = "failed", record.error or reason
+        self._forget(record)
+
+    def _forget(self, record: RequestRecord) -> None:
+        del self._index[record.request.id]
+        self._lost_on.pop(record.request.id, None)

@@ -66,7 +66,7 @@ class Corrected:
         return known.took / known.expected if known.expected > 0 else 1.0
 
     def forecasts(
-        self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
+        self, snapshots: Sequence[Snapshot], in_transit: Sequence[Sequence[Request]], request: Request, now: float
     ) -> Forecasts:
         """One forecast for each snapshot."""
         shown = Snapshots.of(snapshots)
@@ -79,7 +79,7 @@ class Corrected:
         # In the time of the twin, the step in flight has been running for less long.
         started = now - (now - shown.started) / np.array(factors)
         slowed = Snapshots(shown.taken_at, shown.pool, shown.heads, started)
-        found = self._forecaster.forecasts(slowed, underway, request, now)
+        found = self._forecaster.forecasts(slowed, in_transit, request, now)
         return Forecasts.of(found).times(factors)
 
     def _observe(self, snapshot: Snapshot) -> None:

@@ -19,14 +19,14 @@ from block.core.snapshot import (
     HEADS,
     Snapshots,
 )
-from block.dispatch.instance import Look
+from block.dispatch.core import SnapshotMany
 
 
 class Monitor:
     """Samples the instances that are active at the first `tick` that is `every_s` or more after the last sample."""
 
-    def __init__(self, look: Look, active: Callable[[], Sequence[int]], every_s: float) -> None:
-        self._look = look
+    def __init__(self, snapshot_many: SnapshotMany, active: Callable[[], Sequence[int]], every_s: float) -> None:
+        self._snapshot_many = snapshot_many
         self._active = active
         self._every_s = every_s
         self._next = 0.0
@@ -39,7 +39,7 @@ class Monitor:
         self._next = now + self._every_s
         active = self._active()
         if active:
-            self._samples.append((now, request_id, Snapshots.of(self._look(active)).heads))
+            self._samples.append((now, request_id, Snapshots.of(self._snapshot_many(active, now)).heads))
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """The samples: time (s), request_id, instance_id, free_blocks, running, waiting, preemptions (so far)."""

@@ -20,9 +20,9 @@ class NoisyForecaster:
         self._rng = rng
 
     def forecasts(
-        self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
+        self, snapshots: Sequence[Snapshot], in_transit: Sequence[Sequence[Request]], request: Request, now: float
     ) -> Forecasts:
         """One forecast for each snapshot."""
-        exact = self._exact.forecasts(snapshots, underway, request, now)
+        exact = self._exact.forecasts(snapshots, in_transit, request, now)
         drawn = self._rng.normal(1.0, self._sigma, len(exact)).clip(0.1, 5.0).tolist()
         return Forecasts.of(exact).times(drawn)

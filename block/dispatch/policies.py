@@ -179,7 +179,7 @@ class LlumnixMinus:
         """Scores: minus freeness, in KV blocks."""
         size = self.block_size
         shown = _snapshots(views)
-        wanted = [_blocks(requests, size) for requests in Views.of(views).underway]
+        wanted = [_blocks(requests, size) for requests in Views.of(views).in_transit]
         scores = np.array(wanted, dtype=np.float64)
         _less_free(shown.pool, shown.heads, size, scores)
         return least(views, scores.tolist(), stream)
@@ -192,7 +192,7 @@ def _blocks(requests: Sequence[Request], block_size: int) -> int:
 
 @compiled
 def _less_free(pool: Ints, heads: Ints, block_size: int, scores: Floats) -> None:
-    """Scores that hold the KV blocks wanted by requests underway become minus freeness; the rest is of `Snapshots`."""
+    """Scores that hold the KV blocks wanted by requests in transit become minus freeness; the rest: `Snapshots`."""
     for i in range(heads.shape[0]):
         seqs = pool[heads[i, HEAD_ROW]]
         running = heads[i, HEAD_RUNNING]
@@ -202,21 +202,21 @@ def _less_free(pool: Ints, heads: Ints, block_size: int, scores: Floats) -> None
         scores[i] = (scores[i] + wanted - heads[i, HEAD_FREE]) / max(running, 1)
 
 
-def freeness(snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], block_size: int) -> list[float]:
+def freeness(snapshots: Sequence[Snapshot], in_transit: Sequence[Sequence[Request]], block_size: int) -> list[float]:
     """Llumnix's freeness of each: (KV blocks − virtual usage) / batch size, in blocks for each running request.
 
     Virtual usage (arXiv 2406.03243, Algorithm 1, for one priority) is what running requests hold, what the first
-    waiting one demands, and nothing for those behind it. A request underway counts as if it were admitted.
+    waiting one demands, and nothing for those behind it. A request in transit counts as if it were admitted.
     """
     shown = Snapshots.of(snapshots)
-    free = np.array([_blocks(requests, block_size) for requests in underway], dtype=np.float64)
+    free = np.array([_blocks(requests, block_size) for requests in in_transit], dtype=np.float64)
     _freeness(shown.pool, shown.heads, block_size, free)
     return free.tolist()  # type: ignore[no-any-return]
 
 
 @compiled
 def _freeness(pool: Ints, heads: Ints, block_size: int, free: Floats) -> None:
-    """KV blocks wanted by requests underway become `freeness`; the rest is of `Snapshots`."""
+    """KV blocks wanted by requests in transit become `freeness`; the rest is of `Snapshots`."""
     for i in range(heads.shape[0]):
         seqs = pool[heads[i, HEAD_ROW]]
         running = heads[i, HEAD_RUNNING]
@@ -240,7 +240,7 @@ class Llumnix:
 
     def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
         """Scores: minus freeness."""
-        free = freeness(_snapshots(views), Views.of(views).underway, self.block_size)
+        free = freeness(_snapshots(views), Views.of(views).in_transit, self.block_size)
         return least(views, [-one for one in free], stream)
 
 
@@ -258,11 +258,11 @@ class LeastTokens:
     def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
         """Scores: tokens."""
         scores = []
-        for snapshot, underway in zip(_snapshots(views), Views.of(views).underway, strict=True):
+        for snapshot, in_transit in zip(_snapshots(views), Views.of(views).in_transit, strict=True):
             seqs = snapshot.seqs
             left = seqs[PROMPT] + seqs[EXPECTED] - seqs[COMPUTED]
             tokens = int(left[left > 0].sum())
-            tokens += sum(other.prompt_tokens + other.predicted_output_tokens for other in underway)
+            tokens += sum(other.prompt_tokens + other.predicted_output_tokens for other in in_transit)
             scores.append(float(tokens))
         return least(views, scores, stream)
 

@@ -104,7 +104,7 @@ def decode(seqs: Ints, state: Ints, limits: Ints, steps: Int) -> None:
 
 
 @compiled
-def _decode_times(
+def decode_times(
     state: Ints, times: Floats, packed: Floats, noise: Floats, kv: Int, steps: Int, until: float
 ) -> tuple[Int, float, float]:
     """Of `steps` steps of mere decoding as many as end by `until`; when the next then began, and when it ends."""
@@ -141,7 +141,7 @@ def quiet_steps(
     if most < 0 or (most > 0 and _may_admit(seqs, state, limits)) or linear_time(packed, state[RUNNING]) <= 0.0:
         return none
     spare = state[FREE] - (1 if limits[V1] == 0 else 0)  # V0 wants a free block in reach at every step
-    steps, started, ends = _decode_times(state, times, packed, noise, kv, most, until)
+    steps, started, ends = decode_times(state, times, packed, noise, kv, most, until)
     if _wanted(seqs, state, limits, steps) > spare:
         low = np.int64(0)
         while low < steps:  # the most for which the blocks suffice
@@ -150,7 +150,7 @@ def quiet_steps(
                 low = middle
             else:
                 steps = middle - 1
-        steps, started, ends = _decode_times(state, times, packed, noise, kv, steps, until)
+        steps, started, ends = decode_times(state, times, packed, noise, kv, steps, until)
     return steps, started, ends, steps == most
 
 

@@ -92,15 +92,15 @@ class Predictor:
             self.forecasts([idle], [[]], Request(0, 0.0, 1, 1, 1), 0.0)
 
     def forecasts(
-        self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
+        self, snapshots: Sequence[Snapshot], in_transit: Sequence[Sequence[Request]], request: Request, now: float
     ) -> Forecasts:
         """One forecast for each snapshot, in one compiled call.
 
-        underway[i]: requests on their way to instance i that its snapshot does not show, in order.
+        in_transit[i]: requests on their way to instance i that its snapshot does not show, in order.
         """
         arrivals = [
             n
-            for i, requests in enumerate(underway)
+            for i, requests in enumerate(in_transit)
             if requests
             for r in requests
             for n in (i, r.id, r.prompt_tokens, r.predicted_output_tokens)
@@ -142,18 +142,18 @@ class Predictors:
         return Predictors([others[predictor] for predictor in self._of])
 
     def forecasts(
-        self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
+        self, snapshots: Sequence[Snapshot], in_transit: Sequence[Sequence[Request]], request: Request, now: float
     ) -> Forecasts:
         """One forecast for each snapshot, in a compiled call for each kind of instance."""
         shown = Snapshots.of(snapshots)
         predictors = [self._of[instance_id] for instance_id in shown.heads[:, HEAD_ID].tolist()]
-        return forecast_each(predictors, shown, underway, [request] * len(shown), now)
+        return forecast_each(predictors, shown, in_transit, [request] * len(shown), now)
 
 
 def forecast_each(
     predictors: Sequence[Predictor],
     snapshots: Sequence[Snapshot],
-    underway: Sequence[Sequence[Request]],
+    in_transit: Sequence[Sequence[Request]],
     requests: Sequence[Request],
     now: float,
 ) -> Forecasts:
@@ -164,7 +164,7 @@ def forecast_each(
     shown = Snapshots.of(snapshots)
     ttft, e2e = [math.nan] * len(shown), [math.nan] * len(shown)
     for predictor, mine in places.items():
-        found = predictor.forecasts(shown.some(mine), [underway[i] for i in mine], requests[mine[0]], now)
+        found = predictor.forecasts(shown.some(mine), [in_transit[i] for i in mine], requests[mine[0]], now)
         for i, first, last in zip(mine, found.ttft, found.e2e, strict=True):
             ttft[i], e2e[i] = first, last
     return Forecasts(ttft, e2e)

@@ -54,7 +54,12 @@ VISIBLE = 6  # TAIL when `schedule` last ran: later columns are not yet known to
 STEPS = 7  # steps begun
 PREEMPTIONS = 8  # preemptions so far
 ABORTED = 9  # live columns whose row TARGET says GONE
-STATE = 10
+RUN = 10  # steps of mere decoding that come next, the one in flight included
+HALT = 11  # HALTING: no step is begun when the one in flight ends; HALTED: it has ended
+HELD = 12  # blocks that no sequence here has, and that are not free
+STATE = 13
+
+HALTING, HALTED = 1, 2
 
 GONE = -1  # as a TARGET: aborted, to be removed when the step in flight ends
 
@@ -62,7 +67,11 @@ GONE = -1  # as a TARGET: aborted, to be removed when the step in flight ends
 STARTED = 0  # when the step in flight began
 ENDS = 1  # when it ends; inf when the engine is idle
 QUEUED_FOR = 2  # duration of the queued step
-TIMES = 3
+EVENT = 3  # when the first step ends that does more than decode; inf when the engine is idle
+EVENT_STARTED = 4  # when it begins
+TIMES = 5
+
+IDLE = (np.nan, np.inf, 0.0, np.inf, np.nan)  # the times of an engine that has nothing to do
 
 # Entries of `limits`.
 V1 = 0  # 1: V1 semantics, 0: V0

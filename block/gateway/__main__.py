@@ -15,8 +15,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from block.cluster.instance import LaunchFailed
 from block.dispatch import policy_checks as answers
-from block.dispatch.instance import LaunchFailed
 from block.dispatch.policies import Needs
 from block.lengths import Reader
 from block.run import config, effects

@@ -14,9 +14,10 @@ from random import Random as Stream
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from block.core import clock
+from block.cluster.live import LiveDriver
+from block.core.clock import Clock
 from block.core.types import Request
-from block.dispatch.core import DispatchConfig, Dispatcher
+from block.dispatch.core import DispatchConfig, Dispatcher, History
 from block.dispatch.correction import Corrected
 from block.dispatch.policies import Needs, Policy
 from block.dispatch.policy_checks import UserFault
@@ -68,6 +69,8 @@ class Door:
         self._reader = lengths if self._tags and isinstance(lengths, Reader) else None
         self._outrun_share = float(lengths.outrun_share) if self._reader is not None else 0.0
         self._estimator: Estimator | None = None
+        self._clock = Clock()
+        self._driver = LiveDriver(self._clock)
         # Requests of several doors, or of one that was started again, must not share a number on a server.
         self._numbers = itertools.count(secrets.randbits(52))
 
@@ -89,12 +92,23 @@ class Door:
         config = self._config
         async with open_session(config.connect_timeout_s, config.read_timeout_s) as self._session:
             self.upstreams, forecaster = make_upstreams(
-                config.urls, self._session, self._policy.needs, self._latency, self._outrun_share
+                config.urls,
+                self._session,
+                self._clock,
+                self._policy.needs,
+                self._latency,
+                self._outrun_share,
             )
             if forecaster is not None and self._latency is not None and self._dispatch.correction_steps > 0:
                 forecaster = Corrected(forecaster, self._latency, self._dispatch.correction_steps)
             self.dispatcher = Dispatcher(
-                self.upstreams, self._policy, forecaster, self._dispatch, self._stream, history=HISTORY
+                len(self.upstreams),
+                self._policy,
+                forecaster,
+                self._dispatch,
+                self._stream,
+                snapshot_many=lambda ids, now: [self.upstreams[i].snapshot() for i in ids],
+                history=History(HISTORY),
             )
             self._metrics = metrics = Metrics(self.upstreams, self.dispatcher, self._policy.needs)
             if self._reader is not None:
@@ -105,7 +119,8 @@ class Door:
                 self.upstreams, await asyncio.gather(*(one.healthy() for one in self.upstreams)), strict=True
             ):
                 if not well:
-                    self.dispatcher.eject(upstream.instance_id, f"{upstream.url} does not answer yet")
+                    reason = f"{upstream.url} does not answer yet"
+                    self.dispatcher.instance_down(upstream.instance_id, reason, self._clock.now())
             watches = [asyncio.create_task(self._watch(upstream)) for upstream in self.upstreams]
             yield
             for watch in watches:
@@ -123,13 +138,15 @@ class Door:
         while True:
             await asyncio.sleep(self._config.probe_interval_s)
             if i not in self.dispatcher.active and await upstream.healthy():
-                self.dispatcher.readmit(i)
+                self.dispatcher.instance_up(i, self._clock.now())
                 log.warning("instance %d gets requests: %s is well", i, upstream.url)
 
     async def _drain(self, app: web.Application) -> None:
         """No new connections come in any more; let requests finish."""
-        deadline = clock.now() + self._config.grace_s
-        while clock.now() < deadline and any(self.dispatcher.outstanding(one.instance_id) for one in self.upstreams):
+        deadline = self._clock.now() + self._config.grace_s
+        while self._clock.now() < deadline and any(
+            self.dispatcher.outstanding(one.instance_id) for one in self.upstreams
+        ):
             await asyncio.sleep(DRAIN_POLL_S)
 
     # ------------------------------------------------------------------------------------------------------- routes
@@ -145,15 +162,15 @@ class Door:
         except (ValueError, web.RequestPayloadError) as error:
             self._metrics.turned_away()
             return error_response(400, str(error))
-        number, arrived = next(self._numbers), clock.now()
+        number, arrived = next(self._numbers), self._clock.now()
         estimate = await self._estimator.tokens(prompt_text(asked.fields)) if self._estimator is not None else None
         expected = asked.capped(self._config.expected_output_tokens if estimate is None else estimate)
         if self._tags:
             body = tagged(body, asked.fields, number, expected)
         request = Request(number, arrived, asked.prompt_tokens, expected, expected)
-        exchange = Exchange(http, self.upstreams, body, self._metrics.placed)
+        exchange = Exchange(http, self.upstreams, self.dispatcher, self._clock, body, self._metrics.placed)
         try:
-            record = await self.dispatcher.submit(request, exchange.deliver)
+            record = await self._driver.submit(self.dispatcher, request, exchange.deliver)
         except asyncio.CancelledError:
             if exchange.record is not None:
                 self._metrics.ended(exchange.record, CANCELLED)

@@ -75,11 +75,11 @@ class Metrics:
     def placed(self) -> None:
         """The dispatcher has just decided."""
         dispatcher = self._dispatcher
-        fallback = dispatcher.decisions[-1][1].fallback
+        fallback = dispatcher.history.decisions[-1][1].fallback
         if fallback is not None:
             self._fallbacks.labels(fallback).inc()
         if self._forecasts:
-            self._forecast_s.observe(dispatcher.forecast_s[-1])
+            self._forecast_s.observe(dispatcher.history.forecast_s[-1])
 
     def not_estimated(self, reason: str) -> None:
         """A request goes by the constant length."""

@@ -13,9 +13,10 @@ from aiohttp import web
 from aiohttp.http import HttpProcessingError
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from block.core import clock
+from block.cluster.instance import InstanceFailed, RequestFailed
+from block.core.clock import Clock
 from block.core.types import RequestRecord
-from block.dispatch.instance import Instance, InstanceFailed, RequestFailed
+from block.dispatch.core import Dispatcher
 from block.gateway.openai import ERROR_EVENT, completion_tokens, error_event, error_response
 from block.gateway.transport import TROUBLE, Answer
 from block.gateway.upstreams import Upstream
@@ -52,26 +53,30 @@ class Exchange:
         self,
         http: web.Request,
         upstreams: Sequence[Upstream],
+        dispatcher: Dispatcher,
+        clock: Clock,
         body: bytes,
         placed: Callable[[], None],
     ) -> None:
         self._http = http
         self._upstreams = upstreams
+        self._dispatcher = dispatcher
+        self._clock = clock
         self._body = body
         self._placed = placed
         self.reply: web.StreamResponse | None = None
         self.record: RequestRecord | None = None
         self.client_gone = False
 
-    async def deliver(self, instance: Instance, record: RequestRecord) -> None:
-        """Have `instance` answer the client, and note in `record` when it did, and its tokens.
+    async def deliver(self, record: RequestRecord) -> None:
+        """Have its instance answer the client, and note in `record` when it did, and its tokens.
 
         InstanceFailed if it did not answer, so that another one may; RequestFailed if it refused, or broke off after
         the first byte.
         """
         self._placed()
         self.record = record
-        upstream = self._upstreams[instance.instance_id]
+        upstream = self._upstreams[record.instance_id]
         http = self._http
         try:
             answer = await upstream.wire.post(http.rel_url.raw_path_qs, request_headers(http), self._body)
@@ -96,14 +101,14 @@ class Exchange:
             await self._suspect(upstream, f"answered {status}", turned_away=status in TURNED_AWAY)
         if status >= 400:
             raise RequestFailed(f"{upstream.url}: answered {status}")
-        record.finished = clock.now()
+        record.finished = self._clock.now()
         record.output_tokens = completion_tokens(body) or 0
 
     async def _stream(self, upstream: Upstream, answer: Answer, record: RequestRecord) -> None:
         chunk = await self._read(upstream, answer)
         if chunk.startswith(ERROR_EVENT):
             await self._suspect(upstream, "began with an error", turned_away=False)
-        record.first_token = clock.now()
+        self._dispatcher.first_token(record, self._clock.now())
         reply = self.reply = web.StreamResponse(headers=answer_headers(answer.headers))
         tokens: int | None = None
         events = 0
@@ -116,7 +121,7 @@ class Exchange:
                 events += chunk.count(b"\n\n")
                 tokens = completion_tokens(chunk) or tokens
                 chunk = await self._read(upstream, answer)
-            record.finished = clock.now()
+            record.finished = self._clock.now()
             await reply.write_eof()
         except (InstanceFailed, RequestFailed) as error:
             await self._break_off(reply, str(error))

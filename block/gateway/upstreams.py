@@ -13,10 +13,11 @@ import aiohttp
 
 from block.backends.instance import VLLMInstance
 from block.backends.servers import engine_of
+from block.cluster.instance import Instance
+from block.core.clock import Clock
 from block.core.snapshot import Snapshot
-from block.core.types import Forecasts, Request, RequestRecord
+from block.core.types import Forecasts, Request
 from block.dispatch.core import Forecaster
-from block.dispatch.instance import Instance
 from block.dispatch.policies import Needs
 from block.engine.config import EngineConfig
 from block.engine.latency import LatencyModel
@@ -56,6 +57,7 @@ class Upstreams(NamedTuple):
 def make_upstreams(
     urls: Sequence[str],
     session: aiohttp.ClientSession,
+    clock: Clock,
     needs: Needs,
     latency: LatencyModel | None,
     outrun_share: float,
@@ -66,7 +68,7 @@ def make_upstreams(
     """
     if needs is Needs.COUNTS:
         return Upstreams([HTTPInstance(i, url, session) for i, url in enumerate(urls)], None)
-    instances = [PluginInstance(i, url, session) for i, url in enumerate(urls)]
+    instances = [PluginInstance(i, url, session, clock) for i, url in enumerate(urls)]
     if needs is Needs.SNAPSHOT:
         return Upstreams(instances, None)
     assert latency is not None, "who asks for forecasts has a latency model"
@@ -74,7 +76,7 @@ def make_upstreams(
 
 
 class HTTPInstance:
-    """A server of which nothing is known but that it answers. It is proxied to, and so generates nothing itself."""
+    """A server of which nothing is known but that it answers. It is proxied to."""
 
     def __init__(self, instance_id: int, url: str, session: aiohttp.ClientSession) -> None:
         self.instance_id = instance_id
@@ -85,10 +87,6 @@ class HTTPInstance:
     def snapshot(self) -> Snapshot:
         """Not to be had."""
         raise NotImplementedError(f"{self.url} shows no snapshots")
-
-    async def generate(self, request: Request, record: RequestRecord) -> None:
-        """Not to be had."""
-        raise NotImplementedError("requests are proxied")
 
     async def healthy(self) -> bool:
         """Whether /health says so."""
@@ -104,8 +102,9 @@ class PluginInstance(HTTPInstance):
 
     limits: EngineLimits
 
-    def __init__(self, instance_id: int, url: str, session: aiohttp.ClientSession) -> None:
+    def __init__(self, instance_id: int, url: str, session: aiohttp.ClientSession, clock: Clock) -> None:
         super().__init__(instance_id, url, session)
+        self._clock = clock
         self._view: VLLMInstance | None = None
         self._complaint = ""
 
@@ -118,7 +117,7 @@ class PluginInstance(HTTPInstance):
         """Whether /health says so, and the plugin answers too: a server that comes back publishes elsewhere."""
         if not await super().healthy():
             return False
-        view = VLLMInstance(self.instance_id, self.url, self._session)
+        view = VLLMInstance(self.instance_id, self.url, self._session, self._clock)
         try:
             async with asyncio.timeout(HEALTH_S):
                 limits = await view.attach()
@@ -156,11 +155,11 @@ class FleetForecaster:
         Predictor(EngineConfig(), latency, 1000).warm_up()
 
     def forecasts(
-        self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
+        self, snapshots: Sequence[Snapshot], in_transit: Sequence[Sequence[Request]], request: Request, now: float
     ) -> Forecasts:
         """One forecast for each snapshot, in a compiled call for each kind of server."""
         kinds = [self._instances[snapshot.instance_id].limits for snapshot in snapshots]
-        theirs = [[_fitting(one, limits) for one in some] for some, limits in zip(underway, kinds, strict=True)]
+        theirs = [[_fitting(one, limits) for one in some] for some, limits in zip(in_transit, kinds, strict=True)]
         requests = [_fitting(request, limits) for limits in kinds]
         return forecast_each([self._predictor(limits) for limits in kinds], snapshots, theirs, requests, now)
 

@@ -36,6 +36,7 @@ from block.backends.simulated import Simulated
 from block.backends.vllm import VLLM
 from block.backends.vllm_cpu import VLLMCPU
 from block.cluster.fleet import Backend
+from block.cluster.instance import LaunchFailed
 from block.cluster.migration import MigrationConfig
 from block.cluster.provisioner import Elastic, Preempt, Relief, Static
 from block.cluster.spec import ClusterConfig, Mixed, Testbed
@@ -43,7 +44,6 @@ from block.core import paths
 from block.dispatch import policies
 from block.dispatch import policy_checks as answers
 from block.dispatch.core import DispatchConfig
-from block.dispatch.instance import LaunchFailed
 from block.engine.config import EngineConfig
 from block.gateway.config import ServerConfig
 from block.hardware.catalogue import Model

@@ -93,7 +93,7 @@ RULES = (
     Rule(
         ("dispatch.ledger",),
         lambda run: isinstance(run.scheduler, policies.INFaaS),
-        "this scheduler does not look at requests that are underway; take one that does, such as block",
+        "this scheduler does not look at requests that are in_transit; take one that does, such as block",
         (*RUNS, "server"),
     ),
     Rule(

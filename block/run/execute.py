@@ -156,25 +156,25 @@ def _peak_mib() -> float:
 
 
 def _store(writer: RunWriter, outcome: Outcome) -> None:
-    dispatcher, monitor = outcome.dispatcher, outcome.monitor
-    if dispatcher is None or monitor is None:
+    history, monitor = outcome.history, outcome.monitor
+    if history is None or monitor is None:
         return
-    records = sorted(dispatcher.records, key=lambda record: record.request.id)
+    records = sorted(history.records, key=lambda record: record.request.id)
     overheads = [record.dispatched - record.request.arrival for record in records if record.status == "ok"]
     writer.store(
         records,
-        dispatcher.decisions,
+        history.decisions,
         monitor.columns(),
         dispatch_overhead_s=np.array(overheads),
-        forecast_us=np.array(dispatcher.forecast_s) * 1e6,
+        forecast_us=np.array(history.forecast_s) * 1e6,
         wall_time_s=outcome.wall_time_s,
         compile_s=outcome.compile_s,
         peak_memory_mib=_peak_mib(),
         engines=outcome.engines,
-        ejections=dispatcher.ejections,
+        ejections=history.ejections,
         counterfactuals=outcome.counterfactuals.columns() if outcome.counterfactuals else None,
         changes=() if outcome.scaler is None else outcome.scaler.changes,
-        instance_seconds=None if outcome.scaler is None else outcome.scaler.instance_seconds,
+        instance_seconds=None if outcome.scaler is None else outcome.scaler.instance_seconds(outcome.ended_at),
     )
 
 
@@ -353,8 +353,8 @@ def search_one(config: DictConfig, choices: Mapping[str, str], files: Sequence[P
         outcome = Outcome()
         with own_code():
             serve(at_rate, _made(at_rate)[0], outcome)
-        assert outcome.dispatcher is not None
-        value = summarise(request_columns(outcome.dispatcher.records)).get(wanted.metric)
+        assert outcome.history is not None
+        value = summarise(request_columns(outcome.history.records)).get(wanted.metric)
         if value is None:
             raise ConfigError(f"capacity.metric={wanted.metric}: a run's summary has no such number")
         return float(value)

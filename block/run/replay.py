@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random as Stream
 from typing import Any
 
+from block.backends.simulated import Simulated
 from block.cluster.fleet import Fleet
+from block.cluster.instance import LaunchFailed
+from block.cluster.live import LiveDriver
 from block.cluster.provisioner import Elastic
 from block.cluster.scaler import Scaler
-from block.core import clock
 from block.core import jit as compiled
+from block.core.clock import Clock
 from block.core.rng import stream
 from block.core.types import Request, RequestRecord
-from block.dispatch.core import Dispatcher, Forecaster
+from block.dispatch.core import Dispatcher, Forecaster, History, Observer, SnapshotMany
 from block.dispatch.correction import Corrected
 from block.dispatch.counterfactual import Counterfactuals, sample
-from block.dispatch.instance import LaunchFailed, one_by_one
 from block.dispatch.monitor import Monitor
 from block.dispatch.noise import NoisyForecaster
 from block.dispatch.policies import Needs
+from block.engine.predictor import Predictor, Predictors
 from block.lengths import tag
 from block.run.config import RunConfig
 from block.workload import spec as workload
 
-PROGRESS_EVERY = 100  # requests between two calls of `finished`
+PROGRESS_EVERY = 100  # simulated requests between two calls of `finished`
 
 
 @dataclass
 class Outcome:
     """What a run has done so far, in memory; also of one that was interrupted.
 
-    dispatcher: the first, if there are several; it keeps the history of all.
+    ended_at: what the run's clock read at its end.
     """
 
-    dispatcher: Dispatcher | None = None
+    history: History | None = None
     monitor: Monitor | None = None
     counterfactuals: Counterfactuals | None = None
     scaler: Scaler | None = None
     wall_time_s: float = 0.0  # without compiling
     compile_s: float = 0.0  # before it, too
+    ended_at: float = math.nan
     engines: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -66,17 +72,17 @@ def serve(
     note: Callable[[RequestRecord], None] | None = None,
     logs: Path = Path("logs"),
 ) -> None:
-    """Replay `requests` on the run's testbed, filling `outcome`; `finished` is told of each batch of finished ones.
+    """Replay `requests` on the run's testbed, filling `outcome`.
 
-    note: is told of each record as it is complete. logs: folder for what real servers say.
-
-    Raises what the first request to fail raised.
+    finished: is told of each batch of finished ones. note: is told of each record as it is complete. logs: folder for
+    what real servers say. Raises what the first request to fail raised.
     """
     began, compiling = time.perf_counter(), compiled.seconds()
     try:
-        backend = run.backend
-        main = _serve(run, requests, outcome, finished, note, logs)
-        clock.run(main, virtual=backend.virtual, dilation=backend.time_dilation)
+        if isinstance(run.backend, Simulated):
+            _simulate(run, run.backend, requests, outcome, finished)
+        else:
+            asyncio.run(_replay(run, run.backend, requests, outcome, finished, note, logs))
     except ExceptionGroup as group:  # of servers that start together, the first to fail says what is wrong
         raise group.exceptions[0] from None
     finally:
@@ -85,85 +91,148 @@ def serve(
         outcome.compile_s += spent
 
 
-async def _serve(
+def _simulate(
     run: RunConfig,
+    backend: Simulated,
+    requests: Sequence[Request],
+    outcome: Outcome,
+    finished: Callable[[int], None],
+) -> None:
+    """Replay on virtual time."""
+    simulation, predictor, migrator = backend.simulate(run.testbed)
+    observers: list[Observer] = [] if migrator is None else [migrator]
+    if run.replay_share > 0:
+        sampled = sample(requests, run.replay_share, stream(run.seed, "replay"))
+        outcome.counterfactuals = Counterfactuals(simulation.engines, sampled, backend.dispatch_delay_s)
+        observers.append(outcome.counterfactuals)
+    if isinstance(run.provisioner, Elastic):
+        outcome.scaler = Scaler(run.provisioner, run.testbed.instances, simulation)
+        observers.append(outcome.scaler)
+    dispatchers = _dispatchers(run, run.testbed.instances, predictor, simulation.snapshot_many, observers, outcome)
+    monitor = outcome.monitor = Monitor(simulation.snapshot_many, lambda: dispatchers[0].active, run.sample_every_s)
+    if migrator is not None:
+        outcome.engines = {"migrations": migrator.counts}
+    done = 0
+
+    def ended(record: RequestRecord) -> None:
+        nonlocal done
+        done += 1
+        if done % PROGRESS_EVERY == 0:
+            finished(PROGRESS_EVERY)
+
+    collecting = gc.isenabled()
+    gc.disable()  # which searches all records again and again, and a simulation makes no cycles
+    try:
+        simulation.run(zip(requests, _chosen(run, requests, dispatchers), strict=True), monitor.tick, ended)
+    finally:
+        if collecting:
+            gc.enable()
+        outcome.ended_at = simulation.now
+    finished(done % PROGRESS_EVERY)
+
+
+async def _replay(
+    run: RunConfig,
+    backend: Any,
     requests: Sequence[Request],
     outcome: Outcome,
     finished: Callable[[int], None],
     note: Callable[[RequestRecord], None] | None,
     logs: Path,
 ) -> None:
-    every = PROGRESS_EVERY if run.backend.virtual else 1
-    async with run.backend.start(run.testbed, logs) as fleet:
+    """Replay on real servers."""
+    clock = Clock(backend.time_dilation)
+    fleet: Fleet
+    async with backend.start(run.testbed, clock, logs) as fleet:
         if fleet.predictor is None and run.scheduler.needs is not Needs.COUNTS:
             raise LaunchFailed(
                 "the servers show no snapshots, which this scheduler needs: start them by "
                 "python -m block.vllm_plugin.serve, or choose one that only counts, such as round_robin"
             )
-        if run.replay_share > 0:
-            sampled = sample(requests, run.replay_share, stream(run.seed, "replay"))
-            simulated: Sequence[Any] = fleet.instances
-            outcome.counterfactuals = Counterfactuals(simulated, sampled, run.backend.dispatch_delay_s)
-        look = fleet.look or one_by_one(fleet.instances)
-        dispatcher = Dispatcher(
-            fleet.instances,
-            run.scheduler,
-            _forecaster(run, fleet),
-            run.dispatch,
-            _policy_stream(run.seed, "policy"),
-            delay_s=run.backend.dispatch_delay_s,
-            placed=outcome.counterfactuals.placed if outcome.counterfactuals else None,
-            initial=run.testbed.initial,
-            look=look,
-        )
-        dispatchers = [dispatcher]
-        for i in range(1, run.dispatch.dispatchers):
-            policy = run.peers[i - 1] if i <= len(run.peers) else run.scheduler
-            dispatchers.append(dispatcher.replica(policy, _policy_stream(run.seed, f"policy/{i}")))
-        chosen = stream(run.seed, "dispatchers").integers(len(dispatchers), size=len(requests)).tolist()
-        if fleet.migrator is not None:
-            fleet.migrator.moved = dispatcher.moved
-        shown = bool(fleet.predictor)
-        monitor = Monitor(look, lambda: dispatcher.active if shown else (), run.sample_every_s)
-        outcome.dispatcher, outcome.monitor = dispatcher, monitor
+        driver = LiveDriver(clock, fleet.servers)
+        observers: list[Observer] = []
+        if isinstance(run.provisioner, Elastic):
+            outcome.scaler = Scaler(run.provisioner, len(fleet.instances), driver)
+            observers.append(outcome.scaler)
         outcome.engines = fleet.engines
-        done = 0
+        dispatchers = _dispatchers(run, len(fleet.instances), fleet.predictor, fleet.snapshot_many, observers, outcome)
+        shown = bool(fleet.predictor)
+        monitor = outcome.monitor = Monitor(
+            fleet.snapshot_many, lambda: dispatchers[0].active if shown else (), run.sample_every_s
+        )
+
+        async def deliver(record: RequestRecord) -> None:
+            server = fleet.instances[record.instance_id]
+            await server.generate(record, dispatchers[0].first_token)
 
         async def one(request: Request, dispatcher: Dispatcher) -> None:
-            nonlocal done
-            record = await dispatcher.submit(request)
-            done += 1
-            if done % every == 0:
-                finished(every)
+            record = await driver.submit(dispatcher, request, deliver)
+            finished(1)
             if note is not None:
                 note(record)
 
-        async def replay(start: clock.Start) -> None:
-            for request, i in zip(requests, chosen, strict=True):  # open loop: nothing that happens delays the next
-                await clock.sleep_until(request.arrival)
-                monitor.tick(clock.now(), request.id)
-                start(one(request, dispatchers[i]))
-
         clock.restart()
+        try:
+            async with asyncio.TaskGroup() as group:
+                chosen = _chosen(run, requests, dispatchers)
+                for request, dispatcher in zip(requests, chosen, strict=True):  # open loop: nothing delays the next
+                    await clock.sleep_until(request.arrival)
+                    monitor.tick(clock.now(), request.id)
+                    group.create_task(one(request, dispatcher))
+        except BaseExceptionGroup as failed:  # the first to fail says what is wrong; it ended the others
+            raise failed.exceptions[0] from None
+        finally:
+            outcome.ended_at = clock.now()
+            await driver.close()
 
-        async with AsyncExitStack() as stack:
-            if isinstance(run.provisioner, Elastic):
-                outcome.scaler = await stack.enter_async_context(Scaler(run.provisioner, fleet, dispatcher))
-            await clock.together(replay)
-        finished(done % every)
+
+def _dispatchers(
+    run: RunConfig,
+    instances: int,
+    predictor: Predictor | Predictors | None,
+    snapshot_many: SnapshotMany,
+    observers: Sequence[Observer],
+    outcome: Outcome,
+) -> list[Dispatcher]:
+    """The run's dispatchers, which know nothing of each other but keep one history."""
+    forecaster = _forecaster(run, predictor)
+    history = outcome.history = History()
+    made = []
+    for i in range(run.dispatch.dispatchers):
+        policy = run.scheduler if i == 0 else run.peers[i - 1] if i <= len(run.peers) else run.scheduler
+        dispatcher = Dispatcher(
+            instances,
+            policy,
+            forecaster,
+            run.dispatch,
+            _policy_stream(run.seed, "policy" if i == 0 else f"policy/{i}"),
+            snapshot_many=snapshot_many,
+            delay_s=run.backend.dispatch_delay_s,
+            initial=run.testbed.initial,
+            observers=observers,
+            history=history,
+        )
+        made.append(dispatcher)
+    return made
+
+
+def _chosen(run: RunConfig, requests: Sequence[Request], dispatchers: Sequence[Dispatcher]) -> list[Dispatcher]:
+    """For each request the dispatcher that it goes to, at random."""
+    drawn = stream(run.seed, "dispatchers").integers(len(dispatchers), size=len(requests)).tolist()
+    return [dispatchers[i] for i in drawn]
 
 
 def _policy_stream(seed: int, name: str) -> Stream:
     return Stream(int(stream(seed, name).integers(2**63)))
 
 
-def _forecaster(run: RunConfig, fleet: Fleet) -> Forecaster | None:
-    """The fleet's predictor, with the rule of the run's estimator for what outruns it; corrected by what it observes if
-    the run says so, and with the error that it injects.
+def _forecaster(run: RunConfig, predictor: Predictor | Predictors | None) -> Forecaster | None:
+    """The predictor, with the rule of the run's estimator for what outruns it; corrected by what it observes if the run
+    says so, and with the error that it injects.
     """
-    if fleet.predictor is None:
+    if predictor is None:
         return None
-    forecaster: Forecaster = fleet.predictor.going_on(run.lengths.outrun_share)
+    forecaster: Forecaster = predictor.going_on(run.lengths.outrun_share)
     if run.dispatch.correction_steps > 0:
         forecaster = Corrected(forecaster, run.backend.latency(run.testbed), run.dispatch.correction_steps)
     if run.dispatch.forecast_noise > 0:

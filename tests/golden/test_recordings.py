@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from testbed import constant_latency, request
 
@@ -28,7 +29,7 @@ class Twin:
     """An engine whose steps end when it is told; `steps` lists what each of its `schedule()` decided."""
 
     def __init__(self, config: EngineConfig, total_blocks: int) -> None:
-        self.engine = Engine(config, constant_latency(), total_blocks)
+        self.engine = Engine.alone(config, constant_latency(), total_blocks)
         self.pending: list[Any] = []
         self.steps: list[dict[int, int]] = []
         self.now = 0.0
@@ -43,14 +44,15 @@ class Twin:
         ends = engine.step_ends
         idle = ends == float("inf")
         self.now = self.now if idle else ends
-        engine._times[s.ENDS] = -1.0  # so that `add` does not begin a step with the first of several
+        if idle:  # halted, or it would begin a step with the first of several
+            engine._state[s.HALT], engine._times[s.ENDS] = s.HALTED, self.now
         for one in self.pending:
-            engine.add(one, self.now)
+            engine.add(one, self.now if idle else np.nextafter(ends, 0.0))
         self.pending = []
-        engine._times[s.ENDS] = ends
         if idle:
-            arrays = (engine._seqs, engine._firsts, engine._state, engine._times, engine._limits)
-            s.begin_step(*arrays, engine._packed, engine._noise, self.now)
+            engine._state[s.HALT] = 0
+            s.begin_step(*engine.batch.row(0)[:-1], self.now)
+            engine.batch.look_ahead(0)
         engine.advance(self.now)
         rows = (NEXT,) if queued else (CHUNK, NEXT)
         seqs = self.snapshot().seqs

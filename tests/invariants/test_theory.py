@@ -37,7 +37,7 @@ def customers(count: int, rate: float, mean_tokens: float, seed: int) -> list[Re
 def one_engine(requests: Sequence[Request], max_num_seqs: int) -> Floats:
     """Seconds from arrival to the start of service of each request; the first token comes a step after that."""
     config = engine_config("v1", max_num_seqs=max_num_seqs, max_model_len=8192, max_num_batched_tokens=4096)
-    engine = Engine(config, constant_latency(STEP), 100_000)
+    engine = Engine.alone(config, constant_latency(STEP), 100_000)
     waits = np.empty(len(requests))
     done = []
     for one in requests:

@@ -18,8 +18,9 @@ from testbed import constant_latency, engine_config, request
 
 from block.core.snapshot import BLOCKS, CHUNK, COMPUTED, ID, NEXT, OUTPUT, PENDING, PREEMPTED, Snapshot
 from block.core.types import Request
+from block.engine.batch import Finished
 from block.engine.config import EngineConfig
-from block.engine.engine import Engine, Finished
+from block.engine.engine import Engine
 
 MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 
@@ -47,7 +48,8 @@ class Pair:
 
     def __init__(self, make_real: MakeReal, workload: Workload, seen: Counter[str]) -> None:
         self.events = workload.events
-        self.twin = Engine(workload.config, constant_latency(), workload.total_blocks)
+        self.total_blocks = workload.total_blocks
+        self.twin = Engine.alone(workload.config, constant_latency(), workload.total_blocks)
         self.real = make_real(workload.config, workload.total_blocks, self.elapse)
         self.preempted: dict[int, int] = {}  # how often, of each sequence that the twin showed last
         self.finished: list[Finished] = []
@@ -61,7 +63,7 @@ class Pair:
                 self.happen()
             self.real.turn()
         self.advance()
-        assert self.twin.snapshot(0, self.real.now).free_blocks == self.twin.total_blocks
+        assert self.twin.snapshot(0, self.real.now).free_blocks == self.total_blocks
         self.seen.update(one.status.name for one in self.real.known.values())
         self.seen["workloads"] += 1
 

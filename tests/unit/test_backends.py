@@ -13,8 +13,8 @@ from block.backends.servers import _unlike, engine_of
 from block.backends.vllm import VLLM
 from block.backends.vllm_cpu import VLLMCPU
 from block.cluster import spec as cluster
+from block.cluster.instance import LaunchFailed
 from block.cluster.spec import ClusterConfig
-from block.dispatch.instance import LaunchFailed
 from block.engine.config import EngineConfig
 from block.hardware.catalogue import Model
 from block.vllm_plugin.state_buffer import EngineLimits

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from testbed import open_loop, request
+from testbed import request
 
 from block.backends.simulated import Simulated
 from block.cluster import spec as cluster
 from block.cluster.spec import ClusterConfig, Mixed, Pool
-from block.core import clock
 from block.core.types import RequestRecord
 from block.dispatch.core import DispatchConfig, Dispatcher
 from block.dispatch.policies import Block, RoundRobin
 from block.engine.config import EngineConfig
+from block.engine.engine import Engine
 from block.engine.latency import decode_time, linear_time, prefill_time
 from block.hardware.catalogue import Model
 from block.hardware.devices import visible_gpus
@@ -95,22 +95,16 @@ def test_each_instance_has_the_memory_and_the_speed_of_its_kind_and_is_forecast_
     bed = mixed()
     one = request(0, 300, 40)
 
-    async def main() -> tuple[list[int], list[float], list[float]]:
-        async with Simulated(step_noise=0.0).start(bed, Path()) as fleet:
-            assert fleet.predictor is not None
-            snapshots = [instance.snapshot() for instance in fleet.instances]
-            shuffled = [4, 0, 3, 1, 2]
-            found = fleet.predictor.forecasts([snapshots[i] for i in shuffled], [[]] * 5, one, 0.0)
-            forecasts = [found[shuffled.index(i)].e2e for i in range(5)]
-            free = [snapshot.free_blocks for snapshot in snapshots]
-            records = [RequestRecord(one) for _ in fleet.instances]
-            for instance, record in zip(fleet.instances, records, strict=True):
-                began = clock.now()
-                await instance.generate(one, record)
-                record.finished -= began
-            return free, forecasts, [record.finished for record in records]
-
-    free, forecasts, finished = clock.run(main(), virtual=True)
+    simulation, predictor, _ = Simulated(step_noise=0.0).simulate(bed)
+    snapshots = simulation.snapshot_many(range(5), 0.0)
+    shuffled = [4, 0, 3, 1, 2]
+    found = predictor.forecasts([snapshots[i] for i in shuffled], [[]] * 5, one, 0.0)
+    forecasts = [found[shuffled.index(i)].e2e for i in range(5)]
+    free = [snapshot.free_blocks for snapshot in snapshots]
+    finished = []
+    for i in range(5):
+        Engine(simulation.engines, i).add(one, 0.0)
+        finished.append(Engine(simulation.engines, i).advance(1e9)[0].finished)
     assert free == [kind.total_blocks for kind in bed.kinds for _ in range(kind.instances)]
     assert finished == pytest.approx(forecasts, rel=1e-9)
     assert forecasts[0] == forecasts[1] != forecasts[2] == forecasts[3]
@@ -168,19 +162,19 @@ def test_calibration_scales_every_time_and_adds_to_every_step() -> None:
 
 
 def served(backend: Simulated, bed: cluster.Testbed, policy: Any = None, count: int = 24) -> list[RequestRecord]:
-    async def main() -> list[RequestRecord]:
-        async with backend.start(bed, Path()) as fleet:
-            assert len(fleet.instances) == bed.instances
-            assert [instance.instance_id for instance in fleet.instances] == list(range(bed.instances))
-            blocks = [kind.total_blocks for kind in bed.kinds for _ in range(kind.instances)]
-            assert [i.snapshot().free_blocks for i in fleet.instances] == blocks
-            dispatcher = Dispatcher(
-                fleet.instances, policy or RoundRobin(), fleet.predictor, DispatchConfig(), Stream(0)
-            )
-            await open_loop([request(i, 300, 40, 0.02 * i) for i in range(count)], dispatcher)
-            return dispatcher.records
-
-    return clock.run(main(), virtual=True)
+    simulation, predictor, _ = backend.simulate(bed)
+    blocks = [kind.total_blocks for kind in bed.kinds for _ in range(kind.instances)]
+    assert [one.free_blocks for one in simulation.snapshot_many(range(bed.instances), 0.0)] == blocks
+    dispatcher = Dispatcher(
+        bed.instances,
+        policy or RoundRobin(),
+        predictor,
+        DispatchConfig(),
+        Stream(0),
+        snapshot_many=simulation.snapshot_many,
+    )
+    simulation.run((request(i, 300, 40, 0.02 * i), dispatcher) for i in range(count))
+    return list(dispatcher.history.records)
 
 
 def test_without_noise_the_predictor_knows_its_engines() -> None:

@@ -31,7 +31,7 @@ class Fixed:
     """Forecasts 1 s and 10 s for whatever is asked, and keeps the snapshots that it was shown."""
 
     def forecasts(
-        self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
+        self, snapshots: Sequence[Snapshot], in_transit: Sequence[Sequence[Request]], request: Request, now: float
     ) -> list[Forecast]:
         self.shown = list(snapshots)
         return [Forecast(1.0, 10.0) for _ in snapshots]
@@ -53,7 +53,7 @@ def decode_step(sequences: int, kv: int) -> float:
 
 
 def test_one_step_and_a_run_of_decodes_are_known_and_nothing_else() -> None:
-    engine = Engine(CONFIG, round_latency(), 1000)
+    engine = Engine.alone(CONFIG, round_latency(), 1000)
     engine.add(request(0, 20, 50), 0.0)
     prompt = seen(engine, 0.0)
     ends = engine.step_ends
@@ -69,15 +69,15 @@ def test_one_step_and_a_run_of_decodes_are_known_and_nothing_else() -> None:
     assert between(fourth, both) == pytest.approx(decode_step(1, 24)), "one step, after which another sequence joined"
     later = seen(engine, ends + 1.0)
     assert between(fourth, later) == 0.0, "another sequence joined meanwhile"
-    assert between(later, seen(Engine(CONFIG, round_latency(), 1000), 0.0)) == 0.0, "nothing in common"
+    assert between(later, seen(Engine.alone(CONFIG, round_latency(), 1000), 0.0)) == 0.0, "nothing in common"
 
 
 def test_expected_and_actual_agree_in_any_engine_without_noise() -> None:
     """Whatever can be told of the time between two looks at a busy engine is what passed between them."""
     rng = np.random.default_rng(1)
     for config in (engine_config("v0", max_model_len=100), engine_config("v1", async_scheduling=True)):
-        engine = Engine(config, round_latency(), 30)
-        now, told, last = 0.0, 0, seen(Engine(config, round_latency(), 30), 0.0)
+        engine = Engine.alone(config, round_latency(), 30)
+        now, told, last = 0.0, 0, seen(Engine.alone(config, round_latency(), 30), 0.0)
         for i in range(400):
             now += rng.exponential(0.03)
             engine.advance(now)
@@ -101,10 +101,10 @@ def slow_and_exact(steps: int) -> tuple[Corrected, Fixed]:
     """Asked of instance 0, 1.5 times as slow as its model, 1, which is as it says, and 2, which is never used."""
     inner = Fixed()
     corrected = Corrected(inner, round_latency(), steps)
-    engines = [Engine(CONFIG, round_latency().scaled(factor), 1000) for factor in (1.5, 1.0)]
+    engines = [Engine.alone(CONFIG, round_latency().scaled(factor), 1000) for factor in (1.5, 1.0)]
     for engine in engines:
         engine.add(request(0, 20, 200), 0.0)
-    idle = Engine(CONFIG, round_latency(), 1000)
+    idle = Engine.alone(CONFIG, round_latency(), 1000)
     for tick in range(300):
         shown = [seen(engine, 0.01 * tick, i) for i, engine in enumerate([*engines, idle])]
         corrected.forecasts(shown, [[]] * 3, ASKED, 0.01 * tick)
@@ -126,7 +126,7 @@ def test_a_slow_instance_is_found_out() -> None:
 
 def test_stretched_forecasts_are_those_of_the_model_that_is_right() -> None:
     slow = round_latency().scaled(1.5)
-    engine = Engine(CONFIG, slow, 1000)
+    engine = Engine.alone(CONFIG, slow, 1000)
     corrected = Corrected(Predictor(CONFIG, round_latency(), 1000), round_latency(), 50)
     knowing = Predictor(CONFIG, slow, 1000)
     for i in range(5):
@@ -143,7 +143,7 @@ def test_a_factor_follows_an_instance_that_changes() -> None:
     corrected = Corrected(Fixed(), round_latency(), 20)
     now = 0.0
     for factor in (1.0, 2.0, 1.0):
-        engine = Engine(CONFIG, round_latency().scaled(factor), 1000)
+        engine = Engine.alone(CONFIG, round_latency().scaled(factor), 1000)
         began = now
         engine.add(request(0, 20, 300), 0.0)
         for _ in range(200):
@@ -165,8 +165,8 @@ def test_in_a_run_forecasts_are_as_good_as_with_the_right_model() -> None:
         correcting = DispatchConfig(correction_steps=50)
         dispatch = correcting if backend.pop("corrected", False) else DispatchConfig()
         outcome = served(run(**parts, dispatch=dispatch, backend=Simulated(**backend)))  # type: ignore[arg-type]
-        assert outcome.dispatcher is not None
-        records = list(outcome.dispatcher.records)[50:]
+        assert outcome.history is not None
+        records = list(outcome.history.records)[50:]
         return float(
             np.mean([abs(r.forecast.e2e / (r.finished - r.request.arrival) - 1) for r in records if r.forecast])
         )
@@ -188,8 +188,8 @@ def test_wrong_values_are_refused_by_name() -> None:
 
 def test_a_slow_instance_is_slow() -> None:
     outcome = served(replace(run(), backend=Simulated(slowdown=(1.0, 2.0), step_noise=0.0)))
-    assert outcome.dispatcher is not None
+    assert outcome.history is not None
     tpot: dict[int, list[float]] = {0: [], 1: []}
-    for record in outcome.dispatcher.records:
+    for record in outcome.history.records:
         tpot[record.instance_id].append((record.finished - record.first_token) / (record.output_tokens - 1))
     assert min(tpot[1]) > 1.5 * np.median(tpot[0])

@@ -11,16 +11,15 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from test_serving import run, served
-from testbed import constant_latency, engine_config, open_loop, request
+from testbed import constant_latency, engine_config, request
 
 from block.backends.simulated import Simulated
-from block.core import clock
+from block.cluster.simulation import Simulation
 from block.core.types import Decision, InstanceView, Request
 from block.dispatch import policies
 from block.dispatch.core import DispatchConfig, Dispatcher
 from block.dispatch.counterfactual import Counterfactuals, sample
-from block.engine.engine import Engine
-from block.engine.simulated_instance import SimulatedInstance
+from block.engine.batch import EngineBatch, EngineSpec
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,19 @@ class Always:
 
 def replays(requests: Sequence[Request], delay_s: float) -> dict[tuple[int, int], float]:
     """All requests go to instance 0 of two whose steps take a second: replayed E2E by (request, instance)."""
-    instances = [SimulatedInstance(i, Engine(engine_config("v1"), constant_latency(), 50)) for i in range(2)]
-    replayed = Counterfactuals(instances, [one.id for one in requests], delay_s)
-
-    async def main() -> None:
-        placed = replayed.placed
-        dispatcher = Dispatcher(instances, Always(0), None, DispatchConfig(), Stream(0), delay_s=delay_s, placed=placed)
-        await open_loop(requests, dispatcher)
-
-    clock.run(main(), virtual=True)
+    simulation = Simulation(EngineBatch([EngineSpec(engine_config("v1"), constant_latency(), 50)] * 2), delay_s)
+    replayed = Counterfactuals(simulation.engines, [one.id for one in requests], delay_s)
+    dispatcher = Dispatcher(
+        2,
+        Always(0),
+        None,
+        DispatchConfig(),
+        Stream(0),
+        snapshot_many=simulation.snapshot_many,
+        delay_s=delay_s,
+        observers=[replayed],
+    )
+    simulation.run((one, dispatcher) for one in requests)
     columns = replayed.columns()
     assert columns["chosen"].tolist() == (columns["instance_id"] == 0).tolist()
     assert np.isnan(columns["forecast_e2e"]).all()
@@ -55,7 +58,7 @@ def replays(requests: Sequence[Request], delay_s: float) -> dict[tuple[int, int]
     return dict(zip(keys, columns["replayed_e2e"].tolist(), strict=True))
 
 
-def test_a_request_is_tried_beside_what_is_there_and_what_is_underway() -> None:
+def test_a_request_is_tried_beside_what_is_there_and_what_is_in_transit() -> None:
     # A prompt of 16 tokens fills a step of a second; two more tokens follow it.
     first, second, third = request(0, 16, 3, 0.0), request(1, 16, 3, 0.25), request(2, 16, 3, 0.5)
     assert replays([first, second, third], delay_s=0.0) == {
@@ -68,7 +71,7 @@ def test_a_request_is_tried_beside_what_is_there_and_what_is_underway() -> None:
         (2, 0): 6.0 - 0.5,
         (2, 1): 3.0,
     }
-    # With a second's way to the instances all are underway when the second and the third are placed: the same, later.
+    # With a second's way to the instances all are in transit when the second and the third are placed: the same, later.
     assert replays([first, second, third], delay_s=1.0) == {
         (0, 0): 4.0,
         (0, 1): 4.0,
@@ -83,20 +86,20 @@ def test_replaying_leaves_the_run_as_it_is() -> None:
     plain = run(scheduler=policies.Block(), backend=Simulated(dispatch_delay_s=0.2))
     with_replays = served(replace(plain, replay_share=0.5))
     without = served(plain)
-    assert with_replays.dispatcher is not None
-    assert without.dispatcher is not None
-    assert list(with_replays.dispatcher.records) == list(without.dispatcher.records)
-    assert list(with_replays.dispatcher.decisions) == list(without.dispatcher.decisions)
+    assert with_replays.history is not None
+    assert without.history is not None
+    assert list(with_replays.history.records) == list(without.history.records)
+    assert list(with_replays.history.decisions) == list(without.history.decisions)
     assert without.counterfactuals is None
 
 
 def test_replays_of_a_run_agree_with_what_happened_where_nothing_came_later() -> None:
     settings = run(scheduler=policies.Block(), backend=Simulated(dispatch_delay_s=0.2), replay_share=1.0)
     outcome = served(settings)
-    assert outcome.dispatcher is not None
+    assert outcome.history is not None
     assert outcome.counterfactuals is not None
     columns = outcome.counterfactuals.columns()
-    records = {record.request.id: record for record in outcome.dispatcher.records}
+    records = {record.request.id: record for record in outcome.history.records}
     assert len(columns["request_id"]) == 40 * 2
     chosen = {
         int(columns["request_id"][row]): (float(columns["replayed_e2e"][row]), float(columns["forecast_e2e"][row]))

@@ -1,57 +1,47 @@
-"""The dispatcher with scripted instances: its books, its ledger, what it shows to policies and what it records."""
+"""The dispatcher, told what happens: where requests go, its ledger, what it shows to policies and what it records."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from random import Random as Stream
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from testbed import constant_latency, engine_config, open_loop, request, round_latency, serve
+from testbed import constant_latency, engine_config, request, round_latency, serve
 
-from block.core import clock
 from block.core.snapshot import FIELDS, ID, Snapshot
-from block.core.types import Decision, Forecast, InstanceView, Request, RequestRecord
-from block.dispatch.core import DispatchConfig, Dispatcher
-from block.dispatch.instance import InstanceFailed, RequestFailed
+from block.core.types import Decision, Forecast, InstanceView, Request, RequestRecord, Views
+from block.dispatch.core import DispatchConfig, Dispatcher, History, Observer
 from block.dispatch.policies import Block, INFaaS, LeastRequests, MinQPM, Needs, Random, RoundRobin
 from block.engine.config import EngineConfig
 from block.engine.predictor import Predictor
 
 
-@dataclass
-class Scripted:
-    """An instance that shows what it is told to show, and serves a request in `service` seconds or fails."""
+class Shown:
+    """Instances that show what they are told to show, and count how often each was looked at."""
 
-    instance_id: int
-    service: float = 10.0
-    fails: bool = False
-    shows: list[int] = field(default_factory=list)
-    looks: int = 0
+    def __init__(self, instances: int) -> None:
+        self.requests: list[list[int]] = [[] for _ in range(instances)]
+        self.looks = [0] * instances
 
-    def snapshot(self) -> Snapshot:
-        self.looks += 1
-        seqs = np.zeros((FIELDS, len(self.shows)), dtype=np.int64)
-        seqs[ID] = self.shows
-        return Snapshot(self.instance_id, clock.now(), math.nan, len(self.shows), 0, 100, 0, seqs)
-
-    async def generate(self, request: Request, record: RequestRecord) -> None:
-        record.first_token = clock.now() + 1.0
-        await clock.sleep(self.service)
-        if self.fails:
-            raise InstanceFailed(f"instance {self.instance_id} went away")
-        record.finished = clock.now()
-        record.output_tokens = request.output_tokens
+    def __call__(self, ids: Sequence[int], now: float) -> list[Snapshot]:
+        found = []
+        for i in ids:
+            self.looks[i] += 1
+            seqs = np.zeros((FIELDS, len(self.requests[i])), dtype=np.int64)
+            seqs[ID] = self.requests[i]
+            found.append(Snapshot(i, now, math.nan, len(self.requests[i]), 0, 100, 0, seqs))
+        return found
 
 
 @dataclass
 class Spy:
-    """A policy that takes the first candidate and keeps what it was shown, lists copied."""
+    """A policy that takes instance `target` and keeps what it was shown, lists copied."""
 
     needs: ClassVar[Needs] = Needs.SNAPSHOT
     views: list[list[InstanceView]] = field(default_factory=list)
@@ -61,7 +51,7 @@ class Spy:
         return range(instances)
 
     def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
-        self.views.append([view._replace(underway=[one.id for one in view.underway]) for view in views])
+        self.views.append([view._replace(in_transit=[one.id for one in view.in_transit]) for view in views])
         return Decision(self.target, [view.instance_id for view in views], [0.0] * len(views))
 
 
@@ -69,15 +59,52 @@ class SpyOnCounts(Spy):
     needs: ClassVar[Needs] = Needs.COUNTS
 
 
-def dispatch(
-    instances: Sequence[Any], policy: Any, requests: Sequence[Request], delay_s: float = 0.0, **config: Any
-) -> Dispatcher:
-    async def main() -> Dispatcher:
-        dispatcher = Dispatcher(instances, policy, None, DispatchConfig(**config), Stream(0), delay_s=delay_s)
-        await open_loop(requests, dispatcher)
-        return dispatcher
+def dispatcher_for(instances: int, policy: Any, **options: Any) -> Dispatcher:
+    """One whose instances show nothing, unless `snapshot_many` is given."""
+    dispatch = DispatchConfig(**options.pop("config", {}))
+    forecaster = options.pop("forecaster", None)
+    return Dispatcher(
+        instances, policy, forecaster, dispatch, Stream(0), **{"snapshot_many": Shown(instances)} | options
+    )
 
-    return clock.run(main(), virtual=True)
+
+def play(
+    dispatcher: Dispatcher,
+    requests: Sequence[Request],
+    service: Sequence[float],
+    fails: Sequence[int] = (),
+    delay_s: float = 0.0,
+) -> list[RequestRecord]:
+    """Tell a dispatcher of requests that instance i serves in service[i] seconds, or fails after as many."""
+    heap: list[tuple[float, int, str, Any]] = []
+    for number, one in enumerate(requests):
+        heappush(heap, (one.arrival, number, "arrives", one))
+    records = []
+    number = len(requests)
+
+    def then(when: float, what: str, record: RequestRecord) -> None:
+        nonlocal number
+        number += 1
+        heappush(heap, (when, number, what, record))
+
+    while heap:
+        now, _, what, it = heappop(heap)
+        if what == "arrives":
+            it = dispatcher.arrived(it, now)
+            records.append(it)
+            what = "placed"
+        if what == "placed" and it.status == "pending":
+            then(now + delay_s, "gets there", it)
+        elif what == "gets there":
+            dispatcher.delivered(it, now)
+            then(now + service[it.instance_id], "ends", it)
+        elif what == "ends" and it.instance_id in fails:
+            if dispatcher.failed(it, f"instance {it.instance_id} went away", now):
+                then(now, "placed", it)
+        elif what == "ends":
+            dispatcher.first_token(it, it.dispatched + 1.0)
+            dispatcher.finished(it, now)
+    return records
 
 
 def arrivals(*times: float) -> list[Request]:
@@ -88,145 +115,160 @@ def arrivals(*times: float) -> list[Request]:
 
 
 def test_a_record_tells_where_and_when() -> None:
-    dispatcher = dispatch([Scripted(0), Scripted(1)], RoundRobin(), arrivals(1.0, 2.5))
-    first, second = dispatcher.records
-    assert (first.instance_id, first.dispatched, first.finished, first.status) == (0, 1.0, 11.0, "ok")
-    assert (second.instance_id, second.dispatched, second.finished, second.status) == (1, 2.5, 12.5, "ok")
-    assert first.output_tokens == 5
-    assert first.forecast is None
-
-
-def test_the_delay_lies_between_decision_and_dispatch() -> None:
-    dispatcher = dispatch([Scripted(0)], RoundRobin(), arrivals(1.0), delay_s=0.25)
-    assert [at for at, _, _ in dispatcher.decisions] == [1.0]
-    assert dispatcher.records[0].dispatched == 1.25
-    assert dispatcher.records[0].finished == 11.25
+    first, second = play(dispatcher_for(2, RoundRobin()), arrivals(1.0, 2.5), [10.0, 10.0])
+    assert (first.instance_id, first.dispatched, first.first_token, first.finished) == (0, 1.0, 2.0, 11.0)
+    assert (second.instance_id, second.dispatched, second.first_token, second.finished) == (1, 2.5, 3.5, 12.5)
+    assert (first.status, second.status, first.forecast) == ("ok", "ok", None)
 
 
 def test_decisions_are_kept_with_their_time_scores_and_request() -> None:
-    dispatcher = dispatch([Scripted(0), Scripted(1)], LeastRequests(), arrivals(0.0, 1.0, 20.0))
-    assert [(at, list(d.candidates), d.scores, i) for at, d, i in dispatcher.decisions] == [
+    dispatcher = dispatcher_for(2, LeastRequests())
+    first, second, _ = play(dispatcher, arrivals(0.0, 1.0, 20.0), [10.0, 10.0])
+    assert [(at, list(d.candidates), d.scores, i) for at, d, i in dispatcher.history.decisions] == [
         (0.0, [0, 1], [0.0, 0.0], 0),
-        (1.0, [0, 1], [1.0, 0.0] if dispatcher.records[0].instance_id == 0 else [0.0, 1.0], 1),
+        (1.0, [0, 1], [1.0, 0.0] if first.instance_id == 0 else [0.0, 1.0], 1),
         (20.0, [0, 1], [0.0, 0.0], 2),
     ]
-    assert {dispatcher.records[0].instance_id, dispatcher.records[1].instance_id} == {0, 1}
+    assert {first.instance_id, second.instance_id} == {0, 1}
 
 
 def test_a_request_that_an_instance_lost_goes_to_another_and_the_instance_gets_no_more() -> None:
-    broken, sound = Scripted(0, service=3.0, fails=True), Scripted(1)
-    dispatcher = dispatch([broken, sound], RoundRobin(), arrivals(0.0, 1.0, 30.0))
-    first, second, third = dispatcher.records
+    dispatcher = dispatcher_for(2, RoundRobin())
+    first, second, third = play(dispatcher, arrivals(0.0, 1.0, 30.0), [3.0, 10.0], fails=[0])
     assert [record.status for record in (first, second, third)] == ["ok"] * 3
     assert [record.instance_id for record in (first, second, third)] == [1, 1, 1]
     assert (first.retries, second.retries, third.retries) == (1, 0, 0)
     assert first.dispatched == 3.0  # begun anew when the first instance was lost
     assert first.first_token == 4.0
     assert first.error == "instance 0 went away"
-    assert list(dispatcher.ejections) == [(3.0, 0, "instance 0 went away")]
-    assert [chosen.instance_id for _, chosen, _ in dispatcher.decisions] == [0, 1, 1, 1]
+    assert list(dispatcher.history.ejections) == [(3.0, 0, "instance 0 went away")]
+    assert [chosen.instance_id for _, chosen, _ in dispatcher.history.decisions] == [0, 1, 1, 1]
     assert [dispatcher.outstanding(i) for i in (0, 1)] == [0, 0]
 
 
 def test_a_request_fails_when_no_instance_is_left() -> None:
-    dispatcher = dispatch([Scripted(0, fails=True), Scripted(1, fails=True)], RoundRobin(), arrivals(0.0, 30.0))
-    lost, late = dispatcher.records
+    lost, late = play(dispatcher_for(2, RoundRobin()), arrivals(0.0, 30.0), [1.0, 1.0], fails=[0, 1])
     assert (lost.status, lost.retries, lost.error) == ("failed", 2, "instance 1 went away")
     assert (late.status, late.retries, late.error) == ("failed", 0, "no instance is left")
     assert math.isnan(lost.finished)
 
 
+def test_a_request_is_lost_on_three_instances_at_most_and_then_fails() -> None:
+    (record,) = play(dispatcher_for(6, RoundRobin()), arrivals(0.0), [1.0] * 6, fails=range(6))
+    assert (record.status, record.retries, record.error) == ("failed", 3, "instance 3 went away")
+
+
 def test_a_refused_request_is_not_retried_and_its_instance_stays() -> None:
-    async def refuse(instance: Any, record: RequestRecord) -> None:
-        raise RequestFailed("prompt too long")
-
-    async def main() -> None:
-        dispatcher = Dispatcher([Scripted(0), Scripted(1)], RoundRobin(), None, DispatchConfig(), Stream(0))
-        record = await dispatcher.submit(request(0, 1, 1), refuse)
-        assert (record.status, record.retries, record.error) == ("failed", 0, "prompt too long")
-        assert list(dispatcher.active) == [0, 1]
-
-    clock.run(main(), virtual=True)
+    dispatcher = dispatcher_for(2, RoundRobin())
+    record = dispatcher.arrived(request(0, 1, 1), 0.0)
+    dispatcher.refused(record, "prompt too long", 0.0)
+    assert (record.status, record.retries, record.error) == ("failed", 0, "prompt too long")
+    assert list(dispatcher.active) == [0, 1]
+    assert dispatcher.outstanding(0) == 0
 
 
 def test_an_instance_that_turned_a_request_away_is_passed_over_and_stays() -> None:
+    dispatcher = dispatcher_for(3, RoundRobin())
     tried = []
-
-    async def deliver(instance: Any, record: RequestRecord) -> None:
-        tried.append(instance.instance_id)
-        if instance.instance_id != 2:
-            raise InstanceFailed(f"instance {instance.instance_id} is full", gone=False)
-
-    async def main() -> None:
-        dispatcher = Dispatcher([Scripted(i) for i in range(3)], RoundRobin(), None, DispatchConfig(), Stream(0))
-        first = await dispatcher.submit(request(0, 1, 1), deliver)
-        second = await dispatcher.submit(request(1, 1, 1), deliver)
-        assert (first.status, first.retries, first.error) == ("ok", 2, "instance 1 is full")
-        assert (second.status, second.retries) == ("ok", 1)
-        assert tried == [0, 1, 2, 1, 2]  # a retry does not take the next request's turn
-        assert list(dispatcher.active) == [0, 1, 2]
-        assert [dispatcher.ejected(i) for i in range(3)] == [0, 0, 0]
-        assert [dispatcher.outstanding(i) for i in range(3)] == [0, 0, 0]
-
-    clock.run(main(), virtual=True)
+    for i in range(2):
+        record = dispatcher.arrived(request(i, 1, 1), 0.0)
+        while tried.append(record.instance_id) or record.instance_id != 2:
+            assert dispatcher.failed(record, f"instance {record.instance_id} is full", 0.0, gone=False)
+        dispatcher.finished(record, 0.0)
+    assert tried == [0, 1, 2, 1, 2]  # a retry does not take the next request's turn
+    first, second = dispatcher.history.records
+    assert (first.status, first.retries, first.error) == ("ok", 2, "instance 1 is full")
+    assert (second.status, second.retries) == ("ok", 1)
+    assert list(dispatcher.active) == [0, 1, 2]
+    assert [dispatcher.ejected(i) for i in range(3)] == [0, 0, 0]
+    assert [dispatcher.outstanding(i) for i in range(3)] == [0, 0, 0]
 
 
 def test_a_request_fails_when_all_turn_it_away() -> None:
-    async def deliver(instance: Any, record: RequestRecord) -> None:
-        raise InstanceFailed(f"instance {instance.instance_id} is full", gone=False)
-
-    async def main() -> None:
-        dispatcher = Dispatcher([Scripted(0), Scripted(1)], Random(), None, DispatchConfig(), Stream(0))
-        record = await dispatcher.submit(request(0, 1, 1), deliver)
-        assert (record.status, record.retries) == ("failed", 2)
-        assert list(dispatcher.active) == [0, 1]
-
-    clock.run(main(), virtual=True)
+    dispatcher = dispatcher_for(2, Random())
+    record = dispatcher.arrived(request(0, 1, 1), 0.0)
+    assert dispatcher.failed(record, "full", 0.0, gone=False)
+    assert not dispatcher.failed(record, "full", 0.0, gone=False)
+    assert (record.status, record.retries) == ("failed", 2)
+    assert list(dispatcher.active) == [0, 1]
 
 
-def test_an_instance_is_used_again_once_readmitted() -> None:
-    async def main() -> None:
-        dispatcher = Dispatcher([Scripted(0), Scripted(1)], RoundRobin(), None, DispatchConfig(), Stream(0))
-        dispatcher.eject(0, "no answer")
-        dispatcher.eject(0, "still no answer")
-        assert len(dispatcher.ejections) == 1
-        assert dispatcher.ejected(0) == 1
-        assert [(await dispatcher.submit(request(i, 1, 1))).instance_id for i in range(2)] == [1, 1]
-        dispatcher.readmit(0)
-        dispatcher.readmit(0)
-        assert list(dispatcher.active) == [0, 1]
-        assert sorted([(await dispatcher.submit(request(i, 1, 1))).instance_id for i in range(2, 4)]) == [0, 1]
-
-    clock.run(main(), virtual=True)
+def test_an_instance_is_used_again_once_it_is_up() -> None:
+    dispatcher = dispatcher_for(2, RoundRobin())
+    dispatcher.instance_down(0, "no answer", 1.0)
+    dispatcher.instance_down(0, "still no answer", 2.0)
+    assert list(dispatcher.history.ejections) == [(1.0, 0, "no answer")]
+    assert dispatcher.ejected(0) == 1
+    assert [dispatcher.arrived(request(i, 1, 1), 3.0).instance_id for i in range(2)] == [1, 1]
+    for _ in range(2):
+        dispatcher.instance_up(0, 4.0)
+    assert list(dispatcher.active) == [0, 1]
+    assert sorted(dispatcher.arrived(request(i, 1, 1), 5.0).instance_id for i in range(2, 4)) == [0, 1]
 
 
 def test_the_history_can_be_bounded() -> None:
-    async def main() -> None:
-        dispatcher = Dispatcher([Scripted(0)], RoundRobin(), None, DispatchConfig(), Stream(0), history=2)
-        for i in range(5):
-            await dispatcher.submit(request(i, 1, 1))
-        assert [record.request.id for record in dispatcher.records] == [3, 4]
-        assert len(dispatcher.decisions) == 2
-
-    clock.run(main(), virtual=True)
+    dispatcher = dispatcher_for(1, RoundRobin(), history=History(2))
+    play(dispatcher, arrivals(*range(5)), [0.5])
+    assert [record.request.id for record in dispatcher.history.records] == [3, 4]
+    assert len(dispatcher.history.decisions) == 2
 
 
-def test_another_error_is_not_hidden_and_the_books_are_clean_after_it() -> None:
-    class Broken(Scripted):
-        async def generate(self, request: Request, record: RequestRecord) -> None:
-            raise ZeroDivisionError
+def test_a_cancelled_request_leaves_nothing_behind_and_its_record_as_it_was() -> None:
+    spy = Spy()
+    dispatcher = dispatcher_for(1, spy)
+    for _ in range(2):
+        dispatcher.cancelled(dispatcher.arrived(request(0, 1, 1), 0.0), 0.0)
+    assert spy.views[1][0].outstanding == 0
+    assert spy.views[1][0].in_transit == []
+    assert dispatcher.history.records[0].status == "pending"
+    assert dispatcher._index == {}
 
-    async def main() -> None:
-        spy = Spy()
-        dispatcher = Dispatcher([Broken(0)], spy, None, DispatchConfig(), Stream(0))
-        for _ in range(2):
-            with pytest.raises(ZeroDivisionError):
-                await dispatcher.submit(request(0, 1, 1))
-        assert spy.views[1][0].outstanding == 0
-        assert spy.views[1][0].underway == []
-        assert dispatcher.records[0].status == "pending"
 
-    clock.run(main(), virtual=True)
+def test_what_ended_in_any_way_is_forgotten() -> None:
+    dispatcher = dispatcher_for(3, RoundRobin())
+    play(dispatcher, arrivals(*(0.1 * i for i in range(30))), [1.0, 2.0, 0.5], fails=[0])
+    assert (dispatcher._index, dispatcher._lost_on, dispatcher._moved) == ({}, {}, {})
+
+
+def test_observers_are_told_of_each_event_in_order() -> None:
+    log: list[tuple[str, int | str]] = []
+
+    class Logging(Observer):
+        def arriving(self, dispatcher: Dispatcher, views: Views, now: float) -> int | None:
+            log.append(("arriving", len(views)))
+            return None
+
+        def placed(self, dispatcher: Dispatcher, record: RequestRecord, views: Views, now: float) -> None:
+            log.append(("placed", record.instance_id))
+
+        def delivered(self, dispatcher: Dispatcher, record: RequestRecord, now: float) -> None:
+            log.append(("delivered", record.instance_id))
+
+        def left(self, dispatcher: Dispatcher, record: RequestRecord, now: float) -> None:
+            log.append(("left", record.status))
+
+        def instance_up(self, dispatcher: Dispatcher, instance_id: int, now: float) -> None:
+            log.append(("up", instance_id))
+
+        def instance_down(self, dispatcher: Dispatcher, instance_id: int, reason: str, now: float) -> None:
+            log.append(("down", instance_id))
+
+    dispatcher = dispatcher_for(2, RoundRobin(), observers=[Logging()])
+    record = dispatcher.arrived(request(0, 1, 1), 0.0)
+    dispatcher.delivered(record, 0.0)
+    dispatcher.failed(record, "it is full", 1.0, gone=False)
+    dispatcher.instance_down(1, "lost", 1.0)
+    dispatcher.instance_up(1, 2.0)
+    assert log == [
+        ("arriving", 1),
+        ("placed", 0),
+        ("delivered", 0),
+        ("left", "pending"),
+        ("arriving", 1),
+        ("placed", 1),
+        ("down", 1),
+        ("up", 1),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- views
@@ -234,7 +276,7 @@ def test_another_error_is_not_hidden_and_the_books_are_clean_after_it() -> None:
 
 def test_outstanding_counts_from_the_decision_to_the_last_token() -> None:
     spy = SpyOnCounts()
-    dispatch([Scripted(0), Scripted(1)], spy, arrivals(0.0, 0.0, 4.0, 10.5, 11.5), delay_s=1.0)
+    play(dispatcher_for(2, spy), arrivals(0.0, 0.0, 4.0, 10.5, 11.5), [10.0, 10.0], delay_s=1.0)
     # Service takes 10 s after a delay of 1 s: the first two end at 11.
     assert [views[0].outstanding for views in spy.views] == [0, 1, 2, 3, 2]
     assert [views[1].outstanding for views in spy.views] == [0] * 5
@@ -247,111 +289,97 @@ def test_views_are_of_the_candidates_whatever_sequence_a_policy_names_them_by(ca
             return candidates
 
     spy = Some(target=candidates[-1])
-    dispatch([Scripted(i) for i in range(4)], spy, arrivals(0.0, 1.0), delay_s=5.0)
+    play(dispatcher_for(4, spy), arrivals(0.0, 1.0), [10.0] * 4, delay_s=5.0)
     assert [view.instance_id for view in spy.views[1]] == list(candidates)
     assert [view.outstanding for view in spy.views[1]] == [0] * (len(candidates) - 1) + [1]
-    assert [view.underway for view in spy.views[1]] == [[]] * (len(candidates) - 1) + [[0]]
+    assert [view.in_transit for view in spy.views[1]] == [[]] * (len(candidates) - 1) + [[0]]
     assert [view.snapshot.instance_id for view in spy.views[1] if view.snapshot] == list(candidates)
 
 
 def test_recent_counts_the_last_sixty_seconds() -> None:
     spy = SpyOnCounts()
-    dispatch([Scripted(0), Scripted(1)], spy, arrivals(0.0, 30.0, 59.9, 60.0, 89.9, 90.0, 200.0))
+    play(dispatcher_for(2, spy), arrivals(0.0, 30.0, 59.9, 60.0, 89.9, 90.0, 200.0), [10.0, 10.0])
     assert [views[0].recent for views in spy.views] == [0, 1, 2, 2, 3, 3, 0]
 
 
 def test_min_qpm_levels_requests_though_some_take_longer() -> None:
-    dispatcher = dispatch([Scripted(0, 1.0), Scripted(1, 50.0)], MinQPM(), arrivals(*(0.1 * i for i in range(100))))
-    assert Counter(record.instance_id for record in dispatcher.records) == {0: 50, 1: 50}
+    records = play(dispatcher_for(2, MinQPM()), arrivals(*(0.1 * i for i in range(100))), [1.0, 50.0])
+    assert Counter(record.instance_id for record in records) == {0: 50, 1: 50}
 
 
 def test_the_ledger_lists_what_no_snapshot_has_shown_yet() -> None:
+    spy, shown = Spy(), Shown(1)
+    dispatcher = dispatcher_for(1, spy, snapshot_many=shown)
+    for i in range(5):
+        if i == 3:
+            shown.requests[0] = [0, 2]
+        dispatcher.delivered(dispatcher.arrived(request(i, 1, 1), float(i)), float(i))
+    assert [views[0].in_transit for views in spy.views] == [[], [0], [0, 1], [1], [1, 3]]
+
+
+def test_a_request_that_has_not_got_there_is_in_transit_whatever_a_snapshot_shows() -> None:
+    spy, shown = Spy(), Shown(1)
+    dispatcher = dispatcher_for(1, spy, snapshot_many=shown)
+    dispatcher.arrived(request(0, 1, 1), 0.0)
+    shown.requests[0] = [0]  # of an earlier attempt, say
+    dispatcher.arrived(request(1, 1, 1), 1.0)
+    assert spy.views[1][0].in_transit == [0]
+
+
+def test_without_a_ledger_nothing_is_in_transit() -> None:
     spy = Spy()
-    instance = Scripted(0, service=100.0)
-
-    async def main() -> None:
-        dispatcher = Dispatcher([instance], spy, None, DispatchConfig(), Stream(0))
-        async with asyncio.TaskGroup() as group:
-            for i in range(5):
-                if i == 3:
-                    instance.shows = [0, 2]
-                group.create_task(dispatcher.submit(request(i, 1, 1)))
-                await clock.sleep(1.0)
-
-    clock.run(main(), virtual=True)
-    assert [views[0].underway for views in spy.views] == [[], [0], [0, 1], [1], [1, 3]]
-
-
-def test_without_a_ledger_nothing_is_underway() -> None:
-    spy = Spy()
-    dispatch([Scripted(0)], spy, arrivals(0.0, 1.0, 2.0), ledger=False)
-    assert [views[0].underway for views in spy.views] == [[], [], []]
+    play(dispatcher_for(1, spy, config={"ledger": False}), arrivals(0.0, 1.0, 2.0), [10.0])
+    assert [views[0].in_transit for views in spy.views] == [[], [], []]
     assert [views[0].outstanding for views in spy.views] == [0, 1, 2]
 
 
 def test_a_policy_pays_only_for_what_it_needs() -> None:
-    instances = [Scripted(0), Scripted(1)]
-    spy = SpyOnCounts()
-    dispatch(instances, spy, arrivals(0.0, 1.0))
-    assert [instance.looks for instance in instances] == [0, 0]
+    spy, shown = SpyOnCounts(), Shown(2)
+    play(dispatcher_for(2, spy, snapshot_many=shown), arrivals(0.0, 1.0), [10.0, 10.0])
+    assert shown.looks == [0, 0]
     assert all(view.snapshot is None and view.forecast is None for views in spy.views for view in views)
-    snapshots = dispatch(instances, INFaaS(), arrivals(0.0, 1.0))
-    assert [instance.looks for instance in instances] == [2, 2]
-    assert not snapshots.forecast_s
+    dispatcher = dispatcher_for(2, INFaaS(), snapshot_many=shown)
+    play(dispatcher, arrivals(0.0, 1.0), [10.0, 10.0])
+    assert shown.looks == [2, 2]
+    assert not dispatcher.history.forecast_s
 
 
 def test_only_sampled_instances_are_looked_at() -> None:
-    looks = Counter[int]()
-    config = engine_config("v1")
-    instances = [Scripted(i) for i in range(8)]
-
-    async def main() -> Dispatcher:
-        predictor = Predictor(config, constant_latency(), 16)
-        dispatcher = Dispatcher(instances, Block(k=2), predictor, DispatchConfig(), Stream(0))
-        await open_loop(arrivals(*range(10)), dispatcher)
-        return dispatcher
-
-    dispatcher = clock.run(main(), virtual=True)
-    looks.update({instance.instance_id: instance.looks for instance in instances})
-    assert sum(looks.values()) == 20
-    for _, decision, _ in dispatcher.decisions:
-        assert len(decision.candidates) == 2
+    shown = Shown(8)
+    predictor = Predictor(engine_config("v1"), constant_latency(), 16)
+    dispatcher = dispatcher_for(8, Block(k=2), forecaster=predictor, snapshot_many=shown)
+    play(dispatcher, arrivals(*range(10)), [10.0] * 8)
+    assert sum(shown.looks) == 20
+    assert all(len(decision.candidates) == 2 for _, decision, _ in dispatcher.history.decisions)
 
 
-def test_a_policy_that_needs_forecasts_needs_a_predictor() -> None:
-    with pytest.raises(ValueError, match="Block needs a predictor"):
-        Dispatcher([Scripted(0)], Block(), None, DispatchConfig(), Stream(0))
-    Dispatcher([Scripted(0)], Random(), None, DispatchConfig(), Stream(0))
+def test_a_policy_gets_what_it_needs_or_is_refused() -> None:
+    with pytest.raises(ValueError, match="Block needs a forecaster"):
+        dispatcher_for(1, Block())
+    with pytest.raises(ValueError, match="INFaaS needs snapshots"):
+        dispatcher_for(1, INFaaS(), snapshot_many=None)
+    dispatcher_for(1, Random(), snapshot_many=None)
 
 
 # ---------------------------------------------------------------------------------------------------- stale snapshots
 
 
 def test_a_snapshot_is_used_again_until_it_is_that_old() -> None:
-    instance = Scripted(0, service=100.0)
-    spy = Spy()
-    dispatch([instance], spy, arrivals(0.0, 0.5, 1.5, 2.0, 3.9, 4.0), snapshot_interval_s=2.0)
+    spy, shown = Spy(), Shown(1)
+    dispatcher = dispatcher_for(1, spy, snapshot_many=shown, config={"snapshot_interval_s": 2.0})
+    play(dispatcher, arrivals(0.0, 0.5, 1.5, 2.0, 3.9, 4.0), [100.0])
     assert [views[0].snapshot.taken_at for views in spy.views if views[0].snapshot] == [0.0, 0.0, 0.0, 2.0, 2.0, 4.0]
-    assert instance.looks == 3
+    assert shown.looks == [3]
 
 
 def test_the_ledger_covers_what_an_old_snapshot_does_not_show() -> None:
-    instance = Scripted(0, service=100.0)
-    spy = Spy()
-
-    async def main() -> None:
-        dispatcher = Dispatcher([instance], spy, None, DispatchConfig(snapshot_interval_s=10.0), Stream(0))
-        async with asyncio.TaskGroup() as group:
-            for i in range(4):
-                group.create_task(dispatcher.submit(request(i, 1, 1)))
-                await clock.sleep(1.0)
-                instance.shows = list(range(i + 1))  # visible to who looks, but nobody does for 10 s
-
-            await clock.sleep(7.0)
-            group.create_task(dispatcher.submit(request(9, 1, 1)))
-
-    clock.run(main(), virtual=True)
-    assert [views[0].underway for views in spy.views] == [[], [0], [0, 1], [0, 1, 2], []]
+    spy, shown = Spy(), Shown(1)
+    dispatcher = dispatcher_for(1, spy, snapshot_many=shown, config={"snapshot_interval_s": 10.0})
+    for i in range(4):
+        dispatcher.delivered(dispatcher.arrived(request(i, 1, 1), float(i)), float(i))
+        shown.requests[0] = list(range(i + 1))  # visible to who looks, but nobody does for 10 s
+    dispatcher.arrived(request(9, 1, 1), 11.0)
+    assert [views[0].in_transit for views in spy.views] == [[], [0], [0, 1], [0, 1, 2], []]
 
 
 def test_an_old_snapshot_does_not_change_with_the_engine() -> None:
@@ -414,12 +442,12 @@ def test_without_the_ledger_they_herd() -> None:
 
 def test_a_records_forecast_is_that_of_the_chosen_instance_plus_the_delay() -> None:
     run = block_run([request(i, 100, 50, 0.3 * i) for i in range(20)], 3, delay_s=0.1)
-    for record, (_, decision, _) in zip(run.records, run.dispatcher.decisions, strict=True):
+    for record, (_, decision, _) in zip(run.records, run.dispatcher.history.decisions, strict=True):
         assert record.forecast is not None
         assert record.forecast.e2e == pytest.approx(min(decision.scores) + 0.1)
         assert record.forecast.ttft <= record.forecast.e2e
-    assert len(run.dispatcher.forecast_s) == 20
-    assert all(seconds > 0 for seconds in run.dispatcher.forecast_s)
+    assert len(run.dispatcher.history.forecast_s) == 20
+    assert all(seconds > 0 for seconds in run.dispatcher.history.forecast_s)
 
 
 def test_a_lone_requests_forecast_comes_true() -> None:
@@ -430,20 +458,11 @@ def test_a_lone_requests_forecast_comes_true() -> None:
     assert record.finished - 2.0 == pytest.approx(record.forecast.e2e, rel=1e-9)
 
 
-def test_a_replica_knows_nothing_of_what_the_others_placed() -> None:
-    instances, spy = [Scripted(0)], Spy()
-
-    async def main() -> Dispatcher:
-        first = Dispatcher(instances, spy, None, DispatchConfig(), Stream(0))
-        second = first.replica(spy, Stream(1))
-        for i, dispatcher in enumerate((first, second, first)):
-            asyncio.get_running_loop().create_task(dispatcher.submit(request(i, 10, 5)))
-            await clock.sleep(1.0)
-        await clock.sleep(20.0)
-        assert second.records is first.records
-        return first
-
-    dispatcher = clock.run(main(), virtual=True)
-    assert [[view.underway for view in views] for views in spy.views] == [[[]], [[]], [[0]]]
+def test_dispatchers_that_share_a_history_know_nothing_of_what_the_others_placed() -> None:
+    spy, history = Spy(), History()
+    first, second = (dispatcher_for(1, spy, history=history) for _ in range(2))
+    for i, dispatcher in enumerate((first, second, first)):
+        dispatcher.delivered(dispatcher.arrived(request(i, 10, 5), float(i)), float(i))
+    assert [[view.in_transit for view in views] for views in spy.views] == [[[]], [[]], [[0]]]
     assert [views[0].outstanding for views in spy.views] == [0, 0, 1]
-    assert [record.request.id for record in dispatcher.records] == [0, 1, 2]
+    assert [record.request.id for record in history.records] == [0, 1, 2]

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from block.backends.model_files import emulated_model, tiny_model
-from block.dispatch.instance import LaunchFailed
+from block.cluster.instance import LaunchFailed
 from block.engine.latency import decode_time, linear_time, prefill_time
 from block.hardware.catalogue import GPUS, TRACKED, Model, gpu_named, kv_blocks, latency_model, roofline
 

@@ -19,7 +19,7 @@ import pytest
 
 from block.backends import launch
 from block.backends.launch import ServerSpec, free_ports, launching
-from block.dispatch.instance import LaunchFailed
+from block.cluster.instance import LaunchFailed
 
 SERVER = textwrap.dedent(
     """

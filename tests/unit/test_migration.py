@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,16 +15,15 @@ from hypothesis import strategies as st
 from testbed import constant_latency, engine_config, examples, request, round_latency
 
 from block.cluster.migration import MigrationConfig, Migrator, candidate, pairs
-from block.core import clock
+from block.cluster.simulation import Simulation
 from block.core.snapshot import BLOCKS, COMPUTED, ID, OUTPUT, PROMPT
-from block.core.types import Request, RequestRecord
-from block.core.virtual import SimulationStalled
+from block.core.types import Decision, InstanceView, Request, RequestRecord
 from block.dispatch.core import DispatchConfig, Dispatcher
-from block.dispatch.policies import Llumnix, RoundRobin, freeness
+from block.dispatch.policies import Llumnix, Needs, RoundRobin, freeness
+from block.engine.batch import EngineBatch, EngineSpec, Finished
 from block.engine.config import EngineConfig
-from block.engine.engine import Engine, Finished
+from block.engine.engine import Engine
 from block.engine.predictor import Predictor
-from block.engine.simulated_instance import SimulatedInstance
 
 KINDS: dict[str, dict[str, Any]] = {
     "v0": {"version": "v0", "watermark": 0.02},
@@ -42,19 +42,19 @@ def small(kind: str, **changes: Any) -> EngineConfig:
 
 
 def test_a_sequence_goes_on_elsewhere_where_it_stopped() -> None:
-    one, other = (Engine(engine_config("v1"), constant_latency(), 16) for _ in range(2))
+    one, other = (Engine.alone(engine_config("v1"), constant_latency(), 16) for _ in range(2))
     one.add(request(0, 6, 5), 0.0)
     one.add(request(1, 6, 5), 0.0)
-    one.take(0)
-    assert one.taken is None, "not before the step in flight has ended"
+    assert one.halt() == 1.0
     assert list(one.advance(1.0)) == []
-    assert one.taken is not None
-    assert (one.taken.column[OUTPUT], one.taken.column[COMPUTED], one.taken.column[BLOCKS]) == (1, 6, 2)
+    taken = one.extract(0)
+    assert taken is not None
+    assert (taken.column[OUTPUT], taken.column[COMPUTED], taken.column[BLOCKS]) == (1, 6, 2)
     left = one.snapshot(0, 1.0)
     assert (left.seqs[ID].tolist(), left.free_blocks, one.held_blocks) == ([1], 12, 2)
-    assert other.hold(2, 1)
+    assert other.reserve(2, 1)
     assert (other.snapshot(1, 1.0).free_blocks, other.held_blocks) == (14, 2)
-    other.put(one.taken, 3.5)  # idle: it begins a step at once
+    other.insert(taken, 3.5)  # idle: it begins a step at once
     one.release(2, 1, 3.5)
     assert (one.held_blocks, other.held_blocks) == (0, 0)
     # One token of five was there; four steps of a second from 3.5 on. Its first token keeps its time.
@@ -65,23 +65,25 @@ def test_a_sequence_goes_on_elsewhere_where_it_stopped() -> None:
 
 @pytest.mark.parametrize("why", ["finished", "waiting", "prefilling", "aborted", "unknown"])
 def test_only_what_decodes_is_taken(why: str) -> None:
-    engine = Engine(engine_config("v0", max_num_seqs=2), constant_latency(), 20)
+    engine = Engine.alone(engine_config("v0", max_num_seqs=2), constant_latency(), 20)
     engine.add(request(0, 4, 2), 0.0)
     engine.add(request(1, 50, 9), 0.0)
     engine.add(request(2, 4, 9), 0.0)
     list(engine.advance(1.0))
-    engine.take({"finished": 0, "waiting": 2, "prefilling": 1, "aborted": 0, "unknown": 7}[why])
+    assert engine.halt() == 2.0
     if why == "aborted":
         engine.abort(0, 1.5)
     list(engine.advance(2.0))
-    assert (engine.taken, engine.held_blocks) == (None, 0)
+    taken = engine.extract({"finished": 0, "waiting": 2, "prefilling": 1, "aborted": 0, "unknown": 7}[why])
+    assert (taken, engine.held_blocks) == (None, 0)
+    assert engine.snapshot(0, 2.0).step_started == 2.0, "it goes on"
 
 
 def test_an_engine_holds_no_more_than_admission_would_give() -> None:
-    engine = Engine(engine_config("v0", max_num_seqs=2, watermark=0.25), constant_latency(), 24)
-    assert not engine.hold(19, 1)
-    assert engine.hold(18, 1)
-    assert not engine.hold(1, 0)
+    engine = Engine.alone(engine_config("v0", max_num_seqs=2, watermark=0.25), constant_latency(), 24)
+    assert not engine.reserve(19, 1)
+    assert engine.reserve(18, 1)
+    assert not engine.reserve(1, 0)
     engine.add(request(0, 4, 3), 0.0)
     assert math.isnan(engine.snapshot(0, 0.0).step_started), "the blocks are kept from it"
     engine.release(18, 0, 2.0)
@@ -89,21 +91,22 @@ def test_an_engine_holds_no_more_than_admission_would_give() -> None:
     engine.add(request(1, 4, 3), 2.0)
     list(engine.advance(3.0))
     assert engine.snapshot(0, 3.0).running == 1, "and a seat still is"
-    assert not engine.hold(1, 1)
+    assert not engine.reserve(1, 1)
     engine.release(0, 1, 3.0)
     list(engine.advance(4.0))
     assert engine.snapshot(0, 4.0).running == 2
 
 
 def test_who_comes_decodes_before_a_prompt_goes_on() -> None:
-    one, other = (Engine(engine_config("v0"), constant_latency(), 20) for _ in range(2))
+    one, other = (Engine.alone(engine_config("v0"), constant_latency(), 20) for _ in range(2))
     one.add(request(0, 6, 5), 0.0)
-    one.take(0)
+    one.halt()
     list(one.advance(1.0))
-    assert one.taken is not None
+    taken = one.extract(0)
+    assert taken is not None
     other.add(request(1, 40, 3), 0.5)  # chunks of 16, 16 and 8
-    assert other.hold(2, 1)
-    other.put(one.taken, 1.0)
+    assert other.reserve(2, 1)
+    other.insert(taken, 1.0)
     list(other.advance(1.5))
     seen = other.snapshot(1, 1.5)
     assert (seen.seqs[ID].tolist(), seen.seqs[COMPUTED].tolist()) == ([0, 1], [7, 31])
@@ -116,7 +119,7 @@ def test_blocks_tokens_and_requests_survive_any_migrations(kind: str, seed: int)
     """Requests move at random between crowded engines: blocks add up, no token or request is lost or doubled."""
     rng = Random(seed)
     total = 40
-    engines = [Engine(small(kind, max_num_seqs=5), round_latency(), total) for _ in range(3)]
+    engines = [Engine.alone(small(kind, max_num_seqs=5), round_latency(), total) for _ in range(3)]
     requests = [request(i, rng.randint(1, 50), rng.randint(1, 40)) for i in range(30)]
     pending = list(requests)
     done: list[Finished] = []
@@ -145,20 +148,20 @@ def test_blocks_tokens_and_requests_survive_any_migrations(kind: str, seed: int)
         source, target = rng.sample(engines, 2)
         snapshot = source.snapshot(0, now)
         if snapshot.running and rng.random() < 0.5:
-            source.take(int(snapshot.seqs[ID, rng.randrange(snapshot.running)]))
-            now = source.step_ends
+            chosen = int(snapshot.seqs[ID, rng.randrange(snapshot.running)])
+            now = source.halt()
             done += [one for engine in engines for one in engine.advance(now)]
-            if source.taken is not None:
-                blocks = int(source.taken.column[BLOCKS])
+            if (taken := source.extract(chosen)) is not None:
+                blocks = int(taken.column[BLOCKS])
                 look()
-                if target.hold(blocks, 1):
+                if target.reserve(blocks, 1):
                     now += rng.uniform(0, 0.1)
                     done += [one for engine in engines for one in engine.advance(now)]
-                    target.put(source.taken, now)
+                    target.insert(taken, now)
                     source.release(blocks, 1, now)
                     moves += 1
                 else:
-                    source.put(source.taken, now)
+                    source.insert(taken, now)
         look()
         now += rng.uniform(0, 0.05)
     assert sorted(one.id for one in done) == list(range(30))
@@ -176,12 +179,12 @@ def test_blocks_tokens_and_requests_survive_any_migrations(kind: str, seed: int)
 
 
 def test_freeness_by_hand() -> None:
-    engine = Engine(engine_config("v0", max_num_seqs=2, max_model_len=40), constant_latency(), 20)
+    engine = Engine.alone(engine_config("v0", max_num_seqs=2, max_model_len=40), constant_latency(), 20)
     assert freeness([engine.snapshot(0, 0.0)], [()], 4) == [20], "an empty batch counts as one"
     for i, prompt in enumerate((8, 6, 9, 30)):
         engine.add(request(i, prompt, 9), 0.0)
     list(engine.advance(1.0))
-    # 0 and 1 hold 3 and 2 blocks, 2 waits for 3, 3 behind it counts nothing; 7 tokens underway are 2 blocks.
+    # 0 and 1 hold 3 and 2 blocks, 2 waits for 3, 3 behind it counts nothing; 7 tokens in transit are 2 blocks.
     assert freeness([engine.snapshot(0, 1.0)], [[request(9, 7, 1)]], 4) == [(15 - 3 - 2) / 2]
 
 
@@ -194,7 +197,7 @@ def test_the_least_free_is_paired_with_the_freest() -> None:
 
 
 def test_the_shortest_that_decodes_is_chosen() -> None:
-    engine = Engine(engine_config("v0", max_num_batched_tokens=20), constant_latency(), 40)
+    engine = Engine.alone(engine_config("v0", max_num_batched_tokens=20), constant_latency(), 40)
     for i, prompt in enumerate((9, 5, 5, 30)):
         engine.add(request(i, prompt, 20), 0.0)
     assert candidate(engine.snapshot(0, 0.0)) is None
@@ -229,32 +232,51 @@ SLOW = {"interval_s": 1.0, "out_below": 4.0, "in_above": 4.0, "bandwidth": 1.0, 
 BLOCK_BYTES = 1e8
 
 
-async def moves(
+class Noting(Dispatcher):
+    """Notes migrations: (time, request, source, target)."""
+
+    moved: list[tuple[float, int, int, int]]
+
+    def migrated(self, record: RequestRecord, source: int, target: int, now: float) -> None:
+        self.moved.append((now, record.request.id, source, target))
+        super().migrated(record, source, target, now)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The first so many requests go to instance 0, the others to instance 1."""
+
+    first: int
+    needs: ClassVar[Needs] = Needs.COUNTS
+
+    def candidates(self, instances: int, turn: int, stream: Random) -> Sequence[int]:
+        return [int(turn >= self.first)]
+
+    def choose(self, request: Request, views: Sequence[InstanceView], stream: Random) -> Decision:
+        return Decision(views[0].instance_id, [views[0].instance_id], [0.0])
+
+
+def moves(
     options: dict[str, Any], first: list[Request], second: list[Request], total: int = 16, **engine: Any
 ) -> tuple[list[RequestRecord], Migrator, list[tuple[float, int, int, int]]]:
     """Serve `first` on instance 0 and `second` on instance 1 of steps of one second; records, migrator, what moved."""
-    moved: list[tuple[float, int, int, int]] = []
-    migrator = Migrator(MigrationConfig(**SLOW | options), 4, BLOCK_BYTES)
-    migrator.moved = lambda record, source, target: moved.append((clock.now(), record.request.id, source, target))
     config = engine_config("v1", **engine)
-    instances = [SimulatedInstance(i, Engine(config, constant_latency(), total), migrator.wake) for i in range(2)]
-    task = asyncio.create_task(migrator.run(instances))
-    records = [RequestRecord(one) for one in first + second]
-    served = [
-        instances[0 if i < len(first) else 1].generate(record.request, record) for i, record in enumerate(records)
-    ]
-    await asyncio.gather(*served)
-    await clock.sleep(100.0)  # for what is still being copied
-    assert [instance.snapshot().free_blocks for instance in instances] == [total, total]
-    task.cancel()
-    return records, migrator, moved
+    simulation = Simulation(EngineBatch([EngineSpec(config, constant_latency(), total)] * 2))
+    migrator = Migrator(MigrationConfig(**SLOW | options), 4, BLOCK_BYTES, simulation)
+    dispatcher = Noting(2, Halves(len(first)), None, DispatchConfig(), Random(0), observers=[migrator])
+    dispatcher.moved = []
+    # The last one comes when all that was being copied is there.
+    last = request(99, 1, 1, 1000.0)
+    simulation.run((one, dispatcher) for one in [*first, *second, last])
+    free = [one.free_blocks for one in simulation.snapshot_many([0, 1], simulation.now)]
+    assert free == [total, total]
+    return list(dispatcher.history.records)[:-1], migrator, dispatcher.moved
 
 
 def test_a_migration_by_hand() -> None:
     # At t = 1, 0 holds 6 blocks and 1, whose prompt has its step now, 4 of 16: freeness 3. 0 is the one that decodes.
     # It stops at t = 2 with 2 tokens and 21 of KV, 6 blocks, and goes on 0.5 + 0.6 s later on an idle engine.
-    served = moves({}, [request(0, 20, 9), request(1, 14, 6)], [], max_num_batched_tokens=40)
-    records, migrator, moved = clock.run(served, virtual=True)
+    records, migrator, moved = moves({}, [request(0, 20, 9), request(1, 14, 6)], [], max_num_batched_tokens=40)
     assert moved == [(pytest.approx(3.1), 0, 0, 1)]
     assert migrator.counts == {"migrated": 1, "copied_blocks": 6, "stood_s": pytest.approx(1.1)}
     assert (records[0].first_token, records[0].output_tokens) == (1.0, 9)
@@ -264,16 +286,18 @@ def test_a_migration_by_hand() -> None:
 
 def test_it_decodes_on_while_full_blocks_are_copied() -> None:
     # From t = 1 on: 5 full blocks of 0's take 0.5 s; then 1 is left, and 0 stops at t = 2 for 0.5 + 0.1 s.
-    served = moves({"last_stage_blocks": 1}, [request(0, 20, 9), request(1, 14, 6)], [], max_num_batched_tokens=40)
-    records, migrator, moved = clock.run(served, virtual=True)
+    records, migrator, moved = moves(
+        {"last_stage_blocks": 1}, [request(0, 20, 9), request(1, 14, 6)], [], max_num_batched_tokens=40
+    )
     assert moved == [(pytest.approx(2.6), 0, 0, 1)]
     assert migrator.counts == {"migrated": 1, "copied_blocks": 6, "stood_s": pytest.approx(0.6)}
     assert records[0].finished == pytest.approx(2.6 + 7)
 
 
 def test_it_is_given_up_if_the_request_finishes_meanwhile() -> None:
-    served = moves({"last_stage_blocks": 1, "bandwidth": 0.1}, [request(0, 20, 4), request(1, 28, 3)], [])
-    records, migrator, moved = clock.run(served, virtual=True)
+    records, migrator, moved = moves(
+        {"last_stage_blocks": 1, "bandwidth": 0.1}, [request(0, 20, 4), request(1, 28, 3)], []
+    )
     assert moved == []
     assert migrator.counts["preempted_or_finished"] >= 1
     assert [record.output_tokens for record in records] == [4, 3]
@@ -281,8 +305,9 @@ def test_it_is_given_up_if_the_request_finishes_meanwhile() -> None:
 
 def test_it_is_given_up_if_the_target_has_no_room() -> None:
     # 2 leaves the target a freeness of 6, above the threshold, and 0 wants 10 blocks and more.
-    served = moves({}, [request(0, 40, 9), request(1, 15, 2)], [request(2, 38, 12)], max_num_batched_tokens=60)
-    _, migrator, moved = clock.run(served, virtual=True)
+    _, migrator, moved = moves(
+        {}, [request(0, 40, 9), request(1, 15, 2)], [request(2, 38, 12)], max_num_batched_tokens=60
+    )
     assert moved == []
     assert migrator.counts["no_room"] >= 1
 
@@ -290,8 +315,7 @@ def test_it_is_given_up_if_the_target_has_no_room() -> None:
 def test_it_is_given_up_if_decoding_is_faster_than_copying() -> None:
     # A block of 4 tokens takes five seconds to copy, in which five tokens come.
     options = {"last_stage_blocks": 1, "bandwidth": 0.02, "out_below": 30.0, "in_above": 30.0}
-    served = moves(options, [request(0, 9, 50), request(1, 9, 50), request(2, 9, 50)], [], total=60)
-    _, migrator, moved = clock.run(served, virtual=True)
+    _, migrator, moved = moves(options, [request(0, 9, 50), request(1, 9, 50), request(2, 9, 50)], [], total=60)
     assert moved == []
     assert migrator.counts["too_many_stages"] >= 1
 
@@ -307,39 +331,35 @@ def play(
         at += rng.expovariate(25.0)
         requests.append(request(i, rng.randint(1, 50), rng.randint(1, 40), at))
     config = small(kind, max_num_seqs=5)
-    migrator = Migrator(
-        MigrationConfig(**{"interval_s": 0.02, "downtime_s": 0.005, "last_stage_blocks": 2} | options), 4, 1e6
-    )
     noise = [np.random.default_rng((seed, i)).normal(1, 0.05, 97) for i in range(3)]
-    engines = [Engine(config, round_latency(), 40, noise[i]) for i in range(3)]
-
-    async def main() -> Dispatcher:
-        instances = [SimulatedInstance(i, engine, migrator.wake) for i, engine in enumerate(engines)]
-        dispatcher = Dispatcher(
-            instances, policy, Predictor(config, round_latency(), 40), DispatchConfig(), Random(seed), delay_s=0.03
-        )
-        migrator.moved = dispatcher.moved
-        task = asyncio.create_task(migrator.run(instances))
-        async with asyncio.TaskGroup() as group:
-            for one in requests:
-                await clock.sleep_until(one.arrival)
-                group.create_task(dispatcher.submit(one))
-        await clock.sleep(1.0)
-        task.cancel()
-        return dispatcher
-
-    dispatcher = clock.run(main(), virtual=True)
-    for record in dispatcher.records:
+    batch = EngineBatch([EngineSpec(config, round_latency(), 40, one) for one in noise])
+    simulation = Simulation(batch, delay_s=0.03)
+    wanted = MigrationConfig(**{"interval_s": 0.02, "downtime_s": 0.005, "last_stage_blocks": 2} | options)
+    migrator = Migrator(wanted, 4, 1e6, simulation)
+    dispatcher = Dispatcher(
+        3,
+        policy,
+        Predictor(config, round_latency(), 40),
+        DispatchConfig(),
+        Random(seed),
+        snapshot_many=simulation.snapshot_many,
+        delay_s=0.03,
+        observers=[migrator],
+    )
+    last = request(60, 1, 1, at + 60.0)
+    simulation.run((one, dispatcher) for one in [*requests, last])
+    engines = [Engine(batch, i) for i in range(3)]
+    for record in dispatcher.history.records:
         one = record.request
         assert record.status == "ok"
         assert record.output_tokens == min(one.output_tokens, 96 - one.prompt_tokens)
         assert one.arrival < record.dispatched < record.first_token <= record.finished
     for instance_id, engine in enumerate(engines):
-        assert (engine.snapshot(0, 1e9).free_blocks, engine.held_blocks) == (40, 0)
+        assert (engine.snapshot(0, simulation.now).free_blocks, engine.held_blocks) == (40, 0)
         assert dispatcher.outstanding(instance_id) == 0
-        assert dispatcher._books.ledger[instance_id] == []
+        assert dispatcher._state.in_transit[instance_id] == []
     return (
-        [(r.request.id, r.first_token, r.finished, r.preemptions) for r in dispatcher.records],
+        [(r.request.id, r.first_token, r.finished, r.preemptions) for r in dispatcher.history.records],
         dict(migrator.counts),
         dispatcher,
     )
@@ -356,14 +376,8 @@ def test_runs_with_migration_lose_nothing_and_are_the_same_again(kind: str) -> N
     assert migrated > 5 * examples(12, 2)
 
 
-def test_nobody_waiting_is_seen_as_a_stall_and_not_as_an_endless_wait() -> None:
-    async def main() -> None:
-        migrator = Migrator(MigrationConfig(interval_s=0.1), 4, BLOCK_BYTES)
-        instances = [SimulatedInstance(0, Engine(engine_config("v1"), constant_latency(), 16), migrator.wake)]
-        task = asyncio.create_task(migrator.run(instances))
-        record = RequestRecord(request(0, 4, 2))
-        await instances[0].generate(record.request, record)
-        await task
-
-    with pytest.raises(SimulationStalled):
-        clock.run(main(), virtual=True)
+def test_pairing_rests_while_there_is_nothing_to_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairings = []
+    monkeypatch.setattr(Migrator, "_pairs", lambda migrator: pairings.append(1) or [])
+    moves({"interval_s": 0.1}, [request(0, 4, 2)], [])
+    assert 20 <= len(pairings) <= 40, "not at each tenth of the thousand seconds between two requests"

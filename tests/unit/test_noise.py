@@ -20,7 +20,7 @@ class Constant:
     """Forecasts 1 s and 10 s for whatever is asked."""
 
     def forecasts(
-        self, snapshots: Sequence[Snapshot], underway: Sequence[Sequence[Request]], request: Request, now: float
+        self, snapshots: Sequence[Snapshot], in_transit: Sequence[Sequence[Request]], request: Request, now: float
     ) -> list[Forecast]:
         return [Forecast(1.0, 10.0) for _ in snapshots]
 
@@ -48,7 +48,7 @@ def test_factors_are_cut() -> None:
 def test_noise_of_a_run_moves_choices_but_not_what_arrives() -> None:
     exact = replace(run(), scheduler=policies.Block())
     erring = replace(exact, dispatch=DispatchConfig(forecast_noise=1.0))
-    first, second, third = (served(settings).dispatcher for settings in (exact, erring, erring))
+    first, second, third = (served(settings).history for settings in (exact, erring, erring))
     assert first is not None
     assert second is not None
     assert third is not None

@@ -43,13 +43,13 @@ def snapshot(
 def view(
     instance_id: int,
     *,
-    underway: Sequence[Request] = (),
+    in_transit: Sequence[Request] = (),
     outstanding: int = 0,
     recent: int = 0,
     seen: Snapshot | None = None,
     forecast: Forecast | None = None,
 ) -> InstanceView:
-    return InstanceView(instance_id, underway, outstanding, recent, seen, forecast)
+    return InstanceView(instance_id, in_transit, outstanding, recent, seen, forecast)
 
 
 def choose(policy: Policy, views: Sequence[InstanceView], seed: int = 0) -> Decision:
@@ -180,7 +180,7 @@ def test_llumnix_subtracts_what_the_waiting_will_want() -> None:
         # A preempted one wants prompt and output back: ⌈(30 + 3)/16⌉ = 3; 34 − 3 = 31 over 1.
         view(1, seen=snapshot(1, free=34, running=[one], waiting=[(30, 3, 9, 0)])),
         # Underway: ⌈16/16⌉ + ⌈17/16⌉ = 3; 33 − 3 = 30 over one that is not there.
-        view(2, seen=snapshot(2, free=33), underway=[Request(1, 0.0, 16, 9, 9), Request(2, 0.0, 17, 9, 9)]),
+        view(2, seen=snapshot(2, free=33), in_transit=[Request(1, 0.0, 16, 9, 9), Request(2, 0.0, 17, 9, 9)]),
         # More wanted than free: 1 − 2 = −1.
         view(3, seen=snapshot(3, free=1, running=[one], waiting=[(20, 0, 9, 0)])),
     ]
@@ -196,8 +196,8 @@ def test_least_tokens_counts_what_is_left_of_prompts_and_expected_responses() ->
     views = [
         # (100 + 50 − 120) + (40 + 10 − 0) = 80
         view(0, seen=snapshot(0, running=[(100, 21, 50, 120)], waiting=[(40, 0, 10, 0)])),
-        # One that has outrun its estimate counts nothing, not less: 0; underway 30 + 45 = 75
-        view(1, seen=snapshot(1, running=[(10, 91, 20, 100)]), underway=[Request(1, 0.0, 30, 999, 45)]),
+        # One that has outrun its estimate counts nothing, not less: 0; in transit 30 + 45 = 75
+        view(1, seen=snapshot(1, running=[(10, 91, 20, 100)]), in_transit=[Request(1, 0.0, 30, 999, 45)]),
         view(2, seen=snapshot(2, running=[(10, 1, 70, 4)])),  # 76
     ]
     assert choose(LeastTokens(), views) == Decision(1, [0, 1, 2], [80.0, 75.0, 76.0])

@@ -58,7 +58,7 @@ def busy_engine(
     """
     rng = Random(seed)
     whims = Random(seed + 1)
-    engine = Engine(config, LATENCY, blocks)
+    engine = Engine.alone(config, LATENCY, blocks)
     received = {}
     now = 0.0
     for i in range(count):
@@ -83,14 +83,14 @@ def busy_engine(
 def forecasts(
     config: EngineConfig,
     snapshots: Sequence[Snapshot],
-    underway: Sequence[Sequence[Request]],
+    in_transit: Sequence[Sequence[Request]],
     one: Request,
     now: float,
     *,
     compressed: bool = True,
     blocks: int = BLOCKS,
 ) -> list[Forecast]:
-    return Predictor(config, LATENCY, blocks, compressed=compressed).forecasts(snapshots, underway, one, now)
+    return Predictor(config, LATENCY, blocks, compressed=compressed).forecasts(snapshots, in_transit, one, now)
 
 
 def approx(forecast: Forecast) -> Any:
@@ -102,14 +102,14 @@ def approx(forecast: Forecast) -> Any:
 
 def test_an_idle_instance_by_hand() -> None:
     predictor = Predictor(engine_config("v1"), constant_latency(0.5), 16)
-    idle = Engine(engine_config("v1"), constant_latency(0.5), 16).snapshot(0, 10.0)
+    idle = Engine.alone(engine_config("v1"), constant_latency(0.5), 16).snapshot(0, 10.0)
     # 20 tokens in chunks of 16 and 4; the second yields the first of three tokens.
     assert predictor.forecasts([idle], [[]], request(9, 20, 99, predicted=3), 10.0) == [Forecast(1.0, 2.0)]
 
 
 def test_the_step_in_flight_is_finished_first() -> None:
     config = engine_config("v1")
-    engine = Engine(config, constant_latency(1.0), 16)
+    engine = Engine.alone(config, constant_latency(1.0), 16)
     engine.add(request(0, 4, 3), 10.0)
     # At 10.25 the step in flight has 0.75 s to go; then the candidate's prompt runs beside 0's decode, then a decode.
     (forecast,) = Predictor(config, constant_latency(1.0), 16).forecasts(
@@ -120,7 +120,7 @@ def test_the_step_in_flight_is_finished_first() -> None:
 
 def test_a_step_that_should_have_ended_ends_now() -> None:
     config = engine_config("v1")
-    engine = Engine(config, constant_latency(1.0), 16, noise=np.array([3.0]))
+    engine = Engine.alone(config, constant_latency(1.0), 16, noise=np.array([3.0]))
     engine.add(request(0, 4, 3), 0.0)
     # The model says that the step ended at 1.0. It has not by 2.0, so it is expected at any moment.
     (forecast,) = Predictor(config, constant_latency(1.0), 16).forecasts(
@@ -132,7 +132,7 @@ def test_a_step_that_should_have_ended_ends_now() -> None:
 @pytest.mark.parametrize("compressed", [True, False])
 def test_an_outrun_estimate_becomes_what_is_there_plus_the_margin(compressed: bool) -> None:
     config = engine_config("v1", max_num_seqs=1)
-    engine = Engine(config, constant_latency(1.0), 16)
+    engine = Engine.alone(config, constant_latency(1.0), 16)
     engine.add(request(0, 4, 50, predicted=2), 0.0)
     list(engine.advance(5.0))
     snapshot = engine.snapshot(0, 5.0)
@@ -145,7 +145,7 @@ def test_an_outrun_estimate_becomes_what_is_there_plus_the_margin(compressed: bo
 
 def test_an_estimate_that_is_just_reached_is_outrun_too() -> None:
     config = engine_config("v1", max_num_seqs=1)
-    engine = Engine(config, constant_latency(1.0), 16)
+    engine = Engine.alone(config, constant_latency(1.0), 16)
     engine.add(request(0, 4, 50, predicted=5), 0.0)
     list(engine.advance(4.0))
     predictor = Predictor(config, constant_latency(1.0), 16)
@@ -159,7 +159,7 @@ def test_an_outrun_estimate_goes_on_for_a_share_of_what_is_there_and_the_margin_
     share: float, more: int
 ) -> None:
     config = engine_config("v1", max_num_seqs=1, max_model_len=200)
-    engine = Engine(config, constant_latency(1.0), 60)
+    engine = Engine.alone(config, constant_latency(1.0), 60)
     engine.add(request(0, 4, 100, predicted=2), 0.0)
     list(engine.advance(40.0))
     snapshot = engine.snapshot(0, 40.0)
@@ -173,17 +173,17 @@ def test_an_outrun_estimate_goes_on_for_a_share_of_what_is_there_and_the_margin_
 @pytest.mark.parametrize("guess", [0, 1])
 def test_an_estimate_below_one_token_counts_as_one(guess: int) -> None:
     predictor = Predictor(engine_config("v1"), constant_latency(1.0), 16)
-    idle = Engine(engine_config("v1"), constant_latency(1.0), 16).snapshot(0, 0.0)
+    idle = Engine.alone(engine_config("v1"), constant_latency(1.0), 16).snapshot(0, 0.0)
     assert predictor.forecasts([idle], [[]], request(9, 4, 9, predicted=guess), 0.0) == [Forecast(1.0, 1.0)]
 
 
 def test_requests_underway_go_first() -> None:
     config = engine_config("v1", max_num_seqs=1)
     predictor = Predictor(config, constant_latency(1.0), 16)
-    idle = Engine(config, constant_latency(1.0), 16).snapshot(0, 0.0)
-    underway = [request(1, 4, 3), request(2, 4, 9, predicted=2)]
+    idle = Engine.alone(config, constant_latency(1.0), 16).snapshot(0, 0.0)
+    in_transit = [request(1, 4, 3), request(2, 4, 9, predicted=2)]
     # One at a time: 3 steps, 2 steps (as tagged, not in truth), then the candidate's one.
-    assert predictor.forecasts([idle], [underway], request(3, 4, 1), 0.0) == [Forecast(6.0, 6.0)]
+    assert predictor.forecasts([idle], [in_transit], request(3, 4, 1), 0.0) == [Forecast(6.0, 6.0)]
 
 
 def test_the_true_length_plays_no_part() -> None:
@@ -223,10 +223,10 @@ def test_with_true_lengths_a_forecast_is_what_then_happens(
     kind: str, compressed: bool, seed: int, count: int, prompt: int, output: int
 ) -> None:
     config = small(kind)
-    engine, now, underway = busy_engine(config, seed, count, truth=True)
+    engine, now, in_transit = busy_engine(config, seed, count, truth=True)
     snapshot = engine.snapshot(0, now)
     one = request(999, prompt, output)
-    (forecast,) = forecasts(config, [snapshot], [underway], one, now, compressed=compressed)
+    (forecast,) = forecasts(config, [snapshot], [in_transit], one, now, compressed=compressed)
     preempted = snapshot.seqs[:, snapshot.running : snapshot.running + snapshot.stale]
     lost = bool(((preempted[CHUNK] > 0) & (preempted[PENDING] == 0)).any())
     happened = actual(engine, one, now)
@@ -246,7 +246,7 @@ def test_with_true_lengths_a_forecast_is_what_then_happens(
 def test_so_it_is_when_v0_preempts_a_prompt_with_one_token_left(compressed: bool) -> None:
     """A corner that random states seldom hit; what happens there is in the tests of the scheduler."""
     config = engine_config("v0", max_num_batched_tokens=4, max_model_len=8)
-    engine = Engine(config, LATENCY, 3)
+    engine = Engine.alone(config, LATENCY, 3)
     engine.add(request(1, 3, 5), 0.0)
     one = request(2, 4, 2)
     (forecast,) = forecasts(config, [engine.snapshot(0, 0.0)], [[]], one, 0.0, compressed=compressed, blocks=3)
@@ -265,7 +265,7 @@ def test_so_it_is_when_v0_preempts_a_prompt_with_one_token_left(compressed: bool
     truth=st.booleans(),
     blocks=st.sampled_from([34, 50, 120]),
     lengths=st.tuples(st.integers(1, 110), st.integers(1, 130)),
-    underway=st.lists(st.tuples(st.integers(1, 100), st.integers(1, 60)), max_size=4),
+    in_transit=st.lists(st.tuples(st.integers(1, 100), st.integers(1, 60)), max_size=4),
     unruly=st.booleans(),
 )
 def test_compressed_and_step_by_step_forecasts_are_the_same(
@@ -276,12 +276,12 @@ def test_compressed_and_step_by_step_forecasts_are_the_same(
     truth: bool,
     blocks: int,
     lengths: tuple[int, int],
-    underway: list[tuple[int, int]],
+    in_transit: list[tuple[int, int]],
     unruly: bool,
 ) -> None:
     config = small(kind)
     engine, now, extra = busy_engine(config, seed, count, truth=truth, gap=gap, blocks=blocks, unruly=unruly)
-    extra += [request(1000 + i, p, o) for i, (p, o) in enumerate(underway)]
+    extra += [request(1000 + i, p, o) for i, (p, o) in enumerate(in_transit)]
     snapshot = engine.snapshot(0, now)
     one = request(9999, *lengths)
     fast, slow = (
@@ -300,7 +300,7 @@ def test_they_are_the_same_under_preemption_with_long_sequences(kind: str) -> No
     preempted = 0
     for seed in range(examples(6, 1)):
         rng = Random(seed)
-        engine = Engine(config, latency, 180)
+        engine = Engine.alone(config, latency, 180)
         now = 0.0
         for i in range(examples(120, 20)):
             now += rng.expovariate(4.0)
@@ -323,14 +323,14 @@ def test_a_batch_is_its_members_one_by_one(kind: str) -> None:
     for engine, _, _ in engines:
         list(engine.advance(now))
     snapshots = [engine.snapshot(i, now) for i, (engine, _, _) in enumerate(engines)]
-    underway = [[request(100 + j, 10 + j, 5 + i) for j in range(i % 3)] for i in range(9)]
+    in_transit = [[request(100 + j, 10 + j, 5 + i) for j in range(i % 3)] for i in range(9)]
     one = request(999, 40, 30)
     predictor = Predictor(config, LATENCY, BLOCKS)
-    together = predictor.forecasts(snapshots, underway, one, now)
-    alone = [predictor.forecasts([s], [u], one, now)[0] for s, u in zip(snapshots, underway, strict=True)]
-    fresh = [forecasts(config, [s], [u], one, now)[0] for s, u in zip(snapshots, underway, strict=True)]
+    together = predictor.forecasts(snapshots, in_transit, one, now)
+    alone = [predictor.forecasts([s], [u], one, now)[0] for s, u in zip(snapshots, in_transit, strict=True)]
+    fresh = [forecasts(config, [s], [u], one, now)[0] for s, u in zip(snapshots, in_transit, strict=True)]
     assert together == alone == fresh
-    assert together[::-1] == predictor.forecasts(snapshots[::-1], underway[::-1], one, now)
+    assert together[::-1] == predictor.forecasts(snapshots[::-1], in_transit[::-1], one, now)
     assert len(set(together)) > 1
 
 
@@ -367,7 +367,7 @@ def test_all_decisions_of_a_run_are_the_same(kind: str) -> None:
 
 def test_instances_that_differ_go_on_alike_and_those_alike_share_a_predictor() -> None:
     config = engine_config("v1", max_num_seqs=1, max_model_len=200)
-    engine = Engine(config, constant_latency(1.0), 60)
+    engine = Engine.alone(config, constant_latency(1.0), 60)
     engine.add(request(0, 4, 100, predicted=2), 0.0)
     list(engine.advance(40.0))
     fast, slow = (Predictor(config, constant_latency(seconds), 60) for seconds in (1.0, 2.0))

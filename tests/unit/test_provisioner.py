@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,19 +12,16 @@ from typing import Any, ClassVar
 import pytest
 from testbed import constant_latency, engine_config, poisson, request, round_latency
 
-from block.cluster.fleet import Fleet
 from block.cluster.provisioner import Elastic, Preempt, Relief
 from block.cluster.scaler import Scaler
-from block.core import clock
-from block.core.types import Decision, Forecast, InstanceView, Request
+from block.cluster.simulation import Simulation
+from block.core.types import Decision, Forecast, InstanceView, Request, RequestRecord
 from block.dispatch.core import DispatchConfig, Dispatcher
-from block.dispatch.instance import LaunchFailed, one_by_one
 from block.dispatch.monitor import Monitor
 from block.dispatch.policies import Block, Needs, RoundRobin
+from block.engine.batch import EngineBatch, EngineSpec
 from block.engine.config import EngineConfig
-from block.engine.engine import Engine
 from block.engine.predictor import Predictor
-from block.engine.simulated_instance import SimulatedInstance
 
 
 def views(*forecasts: tuple[float, float] | None) -> list[InstanceView]:
@@ -69,21 +65,24 @@ def test_forecasts_are_asked_for_where_they_are_used() -> None:
 # -------------------------------------------------------------------------------------------------------- what is done
 
 
-class Servers:
-    """Servers that take `takes` seconds to start, some of which do not come up."""
+class Servers(Simulation):
+    """A simulation whose instances take `takes` seconds to start, and some of which do not come up."""
 
-    def __init__(self, takes: float = 0.0, bad: Sequence[int] = ()) -> None:
+    def __init__(self, engines: EngineBatch, delay_s: float, takes: float, bad: Sequence[int]) -> None:
+        super().__init__(engines, delay_s)
         self.takes, self.bad = takes, bad
-        self.log: list[tuple[float, str, int]] = []
 
-    async def start(self, instance_id: int) -> None:
-        await clock.sleep(self.takes)
+    def start_instance(self, instance_id: int, dispatcher: Dispatcher, ready_at: float) -> None:
         if instance_id in self.bad:
-            raise LaunchFailed(f"{instance_id} is bad")
-        self.log.append((clock.now(), "start", instance_id))
+            self.at(self.now + self.takes, self.lose, instance_id, dispatcher)
+        else:
+            super().start_instance(instance_id, dispatcher, max(ready_at, self.now + self.takes))
 
-    async def stop(self, instance_id: int) -> None:
-        self.log.append((clock.now(), "stop", instance_id))
+    def lose(self, instance_id: int, dispatcher: Dispatcher) -> None:
+        dispatcher.instance_down(instance_id, f"{instance_id} is bad", self.now)
+        for record, its in self._held.pop(instance_id, ()):
+            its.failed(record, f"instance {instance_id} did not start", self.now)
+            self._send(record, its)
 
 
 @dataclass
@@ -93,13 +92,22 @@ class Played:
     dispatcher: Dispatcher
     scaler: Scaler
     monitor: Monitor
+    ended_at: float
+
+    @property
+    def records(self) -> list[RequestRecord]:
+        return list(self.dispatcher.history.records)
+
+    @property
+    def instance_seconds(self) -> float:
+        return self.scaler.instance_seconds(self.ended_at)
 
     @property
     def changes(self) -> list[tuple[float, int, str]]:
         return [(round(one.time, 6), one.instance_id, one.change) for one in self.scaler.changes]
 
     def placed(self) -> list[int]:
-        return [record.instance_id for record in sorted(self.dispatcher.records, key=lambda one: one.request.id)]
+        return [record.instance_id for record in sorted(self.records, key=lambda one: one.request.id)]
 
 
 def play(
@@ -107,7 +115,8 @@ def play(
     requests: Sequence[Request],
     *,
     instances: int = 3,
-    servers: Servers | None = None,
+    takes: float = 0.0,
+    bad: Sequence[int] = (),
     policy: Any = None,
     config: EngineConfig | None = None,
     latency: Any = None,
@@ -117,32 +126,22 @@ def play(
     settings = config or engine_config("v0", max_num_seqs=2, max_num_batched_tokens=60)
     model = latency or constant_latency()
 
-    async def main() -> Played:
-        engines = [Engine(settings, model, total_blocks) for _ in range(instances)]
-        fleet = Fleet(
-            [SimulatedInstance(i, engine) for i, engine in enumerate(engines)],
-            Predictor(settings, model, total_blocks),
-            {},
-            servers=servers,
-        )
-        dispatcher = Dispatcher(
-            fleet.instances,
-            policy or Block(),
-            fleet.predictor,
-            DispatchConfig(),
-            Stream(0),
-            delay_s=delay_s,
-            initial=provisioner.initial,
-        )
-        monitor = Monitor(one_by_one(fleet.instances), lambda: dispatcher.active, 0.0)
-        async with Scaler(provisioner, fleet, dispatcher) as scaler, asyncio.TaskGroup() as group:
-            for one in requests:
-                await clock.sleep_until(one.arrival)
-                monitor.tick(clock.now(), one.id)
-                group.create_task(dispatcher.submit(one))
-        return Played(dispatcher, scaler, monitor)
-
-    return clock.run(main(), virtual=True)
+    simulation = Servers(EngineBatch([EngineSpec(settings, model, total_blocks)] * instances), delay_s, takes, bad)
+    scaler = Scaler(provisioner, instances, simulation)
+    dispatcher = Dispatcher(
+        instances,
+        policy or Block(),
+        Predictor(settings, model, total_blocks),
+        DispatchConfig(),
+        Stream(0),
+        snapshot_many=simulation.snapshot_many,
+        delay_s=delay_s,
+        initial=provisioner.initial,
+        observers=[scaler],
+    )
+    monitor = Monitor(simulation.snapshot_many, lambda: dispatcher.active, 0.0)
+    simulation.run(((one, dispatcher) for one in requests), monitor.tick)
+    return Played(dispatcher, scaler, monitor, simulation.now)
 
 
 def long(*arrivals: float, tokens: int = 10) -> list[Request]:
@@ -155,9 +154,9 @@ def test_preempt_adds_an_instance_for_the_request_that_would_wait_and_sends_it_t
     assert played.placed() == [0, 0, 1, 1, 2]
     assert played.changes == [(0.0, 1, "start"), (0.0, 1, "join"), (0.5, 2, "start"), (0.5, 2, "join")]
     assert played.scaler.changes[0].reason == "best predicted latency 20.0 s"
-    forecasts = [record.forecast for record in played.dispatcher.records]
+    forecasts = [record.forecast for record in played.records]
     assert [None if one is None else one.e2e for one in forecasts] == pytest.approx([10, 10, 10, 10, 10], abs=1.5)
-    assert all(record.finished - record.request.arrival < 12.0 for record in played.dispatcher.records)
+    assert all(record.finished - record.request.arrival < 12.0 for record in played.records)
 
 
 def test_relief_adds_one_when_a_request_has_been_late_and_no_sooner() -> None:
@@ -185,10 +184,10 @@ def test_the_request_waits_for_its_instance_unless_it_would_begin_sooner_elsewhe
     played = play(Preempt(threshold_s=15.0, initial=1, startup_s=4.0), long(0.0, 0.0, 0.0), delay_s=0.25)
     assert played.placed() == [0, 0, 1]
     assert played.changes == [(0.0, 1, "start"), (4.0, 1, "join")]
-    third = played.dispatcher.records[2]
+    third = played.records[2]
     assert (third.dispatched, third.finished) == (4.25, 14.25)
     assert third.forecast is None  # there was nothing to look at
-    (_, decision, _) = played.dispatcher.decisions[2]
+    (_, decision, _) = played.dispatcher.history.decisions[2]
     assert list(decision.candidates) == [1]
     assert math.isnan(decision.scores[0])
     played = play(Preempt(threshold_s=15.0, initial=1, startup_s=14.0), long(0.0, 0.0, 0.0))
@@ -198,26 +197,25 @@ def test_the_request_waits_for_its_instance_unless_it_would_begin_sooner_elsewhe
 
 def test_real_servers_take_their_time_or_the_stated_one_whichever_is_longer() -> None:
     for takes, stated, joined in ((3.0, 0.0, 3.0), (3.0, 5.0, 5.0), (6.0, 5.0, 6.0)):
-        played = play(Preempt(15.0, 1, startup_s=stated), long(0.0, 0.0, 0.0), servers=Servers(takes))
+        played = play(Preempt(15.0, 1, startup_s=stated), long(0.0, 0.0, 0.0), takes=takes)
         assert played.changes == [(0.0, 1, "start"), (joined, 1, "join")]
-        assert played.dispatcher.records[2].dispatched == joined
+        assert played.records[2].dispatched == joined
 
 
 def test_a_server_that_does_not_start_costs_the_request_nothing_but_time() -> None:
-    played = play(Preempt(15.0, 1), long(0.0, 0.0, 0.0), servers=Servers(3.0, bad=[1]), instances=2)
+    played = play(Preempt(15.0, 1), long(0.0, 0.0, 0.0), takes=3.0, bad=[1], instances=2)
     assert played.changes == [(0.0, 1, "start"), (3.0, 1, "fail")]
-    assert [record.status for record in played.dispatcher.records] == ["ok"] * 3
+    assert [record.status for record in played.records] == ["ok"] * 3
     assert played.placed() == [0, 0, 0]
-    assert played.dispatcher.records[2].retries == 1
-    assert list(played.dispatcher.ejections) == []
-    assert played.scaler.instance_seconds == pytest.approx(20.0 + 3.0)
+    assert played.records[2].retries == 1
+    assert list(played.dispatcher.history.ejections) == []
+    assert played.instance_seconds == pytest.approx(20.0 + 3.0)
 
 
-def test_what_is_starting_at_the_end_is_cancelled() -> None:
-    servers = Servers(1000.0)
-    played = play(Relief(5.0, 1), long(0.0), servers=servers, policy=RoundRobin())
+def test_a_run_does_not_wait_for_what_is_starting_at_its_end() -> None:
+    played = play(Relief(5.0, 1), long(0.0), takes=1000.0, policy=RoundRobin())
     assert played.changes == [(10.0, 1, "start")]
-    assert servers.log == []
+    assert played.ended_at == 10.0
 
 
 def idle_after_a_burst(provisioner: Elastic, **how: Any) -> Played:
@@ -226,13 +224,11 @@ def idle_after_a_burst(provisioner: Elastic, **how: Any) -> Played:
 
 
 def test_an_instance_is_drained_and_stopped_when_one_fewer_would_do() -> None:
-    servers = Servers()
-    played = idle_after_a_burst(Preempt(15.0, 1, drain_after_s=6.0, drain_ttft_s=2.0), servers=servers)
+    played = idle_after_a_burst(Preempt(15.0, 1, drain_after_s=6.0, drain_ttft_s=2.0))
     kinds = [change for _, _, change in played.changes]
     assert kinds[:4] == ["start", "join", "drain", "stop"]
     (drained,) = [at for at, _, change in played.changes[:3] if change == "drain"]
     assert drained >= 6.0
-    assert [kind for _, kind, _ in servers.log[:2]] == ["start", "stop"]
 
 
 def test_while_it_drains_it_serves_what_it_has_and_gets_nothing_more() -> None:
@@ -241,11 +237,11 @@ def test_while_it_drains_it_serves_what_it_has_and_gets_nothing_more() -> None:
     events = [(one.time, one.instance_id, one.change) for one in played.scaler.changes]
     for at, i, change in events:
         if change == "stop":
-            theirs = [record for record in played.dispatcher.records if record.instance_id == i]
+            theirs = [record for record in played.records if record.instance_id == i]
             assert all(record.finished <= at for record in theirs if record.dispatched <= at)
             assert state[i] == "drain"
         state[i] = change
-    for record in played.dispatcher.records:
+    for record in played.records:
         before = [change for at, i, change in events if i == record.instance_id and at <= record.dispatched]
         assert not before or before[-1] in ("start", "join")
 
@@ -259,14 +255,14 @@ def test_one_that_drains_joins_again_at_once_if_another_is_needed() -> None:
     drained = 1 - played.placed()[3]
     assert played.changes == [(0.0, 1, "start"), (3.0, 1, "join"), (12.0, drained, "drain"), (20.0, drained, "join")]
     assert played.placed()[4:] == [1 - drained, drained]
-    assert played.scaler.instance_seconds == pytest.approx(2 * max(one.finished for one in played.dispatcher.records))
+    assert played.instance_seconds == pytest.approx(2 * max(one.finished for one in played.records))
 
 
 def test_the_floor_is_the_initial_number() -> None:
     requests = long(*(1.0 * i for i in range(60)), tokens=1)
     played = play(Preempt(15.0, 2, drain_after_s=3.0, drain_ttft_s=5.0), requests)
     assert played.changes == []
-    assert played.scaler.instance_seconds == pytest.approx(2 * max(r.finished for r in played.dispatcher.records))
+    assert played.instance_seconds == pytest.approx(2 * max(r.finished for r in played.records))
 
 
 def test_cost_is_the_time_from_start_to_stop_summed_over_instances() -> None:
@@ -282,7 +278,7 @@ def test_cost_is_the_time_from_start_to_stop_summed_over_instances() -> None:
     kinds = [change for _, _, change in played.changes]
     assert kinds.count("start") >= 3
     assert kinds.count("stop") >= 1
-    end = max(record.finished for record in played.dispatcher.records)
+    end = max(record.finished for record in played.records)
     cost, since = 0.0, {0: 0.0}
     for at, i, change, _ in played.scaler.changes:
         if change == "start":
@@ -290,8 +286,8 @@ def test_cost_is_the_time_from_start_to_stop_summed_over_instances() -> None:
             since[i] = at
         if change == "stop":
             cost += at - since.pop(i)
-    assert played.scaler.instance_seconds == pytest.approx(cost + sum(end - at for at in since.values()))
-    assert all(record.status == "ok" for record in played.dispatcher.records)
+    assert played.instance_seconds == pytest.approx(cost + sum(end - at for at in since.values()))
+    assert all(record.status == "ok" for record in played.records)
 
 
 def test_the_time_series_shows_who_is_active() -> None:

@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import ReferenceScheduler
-from testbed import constant_latency, engine_config, examples, replay, request
+from testbed import constant_latency, engine_config, examples, next_finish, replay, request
 
 from block.core.snapshot import BLOCKS, CHUNK, COMPUTED, ID, NEXT, OUTPUT, PENDING, PREEMPTED, Snapshot
 from block.core.types import Request
+from block.engine.batch import Finished
 from block.engine.config import EngineConfig
-from block.engine.engine import Engine, Finished
+from block.engine.engine import Engine
 
 BOTH = pytest.mark.parametrize("version", ["v0", "v1"])
 
@@ -433,7 +434,7 @@ def test_max_tokens_ends_what_would_go_on(version: str) -> None:
 
 @BOTH
 def test_an_aborted_sequence_leaves_when_the_step_in_flight_ends(version: str) -> None:
-    engine = Engine(engine_config(version, max_num_seqs=2), constant_latency(), 16)
+    engine = Engine.alone(engine_config(version, max_num_seqs=2), constant_latency(), 16)
     engine.add(request(0, 4, 1), 0.0)
     for i in (1, 2, 3):
         engine.add(request(i, 4, 3), 0.25)
@@ -443,7 +444,7 @@ def test_an_aborted_sequence_leaves_when_the_step_in_flight_ends(version: str) -
     engine.abort(3, 1.5)
     shown = seen(engine.snapshot(0, 1.5))
     assert (shown.step, shown.waiting, shown.free) == ({1: 4, 2: 4}, [3], 14)
-    assert engine.next_finish() == 4.0
+    assert next_finish(engine) == 4.0
     engine.add(request(4, 4, 1), 1.75)
     assert engine.advance(2.0) == []
     shown = seen(engine.snapshot(0, 2.0))
@@ -453,16 +454,16 @@ def test_an_aborted_sequence_leaves_when_the_step_in_flight_ends(version: str) -
 
 
 def test_a_token_in_flight_of_an_aborted_sequence_is_lost() -> None:
-    engine = Engine(engine_config("v1"), constant_latency(), 16)
+    engine = Engine.alone(engine_config("v1"), constant_latency(), 16)
     engine.add(request(0, 4, 1), 0.0)
     engine.abort(0, 0.5)
-    assert engine.next_finish() == math.inf
+    assert next_finish(engine) == math.inf
     assert list(engine.advance(9.0)) == []
     assert engine.snapshot(0, 9.0).free_blocks == 16
 
 
 def test_a_step_queued_for_an_aborted_sequence_takes_its_time() -> None:
-    engine = Engine(engine_config("v1", async_scheduling=True), constant_latency(), 16)
+    engine = Engine.alone(engine_config("v1", async_scheduling=True), constant_latency(), 16)
     engine.add(request(0, 4, 5), 0.0)
     engine.abort(0, 0.5)  # the step of 0 … 1 and the one behind it are scheduled
     engine.add(request(1, 4, 1), 1.5)
@@ -470,7 +471,7 @@ def test_a_step_queued_for_an_aborted_sequence_takes_its_time() -> None:
 
 
 def test_aborting_nobody_or_twice_changes_nothing() -> None:
-    engine = Engine(engine_config("v1"), constant_latency(), 16)
+    engine = Engine.alone(engine_config("v1"), constant_latency(), 16)
     engine.abort(0, 0.0)
     engine.add(request(0, 4, 2), 0.0)
     engine.add(request(1, 4, 2), 0.0)
@@ -489,7 +490,7 @@ def agree(
     config: EngineConfig, total_blocks: int, requests: list[Request], aborts: Sequence[tuple[float, int]] = ()
 ) -> ReferenceScheduler:
     """Run twin and reference side by side and compare them after every step. `aborts` are of (time, id)."""
-    engine = Engine(config, constant_latency(), total_blocks)
+    engine = Engine.alone(config, constant_latency(), total_blocks)
     reference = ReferenceScheduler(config, total_blocks)
     finished: list[Finished] = []
     arrivals: list[tuple[float, Request | int]] = [(one.arrival, one) for one in requests]

@@ -319,7 +319,7 @@ def test_a_stream_passes_as_it_comes() -> None:
                 assert await answer.content.read() == b"".join([*EVENTS[1:], USAGE, DONE])
             assert mock.seen[0][2] == STREAMED
             await eventually(lambda: one.in_flight() == 0)
-            (record,) = one.door.dispatcher.records
+            (record,) = one.door.dispatcher.history.records
             assert (record.status, record.output_tokens, record.request.prompt_tokens) == ("ok", 5, 3)
             assert record.request.arrival <= record.dispatched <= record.first_token < record.finished
 
@@ -333,7 +333,7 @@ def test_without_usage_the_events_of_a_stream_are_counted() -> None:
 
         async with house([Mock(answer)]) as one:
             assert (await one.ask(STREAMED))[1] == b"".join([*EVENTS, DONE])
-            assert one.door.dispatcher.records[0].output_tokens == 5
+            assert one.door.dispatcher.history.records[0].output_tokens == 5
 
     run(main())
 
@@ -384,7 +384,7 @@ def test_models_come_from_the_first_server_that_answers() -> None:
             for _ in range(2):
                 async with one.client.get(one.url + "/v1/models") as answer:
                     assert (answer.status, await answer.json()) == (200, {"data": [{"id": "tiny"}]})
-                one.door.dispatcher.readmit(0)  # where nobody listens
+                one.door.dispatcher.instance_up(0, 0.0)  # where nobody listens
 
     run(main())
 
@@ -535,7 +535,7 @@ def test_after_the_first_byte_a_stream_ends_with_an_error_event() -> None:
             assert one.mocks[0].url in error["message"]
             assert DONE not in body
             assert one.mocks[1].seen == []
-            assert one.door.dispatcher.records[0].status == "failed"
+            assert one.door.dispatcher.history.records[0].status == "failed"
 
     run(main())
 
@@ -567,10 +567,10 @@ def test_a_server_that_takes_no_connection_is_taken_out() -> None:
             deaf = Mock(port=full.getsockname()[1])
             async with house([deaf, Mock()], started=[1], connect_timeout_s=0.2, probe_interval_s=60) as one:
                 assert list(one.door.dispatcher.active) == [1]
-                one.door.dispatcher.readmit(0)
+                one.door.dispatcher.instance_up(0, 0.0)
                 assert (await one.ask())[:2] == (200, ANSWER)
                 assert list(one.door.dispatcher.active) == [1]
-                assert one.door.dispatcher.records[0].retries == 1
+                assert one.door.dispatcher.history.records[0].retries == 1
 
     run(main())
 
@@ -758,7 +758,7 @@ def test_a_client_that_goes_away_in_the_midst_of_its_request_is_no_error(caplog:
             writer.transport.abort()
             await asyncio.sleep(0.05)
             assert one.mocks[0].seen == []
-            assert one.door.dispatcher.records == deque()
+            assert one.door.dispatcher.history.records == deque()
 
     run(main())
     assert caplog.records == []
@@ -842,7 +842,10 @@ def test_policies_that_look_send_a_request_where_there_is_room(policy: policies.
             body = idle.seen[-1][2]
             assert body.startswith(b'{"vllm_xargs":{')
             assert body.endswith(b"}," + STREAMED[1:])
-            assert tag_of(idle) == {"block_id": one.door.dispatcher.records[1].request.id, "block_expected": 256}
+            assert tag_of(idle) == {
+                "block_id": one.door.dispatcher.history.records[1].request.id,
+                "block_expected": 256,
+            }
             metrics = await one.metrics()
             for name in ("ttft_seconds", "ttft_ratio", "e2e_seconds", "e2e_ratio"):
                 assert metrics.get(f"block_predicted_{name}_count", 0) == forecasts
@@ -856,7 +859,7 @@ def test_servers_may_differ_in_their_settings_and_prompts_may_be_estimated_too_l
         small = LIMITS._replace(total_blocks=200, max_model_len=1024)
         async with house([PluginMock(), PluginMock(limits=small)], policies.Block()) as one:
             assert (await one.ask(b'{"prompt": "%s"}' % (b"x" * 40_000)))[0] == 200
-            scores = one.door.dispatcher.decisions[-1][1].scores
+            scores = one.door.dispatcher.history.decisions[-1][1].scores
             assert len(scores) == 2
             assert all(math.isfinite(score) for score in scores)
 
@@ -919,7 +922,7 @@ def test_a_scheduler_that_stops_while_it_publishes_stops_nothing_else() -> None:
             assert [(await one.ask())[0] for _ in range(3)] == [200] * 3
             assert len(sound.seen) == 4
             await stuck.kill()
-            one.door.dispatcher.eject(0, "as if it had been chosen")
+            one.door.dispatcher.instance_down(0, "as if it had been chosen", 0.0)
             await stuck.start()  # and publishes no more
             await asyncio.sleep(0.2)
             assert list(one.door.dispatcher.active) == [1]
@@ -1190,7 +1193,7 @@ def test_requests_are_tagged_by_their_prompts_in_batches_and_off_the_loop() -> N
             metrics = await one.metrics()
             assert metrics["block_length_seconds_count"] == 9
             assert metrics.get('block_length_fallbacks_total{reason="timeout"}', 0) == 0
-            record = one.door.dispatcher.records[0]
+            record = one.door.dispatcher.history.records[0]
             assert record.dispatched - record.request.arrival >= 0.05  # the wait for the estimate is part of its time
 
     run(main())

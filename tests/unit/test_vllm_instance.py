@@ -6,7 +6,6 @@ import asyncio
 import json
 import math
 import re
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,10 +17,10 @@ from aiohttp import web
 
 from block.backends import instance as module
 from block.backends.instance import VLLMInstance
-from block.core import clock
+from block.cluster.instance import InstanceFailed, RequestFailed
+from block.core.clock import Clock
 from block.core.snapshot import ID
 from block.core.types import Request, RequestRecord
-from block.dispatch.instance import InstanceFailed, RequestFailed
 from block.vllm_plugin import state_buffer as b
 from block.vllm_plugin.state_buffer import Board
 
@@ -67,7 +66,7 @@ class Server:
         return response
 
     @asynccontextmanager
-    async def instance(self, plugin: bool = True) -> AsyncIterator[VLLMInstance]:
+    async def instance(self, plugin: bool = True, clock: Clock | None = None) -> AsyncIterator[VLLMInstance]:
         app = web.Application()
         app.router.add_get("/v1/models", self.models)
         app.router.add_get("/health", self.health)
@@ -81,12 +80,16 @@ class Server:
         await site.start()
         port = runner.addresses[0][1]
         async with aiohttp.ClientSession() as session:
-            one = VLLMInstance(2, f"http://127.0.0.1:{port}/", session, 1000)
+            one = VLLMInstance(2, f"http://127.0.0.1:{port}/", session, clock or Clock(), 1000)
             try:
                 yield one
             finally:
                 await one.detach()
                 await runner.cleanup()
+
+
+def note(record: RequestRecord, now: float) -> None:
+    record.first_token = now
 
 
 def served(server: Server, request: Request = ONE, **options: Any) -> RequestRecord:
@@ -96,10 +99,10 @@ def served(server: Server, request: Request = ONE, **options: Any) -> RequestRec
         record = RequestRecord(request)
         async with server.instance() as instance:
             await instance.attach()
-            await instance.generate(request, record)
+            await instance.generate(record, note)
         return record
 
-    return clock.run(main(), virtual=False)
+    return asyncio.run(main())
 
 
 def test_a_request_is_asked_for_exactly_and_its_times_are_noted() -> None:
@@ -122,7 +125,7 @@ def test_a_request_is_asked_for_exactly_and_its_times_are_noted() -> None:
 def test_no_two_prompts_share_a_block() -> None:
     async def prompts() -> list[list[int]]:
         async with aiohttp.ClientSession() as session:
-            instance = VLLMInstance(0, "http://x", session, 32000)
+            instance = VLLMInstance(0, "http://x", session, Clock(), 32000)
             return [instance._body(Request(i, 0.0, 64, 1, 1))["prompt"] for i in range(300)]
 
     beginnings = [tuple(prompt[:16]) for prompt in asyncio.run(prompts())]
@@ -135,7 +138,8 @@ def test_snapshots_come_from_shared_memory_or_over_http(local: bool) -> None:
         server = Server(local)
         server.board.seqs[ID, :2] = [8, 9]
         server.board.header[[b.COLUMNS, b.RUNNING, b.FREE]] = 2, 1, 55
-        async with server.instance() as instance:
+        clock = Clock()
+        async with server.instance(clock=clock) as instance:
             await instance.attach()
             assert instance.is_local is local
             await asyncio.sleep(0.1)
@@ -148,7 +152,7 @@ def test_snapshots_come_from_shared_memory_or_over_http(local: bool) -> None:
             assert clock.now() - snapshot.step_started == pytest.approx(0.35, abs=0.1)
             assert snapshot.taken_at == pytest.approx(clock.now(), abs=0.1)
 
-    clock.run(main(), virtual=False)
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(("status", "error"), [(400, RequestFailed), (422, RequestFailed), (500, InstanceFailed)])
@@ -170,14 +174,14 @@ def test_a_stream_without_its_end_is_a_failure(ending: list[bytes]) -> None:
 def test_a_server_that_is_gone_is_a_failure() -> None:
     async def main() -> None:
         async with aiohttp.ClientSession() as session:
-            instance = VLLMInstance(0, "http://127.0.0.1:9", session)
+            instance = VLLMInstance(0, "http://127.0.0.1:9", session, Clock())
             with pytest.raises(InstanceFailed, match=re.escape("http://127.0.0.1:9: ")):
                 await instance.attach()
             with pytest.raises(InstanceFailed):
-                await instance.generate(ONE, RequestRecord(ONE))
+                await instance.generate(RequestRecord(ONE), note)
             assert not await instance.healthy()
 
-    clock.run(main(), virtual=False)
+    asyncio.run(main())
 
 
 def test_a_server_without_the_plugin_is_told_how_to_be_started() -> None:
@@ -186,7 +190,7 @@ def test_a_server_without_the_plugin_is_told_how_to_be_started() -> None:
             with pytest.raises(InstanceFailed, match=re.escape("python -m block.vllm_plugin.serve")):
                 await instance.attach()
 
-    clock.run(main(), virtual=False)
+    asyncio.run(main())
 
 
 def test_health_is_what_the_server_says() -> None:
@@ -197,23 +201,21 @@ def test_health_is_what_the_server_says() -> None:
             server.well = False
             assert not await instance.healthy()
 
-    clock.run(main(), virtual=False)
+    asyncio.run(main())
 
 
 def test_with_dilated_time_a_record_is_in_undilated_seconds() -> None:
     async def main() -> RequestRecord:
-        record = RequestRecord(ONE)
-        async with Server().instance() as instance:
+        record, clock = RequestRecord(ONE), Clock(dilation=10.0)
+        async with Server().instance(clock=clock) as instance:
             await instance.attach()
             began = clock.now()
-            await instance.generate(ONE, record)
+            await instance.generate(record, note)
             assert record.first_token >= began
         return record
 
-    began = time.perf_counter()
-    record = clock.run(main(), virtual=False, dilation=10.0)
-    assert 0.03 < record.finished - record.first_token < 0.2
-    assert time.perf_counter() - began > 0.4
+    record = asyncio.run(main())
+    assert 0.003 < record.finished - record.first_token < 0.1
     assert not math.isnan(record.finished)
     assert json.dumps(record.output_tokens) == "3"
     assert np.isfinite(record.first_token)

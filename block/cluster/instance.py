@@ -1,20 +1,15 @@
-"""What the dispatcher asks of an instance, whatever it is made of."""
+"""A model server, as a driver on the wall clock sees it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from block.core.snapshot import Snapshot
-from block.core.types import Request, RequestRecord
+from block.core.types import RequestRecord
 
-Look = Callable[[Sequence[int]], Sequence[Snapshot]]
-"""Snapshots of the instances with these ids, at once."""
-
-
-def one_by_one(instances: Sequence[Instance]) -> Look:
-    """Looks at each of these instances in turn."""
-    return lambda ids: [instances[i].snapshot() for i in ids]
+FirstToken = Callable[[RequestRecord, float], None]
+"""Is told when the first token of a request's response is there."""
 
 
 class InstanceFailed(RuntimeError):
@@ -45,13 +40,17 @@ class Instance(Protocol):
         """The state its scheduler last published. Does not wait: it is there already, in memory."""
         ...
 
-    async def generate(self, request: Request, record: RequestRecord) -> None:
-        """Serve `request` to its last token and fill `record`'s times, tokens and preemptions.
+    async def healthy(self) -> bool:
+        """Whether it would serve a request now: asked of an instance that failed one."""
+        ...
+
+
+class Server(Instance, Protocol):
+    """One that is asked for the responses to requests whose lengths are known, as a replay does."""
+
+    async def generate(self, record: RequestRecord, first_token: FirstToken) -> None:
+        """Serve the record's request to its last token and fill in its time, its tokens and its preemptions.
 
         Raises InstanceFailed or RequestFailed if it cannot.
         """
-        ...
-
-    async def healthy(self) -> bool:
-        """Whether it would serve a request now: asked of an instance that failed one."""
         ...

@@ -1,0 +1,120 @@
+"""The driver on the wall clock: asyncio over real servers, for runs and for the gateway.
+
+arrival → dispatcher.arrived → deliver (HTTP, as long as it takes) → dispatcher.finished, or another attempt
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol
+
+from block.cluster.instance import InstanceFailed, LaunchFailed, RequestFailed
+from block.core.clock import Clock
+from block.core.types import Request, RequestRecord
+from block.dispatch.core import Dispatcher
+
+log = logging.getLogger(__name__)
+
+Deliver = Callable[[RequestRecord], Awaitable[None]]
+"""Has the instance `record.instance_id` serve the record's request; raises InstanceFailed or RequestFailed."""
+
+
+class Servers(Protocol):
+    """The processes behind a fleet's instances."""
+
+    async def start(self, instance_id: int) -> None:
+        """Start the server of an instance that has none. LaunchFailed if it does not come up."""
+        ...
+
+    async def stop(self, instance_id: int) -> None:
+        """Stop it, for certain."""
+        ...
+
+
+class LiveDriver:
+    """Has requests served, and servers started and stopped. To be closed, which cancels what is starting.
+
+    servers: None if there is nothing to start or stop, as where all servers run already.
+    """
+
+    def __init__(self, clock: Clock, servers: Servers | None = None) -> None:
+        self.clock = clock
+        self._servers = servers
+        self._tasks: list[asyncio.Task[None]] = []
+        self._starting: dict[int, asyncio.Task[None]] = {}
+
+    async def submit(self, dispatcher: Dispatcher, request: Request, deliver: Deliver) -> RequestRecord:
+        """Place `request`, have it served and return its record, with status "ok" or "failed" and why.
+
+        If an instance fails it, it begins anew on one that has not yet; `record.retries` counts that.
+        """
+        clock = self.clock
+        record = dispatcher.arrived(request, clock.now())
+        while record.status == "pending":
+            try:
+                await self._until_up(record.instance_id, dispatcher)
+                dispatcher.delivered(record, clock.now())
+                await deliver(record)
+            except RequestFailed as error:
+                dispatcher.refused(record, str(error), clock.now())
+            except InstanceFailed as error:
+                dispatcher.failed(record, str(error), clock.now(), gone=error.gone)
+            except BaseException:
+                dispatcher.cancelled(record, clock.now())
+                raise
+            else:
+                dispatcher.finished(record, record.finished)
+        return record
+
+    async def _until_up(self, instance_id: int, dispatcher: Dispatcher) -> None:
+        """Wait until an instance that is starting takes requests. InstanceFailed if it does not come up."""
+        if (starting := self._starting.get(instance_id)) is not None:
+            await asyncio.shield(starting)
+            if instance_id not in dispatcher.active:
+                raise InstanceFailed(f"instance {instance_id} did not start")
+
+    # ---- what a `block.cluster.scaler.Scaler` asks for
+
+    def start_instance(self, instance_id: int, dispatcher: Dispatcher, ready_at: float) -> None:
+        """Have an instance come up: once its server runs, and not before `ready_at`."""
+        if self._servers is None and ready_at <= self.clock.now():
+            dispatcher.instance_up(instance_id, self.clock.now())
+        else:
+            self._starting[instance_id] = self._do(self._start(instance_id, dispatcher, ready_at))
+
+    async def _start(self, instance_id: int, dispatcher: Dispatcher, ready_at: float) -> None:
+        try:
+            if self._servers is not None:
+                await self._servers.start(instance_id)
+            await self.clock.sleep_until(ready_at)
+        except (LaunchFailed, InstanceFailed) as error:
+            log.warning("instance %d did not start: %s", instance_id, error)
+            dispatcher.instance_down(instance_id, str(error), self.clock.now())
+        else:
+            dispatcher.instance_up(instance_id, self.clock.now())
+        finally:
+            del self._starting[instance_id]
+
+    def stop_instance(self, instance_id: int, dispatcher: Dispatcher) -> None:
+        """Have an instance, at which no request is, stop."""
+        self._do(self._stop(instance_id, dispatcher))
+
+    async def _stop(self, instance_id: int, dispatcher: Dispatcher) -> None:
+        if self._servers is not None:
+            await self._servers.stop(instance_id)
+        dispatcher.instance_down(instance_id, "drained", self.clock.now())
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.append(task)
+        return task
+
+    async def close(self) -> None:
+        """Cancel what is starting or stopping. Raises what one of them has raised."""
+        for task in self._tasks:
+            task.cancel()
+        for outcome in await asyncio.gather(*self._tasks, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                raise outcome
