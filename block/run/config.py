@@ -236,8 +236,9 @@ def _mutable(hint: Any) -> Any:
     return list[schema(item)] if get_origin(hint) is tuple and dataclasses.is_dataclass(item) else hint  # type: ignore
 
 
+@cache
 def register() -> None:
-    """Show the dataclasses to Hydra."""
+    """Show the dataclasses to Hydra, once for a process."""
     store = ConfigStore.instance()
     store.store(name="run_schema", node=_Root)
     for path, cls in _schemas().items():

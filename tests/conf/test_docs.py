@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import ROOT, composed
+from commands import ROOT, choices, composed
 from test_readme import run_small
 
 from block.run import config
@@ -36,7 +36,15 @@ def test_there_are_commands_to_try() -> None:
     assert len(SERVERS) >= 3
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line not in REAL and "length_estimation" not in line])
+# An experiment as it stands, which tests/conf/test_cli.py runs for each.
+BARE = [line for line in COMMANDS if re.fullmatch(r"python run\.py experiment=\w+", line)]
+
+
+def test_experiments_that_are_shown_exist() -> None:
+    assert {line.partition("experiment=")[2] for line in BARE} <= set(choices("experiment"))
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line not in REAL + BARE])
 def test_a_command_runs(line: str, tmp_path: Path) -> None:
     run_small(line, tmp_path)
 

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from datetime import date
 from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
-import pytest
+from commands import ROOT, command
 
 from paper_figures import fig6
 from paper_figures.catalogue import FIGURES
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "reproduce.py"
 TINY = ("--requests", "60", "--seeds", "1")
 
 
 def reproduce(folder: Path, *arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout, check=False)
+    return command("scripts/reproduce.py", *arguments, folder=folder, timeout=timeout)
 
 
 def said(stderr: str) -> list[str]:
@@ -38,22 +34,6 @@ def test_the_list_has_every_figure_with_its_state_and_cost(tmp_path: Path) -> No
     cells = len(fig6.RUNS) + len(fig6.SEARCHES)
     assert any(f" 0 of {cells} stored, about" in line for line in lines)
     assert not (tmp_path / "artifacts").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (("fig99",), "fig99: did you mean fig9? choose from headline, fig5, fig6"),
-        (("--requests", "0"), "--requests=0: must be at least 1"),
-        (("--seeds", "4"), "--seeds=4: must be between 1 and 3"),
-        (("--backend", "emulated", "table2"), "table2: needs --backend simulated"),
-        (("--backend", "cloud"), "invalid choice: 'cloud'"),
-    ],
-)
-def test_what_is_wrong_is_told_in_one_line(tmp_path: Path, arguments: tuple[str, ...], told: str) -> None:
-    refused = reproduce(tmp_path, *arguments)
-    assert refused.returncode == 2
-    assert told in refused.stderr.splitlines()[-1]
 
 
 def test_a_second_call_does_nothing_and_a_lost_run_is_made_again(tmp_path: Path) -> None:
@@ -113,11 +93,7 @@ def test_the_fault_of_one_figure_costs_no_other(tmp_path: Path) -> None:
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    command = [sys.executable, "broken.py", str(SCRIPT), "fig7", *TINY]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
-    run = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
+    run = command(str(tmp_path / "broken.py"), str(ROOT / "scripts" / "reproduce.py"), "fig7", *TINY, folder=tmp_path)
     assert run.returncode == 1
     assert said(run.stderr) == ["error: fig7: ZeroDivisionError: division by zero (broken.py:3)"]
     assert (tmp_path / "artifacts" / "figures" / "simulated-60x1" / "summary.md").exists()

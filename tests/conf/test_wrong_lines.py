@@ -264,13 +264,14 @@ LINES: dict[str, str] = {
         server.urls=[http://h:1] server.hosst=x
     """,
     "scripts/reproduce.py": r"""
-        fig99
+        fig99 → fig99: did you mean fig9? choose from headline, fig5, fig6
         --seeds 0
-        --seeds 4
-        --requests 0
+        --seeds 4 → --seeds=4: must be between 1 and 3
+        --requests 0 → --requests=0: must be at least 1
         --requests x
         --requests
-        --backend nope
+        --backend nope → invalid choice: 'nope'
+        --backend emulated table2 → table2: needs --backend simulated
         --backend emulated fig6
         --outt x → --outt
         --out /proc/x

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from block.backends import settings
 from block.backends import vllm as backends
 from block.backends.emulated import Emulated
 from block.backends.servers import _unlike, engine_of
@@ -30,12 +31,10 @@ def bed(model: Model = LLAMA, num_gpus: int = 4, engine: EngineConfig = V1) -> c
 
 def test_the_engine_s_settings_are_vllm_s_arguments() -> None:
     engine = EngineConfig(version="v1", max_num_seqs=24, max_num_batched_tokens=1024, watermark=0.02)
-    arguments = backends._engine_arguments(bed(engine=engine), 1052)
+    arguments = settings.engine_arguments(bed(engine=engine), 1052)
     assert {"--max-num-seqs=24", "--max-num-batched-tokens=1024", "--max-model-len=4096"} <= set(arguments)
     assert {"--num-gpu-blocks-override=1052", "--watermark=0.02", "--no-async-scheduling"} <= set(arguments)
-    asynchronous = backends._engine_arguments(
-        bed(engine=EngineConfig("v1", watermark=0.0, async_scheduling=True)), None
-    )
+    asynchronous = settings.engine_arguments(bed(engine=EngineConfig("v1", watermark=0.0, async_scheduling=True)), None)
     assert "--async-scheduling" in asynchronous
     assert not [argument for argument in asynchronous if argument.startswith(("--num-gpu", "--watermark"))]
 
@@ -57,9 +56,9 @@ def test_too_few_gpus_are_told_with_the_choices(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LaunchFailed, match="vllm is not installed: pip install"):
-        backends._require("vllm")
+        settings.require("vllm")
 
 
 def test_the_predictor_knows_the_engine_by_its_board() -> None:

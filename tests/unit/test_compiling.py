@@ -18,7 +18,7 @@ from block.core import jit as compiled
 from block.core.jit import _Stopwatch
 from block.store.results import runs
 
-ROOT = Path(compiled.__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LINE = "compiling, once for this version of the code: half a minute or so\n"
 pytestmark = pytest.mark.skipif(os.environ.get("NUMBA_DISABLE_JIT") == "1", reason="nothing is compiled")
 

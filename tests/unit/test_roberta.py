@@ -21,6 +21,8 @@ from block.lengths.estimation import EstimationConfig, train
 from block.lengths.roberta import RoBERTa
 from block.workload.prompts import Pairs, counter
 
+torch.set_num_threads(1)  # the models are tiny, and the other tests run beside
+
 ODD = ["", " ", "x" * 100_000, "你好,世界。" * 50, "\x00\xff\x07\ud800" * 9, "Write a poem.", "🙂" * 300]
 SETTINGS = training.Settings(epochs=3, batch_size=4, learning_rate=1e-3, patience=5, checkpoint_every=2)
 
@@ -63,23 +65,29 @@ def test_training_learns_what_prompts_tell(encoder: Path, tmp_path: Path) -> Non
     assert said[1::2].max() < said[::2].min()
 
 
+@pytest.fixture(scope="module")
+def straight(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The weights after a training that nothing interrupts."""
+    return weights(trained(encoder, tmp_path_factory.mktemp("straight")))
+
+
 @pytest.mark.parametrize("stop_after", [1, 4, 5, 7, 14])  # before, at and behind checkpoints and ends of epochs
-def test_interrupted_training_ends_with_the_same_weights(encoder: Path, tmp_path: Path, stop_after: int) -> None:
-    straight = weights(trained(encoder, tmp_path / "a"))
-    gone_on = weights(trained(encoder, tmp_path / "b", stop_after))
+def test_interrupted_training_ends_with_the_same_weights(
+    encoder: Path, straight: dict[str, Any], tmp_path: Path, stop_after: int
+) -> None:
+    gone_on = weights(trained(encoder, tmp_path, stop_after))
     assert straight.keys() == gone_on.keys()
     assert all(torch.equal(straight[name], gone_on[name]) for name in straight)
 
 
-def test_training_moves_the_weights_and_depends_on_the_settings(encoder: Path, tmp_path: Path) -> None:
+def test_training_moves_the_weights_and_depends_on_the_settings(
+    encoder: Path, straight: dict[str, Any], tmp_path: Path
+) -> None:
     start = weights(Regressor.start(str(encoder), 64, "cpu"))
-    one, other = (
-        weights(trained(encoder, tmp_path / "a")),
-        weights(trained(encoder, tmp_path / "b", learning_rate=1e-4)),
-    )
+    other = weights(trained(encoder, tmp_path, learning_rate=1e-4))
     name = "encoder.encoder.layer.0.output.dense.weight"
-    assert not torch.equal(start[name], one[name])
-    assert not torch.equal(one[name], other[name])
+    assert not torch.equal(start[name], straight[name])
+    assert not torch.equal(straight[name], other[name])
 
 
 def test_it_stops_early_and_keeps_the_best(encoder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,77 @@
+"""Runs commands for the tests, each in a process of its own that is forked from this one, where all is imported.
+
+A command then costs what it does, not two seconds of imports and of loading compiled code. Requests are lines of JSON
+on standard input; the answers are two lines each: the process's id, and its exit code. `commands.command` talks to it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def prepare() -> None:
+    """Import what commands import, and load the compiled code that most runs use."""
+    import seaborn  # noqa: F401
+    from hydra import compose, initialize_config_dir
+
+    import block.lengths.estimation
+    import block.run.campaign
+    import block.run.capacity
+    import block.store.wandb  # noqa: F401
+    from block.run import config
+    from block.run.replay import Outcome, requests_of, serve
+
+    config.register()
+    for engine in ("vllm_v0", "vllm_v1"):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            settings = compose("config", [f"engine={engine}", "workload.num_requests=50", "backend=simulated"])
+        run = config.build(settings)
+        serve(run, requests_of(run), Outcome())
+    gc.freeze()
+
+
+def serve_commands() -> Callable[[], None]:
+    """Fork for each request; in the child return what it shall do, and in the parent never."""
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            return lambda: run(**request)
+        print(pid, flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+    sys.exit()
+
+
+def run(script: str, arguments: list[str], folder: str, environment: dict[str, str], out: str, err: str) -> None:
+    """Be the command; output goes to the files `out` and `err`."""
+    os.setsid()
+    for number, path, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, out, os.O_WRONLY | os.O_CREAT),
+        (2, err, os.O_WRONLY | os.O_CREAT),
+    ):
+        opened = os.open(path, flags)
+        os.dup2(opened, number)
+        os.close(opened)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [script, *arguments]
+    sys.path[0] = str(Path(script).parent)
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+    prepare()
+    command = serve_commands()
+    command()  # at the top, so that the child ends as any script does
