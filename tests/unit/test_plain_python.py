@@ -1,4 +1,4 @@
-"""The engine as plain Python: compiled functions are no dark place for coverage, and give the same without a compiler."""
+"""The engine as plain Python: it passes the same tests, and coverage sees into what is otherwise compiled."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ ENGINE = ("scheduler", "engine", "predictor", "latency")
 @pytest.mark.parametrize("part", ENGINE)
 def test_the_tests_of_the_engine_pass_without_a_compiler(part: str, pytestconfig: pytest.Config) -> None:
     """If coverage is measured, what these find out lies beside the workers' and is combined with it."""
-    measured = (
-        ["coverage", "run", "--parallel-mode", "--source=block", "-m"] if pytestconfig.getoption("cov_source") else []
-    )
-    command = [sys.executable, "-m", *measured, "pytest", f"tests/unit/test_{part}.py", "-q", "-p", "no:cacheprovider"]
+    measured = bool(pytestconfig.getoption("cov_source"))
+    coverage = ["coverage", "run", "--parallel-mode", "--source=block", "-m"] if measured else []
+    command = [sys.executable, "-m", *coverage, "pytest", f"tests/unit/test_{part}.py", "-q", "-p", "no:cacheprovider"]
     environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
     for name in [name for name in environment if name.startswith(("PYTEST_", "COV_"))]:
         del environment[name]
