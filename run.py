@@ -8,6 +8,7 @@ Sweep with ``-m``; ``--cfg job`` shows every key. The groups are the folders of 
 """
 
 import sys
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -23,7 +24,7 @@ config.register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(settings: DictConfig) -> object:
     """One job; returns its objective."""
-    job = HydraConfig.get()
+    job: Any = HydraConfig.get()
     if job.mode is RunMode.RUN:
         return config.told(lambda: experiment.do(settings, job.runtime.choices))
     return sweep.attempt(lambda: experiment.do(settings, job.runtime.choices, sweep=job), job)

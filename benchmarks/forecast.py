@@ -8,7 +8,7 @@ import numpy as np
 from testbed import compose_run, serve, warm_up
 
 from block.core.snapshot import Snapshot
-from block.core.types import Forecast, Request
+from block.core.types import Forecast, Forecasts, Request
 from block.engine.predictor import Predictor
 
 Asked = tuple[list[Snapshot], list[list[Request]], Request, float]
@@ -22,7 +22,7 @@ def states(qps: float, every: int = 50) -> list[Asked]:
 
     def spy(
         self: Predictor, snapshots: list[Snapshot], in_transit: list[list[Request]], request: Request, now: float
-    ) -> list[Forecast]:
+    ) -> Forecasts:
         nonlocal count
         count += 1
         if count % every == 0:
@@ -40,7 +40,8 @@ def states(qps: float, every: int = 50) -> list[Asked]:
 
 def measure(predictor: Predictor, asked: list[Asked]) -> tuple[np.ndarray, np.ndarray]:
     """Microseconds a forecast, and the forecasts themselves."""
-    micros, results = [], []
+    micros: list[float] = []
+    results: list[Forecast] = []
     for question in asked:
         predictor.forecasts(*question)
         began = time.perf_counter()

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import uvloop
@@ -59,7 +60,7 @@ class Mock(asyncio.Protocol):
     """A server whose every answer is the same; a stream comes as an event a millisecond."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
         self.data = b""
 
     def data_received(self, data: bytes) -> None:
@@ -91,7 +92,7 @@ class Client(asyncio.Protocol):
     """A connection that sends a request and waits for the end of the answer."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
         self.done: asyncio.Future[bytes] | None = None
 
     def send(self, request: bytes) -> asyncio.Future[bytes]:

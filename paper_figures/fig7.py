@@ -76,7 +76,8 @@ def claims(table: pd.DataFrame) -> list[Claim]:
             both = both.where(both.max(axis=1) > 0)  # where nobody preempts, nobody does so less
             less = above(both[other], both["block"])
             found.append(order(f"Block preempts less than {style.NAMES[other]} at {qps} requests/s", less))
-        even = one.loc["block", "free_variance"] < one.loc["round_robin", "free_variance"]
+        free = one["free_variance"].unstack("scheduler")
+        even = free["block"] < free["round_robin"]
         what = f"Block keeps free KV blocks more even than round robin at {qps} requests/s"
         found.append(order(what, even.tolist()))
     return found

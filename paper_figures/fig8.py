@@ -86,7 +86,7 @@ def draw(table: pd.DataFrame) -> Any:
 
 def claims(table: pd.DataFrame) -> list[verdicts.Claim]:
     """What the paper says of preempt against relief, seed by seed; and the numbers behind it."""
-    runs = _runs(table).pivot(index="seed", columns="provisioner")
+    runs: Any = _runs(table).pivot(index="seed", columns="provisioner")
     found = [
         verdicts.order(what, [None if worse is None else not worse for worse in _worse(runs[metric])])
         for what, metric in (

@@ -79,7 +79,7 @@ def draw(table: pd.DataFrame) -> Any:
 def claims(table: pd.DataFrame) -> list[Claim]:
     """Published numbers at 36 requests/s, and who is ahead of Llumnix with migration."""
     first, a30, _ = TESTBEDS
-    by = table.set_index(["testbed", "scheduler", "engine", "workload.qps", "seed"]).sort_index()
+    by: Any = table.set_index(["testbed", "scheduler", "engine", "workload.qps", "seed"]).sort_index()
     found = []
     for scheduler, engine in (("block_star", "vllm_v0"), ("llumnix", UNCHUNKED)):
         ours = by.loc[(first, scheduler, engine, 36)]

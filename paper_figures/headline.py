@@ -116,8 +116,10 @@ def draw(table: pd.DataFrame) -> Any:
 
 def claims(table: pd.DataFrame) -> list[Claim]:
     """Where the two numbers come closest, and whether Block is ahead everywhere."""
-    searched = table[table["setting"].notna()].set_index(["scheduler", "baseline", "setting", "slo_s"]).sort_index()
-    latency = table[table["setting"].isna()].set_index(["scheduler", "baseline", "workload.qps"]).sort_index()
+    searched: Any = (
+        table[table["setting"].notna()].set_index(["scheduler", "baseline", "setting", "slo_s"]).sort_index()
+    )
+    latency: Any = table[table["setting"].isna()].set_index(["scheduler", "baseline", "workload.qps"]).sort_index()
     headline = PUBLISHED["headline"]
     found = []
     for scheduler in OURS:

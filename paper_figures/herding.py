@@ -64,7 +64,8 @@ def draw(table: pd.DataFrame) -> Any:
     for row, (metric, label), ticks in zip(axes, METRICS.items(), TICKS, strict=True):
         for axis, age in zip(row, AGES, strict=True):
             part = table[table[STALENESS] == age]
-            for (ledger, k), one in part.groupby([LEDGER, K]):
+            groups: Any = part.groupby([LEDGER, K])
+            for (ledger, k), one in groups:
                 by = one.groupby(DISPATCHERS)[metric].agg(["mean", "min", "max"])
                 name = f"asks {ASKED[k]}{'' if ledger else ', no ledger'}"
                 line = "-" if ledger else "--"

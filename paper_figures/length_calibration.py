@@ -45,7 +45,7 @@ def table(stored: cells.Stored) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame) -> Any:
     """A panel for each estimator and data set, and one for the coverage of all."""
-    groups = list(table.groupby(["estimator", "data"], sort=False))
+    groups: Any = list(table.groupby(["estimator", "data"], sort=False))
     rows = (len(groups) + 2) // 2
     figure, axes = plt.subplots(rows, 2, figsize=(2 * style.COLUMN, 2.4 * rows), layout="constrained", squeeze=False)
     panels, last = axes.flat[: len(groups)], axes.flat[len(groups)]

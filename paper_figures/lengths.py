@@ -81,7 +81,7 @@ def draw(table: pd.DataFrame) -> Any:
     colours = dict(zip(ESTIMATORS, sns.color_palette("colorblind", len(ESTIMATORS)), strict=True))
     for axis, (part, column, label) in zip(axes, panels, strict=True):
         by = part.groupby("estimator")
-        means = by[[column, "error_rate"]].mean()
+        means: Any = by[[column, "error_rate"]].mean()
         axis.plot(100 * means.loc[INJECTED, "error_rate"], means.loc[INJECTED, column], color="0.7", zorder=1)
         for name in ESTIMATORS:
             values, x = by.get_group(name)[column], 100 * means.loc[name, "error_rate"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -65,7 +66,7 @@ def claims(headline: pd.DataFrame) -> str:
     bold where the interval over seeds reaches what the abstract claims.
     """
     published = PUBLISHED["headline"]
-    searched = (
+    searched: Any = (
         headline[headline["setting"].notna()].set_index(["setting", "slo_s", "baseline", "scheduler"]).sort_index()
     )
     lines = [
@@ -78,7 +79,9 @@ def claims(headline: pd.DataFrame) -> str:
                 _both(searched.loc[(setting, slo, baseline)], published["capacity_percent"]) for baseline in BASELINES
             ]
             lines.append(f"| {one.name} | ≤ {slo:g} s | {' | '.join(gains)} |")
-    latency = headline[headline["setting"].isna()].set_index(["workload.qps", "baseline", "scheduler"]).sort_index()
+    latency: Any = (
+        headline[headline["setting"].isna()].set_index(["workload.qps", "baseline", "scheduler"]).sort_index()
+    )
     lines += [
         "",
         f"| P99 latency, % | {' | '.join(f'against {style.NAMES[one]}' for one in BASELINES)} |",
@@ -90,7 +93,7 @@ def claims(headline: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _both(gains: pd.DataFrame, claimed: float) -> str:
+def _both(gains: Any, claimed: float) -> str:
     """Block's gain and, in brackets, Block*'s."""
     block, star = (_gain(gains.loc[scheduler], claimed) for scheduler in SCHEDULERS[:2])
     return f"{block} ({star})"

@@ -82,7 +82,7 @@ def draw(table: pd.DataFrame) -> Any:
 
 def claims(table: pd.DataFrame) -> list[Claim]:
     """Errors and latencies, with and without the correction."""
-    by = table.set_index(["scenario", "variant", "seed"]).sort_index()
+    by: Any = table.set_index(["scenario", "variant", "seed"]).sort_index()
     found = []
     for scenario in SCENARIOS:
         for variant in ("Block", "Block, corrected"):

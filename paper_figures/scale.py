@@ -89,8 +89,8 @@ def claims(table: pd.DataFrame) -> list[Claim]:
     """What two choices lose against asking all, or sixteen, at the largest size there is of both; what a request
     costs.
     """
-    by = table.set_index(["variant", "instances"])
-    found = []
+    by: Any = table.set_index(["variant", "instances"])
+    found: list[Claim] = []
     for instances, best in ((100, "omniscient"), (100, "Po16"), (200, "Po16")):
         for metric, name in (("e2e_p99_s", "P99 E2E"), ("ttft_p99_s", "P99 TTFT")):
             for variant in (best, "Po2"):

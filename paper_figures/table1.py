@@ -55,7 +55,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
     low, high = PUBLISHED["length_error_percent"]
     middle = (low + high) / 2
     whole = table.drop_duplicates("estimator").set_index("estimator")["error_rate"]
-    for name in whole.index.difference(BASELINES):
+    for name in whole.index.difference(list(BASELINES)):
         what = f"error rate of {name} (published: RoBERTa on ShareGPT; ours on {table['data'][0]})"
         found.append(value(what, middle, [100 * whole[name]], "%", tolerance=middle - low))
         least = min(whole[baseline] for baseline in BASELINES if baseline in whole)

@@ -56,4 +56,5 @@ def claims(table: pd.DataFrame) -> list[Claim]:
 
 
 def _published(setting: str, slo: float) -> dict[str, float]:
-    return PUBLISHED["capacity_qps"].get(setting, {}).get(slo, {})
+    found: dict[str, float] = PUBLISHED["capacity_qps"].get(setting, {}).get(slo, {})
+    return found

@@ -9,6 +9,7 @@ artifacts/capacity/, and found there by the next call unless something that they
 """
 
 import sys
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -24,7 +25,7 @@ config.register()
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(settings: DictConfig) -> object:
     """One search; returns the capacity, or a list of them for several objectives, for the sweeper if there is one."""
-    job = HydraConfig.get()
+    job: Any = HydraConfig.get()
     if job.mode is RunMode.RUN:
         return config.told(lambda: search(settings, job))
     return sweep.attempt(lambda: search(settings, job), job)

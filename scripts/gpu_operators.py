@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCABULARY = 32, 4096, 14336, 32, 8, 128, 128256
@@ -122,10 +123,10 @@ def main() -> None:
 
         for tokens in TOKENS[:4] if small else TOKENS:
             x = random(tokens, hidden)
-            measure("linear", {"tokens": tokens, "layers": layers}, lambda x=x: stack(x))
-            measure("layers_without_attention", {"tokens": tokens, "layers": layers}, lambda x=x: whole(x))
+            measure("linear", {"tokens": tokens, "layers": layers}, partial(stack, x))
+            measure("layers_without_attention", {"tokens": tokens, "layers": layers}, partial(whole, x))
             if tokens <= 1024:
-                measure("lm_head", {"tokens": tokens}, lambda x=x: linear(x, head))
+                measure("lm_head", {"tokens": tokens}, partial(linear, x, head))
 
         for part, shapes in (("decode_attention", DECODES), ("prefill_attention", PREFILLS)):
             for batch, query, kv in shapes[:2] if small else shapes:
@@ -134,7 +135,11 @@ def main() -> None:
                 keys = [(random(batch, kv_heads, kv, HEAD), random(batch, kv_heads, kv, HEAD)) for _ in range(caches)]
 
                 # A chunk after its context: without a mask each query sees all of the KV, so count it as such.
-                def run(q: torch.Tensor = q, keys: list = keys, causal: bool = query == kv and query > 1) -> None:
+                def run(
+                    q: torch.Tensor = q,
+                    keys: list[tuple[torch.Tensor, torch.Tensor]] = keys,
+                    causal: bool = query == kv and query > 1,
+                ) -> None:
                     for k, v in keys:
                         attention(q, k, v, is_causal=causal, enable_gqa=True)
 
@@ -169,7 +174,7 @@ def _median(run: Callable[[], object], small: bool) -> float:
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end) / 1000)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def round_latency() -> LatencyModel:
     """
     chunks, contexts = np.array([0.0, 1000.0]), np.array([0.0, 1000.0])
     return LatencyModel(
-        linear=FIXED + PER_TOKEN * np.arange(4097),
+        linear=FIXED + PER_TOKEN * np.arange(4097).astype(np.float64),
         decode_base=DECODE,
         decode_per_sequence=PER_SEQUENCE,
         decode_per_kv=PER_KV,

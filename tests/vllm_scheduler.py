@@ -110,7 +110,7 @@ class VirtualExecutor:
         return self._batch
 
 
-class VirtualEngine(EngineCore):
+class VirtualEngine(EngineCore):  # type: ignore[misc]
     """vLLM's engine loop. `elapse(batch)` is called when all is scheduled that can be and a batch is waited for.
 
     Its owner adds and aborts requests meanwhile, sets `now` to the batch's end, and returns.
@@ -136,7 +136,7 @@ class VirtualEngine(EngineCore):
         )
         self.model_executor = VirtualExecutor(self)
         self.batch_queue_size = made.max_concurrent_batches
-        self.batch_queue = deque(maxlen=self.batch_queue_size) if self.batch_queue_size > 1 else None
+        self.batch_queue: deque[Any] | None = deque(maxlen=self.batch_queue_size) if self.batch_queue_size > 1 else None
         self.step_fn = self.step if self.batch_queue is None else self.step_with_batch_queue
         self.aborts_queue = queue.Queue[list[str]]()
         self.is_mm_encoder_only = self.is_pooling_model = self.check_for_draft_tokens = self.log_stats = False

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, choices, composed
-from test_readme import run_small
+from test_readme import bare, run_small
 
 from block.run import config
 from block.run.effects import without_effect
@@ -36,8 +36,7 @@ def test_there_are_commands_to_try() -> None:
     assert len(SERVERS) >= 3
 
 
-# An experiment as it stands, which tests/conf/test_cli.py runs for each.
-BARE = [line for line in COMMANDS if re.fullmatch(r"python run\.py experiment=\w+", line)]
+BARE = [line for line in COMMANDS if bare(line)]
 
 
 def test_experiments_that_are_shown_exist() -> None:

@@ -62,8 +62,8 @@ SEARCH = [
     "capacity.slo_s=[1]",
     "capacity.low=4",
     "capacity.high=12",
-    "capacity.tolerance=1",
-    "capacity.seeds=2",
+    "capacity.tolerance=2",
+    "capacity.seeds=1",
     *SMALL,
 ]
 

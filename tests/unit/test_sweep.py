@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import command, new_process
 from omegaconf import DictConfig, OmegaConf
 
 from block.run.sweep import Tally, attempt, standing
@@ -203,7 +204,6 @@ def test_how_many_jobs_a_search_has_is_unknown(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().err.splitlines()[1:] == ["1 of 2 jobs failed:", "  7: seed=3: no"]
 
 
-RUN = Path(__file__).parents[2] / "run.py"
 SEARCHER = """
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
@@ -229,15 +229,21 @@ ConfigStore.instance().store(group="hydra/sweeper", name="searcher", node={"_tar
 """
 
 
+FEW = ["workload.num_requests=20", "tracking=none", "scheduler=random"]
+
+
 def swept(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`run.py -m` of few requests, in a folder, where hydra/sweeper=searcher is known."""
+    """`run.py -m` of few requests, in a folder."""
+    return command("run.py", "-m", *FEW, *arguments, folder=folder)
+
+
+def searched(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same by hydra/sweeper=searcher, which Hydra finds at its start."""
     plugin = folder / "hydra_plugins" / "searcher.py"
     plugin.parent.mkdir()
     plugin.write_text(SEARCHER)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
-    few = ["workload.num_requests=20", "tracking=none", "scheduler=random"]
-    command = [sys.executable, str(RUN), "-m", *few, *arguments]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    path = {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    return new_process("run.py", "-m", *FEW, "hydra/sweeper=searcher", *arguments, folder=folder, environment=path)
 
 
 @pytest.mark.parametrize("subdir", ["${hydra.job.override_dirname}", "same/for/all"])
@@ -281,7 +287,7 @@ def test_a_worker_that_is_killed_fails_its_job_and_the_sweep(tmp_path: Path) -> 
 
 
 def test_a_sweeper_that_searches_is_told_each_objective(tmp_path: Path) -> None:
-    done = swept(tmp_path, "hydra/sweeper=searcher", "objective=[e2e_mean_s,preemptions]")
+    done = searched(tmp_path, "objective=[e2e_mean_s,preemptions]")
     assert (done.returncode, done.stderr) == (0, "")
     one, first, two, second = done.stdout.splitlines()
     assert one.startswith("[1 done] seed=0: TTFT")
@@ -293,7 +299,7 @@ def test_a_sweeper_that_searches_is_told_each_objective(tmp_path: Path) -> None:
 
 
 def test_a_search_for_what_a_run_does_not_have_ends_in_words(tmp_path: Path) -> None:
-    done = swept(tmp_path, "hydra/sweeper=searcher", "objective=forecast_p99_us")
+    done = searched(tmp_path, "objective=forecast_p99_us")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "objective=forecast_p99_us: this run has no such number" in done.stderr
