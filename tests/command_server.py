@@ -10,6 +10,8 @@ import gc
 import json
 import os
 import runpy
+import select
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +48,10 @@ def serve_commands() -> Callable[[], None]:
         if pid == 0:
             return lambda: run(**request)
         print(pid, flush=True)
+        ended = os.pidfd_open(pid)
+        if ended not in select.select([ended, sys.stdin], [], [])[0]:  # the tests are gone, and their command goes too
+            os.killpg(pid, signal.SIGKILL)
+        os.close(ended)
         _, status = os.waitpid(pid, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
     sys.exit()

@@ -13,7 +13,7 @@ import pytest
 from commands import CONF, ROOT, choices, command, composed
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import MarkedYAMLError
 
 from block.run import config
@@ -293,13 +293,14 @@ def test_so_it_is_by_the_command_line(
     assert (code, out) == (2, "")
 
 
-NUMBERS = [key for key, value in leaves(composed()) if isinstance(value, int | float)]
-
-
 def test_every_number_and_switch_has_a_type() -> None:
-    assert len(NUMBERS) > 40
-    for key in NUMBERS:
-        assert complaint(f"{key}=nonsense").startswith(f"{key}=nonsense: wants ")
+    """OmegaConf asks for it at each assignment, as Hydra's of an override is one."""
+    settings = composed()
+    numbers = [key for key, value in leaves(settings) if isinstance(value, int | float)]
+    assert len(numbers) > 40
+    for key in numbers:
+        with pytest.raises(ValidationError, match="nonsense"):
+            OmegaConf.update(settings, key, "nonsense")
 
 
 @pytest.mark.parametrize("group", sorted(path.name for path in CONF.iterdir() if path.is_dir()))
@@ -447,8 +448,7 @@ def test_what_is_odd_but_right_is_taken(overrides: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["run.py --cfg job", "run.py --help", "run.py --info all", "run.py qps=3 2>&1", "scripts/capacity.py --cfg all",
-     "scripts/fetch_data.py --help", "scripts/log_runs.py --help", "scripts/reproduce.py --help"],
+    ["run.py --cfg job", "run.py --info all", "run.py qps=3 2>&1", "scripts/log_runs.py --help"],
 )  # fmt: skip
 def test_an_output_that_nobody_reads_leaves_no_traceback(line: str, tmp_path: Path) -> None:
     script, arguments = line.split(" ", 1)

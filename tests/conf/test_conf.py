@@ -41,8 +41,8 @@ def outcome_of(run: RunConfig) -> Outcome:
 def check_all_ok(run: RunConfig, count: int) -> None:
     """Every request is served once, and its tokens come after its arrival and in order."""
     outcome = outcome_of(run)
-    assert outcome.dispatcher is not None
-    records = outcome.dispatcher.records
+    assert outcome.history is not None
+    records = outcome.history.records
     assert sorted(record.request.id for record in records) == list(range(count))
     assert {record.status for record in records} == {"ok"}
     for record in records:

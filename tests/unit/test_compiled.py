@@ -96,6 +96,7 @@ def test_division_by_zero_follows_numpy(copy: Path, tmp_path: Path) -> None:
     assert [float(word) for word in printed.split()] == pytest.approx([math.inf, math.nan], nan_ok=True)
 
 
+@pytest.mark.slow
 def test_plain_python_serves_the_same_requests(tmp_path: Path) -> None:
     keys = ["workload.num_requests=25", "cluster.num_gpus=2", "workload.qps=4", "tracking=none", f"runs_dir={tmp_path}"]
     for disable in ("1", "0"):

@@ -46,6 +46,7 @@ def test_it_is_said_only_where_it_takes_long(
     assert capsys.readouterr().err == LINE
 
 
+@pytest.mark.slow
 def test_two_first_runs_at_once_compile_once_and_their_wall_time_is_without(tmp_path: Path) -> None:
     env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     small = ["scheduler=block", "workload.num_requests=100", "tracking=none", f"runs_dir={tmp_path / 'runs'}"]
@@ -72,6 +73,7 @@ def test_two_first_runs_at_once_compile_once_and_their_wall_time_is_without(tmp_
     assert compile_s()[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["block", "llumnix_minus"])
 def test_a_front_door_has_compiled_all_before_it_is_open(scheduler: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache"

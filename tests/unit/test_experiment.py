@@ -358,6 +358,7 @@ def stored(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in files]
 
 
+@pytest.mark.slow
 def test_a_search_tells_what_it_found_and_stores_a_file_for_each_seed(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -376,6 +377,7 @@ def test_a_search_tells_what_it_found_and_stores_a_file_for_each_seed(
     assert sorted(where) == sorted(map(str, Path("artifacts/capacity").iterdir()))
 
 
+@pytest.mark.slow
 def test_a_search_is_done_once_for_each_seed_until_what_it_depends_on_changes(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,6 +406,7 @@ def test_a_search_is_done_once_for_each_seed_until_what_it_depends_on_changes(
     assert len(stored(folder)) == 4
 
 
+@pytest.mark.slow
 def test_a_policy_with_a_state_is_the_same_in_a_search_as_alone(folder: Path, package: str) -> None:
     target = f"scheduler._target_={package}.sticky.Sticky"
     searched(target, "workload.num_requests=130")
@@ -423,6 +426,7 @@ def test_each_dispatcher_has_a_policy_of_its_own(folder: Path, package: str) -> 
     assert executed(folder, *overrides).requests()["instance_id"].tolist().count(0) == 100  # of 300
 
 
+@pytest.mark.slow
 def test_another_policy_is_another_search_and_what_is_stored_is_called_so(
     folder: Path, package: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,7 @@ def module_of(name: str) -> Any:
 # ------------------------------------------------------------------------------------------------------ every figure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_is_drawn_and_saved_beside_its_table(name: str, run: Run, tmp_path: Path) -> None:
     module = module_of(name)

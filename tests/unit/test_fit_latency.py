@@ -198,6 +198,7 @@ def test_a_fit_is_written_over_only_if_that_is_asked_for(tmp_path: Path) -> None
     assert there.read_text() == "mine"
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_tracked_files_are_what_the_profiles_give(tmp_path: Path, pair: str) -> None:

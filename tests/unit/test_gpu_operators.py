@@ -45,6 +45,7 @@ def test_no_product_beat_the_data_sheet() -> None:
         assert row["seconds"] > max(2 * weights / 3350e9, 2 * weights * row["tokens"] / 989e12)
 
 
+@pytest.mark.slow
 def test_the_script_times_every_part_on_a_cpu(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     out = tmp_path / "cpu.json"

@@ -365,6 +365,7 @@ def play(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_runs_with_migration_lose_nothing_and_are_the_same_again(kind: str) -> None:
     migrated = 0.0

@@ -337,6 +337,7 @@ def test_a_batch_is_its_members_one_by_one(kind: str) -> None:
 # ---------------------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["v0", "v1", "v1-async"])
 def test_all_decisions_of_a_run_are_the_same(kind: str) -> None:
     config = EngineConfig(max_model_len=1000, max_num_seqs=24, **KINDS[kind])

@@ -59,6 +59,7 @@ def weights(model: Regressor) -> dict[str, Any]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_training_learns_what_prompts_tell(encoder: Path, tmp_path: Path) -> None:
     model = trained(encoder, tmp_path, epochs=30, patience=30, learning_rate=1e-2)
     said = model.predict(some_pairs(6, first=200).prompts, 4).tokens
@@ -71,6 +72,7 @@ def straight(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return weights(trained(encoder, tmp_path_factory.mktemp("straight")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [1, 4, 5, 7, 14])  # before, at and behind checkpoints and ends of epochs
 def test_interrupted_training_ends_with_the_same_weights(
     encoder: Path, straight: dict[str, Any], tmp_path: Path, stop_after: int
@@ -90,6 +92,7 @@ def test_training_moves_the_weights_and_depends_on_the_settings(
     assert not torch.equal(straight[name], other[name])
 
 
+@pytest.mark.slow
 def test_it_stops_early_and_keeps_the_best(encoder: Path, tmp_path: Path) -> None:
     told: list[float] = []
     config = RoBERTa(path=str(tmp_path), encoder=str(encoder), max_prompt_tokens=64, device="cpu")
@@ -128,6 +131,7 @@ def test_whatever_is_read_gets_an_estimate_of_its_own(encoder: Path, tmp_path: P
     assert config.predict([]).tokens.shape == (0,)
 
 
+@pytest.mark.slow
 def test_the_command_s_part_trains_measures_and_simulates(encoder: Path, tmp_path: Path) -> None:
     data = tmp_path / "mine.jsonl"
     pairs = some_pairs(300)

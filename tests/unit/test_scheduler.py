@@ -571,6 +571,7 @@ def workloads(draw: st.DrawFn, kind: str) -> tuple[EngineConfig, int, list[Reque
     return config, total, requests, draw(st.lists(st.tuples(moments, st.integers(0, len(requests))), max_size=4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=examples(300, 40))
 @given(data=st.data())

@@ -246,6 +246,7 @@ def searched(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return new_process("run.py", "-m", *FEW, "hydra/sweeper=searcher", *arguments, folder=folder, environment=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subdir", ["${hydra.job.override_dirname}", "same/for/all"])
 def test_jobs_are_told_by_their_number_not_their_folder(subdir: str, tmp_path: Path) -> None:
     done = swept(tmp_path, "seed=0,-1", f"hydra.sweep.subdir={subdir}", "hydra.sweep.dir=here/there")
@@ -275,6 +276,7 @@ class Killed:
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_fails_its_job_and_the_sweep(tmp_path: Path) -> None:
     (tmp_path / "killed.py").write_text(KILLED)
     done = swept(
@@ -286,6 +288,7 @@ def test_a_worker_that_is_killed_fails_its_job_and_the_sweep(tmp_path: Path) -> 
     assert "seed=0 scheduler._target_=killed.Killed: did not finish" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_sweeper_that_searches_is_told_each_objective(tmp_path: Path) -> None:
     done = searched(tmp_path, "objective=[e2e_mean_s,preemptions]")
     assert (done.returncode, done.stderr) == (0, "")
@@ -298,6 +301,7 @@ def test_a_sweeper_that_searches_is_told_each_objective(tmp_path: Path) -> None:
         assert preemptions == 0
 
 
+@pytest.mark.slow
 def test_a_search_for_what_a_run_does_not_have_ends_in_words(tmp_path: Path) -> None:
     done = searched(tmp_path, "objective=forecast_p99_us")
     assert done.returncode == 1
@@ -324,6 +328,7 @@ def test_a_worker_ends_soon_after_the_process_that_started_it() -> None:
         assert time.monotonic() - began < 10
 
 
+@pytest.mark.slow
 def test_only_a_worker_ends_with_its_parent() -> None:
     lines = "import os, time; from block.run.sweep import end_with; end_with({}); time.sleep(1.2); print('alive')"
     for main in ("os.getpid()", "1 if os.getppid() != 1 else 2"):  # the main process itself; a stranger

@@ -228,6 +228,7 @@ def test_a_marker_that_cannot_be_read_counts_as_absent(tmp_path):
     assert logged(path) is None
 
 
+@pytest.mark.slow
 def test_the_real_wandb_offline(tmp_path, nobody, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing answers there
     monkeypatch.chdir(tmp_path)
@@ -345,6 +346,7 @@ def script(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
 
 
+@pytest.mark.slow
 def test_a_run_is_really_logged_online(tmp_path, monkeypatch):
     path = store(tmp_path / "runs", scheduler="block")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -364,6 +366,7 @@ def test_a_run_is_really_logged_online(tmp_path, monkeypatch):
     assert json.loads(table)["columns"][0] == "request_id"
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_is_asked_one_thing(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     small = ["scheduler=random", "workload.num_requests=20"]
@@ -377,6 +380,7 @@ def test_a_server_that_hangs_is_asked_one_thing(tmp_path, monkeypatch):
     assert one.asked == ["/graphql"]
 
 
+@pytest.mark.slow
 def test_a_sweep_without_its_server_says_so_once_and_logs_offline(tmp_path, monkeypatch):
     run = LOG_RUNS.parents[1] / "run.py"
     small = ["scheduler=random", "workload.num_requests=20", "workload.qps=4,5,6", "hydra/launcher=joblib"]
@@ -395,6 +399,7 @@ def test_a_sweep_without_its_server_says_so_once_and_logs_offline(tmp_path, monk
     assert one.complete == {path.name for path in paths}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mood", ["unreachable", "401"])
 def test_the_script_logs_nothing_where_the_server_cannot_be_had(mood, tmp_path, monkeypatch):
     path = store(tmp_path / "runs")
