@@ -281,7 +281,7 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     mean capacity_qps, its half_width_qps and those by_seed (NaN where the latency crosses it nowhere, and then the mean
     is None).
 
-    Seeds run in parallel, one process each. ConfigError if the configuration is wrong; NotStored, after printing, if a
+    Several seeds run in parallel, one process each. ConfigError if the configuration is wrong; NotStored, after printing, if a
     search could not be stored where it belongs.
     """
     wanted = node(config.capacity)
@@ -296,7 +296,8 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     files = own_choices()  # which only this process knows
     jobs = (delayed(_search)(config, choices, files, seed, os.getpid()) for seed in seeds)
     with progress(Console(stderr=True), "seeds", len(seeds)) as advance:
-        for one in Parallel(n_jobs=-1, return_as="generator")(jobs):
+        alone = len(seeds) == 1  # and needs no process of its own, which takes two seconds to start
+        for one in Parallel(n_jobs=1 if alone else -1, return_as="generator")(jobs):
             found.append(one)
             advance(1)
     objectives = {}
