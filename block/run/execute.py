@@ -281,8 +281,8 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     mean capacity_qps, its half_width_qps and those by_seed (NaN where the latency crosses it nowhere, and then the mean
     is None).
 
-    Several seeds run in parallel, one process each. ConfigError if the configuration is wrong; NotStored, after printing, if a
-    search could not be stored where it belongs.
+    Several seeds run in parallel, one process each. ConfigError if the configuration is wrong; NotStored, after
+    printing, if a search could not be stored where it belongs.
     """
     wanted = node(config.capacity)
     run = build(config)  # tell what is wrong before any process starts
