@@ -44,7 +44,7 @@ def test_what_real_engines_cannot_do_is_refused_where_they_would_be_taken(
     assert isinstance(built(override, "cluster.num_gpus=13").backend, Simulated)
 
 
-def test_what_they_can_do_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_real_engines_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "visible_gpus", lambda: 12)
     assert built("backend.step_time_factor=1.2", "backend.step_overhead_s=0.001").backend == VLLM(
         step_time_factor=1.2, step_overhead_s=0.001

@@ -281,7 +281,7 @@ BAD_TEXTS: list[tuple[bytes, str]] = [
 
 
 @pytest.mark.parametrize(("content", "says"), BAD_TEXTS, ids=[f"{i} {says}" for i, (_, says) in enumerate(BAD_TEXTS)])
-def test_so_it_is_by_the_command_line(
+def test_a_command_tells_in_one_line_what_is_wrong_in_a_file_of_the_user_s(
     content: bytes, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "model").mkdir()
@@ -350,7 +350,9 @@ def test_a_command_says_it_on_stderr_and_exits_with_2(
 
 
 @pytest.mark.parametrize(("script", "overrides", "begins"), [COMMANDS[1], COMMANDS[-2]])
-def test_so_does_a_process(script: str, overrides: list[str], begins: str, tmp_path: Path) -> None:
+def test_a_process_says_it_on_stderr_and_exits_with_2(
+    script: str, overrides: list[str], begins: str, tmp_path: Path
+) -> None:
     done = command(script, *overrides, folder=tmp_path)
     (line,) = done.stderr.splitlines()
     assert line.startswith(begins)

@@ -276,7 +276,7 @@ def test_a_sweep_in_which_no_job_uses_a_key_is_refused() -> None:
     assert str(refused("tracking.project=x", command="capacity")).startswith("tracking.project=x: has no effect")
 
 
-def test_the_commands_look_at_it(tmp_path: Path) -> None:
+def test_the_commands_refuse_a_key_without_effect(tmp_path: Path) -> None:
     """A run, a sweep and a search, as they are typed."""
     for script, *arguments in (
         ("run.py", "scheduler=random", "lengths=noisy"),

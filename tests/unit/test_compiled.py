@@ -68,7 +68,7 @@ def test_the_cache_stays_when_another_module_changes(copy: Path, tmp_path: Path)
     assert cache_folder(copy, tmp_path / "cache") == folder
 
 
-def test_without_a_cache_folder_it_lies_in_the_package(copy: Path) -> None:
+def test_machine_code_lies_in_the_package_without_a_cache_folder(copy: Path) -> None:
     assert cache_folder(copy).parent == copy / "__pycache__"
 
 

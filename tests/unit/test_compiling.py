@@ -34,7 +34,7 @@ def test_what_is_compiled_for_another_function_counts_once() -> None:
     assert 0.02 <= watch.seconds < 0.5
 
 
-def test_it_is_said_only_where_it_takes_long(
+def test_compiling_is_said_only_where_it_takes_long(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch = _Stopwatch()

@@ -91,7 +91,7 @@ def test_servers_answer_in_the_context_and_are_gone_after_it(tmp_path: Path) -> 
     assert [server.ended() for server in servers] == [-signal.SIGTERM] * 2
 
 
-def test_an_error_inside_stops_them_too(tmp_path: Path) -> None:
+def test_an_error_inside_stops_the_servers_too(tmp_path: Path) -> None:
     pids: list[int] = []
 
     async def main() -> None:
@@ -125,7 +125,7 @@ def test_a_server_that_does_not_listen_to_sigterm_is_killed_with_all_its_childre
         ("sick", 0.5, r"ready_timeout_s.*1\.log"),
     ],
 )
-def test_one_that_does_not_come_up_is_told_and_the_others_are_stopped(
+def test_a_server_that_does_not_come_up_is_told_and_the_others_are_stopped(
     tmp_path: Path, behaviour: str, deadline: float, said: str
 ) -> None:
     async def main() -> None:
@@ -155,7 +155,7 @@ def test_as_many_start_at_once_as_may(tmp_path: Path) -> None:
     assert started[1] - started[0] > 0.05  # the second waits until the first is well
 
 
-def test_one_of_several_can_be_stopped_and_another_started(tmp_path: Path) -> None:
+def test_one_server_of_several_can_be_stopped_and_another_started(tmp_path: Path) -> None:
     async def main() -> None:
         async with launching(Scripts(), deadline_s=30) as launcher:
             first, second = [await launcher.start(spec) for spec in specs(tmp_path, "well", "well")]
@@ -172,7 +172,7 @@ def test_one_of_several_can_be_stopped_and_another_started(tmp_path: Path) -> No
     assert all(gone(pid) for pid in pids)
 
 
-def test_one_that_does_not_come_up_later_is_stopped_and_the_others_run_on(tmp_path: Path) -> None:
+def test_a_server_that_does_not_come_up_later_is_stopped_and_the_others_run_on(tmp_path: Path) -> None:
     async def main() -> None:
         async with launching(Scripts(), deadline_s=1.0) as launcher:
             well = await launcher.start(specs(tmp_path, "well")[0])

@@ -93,7 +93,7 @@ def test_training_moves_the_weights_and_depends_on_the_settings(
 
 
 @pytest.mark.slow
-def test_it_stops_early_and_keeps_the_best(encoder: Path, tmp_path: Path) -> None:
+def test_training_stops_early_and_keeps_the_best(encoder: Path, tmp_path: Path) -> None:
     told: list[float] = []
     config = RoBERTa(path=str(tmp_path), encoder=str(encoder), max_prompt_tokens=64, device="cpu")
     settings = training.Settings(**{**vars(SETTINGS), "epochs": 40, "patience": 2, "learning_rate": 0.05})

@@ -10,7 +10,6 @@ import runpy
 import socket
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,11 +278,9 @@ REASONS = {
 def test_what_cannot_go_online_is_logged_offline_and_said_once(mood, tmp_path, wandb, caplog, monkeypatch):
     monkeypatch.setattr(tracking, "PATIENCE_S", 0.5)
     paths = [store(tmp_path / "runs") for _ in range(3)]
-    began = time.monotonic()
     with server(mood, monkeypatch) as url:
         for path in paths:
             assert log_run(path, Tracking()) == path / "wandb" / "run-x"
-    assert time.monotonic() - began < 4  # one question was asked
     assert [started["mode"] for started in wandb.inits] == ["offline"] * 3
     (warning,) = warnings(caplog)
     told = f"W&B: {url} {REASONS[mood]}; runs are logged offline, in their folders. Later: python scripts/log_runs.py"
