@@ -9,6 +9,7 @@ import sys
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from processes import eventually, kill_all, marked
 from block.store.results import Run, read_run, runs
 from block.store.writer import recover
 
-pytest.importorskip("vllm")
+# Found and not imported: to import it takes ten seconds, and each worker of the tests collects this file.
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = ["workload=trace", "workload.trace_path=lengths.csv", "workload.arrivals=poisson"]

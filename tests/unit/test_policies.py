@@ -95,8 +95,20 @@ def test_ties_are_broken_evenly(policy: Policy) -> None:
     assert all(abs(counts[i] - 1000) < 110 for i in range(4))
 
 
-def test_what_each_policy_must_be_shown() -> None:
-    assert [policy.needs for policy in ALL] == [Needs.COUNTS] * 4 + [Needs.SNAPSHOT] * 3 + [Needs.FORECAST]
+@pytest.mark.parametrize("policy", ALL, ids=lambda p: type(p).__name__)
+def test_a_policy_reads_all_that_it_says_it_needs_and_nothing_more(policy: Policy) -> None:
+    shown = {
+        Needs.COUNTS: [view(i) for i in range(3)],
+        Needs.SNAPSHOT: [view(i, seen=snapshot(i)) for i in range(3)],
+        Needs.FORECAST: [view(i, seen=snapshot(i), forecast=Forecast(1.0, 2.0)) for i in range(3)],
+    }
+    enough = list(shown).index(policy.needs)
+    for much, views in enumerate(shown.values()):
+        try:
+            chosen = choose(policy, views).fallback is None
+        except (AssertionError, AttributeError):
+            chosen = False
+        assert chosen == (much >= enough)
 
 
 # ---------------------------------------------------------------------------------------------------- without looking
