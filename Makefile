@@ -4,8 +4,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-# Two workers; what is live or timed is one group, which one of them runs (tests/conftest.py).
-PYTEST := $(BIN)/pytest --numprocesses=2 --dist=loadgroup
+# Two workers; one of them runs what is live (tests/conftest.py).
+PYTEST := $(BIN)/pytest --numprocesses=2
 
 .PHONY: help run check test reproduce lint fmt types bench clean
 
@@ -14,8 +14,8 @@ help:
 	@echo "make reproduce   draw the paper's figures, running what is missing; e.g. make reproduce ARGS=fig6"
 	@echo "make check  lint, types, and the unit tests that are quick: what to run before a commit"
 	@echo "make test   lint, types, and the whole test suite with at least 92 % line coverage of block/"
-	@echo "            some of it by markers: .venv/bin/pytest -n 2 --dist loadgroup -m 'not live and not slow'"
-	@echo "            live = starts vLLM, timing = depends on the machine's speed, slow = takes seconds"
+	@echo "            some of it by markers: .venv/bin/pytest -n 2 -m 'not live and not slow'"
+	@echo "            live = needs vLLM, slow = takes seconds"
 	@echo "make lint   ruff and the import contracts      make fmt    let ruff rewrite"
 	@echo "make types  mypy                               make bench  run benchmarks/"
 	@echo "make clean  remove caches and build outputs; keeps .venv and artifacts/"

@@ -152,7 +152,6 @@ def test_preemptions_of_requests_that_are_gone() -> None:
     assert board.preemptions_of(17) == 2
 
 
-@pytest.mark.timing
 def test_reading_takes_microseconds() -> None:
     board, _ = Board.create()
     write(board, 148, 3, running=48)

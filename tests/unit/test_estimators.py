@@ -90,7 +90,6 @@ def test_the_tracked_model_is_small_and_says_where_it_is_from() -> None:
 ASKED = "Write a Python function that returns the {}th prime number, and explain how it works."
 
 
-@pytest.mark.timing
 @pytest.mark.parametrize("prompts", [[ASKED.format(i) for i in range(20)], [ASKED * 1200]], ids=["usual", "huge"])
 def test_the_compact_model_answers_within_200_us_a_prompt(prompts: list[str]) -> None:
     """On a machine that hashes a thousand words in 200 µs; one that is twice as slow is given twice the time."""
