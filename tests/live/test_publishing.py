@@ -72,7 +72,7 @@ def test_the_board_shows_what_the_scheduler_holds(
     pair = Published(make_real, crowd(seed, asynchronous), board)
     pair.run()
     assert pair.seen["preemptions"] > 0 or pair.seen["steps"] > 20
-    assert board.read().limits.total_blocks == pair.twin.total_blocks
+    assert board.read().limits.total_blocks == pair.total_blocks
     assert np.isnan(board.read().header.view(np.float64)[STARTED])  # idle at the end
     assert len(board.step_times(0)[1]) == min(board.header[TIMED], 1023)
 
