@@ -7,7 +7,7 @@ BIN := .venv/bin
 # Two workers; one of them runs what is live (tests/conftest.py).
 PYTEST := $(BIN)/pytest --numprocesses=2
 
-.PHONY: help run check test reproduce lint fmt types bench clean
+.PHONY: help run check test reproduce lint fmt types docs bench clean
 
 help:
 	@echo "make run    one simulated run; e.g. make run ARGS=workload.qps=30"
@@ -18,6 +18,7 @@ help:
 	@echo "            live = needs vLLM, slow = takes seconds"
 	@echo "make lint   ruff and the import contracts      make fmt    let ruff rewrite"
 	@echo "make types  mypy                               make bench  run benchmarks/"
+	@echo "make docs   check the links of docs/ and build the site into site/"
 	@echo "make clean  remove caches and build outputs; keeps .venv and artifacts/"
 
 run: .venv/.run
@@ -29,7 +30,7 @@ reproduce: .venv/.run
 check: lint types
 	$(PYTEST) tests/unit -m "not live and not slow"
 
-test: lint types
+test: lint types docs
 	$(PYTEST) --cov=block --cov-report=term:skip-covered --cov-fail-under=92 --durations=15
 
 lint: .venv/.dev
@@ -42,6 +43,9 @@ types: .venv/.dev
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks  # by itself: a module there has the name of one at the top
 
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet  # strict: a warning fails it
+
 fmt: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -50,7 +54,7 @@ bench: .venv/.dev
 	@set -e; for file in benchmarks/forecast.py benchmarks/run.py benchmarks/scale.py benchmarks/startup.py benchmarks/server.py; do echo "== $$file"; $(BIN)/python "$$file"; done
 
 clean:
-	rm -rf build dist *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist site *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
 $(BIN)/python:

@@ -1,4 +1,4 @@
-"""The headline table of the README, written between two marks from the CSV that the figure shows."""
+"""The tables of README.md and docs/results.md, written between two marks from the CSV that their figures show."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ def marks(name: str) -> tuple[str, str]:
     return f"<!-- {name}: written by scripts/reproduce.py -->\n", f"<!-- end of {name} -->"
 
 
+PAGES = (Path("README.md"), Path("docs/results.md"))
+
+
 def update(path: Path, folder: Path) -> None:
-    """Write the tables into the README at `path`, of the figures in `folder`, each where its two marks are."""
+    """Write the tables into the page at `path`, of the figures in `folder`, each where its two marks are."""
     text = path.read_text(encoding="utf-8")
     new = text
     for name, figure, write in (("headline", "fig6", table), ("claims", "headline", claims)):

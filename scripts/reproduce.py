@@ -175,7 +175,7 @@ def _of(module: Any, jobs: Jobs, options: argparse.Namespace) -> Iterator[tuple[
 
 
 def _draw(figures: Mapping[str, Any], stored: cells.Stored, options: argparse.Namespace) -> list[str]:
-    """Write what has changed: figures, summary, report, README; returns which figures lack something."""
+    """Write what has changed: figures, summary, report, pages; returns which figures lack something."""
     folder: Path = options.out
     folder.mkdir(parents=True, exist_ok=True)
     stamps = _read(folder / ".stamps.json")
@@ -203,12 +203,13 @@ def _draw(figures: Mapping[str, Any], stored: cells.Stored, options: argparse.Na
     changed = bool(due)
     if changed or not (folder / "summary.md").exists():
         verdicts.write(folder, label)
-    page = Path("artifacts/report") if options.full and folder == FIGURE_FOLDER else folder
-    if changed or not (page / "index.html").exists():
-        report.write(folder, page / "index.html")
-        print(page / "index.html")
-    if options.full and folder == FIGURE_FOLDER and Path("README.md").exists():
-        readme.update(Path("README.md"), folder)
+    report_folder = Path("artifacts/report") if options.full and folder == FIGURE_FOLDER else folder
+    if changed or not (report_folder / "index.html").exists():
+        report.write(folder, report_folder / "index.html")
+        print(report_folder / "index.html")
+    if options.full and folder == FIGURE_FOLDER:
+        for page in filter(Path.exists, readme.PAGES):
+            readme.update(page, folder)
     return lacking
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from test_readme import bare, run_small
 from block.run import config
 from block.run.effects import without_effect
 
-OWN = ("sweeps.md", "workloads.md")  # which have tests of their own
+OWN = ("sweeps.md", "workloads.md", "extending.md")  # which have tests of their own
 DOCS = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in OWN]
 
 
@@ -59,3 +60,48 @@ def test_a_command_for_servers_is_sound(line: str, tmp_path: Path, monkeypatch: 
     settings = composed(*keys)
     config.build(settings)
     assert without_effect(settings, keys, command) == {}
+
+
+# ------------------------------------------------------------------------------------------------------ what they name
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+WALKS = re.findall(r"^\*\*(One .+?)\*\*\n(.*?)(?=^\*\*|^##|\Z)", ARCHITECTURE, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(("name", "walk"), WALKS)
+def test_a_walk_opens_four_files_at_most_and_is_true(name: str, walk: str) -> None:
+    rows = re.findall(r"^\| [^|`]+ \| (`.+`) \| `([\w./]+)` \|$", walk, flags=re.MULTILINE)
+    assert rows
+    assert len({path for _, path in rows}) <= 4
+    for names, path in rows:
+        text = (ROOT / path).read_text()
+        for part in re.findall(r"\w+", names):
+            assert re.search(rf"\b(class|def) {part}\b|^{part}\b", text, flags=re.MULTILINE), f"{part} is not in {path}"
+
+
+def test_there_are_three_walks() -> None:
+    assert [name for name, _ in WALKS] == ["One request in simulation", "One request on vLLM", "One new policy"]
+
+
+def test_paths_and_modules_that_pages_name_exist() -> None:
+    new = re.findall(r"^`([\w./-]+)`$", (ROOT / "docs" / "extending.md").read_text(), flags=re.MULTILINE)
+    lacking = []
+    for page in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        text = page.read_text()
+        for path in re.findall(r"`((?:block|conf|docs|scripts|tests|benchmarks|paper_figures)/[\w./-]*)`", text):
+            if not (ROOT / path).exists() and path not in new and "NAME" not in path:
+                lacking.append(f"{page.name}: {path}")
+        for dotted in re.findall(r"`block\.([\w.]+)`", text):
+            places = [ROOT / "block" / "/".join(dotted.split(".")[:depth]) for depth in (1, 2, 3)]
+            if not any(place.with_suffix(".py").exists() for place in places) and not places[0].is_dir():
+                lacking.append(f"{page.name}: block.{dotted}")
+    assert lacking == []
+
+
+def test_packages_are_listed_in_the_order_in_which_they_may_import() -> None:
+    listed = re.findall(r"^\| `(block\.\w+)` \|", ARCHITECTURE, flags=re.MULTILINE)
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (one["layers"] for one in contracts if one["type"] == "layers")
+    level = {name: place for place, layer in enumerate(layers[::-1]) for name in re.findall(r"[\w.]+", layer)}
+    assert sorted(listed) == sorted(level)
+    assert [level[name] for name in listed] == sorted(level.values())
