@@ -61,7 +61,7 @@ async def _measure(arguments: argparse.Namespace) -> live.Fit:
         connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
     ) as session:
         instance = VLLMInstance(0, arguments.url, session, Clock(), arguments.vocabulary)
-        limits = await instance.attach()
+        settings = await instance.attach()
         try:
             with progress(Console(stderr=True), "seconds", round(arguments.seconds)) as advance:
                 told = 0
@@ -71,11 +71,11 @@ async def _measure(arguments: argparse.Namespace) -> live.Fit:
                     advance(round(share * arguments.seconds) - told)
                     told = round(share * arguments.seconds)
 
-                steps = await live.drive(instance, limits, arguments.seconds, tell)
+                steps = await live.drive(instance, settings, arguments.seconds, tell)
         finally:
             await instance.detach()
         source = {"method": "steps of a live engine under a designed load", "engine": f"vLLM {instance.vllm_version}"}
-        return live.fit(steps, limits, {**source, **limits._asdict()})
+        return live.fit(steps, settings, {**source, **settings._asdict()})
 
 
 if __name__ == "__main__":

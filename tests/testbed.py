@@ -15,6 +15,7 @@ import numpy as np
 from numba import config as numba_config
 
 from block.cluster.simulation import Simulation
+from block.core.arrays import Floats
 from block.core.snapshot import Snapshot
 from block.core.types import Request, RequestRecord
 from block.dispatch.core import DispatchConfig, Dispatcher, Observer
@@ -95,6 +96,16 @@ def engine_config(version: str, **changes: Any) -> EngineConfig:
     return EngineConfig(**(settings | changes))
 
 
+def lone_engine(config: EngineConfig, latency: LatencyModel, total_blocks: int, noise: Floats | None = None) -> Engine:
+    """An engine in a batch of its own, with so many usable KV blocks."""
+    return Engine.alone(config.settings(total_blocks), latency, noise)
+
+
+def predictor_for(config: EngineConfig, latency: LatencyModel, total_blocks: int, **options: Any) -> Predictor:
+    """What forecasts for such an engine."""
+    return Predictor(config.settings(total_blocks), latency, **options)
+
+
 @dataclass
 class Replay:
     """An engine fed with requests at their arrivals; `steps` looks at it at every integer time at which it runs."""
@@ -129,7 +140,7 @@ def next_finish(engine: Engine) -> float:
 
 def replay(config: EngineConfig, total_blocks: int, requests: Sequence[Request]) -> Replay:
     """Steps of one second, so that step n begins when the clock reads n."""
-    return Replay(Engine.alone(config, constant_latency(), total_blocks), requests, [])
+    return Replay(lone_engine(config, constant_latency(), total_blocks), requests, [])
 
 
 @dataclass
@@ -166,12 +177,12 @@ def serve(
     """Replay `requests` on simulated instances in virtual time."""
     rng = np.random.default_rng(seed)
     factors = [rng.normal(1.0, noise, 997).clip(0.5) if noise else None for _ in range(instances)]
-    batch = EngineBatch([EngineSpec(config, latency, total_blocks, factor) for factor in factors])
+    batch = EngineBatch([EngineSpec(config.settings(total_blocks), latency, factor) for factor in factors])
     simulation = Simulation(batch, delay_s)
     dispatcher = Dispatcher(
         instances,
         policy,
-        Predictor(config, latency, total_blocks, compressed=compressed),
+        predictor_for(config, latency, total_blocks, compressed=compressed),
         dispatch or DispatchConfig(),
         Stream(seed),
         snapshot_many=simulation.snapshot_many,

@@ -21,8 +21,9 @@ from block.core.arrays import Floats
 from block.core.clock import Clock
 from block.core.snapshot import Snapshot
 from block.core.types import Request, RequestRecord
+from block.engine.config import EngineSettings
 from block.vllm_plugin.publisher import TAG_EXPECTED, TAG_ID
-from block.vllm_plugin.state_buffer import STEP, Board, EngineLimits, State, read_dump
+from block.vllm_plugin.state_buffer import STEP, Board, State, read_dump
 
 POLL_S = 0.01  # wall-clock seconds between two fetches of a remote snapshot
 
@@ -53,7 +54,7 @@ class VLLMInstance:
         self._model = ""
         self.vllm_version = ""
 
-    async def attach(self) -> EngineLimits:
+    async def attach(self) -> EngineSettings:
         """Find the board and the name of the model; returns the engine's settings.
 
         InstanceFailed if the server does not answer as it should, WithoutPlugin if it has no board but answers.
@@ -75,7 +76,7 @@ class VLLMInstance:
                 self._poll = asyncio.create_task(self._keep_fetching())
         except (aiohttp.ClientError, TimeoutError, KeyError, ValueError) as error:
             raise InstanceFailed(f"{self.url}: {_reason(error)}") from error
-        return self._read().limits
+        return self._read().settings
 
     @property
     def is_local(self) -> bool:

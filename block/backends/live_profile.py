@@ -18,9 +18,10 @@ from block.backends.instance import VLLMInstance
 from block.core.arrays import Floats
 from block.core.clock import Clock
 from block.core.types import Request, RequestRecord
+from block.engine.config import EngineSettings
 from block.engine.latency import LatencyModel, table
 from block.hardware.profiling.errors import Error, relative_error
-from block.vllm_plugin.state_buffer import EngineLimits, StepTime
+from block.vllm_plugin.state_buffer import StepTime
 
 HELD_OUT = 0.2
 MIN_STEPS = 200
@@ -41,7 +42,10 @@ class Fit:
 
 
 async def drive(
-    instance: VLLMInstance, limits: EngineLimits, seconds: float, progress: Callable[[float], None] = lambda share: None
+    instance: VLLMInstance,
+    settings: EngineSettings,
+    seconds: float,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> Floats:
     """Put the designed load on an engine that has nothing else to do, and return its timed steps, float[n, STEP]."""
     steps: list[Floats] = []
@@ -67,7 +71,7 @@ async def drive(
     collector = asyncio.create_task(collect())
     try:
         for load in (_batches, _chunks, _mixture):
-            await load(ask, limits, rng, clock, clock.now() + seconds / 3)
+            await load(ask, settings, rng, clock, clock.now() + seconds / 3)
         await clock.sleep(0.5)
     finally:
         collector.cancel()
@@ -77,31 +81,33 @@ async def drive(
 Ask = Callable[[int, int], Awaitable[None]]
 
 
-async def _batches(ask: Ask, limits: EngineLimits, rng: np.random.Generator, clock: Clock, until: float) -> None:
+async def _batches(ask: Ask, settings: EngineSettings, rng: np.random.Generator, clock: Clock, until: float) -> None:
     """Decode batches of all sizes, from the smallest to the largest and again, over random contexts."""
-    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256) if size < limits.max_num_seqs] + [limits.max_num_seqs]
-    room = limits.total_blocks * limits.block_size
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256) if size < settings.max_num_seqs] + [
+        settings.max_num_seqs
+    ]
+    room = settings.total_blocks * settings.block_size
     while clock.now() < until:
         for size in sizes:
-            longest = min(limits.max_model_len, room // size) - 50
+            longest = min(settings.max_model_len, room // size) - 50
             prompts = rng.integers(2, max(longest // 2, 3), size)
             await asyncio.gather(*(ask(int(prompt), 40) for prompt in prompts))
             if clock.now() >= until:
                 return
 
 
-async def _chunks(ask: Ask, limits: EngineLimits, rng: np.random.Generator, clock: Clock, until: float) -> None:
+async def _chunks(ask: Ask, settings: EngineSettings, rng: np.random.Generator, clock: Clock, until: float) -> None:
     """Prompts of all lengths, one at a time."""
-    longest = min(limits.max_model_len, limits.total_blocks * limits.block_size) - 8
+    longest = min(settings.max_model_len, settings.total_blocks * settings.block_size) - 8
     while clock.now() < until:
         length = int(np.exp(rng.uniform(np.log(8), np.log(longest))))
         await ask(length, 2)
 
 
-async def _mixture(ask: Ask, limits: EngineLimits, rng: np.random.Generator, clock: Clock, until: float) -> None:
+async def _mixture(ask: Ask, settings: EngineSettings, rng: np.random.Generator, clock: Clock, until: float) -> None:
     """Requests of all kinds, about half as many at once as the engine serves."""
-    longest = min(limits.max_model_len, limits.total_blocks * limits.block_size // 4)
-    slots = asyncio.Semaphore(max(limits.max_num_seqs // 2, 1))
+    longest = min(settings.max_model_len, settings.total_blocks * settings.block_size // 4)
+    slots = asyncio.Semaphore(max(settings.max_num_seqs // 2, 1))
 
     async def one() -> None:
         async with slots:
@@ -109,7 +115,7 @@ async def _mixture(ask: Ask, limits: EngineLimits, rng: np.random.Generator, clo
 
     running: set[asyncio.Task[None]] = set()
     while clock.now() < until:
-        while len(running) < limits.max_num_seqs:
+        while len(running) < settings.max_num_seqs:
             task = asyncio.create_task(one())
             running.add(task)
             task.add_done_callback(running.discard)
@@ -117,13 +123,13 @@ async def _mixture(ask: Ask, limits: EngineLimits, rng: np.random.Generator, clo
     await asyncio.gather(*running)
 
 
-def fit(steps: Floats, limits: EngineLimits, source: dict[str, object], seed: int = 0) -> Fit:
+def fit(steps: Floats, settings: EngineSettings, source: dict[str, object], seed: int = 0) -> Fit:
     """Fit a LatencyModel to timed steps, float[n, STEP]. TooFewSteps under MIN_STEPS."""
     if len(steps) < MIN_STEPS:
         raise TooFewSteps(f"{len(steps)} timed steps, at least {MIN_STEPS} are needed: drive the engine for longer")
     rng = np.random.default_rng(seed)
     held_out = rng.random(len(steps)) < HELD_OUT
-    knots = _knots(limits.max_num_batched_tokens)
+    knots = _knots(settings.max_num_batched_tokens)
     train = steps[~held_out]
     design, actual = _design(train, knots), train[:, -1]
     weights = 1 / actual
@@ -132,7 +138,7 @@ def fit(steps: Floats, limits: EngineLimits, source: dict[str, object], seed: in
         weights = 1 / np.maximum(design @ coefficients, 1e-6)
     predicted = _design(steps[held_out], knots) @ coefficients
     actual = steps[held_out, -1]
-    model = _model(coefficients, knots, limits, {**source, "steps": len(steps), "held_out": int(held_out.sum())})
+    model = _model(coefficients, knots, settings, {**source, "steps": len(steps), "held_out": int(held_out.sum())})
     return Fit(
         model,
         len(steps),
@@ -168,12 +174,12 @@ def _non_negative(design: Floats, target: Floats) -> Floats:
     return coefficients
 
 
-def _model(coefficients: Floats, knots: Floats, limits: EngineLimits, source: dict[str, object]) -> LatencyModel:
+def _model(coefficients: Floats, knots: Floats, settings: EngineSettings, source: dict[str, object]) -> LatencyModel:
     linear = coefficients[: len(knots)]
     base, per_sequence, per_kv, by_context, squared = coefficients[len(knots) :]
-    budget = limits.max_num_batched_tokens
+    budget = settings.max_num_batched_tokens
     chunks = np.array([*(2**i for i in range(20) if 2**i < budget), budget], dtype=np.float64)
-    contexts = np.array([0.0, float(limits.max_model_len)])
+    contexts = np.array([0.0, float(settings.max_model_len)])
     return LatencyModel(
         linear=table(knots, linear),
         decode_base=float(base),

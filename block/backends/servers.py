@@ -6,17 +6,15 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from block.cluster.fleet import Fleet
 from block.cluster.instance import InstanceFailed, LaunchFailed
 from block.cluster.spec import Testbed
 from block.core.clock import Clock
-from block.engine.config import EngineConfig
+from block.engine.config import EngineSettings
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor
-from block.vllm_plugin.state_buffer import EngineLimits
 
 if TYPE_CHECKING:
     from block.backends.instance import VLLMInstance
@@ -65,9 +63,9 @@ class _Servers:
         instance = self._instances[instance_id]
         instance.url = server.url
         try:
-            limits = await _attach(instance)
-            if limits is None or _said(instance, limits) != self._engines:
-                raise LaunchFailed(f"{instance.url}: other settings than the first servers: {limits}")
+            settings = await _attach(instance)
+            if settings is None or _said(instance, settings) != self._engines:
+                raise LaunchFailed(f"{instance.url}: other settings than the first servers: {settings}")
         except LaunchFailed:
             await self.stop(instance_id)
             raise
@@ -78,9 +76,9 @@ class _Servers:
         await self._launcher.stop(self._running.pop(instance_id))
 
 
-def _said(instance: VLLMInstance, limits: EngineLimits) -> dict[str, Any]:
+def _said(instance: VLLMInstance, settings: EngineSettings) -> dict[str, Any]:
     """What a server says of itself."""
-    return {"vllm": instance.vllm_version, **limits._asdict()}
+    return {"vllm": instance.vllm_version, **settings._asdict()}
 
 
 @asynccontextmanager
@@ -97,8 +95,8 @@ async def attached(urls: Sequence[str], latency: LatencyModel, testbed: Testbed,
         instances = [VLLMInstance(i, url, session, clock, testbed.model.vocab_size) for i, url in enumerate(urls)]
         try:
             running = [instance for instance in instances if instance.url]
-            limits = [await _attach(instance) for instance in running]
-            known = [one for one in limits if one is not None]
+            settings = [await _attach(instance) for instance in running]
+            known = [one for one in settings if one is not None]
             if len(known) < len(running):  # or a front door: policies that only count need no more
                 log.warning("servers without the plugin show no snapshots: %s", ", ".join(urls))
                 yield Fleet(instances, None, {})
@@ -107,19 +105,21 @@ async def attached(urls: Sequence[str], latency: LatencyModel, testbed: Testbed,
                 if other != known[0]:
                     unlike = _unlike(other, known[0])
                     raise LaunchFailed(f"{instance.url}: other settings than {instances[0].url}: {unlike}")
-            if known[0].prefix_caching:
+            if known[0].enable_prefix_caching:
                 log.warning("the servers cache prefixes; forecasts do not count hits")
-            engine = engine_of(known[0])
-            if engine != replace(testbed.engine, num_gpu_blocks=None, watermark=engine.watermark):
+            asked = testbed.engine.settings(known[0].total_blocks)
+            if known[0] != asked._replace(
+                watermark_blocks=known[0].watermark_blocks, enable_prefix_caching=known[0].enable_prefix_caching
+            ):
                 log.warning("the servers run with %s", known[0])
-            predictor = Predictor(engine, latency, known[0].total_blocks)
+            predictor = Predictor(known[0], latency)
             yield Fleet(instances, predictor, _said(instances[0], known[0]))
         finally:
             for instance in instances:
                 await instance.detach()
 
 
-async def _attach(instance: VLLMInstance) -> EngineLimits | None:
+async def _attach(instance: VLLMInstance) -> EngineSettings | None:
     """The settings of the server that is attached to; None if it has no plugin. LaunchFailed if it does not answer."""
     from block.backends.instance import WithoutPlugin
 
@@ -131,21 +131,6 @@ async def _attach(instance: VLLMInstance) -> EngineLimits | None:
         raise LaunchFailed(str(error)) from error
 
 
-def engine_of(limits: EngineLimits) -> EngineConfig:
-    """The settings that a server reports, as the predictor takes them."""
-    return EngineConfig(
-        version="v1",
-        max_num_seqs=limits.max_num_seqs,
-        max_num_batched_tokens=limits.max_num_batched_tokens,
-        max_model_len=limits.max_model_len,
-        block_size=limits.block_size,
-        watermark=(limits.watermark_blocks + 0.5) / (limits.total_blocks + 1) if limits.watermark_blocks else 0.0,
-        async_scheduling=limits.async_scheduling,
-        long_prefill_token_threshold=limits.long_prefill_token_threshold,
-        scheduler_reserve_full_isl=limits.scheduler_reserve_full_isl,
-    )
-
-
-def _unlike(one: EngineLimits, other: EngineLimits) -> str:
+def _unlike(one: EngineSettings, other: EngineSettings) -> str:
     pairs = zip(one._fields, one, other, strict=True)
     return ", ".join(f"{name} {mine} and {theirs}" for name, mine, theirs in pairs if mine != theirs)

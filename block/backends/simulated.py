@@ -70,11 +70,11 @@ class Simulated:
         specs: list[EngineSpec] = []
         predictors: list[Predictor] = []  # of each instance; those that are alike share one
         for kind in testbed.kinds:
-            latency, blocks = self._latency(kind.gpu, kind), kind.total_blocks
-            predictors += [Predictor(testbed.engine, self.latency(kind), blocks)] * kind.instances
+            latency = self._latency(kind.gpu, kind)
+            predictors += [Predictor(kind.settings, self.latency(kind))] * kind.instances
             for i in range(len(specs), len(predictors)):
                 own = latency.scaled(self.slowdown[i]) if i < len(self.slowdown) else latency
-                specs.append(EngineSpec(testbed.engine, own, blocks, self._noise(testbed.seed, i)))
+                specs.append(EngineSpec(kind.settings, own, self._noise(testbed.seed, i)))
         simulation = Simulation(EngineBatch(specs), self.dispatch_delay_s)
         predictor = predictors[0] if len(testbed.kinds) == 1 else Predictors(predictors)
         migrator = None

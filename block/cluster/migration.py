@@ -18,7 +18,16 @@ from dataclasses import dataclass
 
 from block.cluster.simulation import Process, Simulation
 from block.core.arrays import Ints
-from block.core.snapshot import BLOCKS, CHUNK, COMPUTED, ID, OUTPUT, PREEMPTED, PROMPT, Snapshot
+from block.core.snapshot import (
+    ID,
+    NUM_BLOCKS,
+    NUM_COMPUTED_TOKENS,
+    NUM_OUTPUT_TOKENS,
+    NUM_PREEMPTIONS,
+    NUM_PROMPT_TOKENS,
+    NUM_SCHEDULED_TOKENS,
+    Snapshot,
+)
 from block.core.types import RequestRecord
 from block.dispatch.core import Dispatcher, Observer
 from block.dispatch.policies import freeness
@@ -72,8 +81,12 @@ def pairs(free: Sequence[float], config: MigrationConfig) -> list[tuple[int, int
 def candidate(snapshot: Snapshot) -> Ints | None:
     """The column of the shortest decoding sequence, the first of several; None if none decodes."""
     running = snapshot.seqs[:, : snapshot.running]
-    known = running[PROMPT] + running[OUTPUT]
-    decodes = (running[OUTPUT] > 0) & (running[CHUNK] <= 1) & (running[COMPUTED] >= known - 1)
+    known = running[NUM_PROMPT_TOKENS] + running[NUM_OUTPUT_TOKENS]
+    decodes = (
+        (running[NUM_OUTPUT_TOKENS] > 0)
+        & (running[NUM_SCHEDULED_TOKENS] <= 1)
+        & (running[NUM_COMPUTED_TOKENS] >= known - 1)
+    )
     if not decodes.any():
         return None
     shortest = int((known + (~decodes) * known.max()).argmin())
@@ -163,9 +176,9 @@ class Migrator(Observer):
         try:
             for _ in range(config.max_stages):
                 column = _still_decoding(self._shown(source), start)
-                if column[BLOCKS] - copied <= config.last_stage_blocks:
+                if column[NUM_BLOCKS] - copied <= config.last_stage_blocks:
                     break
-                full = int(column[COMPUTED] - column[CHUNK]) // self._block_size - copied
+                full = int(column[NUM_COMPUTED_TOKENS] - column[NUM_SCHEDULED_TOKENS]) // self._block_size - copied
                 if not reserve(full):
                     raise _Abandoned("no_room")
                 yield simulation.now + full * self._block_s
@@ -174,11 +187,11 @@ class Migrator(Observer):
                 raise _Abandoned("too_many_stages")
             yield self._now(source).halt()
             extracted = self._engines[source].extract(int(start[ID]))
-            if extracted is None or extracted.column[PREEMPTED] > start[PREEMPTED]:
+            if extracted is None or extracted.column[NUM_PREEMPTIONS] > start[NUM_PREEMPTIONS]:
                 if extracted is not None:
                     self._engines[source].insert(extracted, simulation.now)
                 raise _Abandoned("preempted_or_finished")
-            rest = int(extracted.column[BLOCKS]) - copied
+            rest = int(extracted.column[NUM_BLOCKS]) - copied
             if not reserve(rest):
                 self._engines[source].insert(extracted, simulation.now)
                 raise _Abandoned("no_room")
@@ -199,7 +212,7 @@ def _still_decoding(snapshot: Snapshot, start: Ints) -> Ints:
     """The column of the sequence that was `start`; _Abandoned if it is not in the batch or was preempted since."""
     running = snapshot.seqs[:, : snapshot.running]
     found = (running[ID] == start[ID]).nonzero()[0]
-    if found.size == 0 or running[PREEMPTED, found[0]] > start[PREEMPTED]:
+    if found.size == 0 or running[NUM_PREEMPTIONS, found[0]] > start[NUM_PREEMPTIONS]:
         raise _Abandoned("preempted_or_finished")
     column: Ints = running[:, found[0]]
     return column

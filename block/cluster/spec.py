@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from block.cluster.migration import MigrationConfig
-from block.engine.config import EngineConfig
+from block.engine.config import EngineConfig, EngineSettings
 from block.hardware.catalogue import Model, gpu_named, kv_blocks
 
 
@@ -73,7 +73,7 @@ class Testbed:
                     f"cluster.num_gpus={kind.cluster.num_gpus}: one instance of {self.model.name} needs "
                     f"model.tensor_parallel={kind.model.tensor_parallel} GPUs"
                 )
-            self.engine.limits(kind.total_blocks)
+            kind.settings  # noqa: B018 — raises if the longest sequence does not fit
         if self.initial is not None and self.initial > self.instances:
             raise ValueError(f"provisioner.initial={self.initial}: the cluster holds {self.instances} instances")
 
@@ -98,6 +98,11 @@ class Testbed:
         """The GPU of instances that are alike."""
         assert isinstance(self.cluster, ClusterConfig), "of several kinds, each is asked"
         return self.cluster.gpu
+
+    @property
+    def settings(self) -> EngineSettings:
+        """What the schedulers of the instances, which are alike, work by."""
+        return self.engine.settings(self.total_blocks)
 
     @property
     def total_blocks(self) -> int:

@@ -16,29 +16,29 @@ from block.core.arrays import Floats, Ints
 
 # Rows of `seqs`.
 ID = 0  # the request's number in its run
-PROMPT = 1  # prompt tokens
-OUTPUT = 2  # response tokens generated so far
+NUM_PROMPT_TOKENS = 1  # prompt tokens
+NUM_OUTPUT_TOKENS = 2  # response tokens generated so far
 TARGET = 3  # response tokens at which it finishes; only the engine that runs it knows
 MAX_TOKENS = 4  # response tokens at which its scheduler knows that it finishes, if not before: at least TARGET
 EXPECTED = 5  # response tokens that the request was tagged with
-COMPUTED = 6  # tokens whose KV is computed, those of the steps in flight included
-BLOCKS = 7  # KV blocks held
-CHUNK = 8  # tokens scheduled in the step in flight
-NEXT = 9  # tokens scheduled in the step queued behind it (asynchronous scheduling)
-PENDING = 10  # sampled tokens still in flight: 0, 1, or 2 when the queued step samples too
-PREEMPTED = 11  # times preempted
+NUM_COMPUTED_TOKENS = 6  # tokens whose KV is computed, those of the steps in flight included
+NUM_BLOCKS = 7  # KV blocks held
+NUM_SCHEDULED_TOKENS = 8  # tokens scheduled in the step in flight
+NUM_SCHEDULED_NEXT = 9  # tokens scheduled in the step queued behind it (asynchronous scheduling)
+NUM_OUTPUT_PLACEHOLDERS = 10  # sampled tokens still in flight: 0, 1, or 2 when the queued step samples too
+NUM_PREEMPTIONS = 11  # times preempted
 FIELDS = 12
 
-# Columns of the heads of `Snapshots`.
-HEAD_ID = 0  # the instance's
-HEAD_ROW = 1  # its sequences lie in pool[HEAD_ROW, :, HEAD_BEGIN:HEAD_END]
-HEAD_BEGIN = 2
-HEAD_END = 3
-HEAD_RUNNING = 4  # from here on as in `Snapshot`
-HEAD_STALE = 5
-HEAD_FREE = 6
-HEAD_PREEMPTIONS = 7
-HEADS = 8
+# Columns of the meta of `Snapshots`.
+META_ID = 0  # the instance's
+META_ROW = 1  # its sequences lie in pool[META_ROW, :, META_BEGIN:META_END]
+META_BEGIN = 2
+META_END = 3
+META_RUNNING = 4  # from here on as in `Snapshot`
+META_STALE = 5
+META_FREE = 6
+META_PREEMPTIONS = 7
+META = 8
 
 
 class Snapshot(NamedTuple):
@@ -63,16 +63,16 @@ class Snapshot(NamedTuple):
 class Snapshots(Sequence[Snapshot]):
     """Snapshots of several instances at one moment, by columns; a `Snapshot` is made of them when it is asked for.
 
-    pool: int64[rows, FIELDS, n], the sequences; heads: int64[instances, HEADS]; started: float[instances], when the
+    pool: int64[rows, FIELDS, n], the sequences; meta: int64[instances, META]; started: float[instances], when the
     step in flight began. Valid as long as its snapshots are.
     """
 
-    __slots__ = ("heads", "pool", "started", "taken_at")
+    __slots__ = ("meta", "pool", "started", "taken_at")
 
-    def __init__(self, taken_at: float, pool: Ints, heads: Ints, started: Floats) -> None:
+    def __init__(self, taken_at: float, pool: Ints, meta: Ints, started: Floats) -> None:
         self.taken_at = taken_at
         self.pool = pool
-        self.heads = heads
+        self.meta = meta
         self.started = started
 
     @staticmethod
@@ -84,24 +84,24 @@ class Snapshots(Sequence[Snapshot]):
             (one.instance_id, 0, 0, one.seqs.shape[1], one.running, one.stale, one.free_blocks, one.preemptions)
             for one in snapshots
         ]
-        heads = np.array(rows, dtype=np.int64)
-        widths = heads[:, HEAD_END].copy()
-        widths.cumsum(out=heads[:, HEAD_END])
-        heads[:, HEAD_BEGIN] = heads[:, HEAD_END] - widths
+        meta = np.array(rows, dtype=np.int64)
+        widths = meta[:, META_END].copy()
+        widths.cumsum(out=meta[:, META_END])
+        meta[:, META_BEGIN] = meta[:, META_END] - widths
         pool = np.concatenate([one.seqs for one in snapshots], axis=1)[np.newaxis]
-        return Snapshots(snapshots[0].taken_at, pool, heads, np.array([one.step_started for one in snapshots]))
+        return Snapshots(snapshots[0].taken_at, pool, meta, np.array([one.step_started for one in snapshots]))
 
     def some(self, places: Sequence[int] | slice) -> Snapshots:
         """Those at these places."""
-        return Snapshots(self.taken_at, self.pool, self.heads[places], self.started[places])
+        return Snapshots(self.taken_at, self.pool, self.meta[places], self.started[places])
 
     def ids(self, place: int) -> list[int]:
         """The requests that one of them shows."""
-        row, begin, end = self.heads[place, HEAD_ROW : HEAD_END + 1].tolist()
+        row, begin, end = self.meta[place, META_ROW : META_END + 1].tolist()
         return self.pool[row, ID, begin:end].tolist()  # type: ignore[no-any-return]
 
     def __len__(self) -> int:
-        return len(self.heads)
+        return len(self.meta)
 
     @overload
     def __getitem__(self, place: int) -> Snapshot: ...
@@ -110,6 +110,6 @@ class Snapshots(Sequence[Snapshot]):
     def __getitem__(self, place: int | slice) -> Snapshot | Sequence[Snapshot]:
         if isinstance(place, slice):
             return self.some(place)
-        instance, row, begin, end, running, stale, free, preemptions = self.heads[place].tolist()
+        instance, row, begin, end, running, stale, free, preemptions = self.meta[place].tolist()
         seqs = self.pool[row, :, begin:end]
         return Snapshot(instance, self.taken_at, self.started.item(place), running, stale, free, preemptions, seqs)

@@ -16,7 +16,16 @@ import numpy as np
 
 from block.core.arrays import Floats, Ints
 from block.core.jit import compiled
-from block.core.snapshot import CHUNK, COMPUTED, FIELDS, HEAD_ID, ID, NEXT, Snapshot, Snapshots
+from block.core.snapshot import (
+    FIELDS,
+    ID,
+    META_ID,
+    NUM_COMPUTED_TOKENS,
+    NUM_SCHEDULED_NEXT,
+    NUM_SCHEDULED_TOKENS,
+    Snapshot,
+    Snapshots,
+)
 from block.core.types import Forecasts, Request
 from block.dispatch.core import Forecaster
 from block.engine.latency import LatencyModel
@@ -70,7 +79,7 @@ class Corrected:
     ) -> Forecasts:
         """One forecast for each snapshot."""
         shown = Snapshots.of(snapshots)
-        ids = shown.heads[:, HEAD_ID].tolist()
+        ids = shown.meta[:, META_ID].tolist()
         for place, (instance_id, started_at) in enumerate(zip(ids, shown.started.tolist(), strict=True)):
             watch = self._watches.get(instance_id)
             if watch is None or watch.last is None or watch.last.step_started != started_at:
@@ -78,7 +87,7 @@ class Corrected:
         factors = [self.factor(instance_id) for instance_id in ids]
         # In the time of the twin, the step in flight has been running for less long.
         started = now - (now - shown.started) / np.array(factors)
-        slowed = Snapshots(shown.taken_at, shown.pool, shown.heads, started)
+        slowed = Snapshots(shown.taken_at, shown.pool, shown.meta, started)
         found = self._forecaster.forecasts(slowed, in_transit, request, now)
         return Forecasts.of(found).times(factors)
 
@@ -107,27 +116,27 @@ def expected_time(before: Ints, after: Ints, packed: Floats) -> float:
     """
     done = np.int64(-1)  # tokens that a sequence in both computed between the two steps
     for column in range(before.shape[1]):
-        if before[CHUNK, column] == 0:
+        if before[NUM_SCHEDULED_TOKENS, column] == 0:
             continue
         for other in range(after.shape[1]):
             if after[ID, other] == before[ID, column]:
-                if after[CHUNK, other] > 0:
-                    done = _computed(after, other) - after[CHUNK, other] - _computed(before, column)
+                if after[NUM_SCHEDULED_TOKENS, other] > 0:
+                    done = _computed(after, other) - after[NUM_SCHEDULED_TOKENS, other] - _computed(before, column)
                 break
         if done >= 0:
             break
-    first = step_time(before, 0, before.shape[1], CHUNK, packed)
+    first = step_time(before, 0, before.shape[1], NUM_SCHEDULED_TOKENS, packed)
     if done == 0:
         return first
     if done < 0 or before.shape[1] != after.shape[1]:
         return 0.0
     for column in range(before.shape[1]):
         same = before[ID, column] == after[ID, column]
-        decodes = before[CHUNK, column] == 1 and after[CHUNK, column] == 1
+        decodes = before[NUM_SCHEDULED_TOKENS, column] == 1 and after[NUM_SCHEDULED_TOKENS, column] == 1
         if not (same and decodes and _computed(after, column) - 1 - _computed(before, column) == done):
             return 0.0
     # The time of such steps grows by the same from one to the next; `after` itself is not one of them.
-    last = step_time(after, 0, after.shape[1], CHUNK, packed)
+    last = step_time(after, 0, after.shape[1], NUM_SCHEDULED_TOKENS, packed)
     growth = (last - first) / (done + 1)
     return (done + 1) * (first + last - growth) / 2.0
 
@@ -135,4 +144,4 @@ def expected_time(before: Ints, after: Ints, packed: Floats) -> float:
 @compiled
 def _computed(seqs: Ints, column: int) -> np.int64:
     """Tokens computed once the step in flight has ended."""
-    return np.int64(seqs[COMPUTED, column] - seqs[NEXT, column])
+    return np.int64(seqs[NUM_COMPUTED_TOKENS, column] - seqs[NUM_SCHEDULED_NEXT, column])

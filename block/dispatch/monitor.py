@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from block.core.arrays import Ints
 from block.core.snapshot import (
-    HEAD_BEGIN,
-    HEAD_END,
-    HEAD_FREE,
-    HEAD_ID,
-    HEAD_PREEMPTIONS,
-    HEAD_RUNNING,
-    HEADS,
+    META,
+    META_BEGIN,
+    META_END,
+    META_FREE,
+    META_ID,
+    META_PREEMPTIONS,
+    META_RUNNING,
     Snapshots,
 )
 from block.dispatch.core import SnapshotMany
@@ -39,18 +39,18 @@ class Monitor:
         self._next = now + self._every_s
         active = self._active()
         if active:
-            self._samples.append((now, request_id, Snapshots.of(self._snapshot_many(active, now)).heads))
+            self._samples.append((now, request_id, Snapshots.of(self._snapshot_many(active, now)).meta))
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """The samples: time (s), request_id, instance_id, free_blocks, running, waiting, preemptions (so far)."""
-        instances = [len(heads) for _, _, heads in self._samples]
-        heads = np.concatenate([np.zeros((0, HEADS), np.int64), *(heads for _, _, heads in self._samples)])
+        instances = [len(meta) for _, _, meta in self._samples]
+        meta = np.concatenate([np.zeros((0, META), np.int64), *(meta for _, _, meta in self._samples)])
         return {
             "time": np.repeat([now for now, _, _ in self._samples], instances).astype(np.float64),
             "request_id": np.repeat([request for _, request, _ in self._samples], instances).astype(np.int64),
-            "instance_id": heads[:, HEAD_ID],
-            "free_blocks": heads[:, HEAD_FREE],
-            "running": heads[:, HEAD_RUNNING],
-            "waiting": heads[:, HEAD_END] - heads[:, HEAD_BEGIN] - heads[:, HEAD_RUNNING],
-            "preemptions": heads[:, HEAD_PREEMPTIONS],
+            "instance_id": meta[:, META_ID],
+            "free_blocks": meta[:, META_FREE],
+            "running": meta[:, META_RUNNING],
+            "waiting": meta[:, META_END] - meta[:, META_BEGIN] - meta[:, META_RUNNING],
+            "preemptions": meta[:, META_PREEMPTIONS],
         }

@@ -19,15 +19,15 @@ import numpy as np
 from block.core.arrays import Floats, Int, Ints
 from block.core.jit import compiled
 from block.core.snapshot import (
-    COMPUTED,
     EXPECTED,
-    HEAD_BEGIN,
-    HEAD_END,
-    HEAD_FREE,
-    HEAD_ROW,
-    HEAD_RUNNING,
-    OUTPUT,
-    PROMPT,
+    META_BEGIN,
+    META_END,
+    META_FREE,
+    META_ROW,
+    META_RUNNING,
+    NUM_COMPUTED_TOKENS,
+    NUM_OUTPUT_TOKENS,
+    NUM_PROMPT_TOKENS,
     Snapshot,
     Snapshots,
 )
@@ -158,8 +158,8 @@ class INFaaS:
 
     def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
         """Scores: minus free blocks over running requests."""
-        heads = _snapshots(views).heads
-        scores = -heads[:, HEAD_FREE] / np.maximum(heads[:, HEAD_RUNNING], 1)
+        meta = _snapshots(views).meta
+        scores = -meta[:, META_FREE] / np.maximum(meta[:, META_RUNNING], 1)
         return least(views, scores.tolist(), stream)
 
 
@@ -181,7 +181,7 @@ class LlumnixMinus:
         shown = _snapshots(views)
         wanted = [_blocks(requests, size) for requests in Views.of(views).in_transit]
         scores = np.array(wanted, dtype=np.float64)
-        _less_free(shown.pool, shown.heads, size, scores)
+        _less_free(shown.pool, shown.meta, size, scores)
         return least(views, scores.tolist(), stream)
 
 
@@ -191,15 +191,15 @@ def _blocks(requests: Sequence[Request], block_size: int) -> int:
 
 
 @compiled
-def _less_free(pool: Ints, heads: Ints, block_size: int, scores: Floats) -> None:
+def _less_free(pool: Ints, meta: Ints, block_size: int, scores: Floats) -> None:
     """Scores that hold the KV blocks wanted by requests in transit become minus freeness; the rest: `Snapshots`."""
-    for i in range(heads.shape[0]):
-        seqs = pool[heads[i, HEAD_ROW]]
-        running = heads[i, HEAD_RUNNING]
+    for i in range(meta.shape[0]):
+        seqs = pool[meta[i, META_ROW]]
+        running = meta[i, META_RUNNING]
         wanted: Int = 0
-        for column in range(heads[i, HEAD_BEGIN] + running, heads[i, HEAD_END]):
-            wanted += (seqs[PROMPT, column] + seqs[OUTPUT, column] + block_size - 1) // block_size
-        scores[i] = (scores[i] + wanted - heads[i, HEAD_FREE]) / max(running, 1)
+        for column in range(meta[i, META_BEGIN] + running, meta[i, META_END]):
+            wanted += (seqs[NUM_PROMPT_TOKENS, column] + seqs[NUM_OUTPUT_TOKENS, column] + block_size - 1) // block_size
+        scores[i] = (scores[i] + wanted - meta[i, META_FREE]) / max(running, 1)
 
 
 def freeness(snapshots: Sequence[Snapshot], in_transit: Sequence[Sequence[Request]], block_size: int) -> list[float]:
@@ -210,20 +210,20 @@ def freeness(snapshots: Sequence[Snapshot], in_transit: Sequence[Sequence[Reques
     """
     shown = Snapshots.of(snapshots)
     free = np.array([_blocks(requests, block_size) for requests in in_transit], dtype=np.float64)
-    _freeness(shown.pool, shown.heads, block_size, free)
+    _freeness(shown.pool, shown.meta, block_size, free)
     return free.tolist()  # type: ignore[no-any-return]
 
 
 @compiled
-def _freeness(pool: Ints, heads: Ints, block_size: int, free: Floats) -> None:
+def _freeness(pool: Ints, meta: Ints, block_size: int, free: Floats) -> None:
     """KV blocks wanted by requests in transit become `freeness`; the rest is of `Snapshots`."""
-    for i in range(heads.shape[0]):
-        seqs = pool[heads[i, HEAD_ROW]]
-        running = heads[i, HEAD_RUNNING]
-        first = heads[i, HEAD_BEGIN] + running
-        if first < heads[i, HEAD_END]:
-            free[i] += (seqs[PROMPT, first] + seqs[OUTPUT, first] + block_size - 1) // block_size
-        free[i] = (heads[i, HEAD_FREE] - free[i]) / max(running, 1)
+    for i in range(meta.shape[0]):
+        seqs = pool[meta[i, META_ROW]]
+        running = meta[i, META_RUNNING]
+        first = meta[i, META_BEGIN] + running
+        if first < meta[i, META_END]:
+            free[i] += (seqs[NUM_PROMPT_TOKENS, first] + seqs[NUM_OUTPUT_TOKENS, first] + block_size - 1) // block_size
+        free[i] = (meta[i, META_FREE] - free[i]) / max(running, 1)
 
 
 @final
@@ -260,7 +260,7 @@ class LeastTokens:
         scores = []
         for snapshot, in_transit in zip(_snapshots(views), Views.of(views).in_transit, strict=True):
             seqs = snapshot.seqs
-            left = seqs[PROMPT] + seqs[EXPECTED] - seqs[COMPUTED]
+            left = seqs[NUM_PROMPT_TOKENS] + seqs[EXPECTED] - seqs[NUM_COMPUTED_TOKENS]
             tokens = int(left[left > 0].sum())
             tokens += sum(other.prompt_tokens + other.predicted_output_tokens for other in in_transit)
             scores.append(float(tokens))

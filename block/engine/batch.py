@@ -2,8 +2,8 @@
 
 An engine is a row of arrays. Between two events (a finish, an admission, a prefill, a preemption) it does nothing but
 decode, which nobody outside can notice; how many such steps there are, and when the step behind them ends, is computed
-once. So the batch knows when anything may happen next (`next_event`), and `advance_all` goes from event to event in
-order of time, up to the first at which a sequence finishes.
+once. So the batch knows when a sequence may finish next (`next_event`), and `advance_all` takes those engines along in
+which one may, up to the first at which one does. The others are advanced when they are looked at, or get a request.
 """
 
 from __future__ import annotations
@@ -18,29 +18,57 @@ from numpy.typing import NDArray
 from block.core.arrays import Floats, Int, Ints
 from block.core.jit import Index, compiled
 from block.core.snapshot import (
-    COMPUTED,
     EXPECTED,
     FIELDS,
-    HEAD_BEGIN,
-    HEAD_END,
-    HEAD_FREE,
-    HEAD_ID,
-    HEAD_PREEMPTIONS,
-    HEAD_ROW,
-    HEAD_RUNNING,
-    HEAD_STALE,
-    HEADS,
     ID,
     MAX_TOKENS,
-    PROMPT,
+    META,
+    META_BEGIN,
+    META_END,
+    META_FREE,
+    META_ID,
+    META_PREEMPTIONS,
+    META_ROW,
+    META_RUNNING,
+    META_STALE,
+    NUM_COMPUTED_TOKENS,
+    NUM_OUTPUT_TOKENS,
+    NUM_PROMPT_TOKENS,
     TARGET,
     Snapshots,
 )
 from block.core.types import Request
-from block.engine import scheduler as s
-from block.engine.config import EngineConfig
-from block.engine.decode_runs import decode, decode_times, quiet_steps
+from block.engine.config import EngineSettings
+from block.engine.decode_runs import decode, decode_times, next_decode_run
 from block.engine.latency import LatencyModel
+from block.engine.scheduler import begin_step, complete_step, end_step
+from block.engine.state import (
+    ALL_PREEMPTIONS,
+    BEGIN,
+    COUNTERS,
+    DECODE_RUN,
+    END,
+    EVENT,
+    EVENT_STARTED,
+    FINISHED,
+    FREE_BLOCKS,
+    HALT,
+    HALTED,
+    HALTING,
+    IDLE,
+    MAX_MODEL_LEN,
+    NEXT_FINISH,
+    NUM_RUNNING,
+    NUM_STALE,
+    SHORTEST_STEP,
+    STEP_ENDS,
+    STEP_STARTED,
+    VISIBLE,
+    Arrays,
+    EngineState,
+    compact,
+    engine_in,
+)
 
 CAPACITY = 64  # columns of a row at first
 LATEST = math.nextafter(math.inf, 0.0)  # any time but inf, at which an engine is idle
@@ -49,13 +77,11 @@ LATEST = math.nextafter(math.inf, 0.0)  # any time but inf, at which an engine i
 class EngineSpec(NamedTuple):
     """What an engine is made of.
 
-    total_blocks: usable KV blocks (vLLM V1 keeps one of `num_gpu_blocks` for itself).
     noise: float[n], factors on the durations of its steps, repeated; None: its steps take what the latency model says.
     """
 
-    config: EngineConfig
+    settings: EngineSettings
     latency: LatencyModel
-    total_blocks: int
     noise: Floats | None = None
 
 
@@ -77,24 +103,30 @@ class EngineBatch:
 
     def __init__(self, specs: Sequence[EngineSpec]) -> None:
         rows = len(specs)
-        self.state: Ints = np.zeros((rows, s.STATE), dtype=np.int64)
-        self.state[:, s.FREE] = [spec.total_blocks for spec in specs]
-        self.times: Floats = np.tile(s.IDLE, (rows, 1))
-        self.limits: Ints = np.array([spec.config.limits(spec.total_blocks) for spec in specs])
-        packed = [spec.latency.pack() for spec in specs]
-        self.packed: Floats = np.array([_extended(one, max(map(len, packed))) for one in packed])
+        params = [spec.latency.pack() for spec in specs]
         noise = [np.ones(1) if spec.noise is None else spec.noise for spec in specs]
-        self.noise: Floats = np.array([np.resize(one, max(map(len, noise))) for one in noise])
-        self.seqs: Ints = np.zeros((rows, FIELDS, CAPACITY), dtype=np.int64)
-        self.firsts: Floats = np.zeros((rows, CAPACITY))
-        self.done: Floats = np.zeros((rows, s.DONE, CAPACITY))
-        self.max_model_len = [spec.config.max_model_len for spec in specs]
+        self.arrays = EngineState(
+            seqs=np.zeros((rows, FIELDS, CAPACITY), dtype=np.int64),
+            first_token_time=np.zeros((rows, CAPACITY)),
+            counters=np.zeros((rows, COUNTERS), dtype=np.int64),
+            times=np.tile(IDLE, (rows, 1)),
+            settings=np.array([spec.settings.to_array() for spec in specs]),
+            latency_params=np.array([_extended(one, max(map(len, params))) for one in params]),
+            noise=np.array([np.resize(one, max(map(len, noise))) for one in noise]),
+            finished=np.zeros((rows, FINISHED, CAPACITY)),
+        )
+        self.arrays.times[:, SHORTEST_STEP] = [
+            np.min(spec.latency.linear[1:]) * np.min(factors) for spec, factors in zip(specs, noise, strict=True)
+        ]
+        self.arrays.counters[:, FREE_BLOCKS] = [spec.settings.total_blocks for spec in specs]
+        self._plain: Arrays = self.arrays[:]
+        self.max_model_len = [spec.settings.max_model_len for spec in specs]
         self.next_event = math.inf
         self._rows = np.arange(rows)
         self._out = np.zeros(2, dtype=np.int64)  # the row of which sequences have finished, and how many
 
     def __len__(self) -> int:
-        return len(self.state)
+        return len(self.max_model_len)
 
     def receive(self, row: int, request: Request, now: float) -> None:
         """A request gets to an engine at `now`, to which all have been advanced.
@@ -109,14 +141,7 @@ class EngineBatch:
             )
         most = target if request.max_tokens is None else request.max_tokens
         self.next_event = _receive(
-            self.seqs,
-            self.firsts,
-            self.state,
-            self.times,
-            self.limits,
-            self.packed,
-            self.noise,
-            self.done,
+            self._plain,
             row,
             now,
             request.id,
@@ -132,36 +157,24 @@ class EngineBatch:
     def advance_all(self, until: float) -> Sequence[Finished]:
         """Complete the steps that end by `until`, or by the first end at which sequences finish; returns these.
 
-        inf: as long as there is anything to do.
-
-        Steps that do nothing but decode, which nobody can notice, may be left for later.
+        inf: as long as there is anything to do. Steps at which none can finish, which nobody can notice, may be left
+        for later.
         """
-        self.next_event = _advance_all(
-            self.seqs,
-            self.firsts,
-            self.state,
-            self.times,
-            self.limits,
-            self.packed,
-            self.noise,
-            self.done,
-            until,
-            self._out,
-        )
+        self.next_event = _advance_all(self._plain, until, self._out)
         row, found = self._out.tolist()
         return self.finished(row, found) if found else ()
 
     def advance(self, row: int, now: float) -> Sequence[Finished]:
         """Complete the steps of one engine that end by `now`; returns the sequences that finished, in order of time."""
-        found = _advance(*self.row(row), 0, now)
-        self.next_event = float(self.times[:, s.EVENT].min())
+        found = _advance(self.engine(row), 0, now)
+        self.next_event = float(self.arrays.times[:, NEXT_FINISH].min())
         return self.finished(row, found)
 
     def finished(self, row: int, found: Int) -> Sequence[Finished]:
         """The first `found` sequences that the last advance of an engine has finished."""
         return [
             Finished(int(id_), first, at, int(preempted), int(output))
-            for id_, first, at, preempted, output in self.done[row, :, :found].T.tolist()
+            for id_, first, at, preempted, output in self.arrays.finished[row, :, :found].T.tolist()
         ]
 
     def snapshots(self, rows: Sequence[int], now: float) -> Snapshots:
@@ -170,62 +183,43 @@ class EngineBatch:
         Snapshots are under the numbers of their rows, and valid until an engine changes.
         """
         chosen = self._rows if rows == range(len(self._rows)) else np.array(rows, dtype=np.int64)
-        heads = np.empty((len(chosen), HEADS), dtype=np.int64)
+        meta = np.empty((len(chosen), META), dtype=np.int64)
         started = np.empty(len(chosen))
-        _show(
-            self.seqs,
-            self.firsts,
-            self.state,
-            self.times,
-            self.limits,
-            self.packed,
-            self.noise,
-            self.done,
-            chosen,
-            now,
-            heads,
-            started,
-        )
-        return Snapshots(now, self.seqs, heads, started)
+        _show(self._plain, chosen, now, meta, started)
+        return Snapshots(now, self.arrays.seqs, meta, started)
 
     def look_ahead(self, row: int) -> None:
         """An engine was changed from outside: find anew when anything may happen next."""
-        _look_ahead(*self.row(row)[:-1])
-        self.next_event = float(self.times[:, s.EVENT].min())
+        look_ahead(self.engine(row))
+        self.next_event = float(self.arrays.times[:, NEXT_FINISH].min())
 
-    def row(self, row: int) -> tuple[Ints, Floats, Ints, Floats, Ints, Floats, Floats, Floats]:
-        """The arrays of one engine, as compiled functions take them."""
-        return (
-            self.seqs[row],
-            self.firsts[row],
-            self.state[row],
-            self.times[row],
-            self.limits[row],
-            self.packed[row],
-            self.noise[row],
-            self.done[row],
-        )
+    def engine(self, row: int) -> EngineState:
+        """The arrays of one engine: views, valid until `make_room` or `receive` is called."""
+        return EngineState(*(array[row] for array in self.arrays))
 
     def make_room(self, row: int) -> None:
         """Have room for one more sequence in an engine."""
-        if self.state[row, s.TAIL] == self.seqs.shape[2] and not _compact(
-            self.seqs[row], self.firsts[row], self.state[row]
-        ):
+        if self.arrays.counters[row, END] == self.arrays.seqs.shape[2] and not compact(self.engine(row)):
             self._grow()
 
     def _grow(self) -> None:
-        columns = 2 * self.seqs.shape[2]
-        self.seqs, self.firsts, self.done = (_wider(one, columns) for one in (self.seqs, self.firsts, self.done))
+        arrays = self.arrays
+        columns = 2 * arrays.seqs.shape[2]
+        self.arrays = arrays._replace(
+            seqs=_wider(arrays.seqs, columns),
+            first_token_time=_wider(arrays.first_token_time, columns),
+            finished=_wider(arrays.finished, columns),
+        )
+        self._plain = self.arrays[:]
 
     def copy(self, row: int) -> EngineBatch:
         """A batch of one engine, a copy of one of these."""
         other = EngineBatch.__new__(EngineBatch)
         only = slice(row, row + 1)
-        for name in ("state", "times", "limits", "seqs", "firsts", "done"):
-            setattr(other, name, getattr(self, name)[only].copy())
-        other.packed, other.noise = self.packed[only], self.noise[only]  # which no engine changes
+        other.arrays = EngineState(*(array[only].copy() for array in self.arrays))  # type: ignore[arg-type]
+        other._plain = other.arrays[:]
         other.max_model_len = self.max_model_len[only]
-        other.next_event = float(other.times[0, s.EVENT])
+        other.next_event = float(other.arrays.times[0, NEXT_FINISH])
         other._rows, other._out = self._rows[:1], np.zeros(2, dtype=np.int64)
         return other
 
@@ -242,157 +236,119 @@ def _wider(rows: NDArray[Any], columns: int) -> NDArray[Any]:
 
 
 @compiled
-def _look_ahead(
-    seqs: Ints, firsts: Floats, state: Ints, times: Floats, limits: Ints, packed: Floats, noise: Floats
-) -> None:
-    """Find the steps of mere decoding that come next, and when the step behind them begins and ends."""
-    if state[s.HALT] == s.HALTED:
-        state[s.RUN], times[s.EVENT] = 0, np.inf
-    elif state[s.HALT] == s.HALTING:
-        state[s.RUN], times[s.EVENT_STARTED], times[s.EVENT] = 0, times[s.STARTED], times[s.ENDS]
+def look_ahead(engine: EngineState) -> None:
+    """Find the decode-only steps that come next, and when the step behind them begins and ends."""
+    counters, times = engine.counters, engine.times
+    if counters[HALT] == HALTED:
+        counters[DECODE_RUN], times[EVENT] = 0, np.inf
+    elif counters[HALT] == HALTING:
+        counters[DECODE_RUN], times[EVENT_STARTED], times[EVENT] = 0, times[STEP_STARTED], times[STEP_ENDS]
     else:
-        steps, started, ends, _ = quiet_steps(seqs, state, times, limits, packed, noise, np.inf)
-        state[s.RUN], times[s.EVENT_STARTED], times[s.EVENT] = steps, started, ends
-
-
-@compiled
-def _complete_event(
-    seqs: Ints,
-    firsts: Floats,
-    state: Ints,
-    times: Floats,
-    limits: Ints,
-    packed: Floats,
-    noise: Floats,
-    done: Floats,
-    found: Int,
-) -> Int:
-    """Complete the steps of mere decoding and the one behind them; `found` and the value are `complete_step`'s."""
-    decode(seqs, state, limits, state[s.RUN])
-    times[s.STARTED], times[s.ENDS] = times[s.EVENT_STARTED], times[s.EVENT]
-    if state[s.HALT] == s.HALTING:
-        found = s.end_step(seqs, firsts, state, times, limits, done, found)
-        state[s.HALT] = s.HALTED
+        counters[DECODE_RUN], times[EVENT_STARTED], times[EVENT] = next_decode_run(engine)
+    if counters[HALT] == HALTING:
+        times[NEXT_FINISH] = times[EVENT]
     else:
-        found = s.complete_step(seqs, firsts, state, times, limits, packed, noise, done, found)
-    _look_ahead(seqs, firsts, state, times, limits, packed, noise)
-    return found
+        times[NEXT_FINISH] = times[EVENT] + _steps_to_finish(engine) * times[SHORTEST_STEP]
 
 
 @compiled
-def _advance(
-    seqs: Ints,
-    firsts: Floats,
-    state: Ints,
-    times: Floats,
-    limits: Ints,
-    packed: Floats,
-    noise: Floats,
-    done: Floats,
-    found: Int,
-    now: float,
-) -> Int:
-    """Complete the steps of one engine that end by `now`; `found` and the value are those of `complete_step`."""
-    now = min(now, LATEST)
-    while times[s.EVENT] <= now:
-        found = _complete_event(seqs, firsts, state, times, limits, packed, noise, done, found)
-    if times[s.ENDS] <= now and state[s.HALT] != s.HALTED:
-        kv = np.int64(0)
-        for column in range(Index(state[s.HEAD]), Index(state[s.HEAD] + state[s.RUNNING])):
-            kv += seqs[COMPUTED, column]
-        steps, started, ends = decode_times(state, times, packed, noise, kv, state[s.RUN], now)
-        decode(seqs, state, limits, steps)
-        times[s.STARTED], times[s.ENDS] = started, ends
-        state[s.RUN] -= steps
-    return found
-
-
-@compiled
-def _advance_all(
-    seqs: Ints,
-    firsts: Floats,
-    state: Ints,
-    times: Floats,
-    limits: Ints,
-    packed: Floats,
-    noise: Floats,
-    done: Floats,
-    until: float,
-    out: Ints,
-) -> float:
-    """Complete events in order of time; `out` becomes the row of which sequences finished, and how many. Returns when
-    the next event is.
+def _steps_to_finish(engine: EngineState) -> Int:
+    """How many steps, at least, after the first one that does more than decode, end before that of which a sequence
+    finishes; 0: one may finish at its end.
     """
+    seqs, counters, longest = engine.seqs, engine.counters, engine.settings[MAX_MODEL_LEN]
+    least = np.int64(longest)
+    in_flight = counters[BEGIN] + counters[NUM_RUNNING] + counters[NUM_STALE]
+    for column in range(Index(counters[BEGIN]), Index(counters[END])):
+        prompt, output = seqs[NUM_PROMPT_TOKENS, column], seqs[NUM_OUTPUT_TOKENS, column]
+        left = min(seqs[TARGET, column], longest - prompt) - output
+        if np.int64(column) < in_flight:
+            left -= counters[DECODE_RUN] + 1
+        least = min(least, left)
+    return max(least, np.int64(0))
+
+
+@compiled
+def _complete_event(engine: EngineState, found: Int) -> Int:
+    """Complete the decode-only steps and the step behind them; `found` and the value are `complete_step`'s."""
+    counters, times = engine.counters, engine.times
+    decode(engine, counters[DECODE_RUN])
+    times[STEP_STARTED], times[STEP_ENDS] = times[EVENT_STARTED], times[EVENT]
+    if counters[HALT] == HALTING:
+        found = end_step(engine, found)
+        counters[HALT] = HALTED
+    else:
+        found = complete_step(engine, found)
+    look_ahead(engine)
+    return found
+
+
+@compiled
+def _advance(engine: EngineState, found: Int, now: float) -> Int:
+    """Complete the steps of one engine that end by `now`; `found` and the value are those of `complete_step`."""
+    counters, times = engine.counters, engine.times
+    now = min(now, LATEST)
+    while times[EVENT] <= now:
+        found = _complete_event(engine, found)
+    if times[STEP_ENDS] <= now and counters[HALT] != HALTED:  # decode-only steps, but not all of the run
+        kv = np.int64(0)
+        for column in range(Index(counters[BEGIN]), Index(counters[BEGIN] + counters[NUM_RUNNING])):
+            kv += engine.seqs[NUM_COMPUTED_TOKENS, column]
+        steps, started, ends = decode_times(engine, kv, counters[DECODE_RUN], now)
+        decode(engine, steps)
+        times[STEP_STARTED], times[STEP_ENDS] = started, ends
+        counters[DECODE_RUN] -= steps
+    return found
+
+
+@compiled
+def _soonest(engines: EngineState) -> int:
+    """The row of the engine in which a sequence may finish next."""
+    soonest = 0
+    for row in range(engines.times.shape[0]):
+        if engines.times[row, NEXT_FINISH] < engines.times[soonest, NEXT_FINISH]:
+            soonest = row
+    return soonest
+
+
+@compiled
+def _advance_all(arrays: Arrays, until: float, out: Ints) -> float:
+    """Complete steps up to the first finish; `out` becomes the row of which sequences finished, and how many. Returns
+    when the next may finish.
+    """
+    engines = EngineState(*arrays)
     out[0] = out[1] = 0
     until = min(until, LATEST)
     while True:
-        row = times[:, s.EVENT].argmin()
-        if times[row, s.EVENT] > until or out[1] > 0:
-            return float(times[row, s.EVENT])
+        row = _soonest(engines)
+        if engines.times[row, NEXT_FINISH] > until or out[1] > 0:
+            return float(engines.times[row, NEXT_FINISH])
         out[0] = row
-        out[1] = _complete_event(
-            seqs[row], firsts[row], state[row], times[row], limits[row], packed[row], noise[row], done[row], 0
-        )
+        out[1] = _complete_event(engine_in(engines, row), 0)
 
 
 @compiled
-def _show(
-    seqs: Ints,
-    firsts: Floats,
-    state: Ints,
-    times: Floats,
-    limits: Ints,
-    packed: Floats,
-    noise: Floats,
-    done: Floats,
-    rows: Ints,
-    now: float,
-    heads: Ints,
-    started: Floats,
-) -> None:
+def _show(arrays: Arrays, rows: Ints, now: float, meta: Ints, started: Floats) -> None:
+    """Advance engines to `now`, and fill in what a `Snapshots` has of each: meta[i], started[i] of rows[i]."""
+    engines = EngineState(*arrays)
     for i in range(rows.shape[0]):
-        row = rows[i]
-        _advance(
-            seqs[row], firsts[row], state[row], times[row], limits[row], packed[row], noise[row], done[row], 0, now
-        )
-        heads[i, HEAD_ID] = row
-        heads[i, HEAD_ROW] = row
-        heads[i, HEAD_BEGIN] = state[row, s.HEAD]
-        heads[i, HEAD_END] = state[row, s.VISIBLE]
-        heads[i, HEAD_RUNNING] = state[row, s.RUNNING]
-        heads[i, HEAD_STALE] = state[row, s.STALE]
-        heads[i, HEAD_FREE] = state[row, s.FREE]
-        heads[i, HEAD_PREEMPTIONS] = state[row, s.PREEMPTIONS]
-        started[i] = times[row, s.STARTED] if times[row, s.ENDS] < np.inf else np.nan
-
-
-@compiled
-def _compact(seqs: Ints, firsts: Floats, state: Ints) -> bool:
-    """Move the live columns to the front; False, with nothing done, if they take more than half of the row."""
-    head, live = state[s.HEAD], state[s.TAIL] - state[s.HEAD]
-    if 2 * live > seqs.shape[1]:
-        return False
-    for row in range(FIELDS):
-        for column in range(live):
-            seqs[row, column] = seqs[row, head + column]
-    for column in range(live):
-        firsts[column] = firsts[head + column]
-    state[s.HEAD] = 0
-    state[s.TAIL] -= head
-    state[s.VISIBLE] -= head
-    return True
+        engine = engine_in(engines, rows[i])
+        _advance(engine, 0, now)
+        counters, times = engine.counters, engine.times
+        meta[i, META_ID] = rows[i]
+        meta[i, META_ROW] = rows[i]
+        meta[i, META_BEGIN] = counters[BEGIN]
+        meta[i, META_END] = counters[VISIBLE]
+        meta[i, META_RUNNING] = counters[NUM_RUNNING]
+        meta[i, META_STALE] = counters[NUM_STALE]
+        meta[i, META_FREE] = counters[FREE_BLOCKS]
+        meta[i, META_PREEMPTIONS] = counters[ALL_PREEMPTIONS]
+        started[i] = times[STEP_STARTED] if times[STEP_ENDS] < np.inf else np.nan
 
 
 @compiled
 def _receive(
-    all_seqs: Ints,
-    all_firsts: Floats,
-    all_state: Ints,
-    all_times: Floats,
-    all_limits: Ints,
-    all_packed: Floats,
-    all_noise: Floats,
-    all_done: Floats,
+    arrays: Arrays,
     row: int,
     now: float,
     id_: Int,
@@ -401,25 +357,28 @@ def _receive(
     most: Int,
     expected: Int,
 ) -> float:
-    """Let a sequence wait in an engine; one that is idle begins a step. Returns when the next event of all is; -1, with
-    nothing done, if there is no room for it.
+    """Let a sequence wait in an engine; one that is idle begins a step.
+
+    prompt, target, most, expected: tokens, as rows NUM_PROMPT_TOKENS, TARGET, MAX_TOKENS and EXPECTED have them.
+    Returns when a sequence of any engine may finish next; -1, with nothing done, if there is no room for it.
     """
-    seqs, firsts, state, times = all_seqs[row], all_firsts[row], all_state[row], all_times[row]
-    limits, packed, noise = all_limits[row], all_packed[row], all_noise[row]
-    if state[s.TAIL] == seqs.shape[1] and not _compact(seqs, firsts, state):
+    engines = EngineState(*arrays)
+    engine = engine_in(engines, row)
+    seqs, counters = engine.seqs, engine.counters
+    if counters[END] == seqs.shape[1] and not compact(engine):
         return -1.0
-    _advance(seqs, firsts, state, times, limits, packed, noise, all_done[row], 0, now)
-    column = state[s.TAIL]
+    _advance(engine, 0, now)
+    column = counters[END]
     for field in range(FIELDS):
         seqs[field, column] = 0
     seqs[ID, column] = id_
-    seqs[PROMPT, column] = prompt
+    seqs[NUM_PROMPT_TOKENS, column] = prompt
     seqs[TARGET, column] = target
     seqs[MAX_TOKENS, column] = most
     seqs[EXPECTED, column] = expected
-    firsts[column] = np.nan
-    state[s.TAIL] = column + 1
-    if times[s.ENDS] == np.inf:
-        s.begin_step(seqs, firsts, state, times, limits, packed, noise, now)
-    _look_ahead(seqs, firsts, state, times, limits, packed, noise)
-    return float(all_times[:, s.EVENT].min())
+    engine.first_token_time[column] = np.nan
+    counters[END] = column + 1
+    if engine.times[STEP_ENDS] == np.inf:
+        begin_step(engine, now)
+    look_ahead(engine)
+    return float(engines.times[_soonest(engines), NEXT_FINISH])

@@ -1,13 +1,14 @@
-"""The settings of an engine's scheduler."""
+"""The settings of an engine: what a user chooses, and what its scheduler works by."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from block.core.arrays import Ints
-from block.engine import scheduler as s
 
 
 @dataclass(frozen=True)
@@ -64,30 +65,75 @@ class EngineConfig:
                     "larger of max_model_len and max_num_seqs, with engine.enable_chunked_prefill=False"
                 )
 
-    def limits(self, total_blocks: int) -> Ints:
-        """The settings as the compiled scheduler reads them, for an engine with `total_blocks` usable blocks."""
-        if self.version == "v0":
-            watermark = int(self.watermark * total_blocks)
-            spare = max(watermark, 1)  # it preempts what has no free block in reach
-        else:
-            watermark = int(self.watermark * (total_blocks + 1))  # a share of all, the one that V1 keeps included
-            spare = 0  # a sequence that is alone may fill them all
+    def settings(self, total_blocks: int) -> EngineSettings:
+        """Those of an engine with `total_blocks` usable KV blocks; ValueError if the longest sequence needs more.
+
+        V1 keeps a block for itself, so that `total_blocks` is one less than its `num_gpu_blocks`.
+        """
+        is_v1 = self.version == "v1"
+        settings = EngineSettings(
+            is_v1=is_v1,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            block_size=self.block_size,
+            total_blocks=total_blocks,
+            watermark_blocks=int(self.watermark * (total_blocks + is_v1)),  # a share of all, the one kept included
+            async_scheduling=self.async_scheduling,
+            long_prefill_token_threshold=self.long_prefill_token_threshold,
+            scheduler_reserve_full_isl=self.scheduler_reserve_full_isl,
+            enable_chunked_prefill=self.enable_chunked_prefill,
+        )
+        settings.check()
+        return settings
+
+
+class EngineSettings(NamedTuple):
+    """What a scheduler works by, under vLLM's names: made of an `EngineConfig`, or reported by a server.
+
+    The compiled scheduler reads them as integers in this order (`to_array`, `block.engine.state`), and so does who maps
+    a server's memory.
+    """
+
+    is_v1: bool
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+    total_blocks: int  # usable KV blocks
+    watermark_blocks: int  # blocks that admission leaves free
+    async_scheduling: bool = False
+    long_prefill_token_threshold: int = 0
+    scheduler_reserve_full_isl: bool = True
+    enable_chunked_prefill: bool = True
+    enable_prefix_caching: bool = False
+
+    @staticmethod
+    def of(values: Sequence[int]) -> EngineSettings:
+        """The settings whose fields are these integers."""
+        pairs = zip(EngineSettings._fields, values, strict=True)
+        return EngineSettings(**{name: bool(value) if name in _FLAGS else value for name, value in pairs})  # type: ignore[arg-type]
+
+    def check(self) -> None:
+        """ValueError if a sequence of max_model_len tokens could not finish, even alone."""
+        # V0 preempts what has no free block in reach; in V1 a sequence that is alone may fill them all.
+        spare = 0 if self.is_v1 else max(self.watermark_blocks, 1)
         needed = -(-self.max_model_len // self.block_size) + spare
-        if needed > total_blocks:
+        if needed > self.total_blocks:
             raise ValueError(
-                f"engine.num_gpu_blocks={total_blocks}: a sequence of engine.max_model_len={self.max_model_len} tokens "
-                f"needs {needed} KV blocks; raise the one or lower the other"
+                f"engine.num_gpu_blocks={self.total_blocks}: a sequence of engine.max_model_len={self.max_model_len} "
+                f"tokens needs {needed} KV blocks; raise the one or lower the other"
             )
-        limits = np.zeros(s.LIMITS, dtype=np.int64)
-        limits[s.V1] = self.version == "v1"
-        limits[s.ASYNC] = self.async_scheduling
-        limits[s.MAX_NUM_SEQS] = self.max_num_seqs
-        limits[s.MAX_NUM_BATCHED_TOKENS] = self.max_num_batched_tokens
-        limits[s.MAX_MODEL_LEN] = self.max_model_len
-        limits[s.BLOCK_SIZE] = self.block_size
-        limits[s.BLOCK_SHIFT] = self.block_size.bit_length() - 1
-        limits[s.WATERMARK] = watermark
-        limits[s.LONG_PREFILL] = self.long_prefill_token_threshold
-        limits[s.RESERVE_FULL] = self.scheduler_reserve_full_isl
-        limits[s.CHUNKED] = self.enable_chunked_prefill
-        return limits
+
+    def to_array(self) -> Ints:
+        """int64[SETTINGS], as compiled code reads them."""
+        return np.array([*self, self.block_size.bit_length() - 1], dtype=np.int64)
+
+
+_FLAGS = (
+    "is_v1",
+    "async_scheduling",
+    "scheduler_reserve_full_isl",
+    "enable_chunked_prefill",
+    "enable_prefix_caching",
+)

@@ -1,123 +1,140 @@
-"""Quiet steps: as many as nothing but decoding happens in, completed at once.
+"""Runs of decode-only steps: as many as nothing but decoding happens in, completed at once.
 
 No finish, no admission, no prefill, no preemption: each running sequence gets a token, and now and then a KV block.
-`quiet_steps` finds them for an engine, one by one in time, with its noise and to the bit; `skip_quiet_steps` for a
-forecast, without noise and in closed form. What they may do is what `block.engine.scheduler` would do, which says it.
+What such steps may do is what `block.engine.scheduler` would do, which says it.
+
+They are timed in two ways, which agree but for rounding. An engine's steps have noise and end one by one
+(`next_decode_run`): exactly what as many `complete_step` would do. A forecast has none, and the sum of its steps has a
+closed form (`skip_decode_run`), which costs the same for a step as for a thousand.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from block.core.arrays import Floats, Int, Ints
+from block.core.arrays import Int
 from block.core.jit import Index, compiled
-from block.core.snapshot import BLOCKS, CHUNK, COMPUTED, OUTPUT, PENDING, PROMPT, TARGET
-from block.engine.latency import decode_run_time, decode_time, linear_time
-from block.engine.scheduler import (
-    ABORTED,
-    ASYNC,
-    ENDS,
-    FREE,
-    HEAD,
+from block.core.snapshot import (
+    NUM_BLOCKS,
+    NUM_COMPUTED_TOKENS,
+    NUM_OUTPUT_PLACEHOLDERS,
+    NUM_OUTPUT_TOKENS,
+    NUM_PROMPT_TOKENS,
+    NUM_SCHEDULED_TOKENS,
+    TARGET,
+)
+from block.engine.kv_cache import allocate, blocks_for, can_admit, spare_block
+from block.engine.latency import decode_run_time, linear_time, step_duration
+from block.engine.scheduler import chunk_limit
+from block.engine.state import (
+    ASYNC_SCHEDULING,
+    BEGIN,
+    END,
+    FREE_BLOCKS,
     MAX_MODEL_LEN,
     MAX_NUM_BATCHED_TOKENS,
     MAX_NUM_SEQS,
+    NUM_ABORTED,
+    NUM_RUNNING,
+    NUM_STALE,
+    NUM_STEPS,
     QUEUED,
-    QUEUED_FOR,
-    RUNNING,
-    STALE,
-    STARTED,
-    STEPS,
-    TAIL,
-    V1,
+    QUEUED_DURATION,
+    STEP_ENDS,
+    STEP_STARTED,
     VISIBLE,
-    blocks,
-    chunk_limit,
-    fits,
+    EngineState,
 )
 
 
 @compiled
-def _all_decode(seqs: Ints, state: Ints, limits: Ints) -> tuple[Int, Int]:
+def _steps_to_finish(engine: EngineState) -> tuple[Int, Int]:
     """How many steps the running sequences may go on until one finishes at the end of the next, and their context.
 
     -1 if not all of them, and nobody else, have a token in flight that is neither the first nor of a longer chunk.
     """
-    head = state[HEAD]
-    end = head + state[RUNNING]
-    if head == end or state[STALE] > 0 or state[ABORTED] > 0 or seqs[CHUNK, Index(end - 1)] != 1:
+    seqs, counters, settings = engine.seqs, engine.counters, engine.settings
+    begin = counters[BEGIN]
+    end = begin + counters[NUM_RUNNING]
+    if (
+        begin == end
+        or counters[NUM_STALE] > 0
+        or counters[NUM_ABORTED] > 0
+        or seqs[NUM_SCHEDULED_TOKENS, Index(end - 1)] != 1
+    ):
         return np.int64(-1), np.int64(0)
-    ahead = limits[ASYNC]
+    ahead = settings[ASYNC_SCHEDULING]
     odd = np.int64(0)
     least = np.int64(1)
-    left = np.int64(limits[MAX_MODEL_LEN])
+    left = np.int64(settings[MAX_MODEL_LEN])
     kv = np.int64(0)
-    for column in range(Index(head), Index(end)):
-        output = seqs[OUTPUT, column]
-        odd |= (seqs[CHUNK, column] ^ 1) | (seqs[PENDING, column] ^ (1 + ahead))
+    for column in range(Index(begin), Index(end)):
+        output = seqs[NUM_OUTPUT_TOKENS, column]
+        odd |= (seqs[NUM_SCHEDULED_TOKENS, column] ^ 1) | (seqs[NUM_OUTPUT_PLACEHOLDERS, column] ^ (1 + ahead))
         least = min(least, output)
-        left = min(left, seqs[TARGET, column] - output, limits[MAX_MODEL_LEN] - seqs[PROMPT, column] - output)
-        kv += seqs[COMPUTED, column]
+        room = settings[MAX_MODEL_LEN] - seqs[NUM_PROMPT_TOKENS, column] - output
+        left = min(left, seqs[TARGET, column] - output, room)
+        kv += seqs[NUM_COMPUTED_TOKENS, column]
     if odd != 0 or least < 1:  # a chunk, or a first token, whose time must be noted
         return np.int64(-1), np.int64(0)
     return left - 1, kv
 
 
 @compiled
-def _may_admit(seqs: Ints, state: Ints, limits: Ints) -> bool | np.bool_:
+def _may_admit(engine: EngineState) -> bool:
     """Might a step that decodes all running sequences admit the first waiting one?"""
-    running = state[RUNNING]
-    end = state[HEAD] + running
-    if end == state[TAIL] or running >= limits[MAX_NUM_SEQS]:
+    counters, settings = engine.counters, engine.settings
+    running = counters[NUM_RUNNING]
+    first = counters[BEGIN] + running
+    if first == counters[END] or running >= settings[MAX_NUM_SEQS]:
         return False
-    total = seqs[PROMPT, end] + seqs[OUTPUT, end]
-    chunk = min(total, chunk_limit(state, limits), limits[MAX_NUM_BATCHED_TOKENS] - running)
-    return chunk > 0 and fits(total, chunk, state[FREE], running, limits)
+    total = engine.seqs[NUM_PROMPT_TOKENS, first] + engine.seqs[NUM_OUTPUT_TOKENS, first]
+    chunk = min(total, chunk_limit(engine), settings[MAX_NUM_BATCHED_TOKENS] - running)
+    return chunk > 0 and can_admit(total, chunk, counters[FREE_BLOCKS], running, settings)
 
 
 @compiled
-def _wanted(seqs: Ints, state: Ints, limits: Ints, steps: Int) -> Int:
-    """KV blocks that the running sequences take in so many steps of decoding."""
+def _blocks_last(engine: EngineState, steps: Int) -> bool:
+    """Are there blocks enough for the running sequences to decode for so many steps, the last of them included?"""
+    seqs, counters, settings = engine.seqs, engine.counters, engine.settings
     wanted = np.int64(0)
-    for column in range(Index(state[HEAD]), Index(state[HEAD] + state[RUNNING])):
-        wanted += max(blocks(seqs[COMPUTED, column] + steps, limits) - seqs[BLOCKS, column], 0)
-    return wanted
+    for column in range(Index(counters[BEGIN]), Index(counters[BEGIN] + counters[NUM_RUNNING])):
+        held = seqs[NUM_BLOCKS, column]
+        wanted += max(blocks_for(seqs[NUM_COMPUTED_TOKENS, column] + steps, settings) - held, 0)
+    return bool(wanted <= counters[FREE_BLOCKS] - spare_block(settings))
 
 
 @compiled
-def decode(seqs: Ints, state: Ints, limits: Ints, steps: Int) -> None:
-    """Complete so many steps in which the running sequences decode and nothing else happens; `times` is not touched."""
+def decode(engine: EngineState, steps: Int) -> None:
+    """Complete so many decode-only steps; the engine's times are not touched."""
     if steps == 0:
         return
-    taken = np.int64(0)
-    for column in range(Index(state[HEAD]), Index(state[HEAD] + state[RUNNING])):
-        computed = seqs[COMPUTED, column] + steps
-        held = seqs[BLOCKS, column]
-        more = max(blocks(computed, limits) - held, 0)
-        seqs[OUTPUT, column] += steps
-        seqs[COMPUTED, column] = computed
-        seqs[BLOCKS, column] = held + more
-        taken += more
-    state[FREE] -= taken
-    state[STEPS] += steps
-    state[VISIBLE] = state[TAIL]
+    seqs, counters = engine.seqs, engine.counters
+    for column in range(Index(counters[BEGIN]), Index(counters[BEGIN] + counters[NUM_RUNNING])):
+        computed = seqs[NUM_COMPUTED_TOKENS, column] + steps
+        seqs[NUM_OUTPUT_TOKENS, column] += steps
+        seqs[NUM_COMPUTED_TOKENS, column] = computed
+        allocate(engine, column, max(blocks_for(computed, engine.settings) - seqs[NUM_BLOCKS, column], 0))
+    counters[NUM_STEPS] += steps
+    counters[VISIBLE] = counters[END]
 
 
 @compiled
-def decode_times(
-    state: Ints, times: Floats, packed: Floats, noise: Floats, kv: Int, steps: Int, until: float
-) -> tuple[Int, float, float]:
-    """Of `steps` steps of mere decoding as many as end by `until`; when the next then began, and when it ends."""
-    running = state[RUNNING]
-    linear = linear_time(packed, running)
-    started, ends = times[STARTED], times[ENDS]
-    factor = state[STEPS] % noise.shape[0]
+def decode_times(engine: EngineState, kv: Int, steps: Int, until: float) -> tuple[Int, float, float]:
+    """Of `steps` decode-only steps as many as end by `until`; when the next then began, and when it ends.
+
+    kv: tokens of KV that the step in flight leaves.
+    """
+    params, noise = engine.latency_params, engine.noise
+    running = engine.counters[NUM_RUNNING]
+    started, ends = engine.times[STEP_STARTED], engine.times[STEP_ENDS]
+    factor = engine.counters[NUM_STEPS] % noise.shape[0]
     done = np.int64(0)
     while done < steps and ends <= until:
         done += 1
         kv += running
         started = ends
-        ends = started + (linear + decode_time(packed, running, kv)) * noise[Index(factor)]
+        ends = started + step_duration(params, running, running, kv, 0.0) * noise[Index(factor)]
         factor += 1
         if factor == noise.shape[0]:
             factor = 0
@@ -125,56 +142,51 @@ def decode_times(
 
 
 @compiled
-def quiet_steps(
-    seqs: Ints, state: Ints, times: Floats, limits: Ints, packed: Floats, noise: Floats, until: float
-) -> tuple[Int, float, float, bool | np.bool_]:
-    """How many steps that end by `until` do nothing but decode: no finish, admission, prefill or preemption.
+def next_decode_run(engine: EngineState) -> tuple[Int, float, float]:
+    """How many decode-only steps come next; then when the step behind them begins and ends.
 
-    Then when the step after them begins and ends, and whether a sequence finishes at that end. `decode` completes them:
-    exactly what as many `complete_step` would do. May stop short of the longest such run; is 0 where scheduling is
-    asynchronous.
+    May stop short of the longest such run; is 0 where scheduling is asynchronous.
     """
-    none = (np.int64(0), times[STARTED], times[ENDS], False)
-    if limits[ASYNC] == 1:
+    times = engine.times
+    none = (np.int64(0), times[STEP_STARTED], times[STEP_ENDS])
+    if engine.settings[ASYNC_SCHEDULING] == 1:
         return none
-    most, kv = _all_decode(seqs, state, limits)
-    if most < 0 or (most > 0 and _may_admit(seqs, state, limits)) or linear_time(packed, state[RUNNING]) <= 0.0:
+    steps, kv = _steps_to_finish(engine)
+    if steps < 0 or (steps > 0 and _may_admit(engine)):
         return none
-    spare = state[FREE] - (1 if limits[V1] == 0 else 0)  # V0 wants a free block in reach at every step
-    steps, started, ends = decode_times(state, times, packed, noise, kv, most, until)
-    if _wanted(seqs, state, limits, steps) > spare:
+    if linear_time(engine.latency_params, engine.counters[NUM_RUNNING]) <= 0.0:
+        return none
+    if not _blocks_last(engine, steps):
         low = np.int64(0)
-        while low < steps:  # the most for which the blocks suffice
+        while low < steps:  # the most for which the blocks last
             middle = (low + steps + 1) // 2
-            if _wanted(seqs, state, limits, middle) <= spare:
+            if _blocks_last(engine, middle):
                 low = middle
             else:
                 steps = middle - 1
-        steps, started, ends = decode_times(state, times, packed, noise, kv, steps, until)
-    return steps, started, ends, steps == most
+    return decode_times(engine, kv, steps, np.inf)
 
 
 @compiled
-def skip_quiet_steps(seqs: Ints, state: Ints, times: Floats, limits: Ints, packed: Floats) -> Int:
-    """Complete at once as many steps as nothing but decoding happens in, in closed form and without noise.
+def skip_decode_run(engine: EngineState) -> None:
+    """Complete at once as many decode-only steps as come next, without noise; times[STEP_STARTED] is not kept.
 
-    May stop short of the longest such run, and does not keep times[STARTED]. Returns the number of steps skipped.
+    May stop short of the longest such run.
     """
-    ahead = limits[ASYNC]
-    if ahead == 1 and state[QUEUED] == 0:
-        return 0
-    left, kv = _all_decode(seqs, state, limits)
+    counters, times, params = engine.counters, engine.times, engine.latency_params
+    ahead = engine.settings[ASYNC_SCHEDULING]
+    if ahead == 1 and counters[QUEUED] == 0:
+        return
+    left, kv = _steps_to_finish(engine)
     steps = left - ahead
-    if steps < 2 or _may_admit(seqs, state, limits):
-        return 0
-    spare = state[FREE] - (1 if limits[V1] == 0 else 0)  # V0 wants a free block in reach at every step
-    while steps >= 2 and _wanted(seqs, state, limits, steps) > spare:
+    if steps < 2 or _may_admit(engine):
+        return
+    while steps >= 2 and not _blocks_last(engine, steps):
         steps //= 2
     if steps < 2:
-        return 0
-    decode(seqs, state, limits, steps)
-    running = state[RUNNING]
-    times[ENDS] += decode_run_time(packed, running, kv + (1 - ahead) * running, steps)
+        return
+    decode(engine, steps)
+    running = counters[NUM_RUNNING]
+    times[STEP_ENDS] += decode_run_time(params, running, kv + (1 - ahead) * running, steps)
     if ahead == 1:
-        times[QUEUED_FOR] = decode_run_time(packed, running, kv + steps * running, 1)
-    return int(steps)
+        times[QUEUED_DURATION] = decode_run_time(params, running, kv + steps * running, 1)

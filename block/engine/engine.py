@@ -7,12 +7,39 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from block.core.arrays import Floats, Ints
-from block.core.snapshot import BLOCKS, COMPUTED, ID, OUTPUT, PENDING, PROMPT, TARGET, Snapshot
+from block.core.snapshot import (
+    ID,
+    NUM_BLOCKS,
+    NUM_COMPUTED_TOKENS,
+    NUM_OUTPUT_PLACEHOLDERS,
+    NUM_OUTPUT_TOKENS,
+    NUM_PROMPT_TOKENS,
+    TARGET,
+    Snapshot,
+)
 from block.core.types import Request
-from block.engine import scheduler as s
 from block.engine.batch import EngineBatch, EngineSpec, Finished
-from block.engine.config import EngineConfig
+from block.engine.config import EngineSettings
 from block.engine.latency import LatencyModel
+from block.engine.scheduler import begin_step, remove
+from block.engine.state import (
+    BEGIN,
+    END,
+    EVENT,
+    FREE_BLOCKS,
+    GONE,
+    HALT,
+    HALTED,
+    HALTING,
+    MAX_NUM_SEQS,
+    NUM_ABORTED,
+    NUM_RUNNING,
+    RESERVED_BLOCKS,
+    STEP_ENDS,
+    VISIBLE,
+    WATERMARK_BLOCKS,
+    EngineState,
+)
 
 
 class Extracted(NamedTuple):
@@ -30,25 +57,18 @@ class Engine:
         self.row = row
 
     @staticmethod
-    def alone(config: EngineConfig, latency: LatencyModel, total_blocks: int, noise: Floats | None = None) -> Engine:
+    def alone(settings: EngineSettings, latency: LatencyModel, noise: Floats | None = None) -> Engine:
         """An engine in a batch of its own; arguments as of `EngineSpec`."""
-        return Engine(EngineBatch([EngineSpec(config, latency, total_blocks, noise)]), 0)
+        return Engine(EngineBatch([EngineSpec(settings, latency, noise)]), 0)
 
     def copy(self) -> Engine:
         """One like it, in a batch of its own."""
         return Engine(self.batch.copy(self.row), 0)
 
     @property
-    def _state(self) -> Ints:
-        return self.batch.state[self.row]
-
-    @property
-    def _times(self) -> Floats:
-        return self.batch.times[self.row]
-
-    @property
-    def _seqs(self) -> Ints:
-        return self.batch.seqs[self.row]
+    def state(self) -> EngineState:
+        """Its arrays: views, valid until something is added."""
+        return self.batch.engine(self.row)
 
     def add(self, request: Request, now: float) -> None:
         """Receive `request` at time `now`, to which the engine must have been advanced. ValueError as of `receive`."""
@@ -61,17 +81,17 @@ class Engine:
     @property
     def step_ends(self) -> float:
         """When the step in flight ends; inf when the engine is idle."""
-        return float(self._times[s.ENDS])
+        return float(self.batch.arrays.times[self.row, STEP_ENDS])
 
     @property
     def next_event(self) -> float:
         """As `EngineBatch.next_event`, of this engine."""
-        return float(self._times[s.EVENT])
+        return float(self.batch.arrays.times[self.row, EVENT])
 
     @property
-    def held_blocks(self) -> int:
+    def reserved_blocks(self) -> int:
         """KV blocks of no sequence that is here: reserved for one that is coming, or of one that was extracted."""
-        return int(self._state[s.HELD])
+        return int(self.batch.arrays.counters[self.row, RESERVED_BLOCKS])
 
     def snapshot(self, instance_id: int, now: float) -> Snapshot:
         """What the scheduler published when it last ran; a view, valid until the engine changes."""
@@ -82,10 +102,10 @@ class Engine:
 
         What admission would leave free stays free.
         """
-        state, limits = self._state, self.batch.limits[self.row]
-        if state[s.FREE] - blocks < limits[s.WATERMARK]:
+        counters, settings = self.state.counters, self.state.settings
+        if counters[FREE_BLOCKS] - blocks < settings[WATERMARK_BLOCKS]:
             return False
-        if seats > 0 and state[s.RUNNING] + seats > limits[s.MAX_NUM_SEQS]:
+        if seats > 0 and counters[NUM_RUNNING] + seats > settings[MAX_NUM_SEQS]:
             return False
         self._keep(blocks, seats)
         self.batch.look_ahead(self.row)
@@ -94,18 +114,18 @@ class Engine:
     def release(self, blocks: int, seats: int, now: float) -> None:
         """Give back what was reserved, at time `now`, to which the engine must have been advanced."""
         self._keep(-blocks, -seats)
-        if self._state[s.TAIL] > self._state[s.HEAD]:
+        if self.state.counters[END] > self.state.counters[BEGIN]:
             self._begin_if_idle(now)  # it may be that nobody could run without them
         self.batch.look_ahead(self.row)
 
     def _keep(self, blocks: int, seats: int) -> None:
-        self._state[s.FREE] -= blocks
-        self.batch.limits[self.row, s.MAX_NUM_SEQS] -= seats
-        self._state[s.HELD] += blocks
+        self.state.counters[FREE_BLOCKS] -= blocks
+        self.state.counters[RESERVED_BLOCKS] += blocks
+        self.state.settings[MAX_NUM_SEQS] -= seats
 
     def halt(self) -> float:
         """Begin no other step after the one in flight, until `extract`; returns when that one ends."""
-        self._state[s.HALT] = s.HALTING
+        self.state.counters[HALT] = HALTING
         self.batch.look_ahead(self.row)
         return self.step_ends
 
@@ -116,20 +136,21 @@ class Engine:
         stay reserved here, for `release` or `insert`. Not for asynchronous scheduling, where the step behind would have
         it still.
         """
-        state, seqs, firsts = self._state, self._seqs, self.batch.firsts[self.row]
-        assert state[s.HALT] == s.HALTED, "the step in flight has ended"
-        begin = int(state[s.HEAD])
+        state = self.state
+        seqs, counters = state.seqs, state.counters
+        assert counters[HALT] == HALTED, "the step in flight has ended"
+        begin = int(counters[BEGIN])
         extracted = None
-        for column in range(begin, begin + int(state[s.RUNNING])):
-            known = seqs[PROMPT, column] + seqs[OUTPUT, column]
-            decodes = seqs[OUTPUT, column] > 0 and seqs[COMPUTED, column] == known - 1
+        for column in range(begin, begin + int(counters[NUM_RUNNING])):
+            known = seqs[NUM_PROMPT_TOKENS, column] + seqs[NUM_OUTPUT_TOKENS, column]
+            decodes = seqs[NUM_OUTPUT_TOKENS, column] > 0 and seqs[NUM_COMPUTED_TOKENS, column] == known - 1
             if seqs[ID, column] == request_id and decodes:
-                extracted = Extracted(seqs[:, column].copy(), float(firsts[column]))
-                s.remove(seqs, firsts, state, column)
-                self._keep(int(extracted.column[BLOCKS]), 1)
+                extracted = Extracted(seqs[:, column].copy(), float(state.first_token_time[column]))
+                remove(state, column)
+                self._keep(int(extracted.column[NUM_BLOCKS]), 1)
                 break
-        state[s.HALT] = 0
-        self._begin_step(self.step_ends)
+        counters[HALT] = 0
+        begin_step(state, self.step_ends)
         self.batch.look_ahead(self.row)
         return extracted
 
@@ -140,17 +161,17 @@ class Engine:
         youngest that does.
         """
         self.batch.make_room(self.row)
-        self._keep(-int(extracted.column[BLOCKS]), -1)
-        state, seqs, firsts = self._state, self._seqs, self.batch.firsts[self.row]
-        state[s.FREE] -= extracted.column[BLOCKS]
-        column, tail = int(state[s.HEAD] + state[s.RUNNING]), int(state[s.TAIL])
-        while column > state[s.HEAD] and _prefills(seqs, column - 1):
+        self._keep(-int(extracted.column[NUM_BLOCKS]), -1)
+        seqs, first_token_time, counters = self.state[:3]
+        counters[FREE_BLOCKS] -= extracted.column[NUM_BLOCKS]
+        column, end = int(counters[BEGIN] + counters[NUM_RUNNING]), int(counters[END])
+        while column > counters[BEGIN] and _prefills(seqs, column - 1):
             column -= 1
-        seqs[:, column + 1 : tail + 1] = seqs[:, column:tail].copy()
-        firsts[column + 1 : tail + 1] = firsts[column:tail].copy()
+        seqs[:, column + 1 : end + 1] = seqs[:, column:end].copy()
+        first_token_time[column + 1 : end + 1] = first_token_time[column:end].copy()
         seqs[:, column] = extracted.column
-        firsts[column] = extracted.first_token
-        state[[s.RUNNING, s.TAIL, s.VISIBLE]] += 1
+        first_token_time[column] = extracted.first_token
+        counters[[NUM_RUNNING, END, VISIBLE]] += 1
         self._begin_if_idle(now)
         self.batch.look_ahead(self.row)
 
@@ -160,22 +181,19 @@ class Engine:
         As in vLLM, it leaves when the step in flight ends, before the outputs of that step are seen; until then
         snapshots show it. What is not here, or not any more, is ignored.
         """
-        state, seqs = self._state, self._seqs
-        live = slice(state[s.HEAD], state[s.TAIL])
-        found = (seqs[ID, live] == request_id) & (seqs[TARGET, live] != s.GONE)
-        seqs[TARGET, live][found] = s.GONE
-        state[s.ABORTED] += found.sum()
+        seqs, counters = self.state.seqs, self.state.counters
+        live = slice(counters[BEGIN], counters[END])
+        found = (seqs[ID, live] == request_id) & (seqs[TARGET, live] != GONE)
+        seqs[TARGET, live][found] = GONE
+        counters[NUM_ABORTED] += found.sum()
         self.batch.look_ahead(self.row)
 
     def _begin_if_idle(self, now: float) -> None:
         if self.step_ends == math.inf:
-            self._begin_step(now)
-
-    def _begin_step(self, now: float) -> None:
-        s.begin_step(*self.batch.row(self.row)[:-1], now)
+            begin_step(self.state, now)
 
 
 def _prefills(seqs: Ints, column: int) -> bool:
     """Is a running sequence in the middle of its prompt?"""
-    known = seqs[PROMPT, column] + seqs[OUTPUT, column]
-    return bool(seqs[PENDING, column] == 0 and seqs[COMPUTED, column] < known - 1)
+    known = seqs[NUM_PROMPT_TOKENS, column] + seqs[NUM_OUTPUT_TOKENS, column]
+    return bool(seqs[NUM_OUTPUT_PLACEHOLDERS, column] == 0 and seqs[NUM_COMPUTED_TOKENS, column] < known - 1)

@@ -8,331 +8,457 @@ and its context less the number of the step, and a step costs a look at
 - a histogram of contexts modulo the block size, which tells how many blocks this step takes,
 - the head of the waiting queue.
 
-Only finishes, admissions and preemptions touch single sequences. What does not fit this picture (an asynchronous
-scheduler, a limit on long prefills, a step whose budget decoding exhausts, prompts that go first) is left to
-`block.engine.scheduler`, which remains the one statement of the semantics.
+Only finishes, admissions and preemptions touch single sequences. The decoding sequences are the *group*; beside them
+there is at most one in the middle of its prefill, the *partial* one, and the *line* of those that wait. What does not
+fit this picture (an asynchronous scheduler, a limit on long prefills, a step whose budget decoding exhausts, prompts
+that go first) is left to `block.engine.scheduler`, which remains the one statement of the semantics.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 
 from block.core.arrays import Floats, Int, Ints
 from block.core.jit import Index, compiled
-from block.core.snapshot import BLOCKS, CHUNK, COMPUTED, FIELDS, ID, OUTPUT, PENDING, PROMPT, TARGET
-from block.engine.latency import decode_time, linear_time, prefill_time
-from block.engine.scheduler import (
-    ASYNC,
+from block.core.snapshot import (
+    FIELDS,
+    ID,
+    NUM_BLOCKS,
+    NUM_COMPUTED_TOKENS,
+    NUM_OUTPUT_PLACEHOLDERS,
+    NUM_OUTPUT_TOKENS,
+    NUM_PROMPT_TOKENS,
+    NUM_SCHEDULED_TOKENS,
+    TARGET,
+)
+from block.engine.kv_cache import blocks_at_admission, blocks_for, blocks_in_reach, can_admit, spare_block
+from block.engine.latency import decode_time, linear_time, prefill_time, step_duration
+from block.engine.state import (
+    ASYNC_SCHEDULING,
+    BEGIN,
     BLOCK_SIZE,
-    CHUNKED,
-    ENDS,
-    FREE,
-    HEAD,
-    LONG_PREFILL,
+    ENABLE_CHUNKED_PREFILL,
+    END,
+    FREE_BLOCKS,
+    IS_V1,
+    LONG_PREFILL_TOKEN_THRESHOLD,
     MAX_MODEL_LEN,
     MAX_NUM_BATCHED_TOKENS,
     MAX_NUM_SEQS,
-    RUNNING,
-    STALE,
-    TAIL,
-    V1,
-    blocks,
-    fits,
+    NUM_RUNNING,
+    NUM_STALE,
+    STEP_ENDS,
+    EngineState,
 )
 
 # Outcomes of `fast_forward`.
-FINISHED = 0  # the sequence asked for has finished, at times[ENDS]
+ARRIVED = 0  # the sequence asked for has finished, at times[STEP_ENDS]
 STOPPED = 1  # the step in flight has ended and its output is applied; the next must be begun by the scheduler
 UNFIT = 2  # nothing done: the state is not of the kind that can be fast-forwarded
 
-# Rows of `scratch`. A sequence goes by the column in which it came.
-_FINISH = 0  # by column: of the group's members the step that yields the last token, and in the low bits the column
-_GROUP = 1  # the members in order of admission, up to entry `end`; those that have finished are still among them
-_LINE = 2  # the waiting sequences in order, from entry `waiting` on
-_SIZE = 3  # by column: of a member its context less the number of the step, of any other its prompt and output
-_LEFT = 4  # by column: of those that are not members the tokens that they will yet yield
-SCRATCH = 5
+# Entries of `Scratch.n`.
+_COUNT = 0  # sequences of the group
+_CONTEXT = 1  # their total context
+_GROUP_END = 2  # one past the last entry of `group`
+_PARTIAL = 3  # the column of the partial sequence; -1: there is none
+_PREFILLED = 4  # tokens of it that are computed
+_WAITING = 5  # entry of `line` of the first that waits
+_END = 6  # one past the last entry of `line`
+_FREE = 7  # free KV blocks
+_STEP = 8  # number of the step in flight
+_EARLIEST = 9  # the least of `finish`
+_KNOWN = 10  # no column from here on was ever admitted
+_ASKED = 11  # the column of the sequence asked for
+_FIRST_DUE = 12  # 1: it yields its first token in this step
+_PREEMPTED = 13  # sequences that the step being scheduled has preempted, the first of the line
+_BUDGET = 14  # tokens that it may still take
+_CHUNK = 15  # tokens that the partial sequence takes in it
+_NUMBERS = 16
 
-_SHIFT = 20  # bits for the column in an entry of _FINISH
+# Entries of `Scratch.t`.
+_NOW = 0  # when the step in flight ends
+_FIRST = 1  # when the sequence asked for yielded its first token; NaN before
+_TIMES = 2
+
+_SHIFT = 20  # bits for the column in an entry of `finish`
 _NEVER = 2**62
 
 
+class Scratch(NamedTuple):
+    """What `fast_forward` works on. A sequence goes by the column in which it came."""
+
+    finish: Ints
+    """int64[columns]: of the group's members the step that yields the last token, and in the low bits the column"""
+    group: Ints
+    """int64[columns]: the members in order of admission; those that have finished are still among them"""
+    line: Ints
+    """int64[columns]: the waiting sequences in order, from entry n[_WAITING] on"""
+    size: Ints
+    """int64[columns]: of a member its context less the number of the step, of any other its prompt and output"""
+    left: Ints
+    """int64[columns]: of those that are not members the tokens that they will yet yield"""
+    wanting: Ints
+    """int64[block size]: wanting[n % block size] members take a block in step n + 1"""
+    n: Ints
+    t: Floats
+
+
+def scratch_for(columns: Int, block_size: Int) -> Scratch:
+    """Scratch for engines of so many columns. Whole vectors, so that a scan of `finish` leaves no rest."""
+    width = _whole(columns)
+    return Scratch(
+        np.empty(width, dtype=np.int64),
+        np.empty(width, dtype=np.int64),
+        np.empty(width, dtype=np.int64),
+        np.empty(width, dtype=np.int64),
+        np.empty(width, dtype=np.int64),
+        np.empty(block_size, dtype=np.int64),
+        np.empty(_NUMBERS, dtype=np.int64),
+        np.empty(_TIMES),
+    )
+
+
 @compiled
-def scratch_columns(columns: Int) -> Int:
-    """How wide the scratch of `fast_forward` must be: whole vectors, so that a scan of _FINISH leaves no rest."""
+def _whole(columns: Int) -> Int:
     return (columns + 15) >> 4 << 4
 
 
 @compiled
-def _first(finishes: Ints, columns: Int) -> Int:
-    """The least of the first `columns` finishes."""
+def fast_forward(engine: EngineState, scratch: Scratch, sequence: int) -> int:
+    """Complete steps until the one with ID `sequence` has finished, or until the scheduler itself is needed.
+
+    Its first-token time goes to ``first_token_time`` at the column where it stands; those of others are not kept.
+    """
+    settings = engine.settings
+    if (
+        settings[ASYNC_SCHEDULING] == 1
+        or settings[LONG_PREFILL_TOKEN_THRESHOLD] > 0
+        or settings[ENABLE_CHUNKED_PREFILL] == 0
+    ):
+        return UNFIT
+    if not _load(engine, scratch, sequence):
+        return UNFIT
+    while True:
+        if _end_step(engine, scratch):
+            return ARRIVED
+        if _decode_run(engine, scratch):
+            continue
+        if not _schedule(engine, scratch):
+            _hand_over(engine, scratch)
+            return STOPPED
+
+
+@compiled
+def _first_finish(scratch: Scratch) -> Int:
     least = np.int64(_NEVER)
-    for column in range(Index(scratch_columns(columns))):
-        least = min(least, finishes[column])
+    for column in range(Index(_whole(scratch.n[_KNOWN]))):
+        least = min(least, scratch.finish[column])
     return least
 
 
 @compiled
-def fast_forward(
-    seqs: Ints,
-    firsts: Floats,
-    state: Ints,
-    times: Floats,
-    limits: Ints,
-    packed: Floats,
-    scratch: Ints,
-    wanting: Ints,
-    sequence: int,
-) -> int:
-    """Complete steps until the one with ID `sequence` has finished, or until the scheduler itself is needed.
-
-    Its first-token time goes to ``firsts`` at the column where it stands; those of others are not kept. `scratch` is
-    int64[SCRATCH, scratch_columns(columns)]; `wanting`, int64[block size], the histogram: wanting[n % block size]
-    members take a block in step n + 1.
-    """
-    if limits[ASYNC] == 1 or limits[LONG_PREFILL] > 0 or limits[CHUNKED] == 0:
-        return UNFIT
-    v1 = limits[V1] == 1
-    max_num_seqs, max_tokens = limits[MAX_NUM_SEQS], limits[MAX_NUM_BATCHED_TOKENS]
-    last = limits[BLOCK_SIZE] - 1  # x & last is x modulo the block size
-    finishes, group, line = scratch[_FINISH], scratch[_GROUP], scratch[_LINE]
-    sizes, lefts = scratch[_SIZE], scratch[_LEFT]
-    wanting[:] = 0
-    count = 0
-    context: Int = 0  # total context of the group
-    partial = np.int64(-1)  # the sequence in the middle of its prefill; there is one at most, the youngest
-    prefilled = np.int64(0)
-    waiting = state[HEAD] + state[RUNNING]
-    tail = state[TAIL]
-    finishes[: scratch_columns(tail)] = _NEVER
-    asked = tail - 1
+def _load(engine: EngineState, scratch: Scratch, sequence: int) -> bool:
+    """Sum up the sequences; False if their state does not fit the picture."""
+    seqs, counters, settings, n = engine.seqs, engine.counters, engine.settings, scratch.n
+    last = settings[BLOCK_SIZE] - 1  # x & last is x modulo the block size
+    finish, size, left = scratch.finish, scratch.size, scratch.left
+    scratch.wanting[:] = 0
+    waiting, end = counters[BEGIN] + counters[NUM_RUNNING], counters[END]
+    finish[: _whole(end)] = _NEVER
+    asked = end - 1
     while seqs[ID, Index(asked)] != sequence:
         asked -= 1
-    first = firsts[asked]
-    first_due = False  # the sequence asked for yields its first token in this step
-    for column in range(Index(state[HEAD]), Index(tail)):
-        total = seqs[PROMPT, column] + seqs[OUTPUT, column]
-        left = min(seqs[TARGET, column] - seqs[OUTPUT, column], limits[MAX_MODEL_LEN] - total)
-        sizes[column] = total
-        lefts[column] = left
-        line[column] = column
+    first = engine.first_token_time[asked]
+    count = np.int64(0)
+    context = np.int64(0)
+    partial = np.int64(-1)
+    n[_PREFILLED] = 0
+    n[_FIRST_DUE] = 0
+    for column in range(Index(counters[BEGIN]), Index(end)):
+        total = seqs[NUM_PROMPT_TOKENS, column] + seqs[NUM_OUTPUT_TOKENS, column]
+        more = min(seqs[TARGET, column] - seqs[NUM_OUTPUT_TOKENS, column], settings[MAX_MODEL_LEN] - total)
+        size[column] = total
+        left[column] = more
+        scratch.line[column] = column
         if np.int64(column) >= waiting:
             continue
-        if seqs[CHUNK, column] == 0 or partial >= 0:
-            return UNFIT
-        base = seqs[COMPUTED, column]
-        if seqs[PENDING, column] == 0:
+        if seqs[NUM_SCHEDULED_TOKENS, column] == 0 or partial >= 0:
+            return False
+        base = seqs[NUM_COMPUTED_TOKENS, column]
+        if seqs[NUM_OUTPUT_PLACEHOLDERS, column] == 0:
             partial = np.int64(column)
-            prefilled = base
+            n[_PREFILLED] = base
             continue
-        finishes[column] = left - 1 << _SHIFT | np.int64(column)
-        group[Index(count)] = np.int64(column)
-        sizes[column] = base
+        finish[column] = more - 1 << _SHIFT | np.int64(column)
+        scratch.group[Index(count)] = np.int64(column)
+        size[column] = base
         count += 1
-        wanting[Index(-base & last)] += 1
+        scratch.wanting[Index(-base & last)] += 1
         context += base
-        first_due |= np.int64(column) == asked and np.isnan(first)
-    free = state[FREE]
-    now = times[ENDS]
-    step = np.int64(0)  # number of the step in flight
-    end = count
-    known = waiting  # no column from here on was ever admitted
-    earliest = _first(finishes, known)
+        if np.int64(column) == asked and np.isnan(first):
+            n[_FIRST_DUE] = 1
+    n[_COUNT] = n[_GROUP_END] = count
+    n[_CONTEXT] = context
+    n[_PARTIAL] = partial
+    n[_WAITING] = n[_KNOWN] = waiting
+    n[_END] = end
+    n[_ASKED] = asked
+    n[_FREE] = counters[FREE_BLOCKS]
+    n[_STEP] = 0
+    n[_EARLIEST] = _first_finish(scratch)
+    scratch.t[_NOW] = engine.times[STEP_ENDS]
+    scratch.t[_FIRST] = first
+    return True
 
-    while True:
-        # The step in flight ends: first tokens, finishes.
-        if first_due:
-            first = now
-            first_due = False
-        while earliest >> _SHIFT <= step:
-            column = Index(earliest & ((1 << _SHIFT) - 1))
-            if finishes[column] == earliest:  # it has not been preempted meanwhile
-                if np.int64(column) == asked:
-                    times[ENDS] = now
-                    firsts[column] = first
-                    state[HEAD] = asked
-                    return FINISHED
-                base = sizes[column]
-                free += blocks(base + step, limits)
-                wanting[Index(-base & last)] -= 1
-                context -= base + step
-                count -= 1
-                finishes[column] = _NEVER
-            earliest = _first(finishes, known)
 
-        # Nothing but decoding until the next finish, as long as the blocks last and the head of the queue does not fit.
-        finish = earliest >> _SHIFT
-        if partial < 0 and count > 0 and finish > step + 1:
-            blocked = waiting == tail or count == max_num_seqs
-            if not blocked:
-                total = sizes[Index(line[Index(waiting)])]
-                blocked = not fits(total, min(total, max_tokens - count), free, count, limits)
-            if blocked and count < max_tokens:
-                fixed = decode_time(packed, count, 0)
-                slope = decode_time(packed, count, 1) - fixed
-                fixed += linear_time(packed, count)
-                keep = 0 if v1 else 1
-                tokens_read, each = float(context), float(count)  # whole numbers, exact
-                began = step
-                free -= keep
-                left = free - wanting[Index(step & last)]
-                while finish > step and left >= 0:
-                    step += 1
-                    free = left
-                    left -= wanting[Index(step & last)]
-                    tokens_read += each
-                    now += fixed + slope * tokens_read
-                free += keep
-                context += count * (step - began)
-                if finish <= step:
-                    continue
+@compiled
+def _leave_group(engine: EngineState, scratch: Scratch, column: Int) -> None:
+    """A member finishes or is preempted."""
+    n, settings = scratch.n, engine.settings
+    base = scratch.size[Index(column)]
+    n[_FREE] += blocks_for(base + n[_STEP], settings)
+    scratch.wanting[Index(-base & (settings[BLOCK_SIZE] - 1))] -= 1
+    n[_CONTEXT] -= base + n[_STEP]
+    n[_COUNT] -= 1
+    scratch.finish[Index(column)] = _NEVER
 
-        # Running sequences take their blocks; where there are too few, the youngest make room.
-        preempted = 0
-        while True:
-            budget = max_tokens - count
-            spare = free - wanting[Index(step & last)]
-            enough = spare >= 0
-            if count > 0:
-                while finishes[Index(group[Index(end - 1)])] == _NEVER:
-                    end -= 1
-                if not v1:  # V0 wants a free block in reach of each, though the last may take it
-                    enough = spare >= (0 if (sizes[Index(group[Index(end - 1)])] + step) & last == 0 else 1)
-            chunk = np.int64(0)
-            if partial >= 0:
-                total = sizes[Index(partial)]
-                chunk = min(total - prefilled, budget)
-                if v1:
-                    spare -= blocks(prefilled + chunk, limits) - blocks(prefilled, limits)
-                    enough = spare >= 0
-                elif prefilled + 1 == total or total & last != 0:
-                    enough = enough and spare >= 1
-            elif count == 0:
-                break
-            if enough:
-                break
-            waiting -= 1
-            preempted += 1
-            if partial >= 0:
-                line[Index(waiting)] = partial
-                free += blocks(prefilled if v1 else total, limits)
-                partial = np.int64(-1)
-            else:
-                count -= 1
-                end -= 1
-                column = Index(group[Index(end)])
-                base = sizes[column]
-                line[Index(waiting)] = column
-                sizes[column] = base + step + 1
-                lefts[column] = (finishes[column] >> _SHIFT) - step
-                finishes[column] = _NEVER
-                free += blocks(base + step, limits)
-                wanting[Index(-base & last)] -= 1
-                context -= base + step
-        if budget <= 0:
-            break
-        free = spare
+
+@compiled
+def _end_step(engine: EngineState, scratch: Scratch) -> bool:
+    """The step in flight ends: first tokens, finishes. True if the sequence asked for is among these."""
+    n, t = scratch.n, scratch.t
+    if n[_FIRST_DUE] == 1:
+        t[_FIRST] = t[_NOW]
+        n[_FIRST_DUE] = 0
+    while n[_EARLIEST] >> _SHIFT <= n[_STEP]:
+        column = n[_EARLIEST] & ((1 << _SHIFT) - 1)
+        if scratch.finish[Index(column)] == n[_EARLIEST]:  # it has not been preempted meanwhile
+            if column == n[_ASKED]:
+                engine.times[STEP_ENDS] = t[_NOW]
+                engine.first_token_time[Index(column)] = t[_FIRST]
+                engine.counters[BEGIN] = column
+                return True
+            _leave_group(engine, scratch, column)
+        n[_EARLIEST] = _first_finish(scratch)
+    return False
+
+
+@compiled
+def _decode_run(engine: EngineState, scratch: Scratch) -> bool:
+    """Nothing but decoding until the next finish, as long as the blocks last and the head of the line does not fit.
+
+    True if it has come to the finish.
+    """
+    n, t, settings, params = scratch.n, scratch.t, engine.settings, engine.latency_params
+    count, step, finish = n[_COUNT], n[_STEP], n[_EARLIEST] >> _SHIFT
+    if n[_PARTIAL] >= 0 or count == 0 or finish <= step + 1 or count >= settings[MAX_NUM_BATCHED_TOKENS]:
+        return False
+    if n[_WAITING] != n[_END] and count != settings[MAX_NUM_SEQS]:
+        total = scratch.size[Index(scratch.line[Index(n[_WAITING])])]
+        chunk = min(total, settings[MAX_NUM_BATCHED_TOKENS] - count)
+        if can_admit(total, chunk, n[_FREE], count, settings):
+            return False
+    last = settings[BLOCK_SIZE] - 1
+    fixed = decode_time(params, count, 0)
+    slope = decode_time(params, count, 1) - fixed
+    fixed += linear_time(params, count)
+    tokens_read, each, now = float(n[_CONTEXT]), float(count), t[_NOW]  # whole numbers, exact
+    free = n[_FREE] - spare_block(settings)
+    left = free - scratch.wanting[Index(step & last)]
+    while finish > step and left >= 0:
         step += 1
-        context += count
-        tokens: Int = count
-        decodes = count
-        decode_context = context
-        prefill = 0.0
-        if partial >= 0:
-            if chunk == 1:
-                decodes += 1
-                decode_context += prefilled + 1
-            else:
-                prefill += prefill_time(packed, chunk, prefilled)
-            prefilled += chunk
-            tokens += chunk
-            budget -= chunk
-        # A sequence whose prefill is complete joins the group, be it the partial one or one that was waiting.
-        joining = partial
-        while True:
-            if joining >= 0:
-                column = Index(joining)
-                total = sizes[column]
-                if prefilled < total:
-                    partial = joining
-                    break
-                finish = step + lefts[column] - 1 << _SHIFT | joining
-                finishes[column] = finish
-                earliest = min(earliest, finish)
-                sizes[column] = total - step
-                group[Index(end)] = joining
-                end += 1
-                count += 1
-                wanting[Index((step - total) & last)] += 1
-                context += total
-                first_due |= joining == asked and np.isnan(first)
-                partial = np.int64(-1)
-            if preempted > 0 and v1:
-                break
-            head = waiting + preempted
-            if head == tail or budget <= 0 or count == max_num_seqs:
-                break
-            joining = line[Index(head)]
-            total = sizes[Index(joining)]
-            chunk = min(total, budget)
-            if not fits(total, chunk, free, count, limits):
-                break
-            for i in range(head, waiting, -1):  # past those preempted in this step
-                line[i] = line[i - 1]
-            free -= blocks(chunk if v1 else total, limits)
-            if chunk == 1:
-                decodes += 1
-                decode_context += 1
-            else:
-                prefill += prefill_time(packed, chunk, 0)
-            prefilled = chunk
-            tokens += chunk
-            budget -= chunk
-            waiting += 1
-            known = max(known, joining + 1)
-        if tokens == 0:
-            step -= 1
-            break
-        now += linear_time(packed, tokens) + decode_time(packed, decodes, decode_context) + prefill
+        free = left
+        left -= scratch.wanting[Index(step & last)]
+        tokens_read += each
+        now += fixed + slope * tokens_read
+    n[_FREE] = free + spare_block(settings)
+    n[_CONTEXT] += count * (step - n[_STEP])
+    n[_STEP] = step
+    t[_NOW] = now
+    return bool(finish <= step)
 
-    # Hand over: the columns in order, and every field as the scheduler expects it between two steps.
-    times[ENDS] = now
-    running = count + (1 if partial >= 0 else 0)
+
+@compiled
+def _schedule(engine: EngineState, scratch: Scratch) -> bool:
+    """Schedule a step and begin it; False, with nothing begun, if the scheduler itself is needed for that."""
+    n, params = scratch.n, engine.latency_params
+    if not _allocate_or_preempt(engine, scratch):
+        return False
+    n[_STEP] += 1
+    n[_CONTEXT] += n[_COUNT]
+    tokens, decodes, decode_context = n[_COUNT], n[_COUNT], n[_CONTEXT]
+    prefill = 0.0
+    joining, chunk = n[_PARTIAL], n[_CHUNK]
+    while True:
+        if joining >= 0:
+            context = n[_PREFILLED]
+            if chunk == 1:
+                decodes += 1
+                decode_context += context + 1
+            else:
+                prefill += prefill_time(params, chunk, context)
+            n[_PREFILLED] = context + chunk
+            tokens += chunk
+            n[_BUDGET] -= chunk
+            if n[_PREFILLED] < scratch.size[Index(joining)]:
+                n[_PARTIAL] = joining
+                break
+            _join_group(engine, scratch, joining)
+        joining, chunk = _admit(engine, scratch)
+        if joining < 0:
+            break
+    if tokens == 0:
+        n[_STEP] -= 1
+        return False
+    scratch.t[_NOW] += step_duration(params, tokens, decodes, decode_context, prefill)
+    return True
+
+
+@compiled
+def _allocate_or_preempt(engine: EngineState, scratch: Scratch) -> bool:
+    """Running sequences take their blocks; where there are too few, the youngest make room. False if the budget of the
+    step does not suffice even so.
+    """
+    n, settings = scratch.n, engine.settings
+    last = settings[BLOCK_SIZE] - 1
+    n[_PREEMPTED] = 0
+    n[_CHUNK] = 0
+    while True:
+        n[_BUDGET] = settings[MAX_NUM_BATCHED_TOKENS] - n[_COUNT]
+        spare = n[_FREE] - scratch.wanting[Index(n[_STEP] & last)]
+        enough = spare >= 0
+        if n[_COUNT] > 0:
+            while scratch.finish[Index(scratch.group[Index(n[_GROUP_END] - 1)])] == _NEVER:
+                n[_GROUP_END] -= 1
+            youngest = scratch.size[Index(scratch.group[Index(n[_GROUP_END] - 1)])]
+            if (youngest + n[_STEP]) & last != 0:  # else it takes one, and so had it in reach
+                enough = spare >= spare_block(settings)
+        if n[_PARTIAL] >= 0:
+            total, computed = scratch.size[Index(n[_PARTIAL])], n[_PREFILLED]
+            n[_CHUNK] = min(total - computed, n[_BUDGET])
+            if settings[IS_V1] == 1:
+                spare -= blocks_for(computed + n[_CHUNK], settings) - blocks_for(computed, settings)
+                enough = spare >= 0
+            else:
+                enough = enough and spare >= blocks_in_reach(computed, total, 0, settings)
+        if enough or (n[_PARTIAL] < 0 and n[_COUNT] == 0):
+            break
+        _preempt_youngest(engine, scratch)
+    if n[_BUDGET] <= 0:
+        return False
+    n[_FREE] = spare
+    return True
+
+
+@compiled
+def _preempt_youngest(engine: EngineState, scratch: Scratch) -> None:
+    """The partial sequence, or else the youngest member, becomes the first of the line."""
+    n, settings = scratch.n, engine.settings
+    n[_WAITING] -= 1
+    n[_PREEMPTED] += 1
+    column = n[_PARTIAL]
+    if column >= 0:
+        n[_FREE] += blocks_at_admission(scratch.size[Index(column)], n[_PREFILLED], settings)
+        n[_PARTIAL] = -1
+        n[_CHUNK] = 0
+    else:
+        n[_GROUP_END] -= 1
+        column = scratch.group[Index(n[_GROUP_END])]
+        scratch.left[Index(column)] = (scratch.finish[Index(column)] >> _SHIFT) - n[_STEP]
+        _leave_group(engine, scratch, column)
+        scratch.size[Index(column)] += n[_STEP] + 1
+    scratch.line[Index(n[_WAITING])] = column
+
+
+@compiled
+def _join_group(engine: EngineState, scratch: Scratch, joining: Int) -> None:
+    """A sequence whose prefill is complete joins the group, be it the partial one or one that was waiting."""
+    n, column, step = scratch.n, Index(joining), scratch.n[_STEP]
+    total = scratch.size[column]
+    finish = step + scratch.left[column] - 1 << _SHIFT | joining
+    scratch.finish[column] = finish
+    n[_EARLIEST] = min(n[_EARLIEST], finish)
+    scratch.size[column] = total - step
+    scratch.group[Index(n[_GROUP_END])] = joining
+    n[_GROUP_END] += 1
+    n[_COUNT] += 1
+    scratch.wanting[Index((step - total) & (engine.settings[BLOCK_SIZE] - 1))] += 1
+    n[_CONTEXT] += total
+    if joining == n[_ASKED] and np.isnan(scratch.t[_FIRST]):
+        n[_FIRST_DUE] = 1
+    n[_PARTIAL] = -1
+
+
+@compiled
+def _admit(engine: EngineState, scratch: Scratch) -> tuple[Int, Int]:
+    """Admit the first of the line that was not preempted in this step: its column and its chunk; −1 if none may be."""
+    n, line, settings = scratch.n, scratch.line, engine.settings
+    head = n[_WAITING] + n[_PREEMPTED]
+    none = (np.int64(-1), np.int64(0))
+    if n[_PREEMPTED] > 0 and settings[IS_V1] == 1:
+        return none
+    if head == n[_END] or n[_BUDGET] <= 0 or n[_COUNT] == settings[MAX_NUM_SEQS]:
+        return none
+    column = line[Index(head)]
+    total = scratch.size[Index(column)]
+    chunk = min(total, n[_BUDGET])
+    if not can_admit(total, chunk, n[_FREE], n[_COUNT], settings):
+        return none
+    for i in range(head, n[_WAITING], -1):  # past those preempted in this step
+        line[i] = line[i - 1]
+    n[_FREE] -= blocks_at_admission(total, chunk, settings)
+    n[_PREFILLED] = 0
+    n[_WAITING] += 1
+    n[_KNOWN] = max(n[_KNOWN], column + 1)
+    return column, chunk
+
+
+@compiled
+def _hand_over(engine: EngineState, scratch: Scratch) -> None:
+    """Put the columns in order, and every field as the scheduler expects it between two steps."""
+    seqs, counters, n, line = engine.seqs, engine.counters, scratch.n, scratch.line
+    step, partial, waiting, end = n[_STEP], n[_PARTIAL], n[_WAITING], n[_END]
+    running = n[_COUNT] + (1 if partial >= 0 else 0)
     begin = waiting - running
-    state[HEAD] = begin
-    state[RUNNING] = running
-    state[FREE] = free
-    state[STALE] = 0
+    engine.times[STEP_ENDS] = scratch.t[_NOW]
+    counters[BEGIN] = begin
+    counters[NUM_RUNNING] = running
+    counters[FREE_BLOCKS] = n[_FREE]
+    counters[NUM_STALE] = 0
     i = waiting
     if partial >= 0:
         i -= 1
         line[i] = partial
+    member = n[_GROUP_END]
     while i > begin:
-        end -= 1
-        if finishes[group[end]] != _NEVER:
+        member -= 1
+        if scratch.finish[scratch.group[member]] != _NEVER:
             i -= 1
-            line[i] = group[end]
-    moved = finishes  # needed no more
+            line[i] = scratch.group[member]
+    moved = scratch.finish  # needed no more
     for row in range(FIELDS):
-        for i in range(begin, tail):
+        for i in range(begin, end):
             moved[i] = seqs[row, line[i]]
-        for i in range(begin, tail):
+        for i in range(begin, end):
             seqs[row, i] = moved[i]
-    for i in range(begin, tail):
+    for i in range(begin, end):
         column = line[i]
-        size = sizes[column]  # of the waiting, who have nothing computed
-        computed = held = np.int64(0)
+        size = scratch.size[column]  # of the waiting, who have nothing computed
+        computed: Int = np.int64(0)
+        blocks: Int = np.int64(0)
         if column == partial:
-            computed = prefilled
-            held = prefilled if v1 else size
+            computed = n[_PREFILLED]
+            blocks = blocks_at_admission(size, computed, engine.settings)
         elif i < waiting:
-            computed = held = size + step
+            computed = size + step
+            blocks = blocks_for(computed, engine.settings)
             size = computed + 1
-        seqs[OUTPUT, i] = size - seqs[PROMPT, i]
-        seqs[COMPUTED, i] = computed
-        seqs[BLOCKS, i] = blocks(held, limits)
-        seqs[CHUNK, i] = 0
-        seqs[PENDING, i] = 0
-        if column == asked:
-            firsts[i] = first
-    return STOPPED
+        seqs[NUM_OUTPUT_TOKENS, i] = size - seqs[NUM_PROMPT_TOKENS, i]
+        seqs[NUM_COMPUTED_TOKENS, i] = computed
+        seqs[NUM_BLOCKS, i] = blocks
+        seqs[NUM_SCHEDULED_TOKENS, i] = 0
+        seqs[NUM_OUTPUT_PLACEHOLDERS, i] = 0
+        if column == n[_ASKED]:
+            engine.first_token_time[i] = scratch.t[_FIRST]

@@ -9,8 +9,8 @@
   affine in ΣKV, so the time of a run of decode steps has a closed form.
 - ``prefill``: attention of one prompt chunk over `context` earlier tokens, bilinear between the knots of a grid.
 
-A model is one flat float array (`packed`), so that compiled code takes it as one argument. On disk it is a small JSON
-file that holds `linear` by its knots (it is piecewise linear).
+A model is one flat float array (`latency_params`), so that compiled code takes it as one argument. On disk it is a
+small JSON file that holds `linear` by its knots (it is piecewise linear).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import numpy as np
 from block.core.arrays import Floats, Int, Ints
 from block.core.jit import Index, compiled
 
-# Layout of `packed`: a header, the decode factors, the two knot vectors, the grid by rows (chunk), the times of chunks
-# that begin a prompt, the linear table. The header says where what follows the factors begins.
+# Layout of `latency_params`: a header, the decode factors, the two knot vectors, the grid by rows (chunk), the times of
+# chunks that begin a prompt, the linear table. The header says where what follows the factors begins.
 _DECODE_BASE = 0
 _DECODE_PER_SEQUENCE = 1
 _DECODE_PER_KV = 2
@@ -184,80 +184,92 @@ def _rounded(values: float | Floats) -> Any:
 
 
 @compiled
-def linear_time(packed: Floats, tokens: Int) -> float:
+def linear_time(params: Floats, tokens: Int) -> float:
     """Token-wise operators and fixed overhead of a step of `tokens` tokens; beyond the table its last slope goes on."""
-    entry = int(packed[_LINEAR]) + tokens
-    last = packed.shape[0] - 1
+    entry = int(params[_LINEAR]) + tokens
+    last = params.shape[0] - 1
     if entry <= last:
-        return float(packed[Index(entry)])
-    slope = packed[last] - packed[last - 1]
-    return float(packed[last] + slope * (entry - last))
+        return float(params[Index(entry)])
+    slope = params[last] - params[last - 1]
+    return float(params[last] + slope * (entry - last))
 
 
 @compiled
-def decode_wave(packed: Floats, sequences: Int) -> float:
+def decode_wave(params: Floats, sequences: Int) -> float:
     """The factor on the decode attention of `sequences` sequences."""
-    return float(packed[Index(min(_HEADER + sequences, int(packed[_CHUNKS]) - 1))])
+    return float(params[Index(min(_HEADER + sequences, int(params[_CHUNKS]) - 1))])
 
 
 @compiled
-def decode_time(packed: Floats, sequences: Int, kv_tokens: Int) -> float:
+def decode_time(params: Floats, sequences: Int, kv_tokens: Int) -> float:
     """Attention of `sequences` decoding sequences that together read `kv_tokens` tokens of KV; 0 for none."""
     if sequences == 0:
         return 0.0
-    affine = packed[_DECODE_BASE] + packed[_DECODE_PER_SEQUENCE] * sequences + packed[_DECODE_PER_KV] * kv_tokens
-    return float(affine * decode_wave(packed, sequences))
+    affine = params[_DECODE_BASE] + params[_DECODE_PER_SEQUENCE] * sequences + params[_DECODE_PER_KV] * kv_tokens
+    return float(affine * decode_wave(params, sequences))
 
 
 @compiled
-def decode_run_time(packed: Floats, sequences: Int, kv_tokens: Int, steps: Int) -> float:
+def step_duration(params: Floats, tokens: Int, decodes: Int, decode_kv: Int, prefill: float) -> float:
+    """Seconds of a step of `tokens` tokens; 0 if there are none.
+
+    decodes, decode_kv: its decoding sequences, and the tokens of KV that they read together. prefill: the attention of
+    its prompt chunks, `prefill_time` summed.
+    """
+    if tokens == 0:
+        return 0.0
+    return linear_time(params, tokens) + decode_time(params, decodes, decode_kv) + prefill
+
+
+@compiled
+def decode_run_time(params: Floats, sequences: Int, kv_tokens: Int, steps: Int) -> float:
     """Total time of `steps` consecutive steps in which the same `sequences` > 0 sequences decode and nothing else runs.
 
     `kv_tokens` is the total context of the first step; each step adds a token to every sequence.
     """
-    first = linear_time(packed, sequences) + decode_time(packed, sequences, kv_tokens)
-    growth = packed[_DECODE_PER_KV] * decode_wave(packed, sequences) * sequences
+    first = linear_time(params, sequences) + decode_time(params, sequences, kv_tokens)
+    growth = params[_DECODE_PER_KV] * decode_wave(params, sequences) * sequences
     return float(steps * first + growth * (0.5 * steps * (steps - 1)))
 
 
 @compiled
-def prefill_time(packed: Floats, chunk: Int, context: Int) -> float:
+def prefill_time(params: Floats, chunk: Int, context: Int) -> float:
     """Attention of a prompt chunk of `chunk` tokens over `context` earlier ones, clamped to the grid's last cells."""
-    entry = int(packed[_FRESH]) + chunk
-    if context == 0 and entry < int(packed[_LINEAR]):
-        return float(packed[Index(entry)])
-    return _interpolated(packed, chunk, context)
+    entry = int(params[_FRESH]) + chunk
+    if context == 0 and entry < int(params[_LINEAR]):
+        return float(params[Index(entry)])
+    return _interpolated(params, chunk, context)
 
 
 @compiled
-def _tabulate_fresh(packed: Floats) -> None:
+def _tabulate_fresh(params: Floats) -> None:
     """Fill in the times of chunks that begin a prompt, which `prefill_time` is mostly asked for."""
-    begin = int(packed[_FRESH])
-    for chunk in range(int(packed[_LINEAR]) - begin):
-        packed[begin + chunk] = _interpolated(packed, chunk, 0)
+    begin = int(params[_FRESH])
+    for chunk in range(int(params[_LINEAR]) - begin):
+        params[begin + chunk] = _interpolated(params, chunk, 0)
 
 
 @compiled
-def _interpolated(packed: Floats, chunk: Int, context: Int) -> float:
-    chunks = int(packed[_CHUNKS])
-    contexts = int(packed[_CONTEXTS])
-    grid = int(packed[_GRID])
+def _interpolated(params: Floats, chunk: Int, context: Int) -> float:
+    chunks = int(params[_CHUNKS])
+    contexts = int(params[_CONTEXTS])
+    grid = int(params[_GRID])
     m = contexts - chunks
     n = grid - contexts
     i = 0
-    while i < m - 2 and packed[Index(chunks + i + 1)] < chunk:
+    while i < m - 2 and params[Index(chunks + i + 1)] < chunk:
         i += 1
     j = 0
-    while j < n - 2 and packed[Index(contexts + j + 1)] < context:
+    while j < n - 2 and params[Index(contexts + j + 1)] < context:
         j += 1
     row = Index(chunks + i)
     column = Index(contexts + j)
-    u = (chunk - packed[row]) / (packed[row + Index(1)] - packed[row])
-    v = (context - packed[column]) / (packed[column + Index(1)] - packed[column])
+    u = (chunk - params[row]) / (params[row + Index(1)] - params[row])
+    v = (context - params[column]) / (params[column + Index(1)] - params[column])
     u = max(u, 0.0)  # below the first knot: its value; above the last: extrapolated along the last cell
     v = max(v, 0.0)
     at = Index(grid + i * n + j)
     above = Index(grid + (i + 1) * n + j)
-    low = packed[at] * (1.0 - v) + packed[at + Index(1)] * v
-    high = packed[above] * (1.0 - v) + packed[above + Index(1)] * v
+    low = params[at] * (1.0 - v) + params[at + Index(1)] * v
+    high = params[above] * (1.0 - v) + params[above + Index(1)] * v
     return float(low * (1.0 - u) + high * u)

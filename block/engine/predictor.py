@@ -1,6 +1,6 @@
 """Predictor: "if this request went to that instance, when would it finish?"
 
-A forecast copies the instance's snapshot, adds the requests that are on their way to it and the candidate, and runs the
+A forecast copies the instance's snapshot, adds the requests that are in transit there and the candidate, and runs the
 scheduler twin forward with the instance's latency model until the candidate's last token. Between two events (a finish,
 an admission, a prefill chunk, exhaustion of blocks) nothing but decoding happens, and such runs of steps are skipped in
 closed form; ``compressed=False`` steps through them one by one and is the oracle for the tests.
@@ -17,31 +17,50 @@ import numpy as np
 from block.core.arrays import Floats, Int, Ints
 from block.core.jit import Index, compiled, one_at_a_time
 from block.core.snapshot import (
-    CHUNK,
     EXPECTED,
     FIELDS,
-    HEAD_BEGIN,
-    HEAD_END,
-    HEAD_FREE,
-    HEAD_ID,
-    HEAD_ROW,
-    HEAD_RUNNING,
-    HEAD_STALE,
     ID,
     MAX_TOKENS,
-    NEXT,
-    OUTPUT,
-    PROMPT,
+    META_BEGIN,
+    META_END,
+    META_FREE,
+    META_ID,
+    META_ROW,
+    META_RUNNING,
+    META_STALE,
+    NUM_OUTPUT_TOKENS,
+    NUM_PROMPT_TOKENS,
+    NUM_SCHEDULED_NEXT,
+    NUM_SCHEDULED_TOKENS,
     TARGET,
     Snapshot,
     Snapshots,
 )
 from block.core.types import Forecasts, Request
-from block.engine import scheduler as s
-from block.engine.config import EngineConfig
-from block.engine.decode_runs import skip_quiet_steps
-from block.engine.fast_forward import FINISHED, SCRATCH, STOPPED, fast_forward, scratch_columns
+from block.engine.config import EngineSettings
+from block.engine.decode_runs import skip_decode_run
+from block.engine.fast_forward import ARRIVED, STOPPED, Scratch, fast_forward, scratch_for
 from block.engine.latency import LatencyModel
+from block.engine.scheduler import begin_step, complete_step, step_time
+from block.engine.state import (
+    BEGIN,
+    BLOCK_SIZE,
+    COUNTERS,
+    END,
+    FINISHED,
+    FINISHED_AT,
+    FINISHED_FIRST_TOKEN,
+    FINISHED_ID,
+    FREE_BLOCKS,
+    NUM_RUNNING,
+    NUM_STALE,
+    QUEUED,
+    QUEUED_DURATION,
+    STEP_ENDS,
+    TIMES,
+    Arrays,
+    EngineState,
+)
 
 OUTRUN_MARGIN = 10
 """An estimate that a response has outrun becomes tokens decoded so far plus this many (as in the paper)."""
@@ -52,7 +71,7 @@ _ARRIVAL = 4  # numbers of an arrival: instance, id, prompt, expected
 
 
 class Predictor:
-    """Forecasts for instances that share engine settings, KV blocks and latency model.
+    """Forecasts for instances that share engine settings and latency model.
 
     compressed: skip runs of decode steps in closed form; the forecasts are the same up to rounding.
     outrun_share: a response that has outrun its estimate is expected to go on for this share of what it has, if that is
@@ -61,25 +80,33 @@ class Predictor:
 
     def __init__(
         self,
-        config: EngineConfig,
+        settings: EngineSettings,
         latency: LatencyModel,
-        total_blocks: int,
         *,
         compressed: bool = True,
         outrun_share: float = 0.0,
     ) -> None:
         self._outrun_share = outrun_share
-        self._limits = config.limits(total_blocks)
-        self._packed = latency.pack()
+        self._settings = settings.to_array()
+        self._latency_params = latency.pack()
         self._compressed = compressed
         self._allocate(64)
 
     def _allocate(self, columns: int) -> None:
-        self._seqs: Ints = np.zeros((FIELDS, columns), dtype=np.int64)
-        self._firsts: Floats = np.zeros(columns)
-        self._done: Floats = np.zeros((s.DONE, columns))
+        self._engine = EngineState(
+            seqs=np.zeros((FIELDS, columns), dtype=np.int64),
+            first_token_time=np.zeros(columns),
+            counters=np.zeros(COUNTERS, dtype=np.int64),
+            times=np.zeros(TIMES),
+            settings=self._settings,
+            latency_params=self._latency_params,
+            noise=np.ones(1),
+            finished=np.zeros((FINISHED, columns)),
+        )
+        self._plain: Arrays = self._engine[:]
+        self._scratch = scratch_for(columns, int(self._settings[BLOCK_SIZE]))
 
-    def going_on(self, outrun_share: float) -> Predictor:
+    def with_outrun_share(self, outrun_share: float) -> Predictor:
         """The same, with another `outrun_share`."""
         other = copy(self)
         other._outrun_share = float(outrun_share)
@@ -107,21 +134,18 @@ class Predictor:
         ]
         shown = Snapshots.of(snapshots)
         widest = shown.pool.shape[2] + len(arrivals) // _ARRIVAL + 1
-        if widest > self._seqs.shape[1]:
+        if widest > self._engine.seqs.shape[1]:
             self._allocate(2 * widest)
         out = np.empty((len(shown), 2))
         _forecasts(
             shown.pool,
-            shown.heads,
+            shown.meta,
             shown.started,
             np.array(arrivals, dtype=np.int64),
             request.prompt_tokens,
             request.predicted_output_tokens,
-            self._seqs,
-            self._firsts,
-            self._limits,
-            self._packed,
-            self._done,
+            self._plain,
+            self._scratch,
             out,
             now,
             self._compressed,
@@ -136,9 +160,9 @@ class Predictors:
     def __init__(self, of: Sequence[Predictor]) -> None:
         self._of = of
 
-    def going_on(self, outrun_share: float) -> Predictors:
+    def with_outrun_share(self, outrun_share: float) -> Predictors:
         """The same, with another `outrun_share`."""
-        others = {predictor: predictor.going_on(outrun_share) for predictor in self._of}
+        others = {predictor: predictor.with_outrun_share(outrun_share) for predictor in self._of}
         return Predictors([others[predictor] for predictor in self._of])
 
     def forecasts(
@@ -146,7 +170,7 @@ class Predictors:
     ) -> Forecasts:
         """One forecast for each snapshot, in a compiled call for each kind of instance."""
         shown = Snapshots.of(snapshots)
-        predictors = [self._of[instance_id] for instance_id in shown.heads[:, HEAD_ID].tolist()]
+        predictors = [self._of[instance_id] for instance_id in shown.meta[:, META_ID].tolist()]
         return forecast_each(predictors, shown, in_transit, [request] * len(shown), now)
 
 
@@ -176,39 +200,39 @@ def _append(seqs: Ints, column: Int, id_: Int, prompt: Int, expected: Int) -> No
     for row in range(FIELDS):
         seqs[row, column] = 0
     seqs[ID, column] = id_
-    seqs[PROMPT, column] = prompt
+    seqs[NUM_PROMPT_TOKENS, column] = prompt
     seqs[EXPECTED, column] = expected
 
 
 @compiled
 def _forecasts(
     pool: Ints,
-    heads: Ints,
+    meta: Ints,
     started: Floats,
     arrivals: Ints,
     prompt: int,
     expected: int,
-    seqs: Ints,
-    firsts: Floats,
-    limits: Ints,
-    packed: Floats,
-    done: Floats,
+    arrays: Arrays,
+    scratch: Scratch,
     out: Floats,
     now: float,
     compressed: bool,
     outrun_share: float,
 ) -> None:
-    """`pool`, `heads`, `started`: those of `Snapshots`; `arrivals`: _ARRIVAL numbers each, in order of the instance."""
-    state = np.zeros(s.STATE, dtype=np.int64)
-    times = np.zeros(s.TIMES)
-    noise = np.ones(1)
-    group = np.empty((SCRATCH, scratch_columns(firsts.shape[0])), dtype=np.int64)
-    wanting = np.empty(limits[s.BLOCK_SIZE], dtype=np.int64)
+    """Forecast one request at several instances.
+
+    pool, meta, started: those of `Snapshots`. arrivals: _ARRIVAL numbers for each request in transit, in order of the
+    instance. prompt, expected: tokens of the candidate. arrays: of an engine with the settings and the latency model of
+    the instances, to work on.
+    out: float64[instances, 2], receives the seconds from `now` to the candidate's first token and to its last.
+    """
+    engine = EngineState(*arrays)
+    seqs = engine.seqs
     arrival = 0
-    for i in range(heads.shape[0]):
-        begin = heads[i, HEAD_BEGIN]
-        columns = heads[i, HEAD_END] - begin
-        shown = pool[heads[i, HEAD_ROW]]
+    for i in range(meta.shape[0]):
+        begin = meta[i, META_BEGIN]
+        columns = meta[i, META_END] - begin
+        shown = pool[meta[i, META_ROW]]
         for row in range(FIELDS):
             for column in range(Index(columns)):
                 seqs[row, column] = shown[row, Index(begin) + column]
@@ -217,91 +241,57 @@ def _forecasts(
             columns += 1
             arrival += _ARRIVAL
         _append(seqs, columns, _CANDIDATE, prompt, expected)
-        _forecast(
-            seqs,
-            columns + 1,
-            heads[i],
-            started[i],
-            firsts,
-            state,
-            times,
-            limits,
-            packed,
-            noise,
-            done,
-            group,
-            wanting,
-            now,
-            compressed,
-            outrun_share,
-        )
-        out[i, 0] = done[s.DONE_FIRST, 0] - now
-        out[i, 1] = done[s.DONE_AT, 0] - now
+        _load(engine, columns + 1, meta[i], started[i], now, outrun_share)
+        first, last = _run(engine, scratch, compressed)
+        out[i, 0] = first - now
+        out[i, 1] = last - now
 
 
 @compiled
-def _forecast(
-    seqs: Ints,
-    columns: Int,
-    head: Ints,
-    started: float,
-    firsts: Floats,
-    state: Ints,
-    times: Floats,
-    limits: Ints,
-    packed: Floats,
-    noise: Floats,
-    done: Floats,
-    group: Ints,
-    wanting: Ints,
-    now: float,
-    compressed: bool,
-    outrun_share: float,
-) -> None:
-    """Run the twin from a loaded snapshot, `columns` sequences and its head, until the candidate finishes.
-
-    Its times end up in column 0 of `done`.
+def _load(engine: EngineState, columns: Int, meta: Ints, started: float, now: float, outrun_share: float) -> None:
+    """Make an engine of `columns` sequences of a snapshot, with this meta row, the step in flight of which began at
+    `started`.
 
     Estimates take the place of TARGET and MAX_TOKENS both: the twin knows when a sequence ends, as a scheduler does
     whose requests ignore the model's end of sequence.
     """
-    in_flight = head[HEAD_RUNNING] + head[HEAD_STALE]
-    state[:] = 0
-    state[s.RUNNING] = head[HEAD_RUNNING]
-    state[s.STALE] = head[HEAD_STALE]
-    state[s.TAIL] = columns
-    state[s.FREE] = head[HEAD_FREE]
+    seqs, counters, times = engine.seqs, engine.counters, engine.times
+    counters[:] = 0
+    counters[NUM_RUNNING] = meta[META_RUNNING]
+    counters[NUM_STALE] = meta[META_STALE]
+    counters[END] = columns
+    counters[FREE_BLOCKS] = meta[META_FREE]
     for column in range(Index(columns)):
-        output = seqs[OUTPUT, column]
+        output = seqs[NUM_OUTPUT_TOKENS, column]
         expected = max(seqs[EXPECTED, column], 1)
         more = max(OUTRUN_MARGIN, int(outrun_share * output))
         seqs[TARGET, column] = expected if expected > output else output + more
         seqs[MAX_TOKENS, column] = seqs[TARGET, column]
-        firsts[column] = np.nan if output == 0 else now
-    # A step whose modelled end has passed is about to end.
-    duration = s.step_time(seqs, 0, in_flight, CHUNK, packed)
+        engine.first_token_time[column] = np.nan if output == 0 else now
+    in_flight = meta[META_RUNNING] + meta[META_STALE]
+    duration = step_time(seqs, 0, in_flight, NUM_SCHEDULED_TOKENS, engine.latency_params)
     if duration > 0.0:
-        times[s.ENDS] = max(started + duration, now)
-        times[s.QUEUED_FOR] = s.step_time(seqs, 0, in_flight, NEXT, packed)
-        state[s.QUEUED] = 1 if times[s.QUEUED_FOR] > 0.0 else 0
+        times[STEP_ENDS] = max(started + duration, now)  # a step whose modelled end has passed is about to end
+        times[QUEUED_DURATION] = step_time(seqs, 0, in_flight, NUM_SCHEDULED_NEXT, engine.latency_params)
+        counters[QUEUED] = 1 if times[QUEUED_DURATION] > 0.0 else 0
     else:
-        s.begin_step(seqs, firsts, state, times, limits, packed, noise, now)
-    while times[s.ENDS] < np.inf:
+        begin_step(engine, now)
+
+
+@compiled
+def _run(engine: EngineState, scratch: Scratch, compressed: bool) -> tuple[float, float]:
+    """When the candidate yields its first token and its last, if nothing more comes."""
+    times, finished = engine.times, engine.finished
+    while times[STEP_ENDS] < np.inf:
         if compressed:
-            outcome = fast_forward(seqs, firsts, state, times, limits, packed, group, wanting, _CANDIDATE)
-            if outcome == FINISHED:
-                done[s.DONE_FIRST, 0] = firsts[state[s.HEAD]]
-                done[s.DONE_AT, 0] = times[s.ENDS]
-                return
+            outcome = fast_forward(engine, scratch, _CANDIDATE)
+            if outcome == ARRIVED:
+                return float(engine.first_token_time[engine.counters[BEGIN]]), float(times[STEP_ENDS])
             if outcome == STOPPED:
-                s.begin_step(seqs, firsts, state, times, limits, packed, noise, times[s.ENDS])
+                begin_step(engine, times[STEP_ENDS])
                 continue
-            skip_quiet_steps(seqs, state, times, limits, packed)
-        found = s.complete_step(seqs, firsts, state, times, limits, packed, noise, done, 0)
-        for column in range(found):
-            if done[s.DONE_ID, column] == _CANDIDATE:
-                done[s.DONE_FIRST, 0] = done[s.DONE_FIRST, column]
-                done[s.DONE_AT, 0] = done[s.DONE_AT, column]
-                return
-    done[s.DONE_FIRST, 0] = np.nan  # the twin stalled; `EngineConfig.limits` makes this impossible
-    done[s.DONE_AT, 0] = np.nan
+            skip_decode_run(engine)
+        for column in range(complete_step(engine, 0)):
+            if finished[FINISHED_ID, column] == _CANDIDATE:
+                return float(finished[FINISHED_FIRST_TOKEN, column]), float(finished[FINISHED_AT, column])
+    return np.nan, np.nan  # the twin stalled; `EngineSettings.check` makes this impossible

@@ -12,18 +12,16 @@ from typing import Any, NamedTuple, Protocol
 import aiohttp
 
 from block.backends.instance import VLLMInstance
-from block.backends.servers import engine_of
 from block.cluster.instance import Instance
 from block.core.clock import Clock
 from block.core.snapshot import Snapshot
 from block.core.types import Forecasts, Request
 from block.dispatch.core import Forecaster
 from block.dispatch.policies import Needs
-from block.engine.config import EngineConfig
+from block.engine.config import EngineConfig, EngineSettings
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor, forecast_each
 from block.gateway.transport import TROUBLE, Wire
-from block.vllm_plugin.state_buffer import EngineLimits
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +98,7 @@ class HTTPInstance:
 class PluginInstance(HTTPInstance):
     """A server with this package's plugin. It can be looked at once `healthy`, which attaches to it, was true."""
 
-    limits: EngineLimits
+    settings: EngineSettings
 
     def __init__(self, instance_id: int, url: str, session: aiohttp.ClientSession, clock: Clock) -> None:
         super().__init__(instance_id, url, session)
@@ -120,16 +118,16 @@ class PluginInstance(HTTPInstance):
         view = VLLMInstance(self.instance_id, self.url, self._session, self._clock)
         try:
             async with asyncio.timeout(HEALTH_S):
-                limits = await view.attach()
-            engine_of(limits).limits(limits.total_blocks)
+                settings = await view.attach()
+            settings.check()
         except Exception as error:  # whatever answers there, it is not what can be looked at
             await view.detach()
             self._complain(f"{self.url}: {error}")
             return False
-        if limits.prefix_caching:
+        if settings.enable_prefix_caching:
             self._complain(f"{self.url} caches prefixes; forecasts do not count hits")
         await self.detach()
-        self._view, self.limits = view, limits
+        self._view, self.settings = view, settings
         return True
 
     async def detach(self) -> None:
@@ -151,29 +149,27 @@ class FleetForecaster:
         self._outrun_share = outrun_share
         self._instances = instances
         self._latency = latency
-        self._predictors: dict[EngineLimits, Predictor] = {}
-        Predictor(EngineConfig(), latency, 1000).warm_up()
+        self._predictors: dict[EngineSettings, Predictor] = {}
+        Predictor(EngineConfig().settings(1000), latency).warm_up()
 
     def forecasts(
         self, snapshots: Sequence[Snapshot], in_transit: Sequence[Sequence[Request]], request: Request, now: float
     ) -> Forecasts:
         """One forecast for each snapshot, in a compiled call for each kind of server."""
-        kinds = [self._instances[snapshot.instance_id].limits for snapshot in snapshots]
-        theirs = [[_fitting(one, limits) for one in some] for some, limits in zip(in_transit, kinds, strict=True)]
-        requests = [_fitting(request, limits) for limits in kinds]
-        return forecast_each([self._predictor(limits) for limits in kinds], snapshots, theirs, requests, now)
+        kinds = [self._instances[snapshot.instance_id].settings for snapshot in snapshots]
+        theirs = [[_fitting(one, settings) for one in some] for some, settings in zip(in_transit, kinds, strict=True)]
+        requests = [_fitting(request, settings) for settings in kinds]
+        return forecast_each([self._predictor(settings) for settings in kinds], snapshots, theirs, requests, now)
 
-    def _predictor(self, limits: EngineLimits) -> Predictor:
-        if limits not in self._predictors:
-            self._predictors[limits] = Predictor(
-                engine_of(limits), self._latency, limits.total_blocks, outrun_share=self._outrun_share
-            )
-        return self._predictors[limits]
+    def _predictor(self, settings: EngineSettings) -> Predictor:
+        if settings not in self._predictors:
+            self._predictors[settings] = Predictor(settings, self._latency, outrun_share=self._outrun_share)
+        return self._predictors[settings]
 
 
-def _fitting(request: Request, limits: EngineLimits) -> Request:
+def _fitting(request: Request, settings: EngineSettings) -> Request:
     """The request, no longer than a server takes: what is estimated too long would bring the twin to a halt."""
-    longest = limits.max_model_len - 1
+    longest = settings.max_model_len - 1
     return request if request.prompt_tokens <= longest else replace(request, prompt_tokens=longest)
 
 

@@ -97,7 +97,7 @@ def execute(
     compiling = compiled.seconds()
     if run.scheduler.needs is Needs.FORECAST:
         alike = testbed.kinds[0]
-        Predictor(testbed.engine, run.backend.latency(alike), alike.total_blocks).warm_up()
+        Predictor(alike.settings, run.backend.latency(alike)).warm_up()
     warm_up_s = compiled.seconds() - compiling
     hashes = fingerprints(run, requests)
     _forget_peak()

@@ -232,7 +232,7 @@ def _forecaster(run: RunConfig, predictor: Predictor | Predictors | None) -> For
     """
     if predictor is None:
         return None
-    forecaster: Forecaster = predictor.going_on(run.lengths.outrun_share)
+    forecaster: Forecaster = predictor.with_outrun_share(run.lengths.outrun_share)
     if run.dispatch.correction_steps > 0:
         forecaster = Corrected(forecaster, run.backend.latency(run.testbed), run.dispatch.correction_steps)
     if run.dispatch.forecast_noise > 0:

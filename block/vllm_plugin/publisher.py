@@ -19,19 +19,20 @@ from typing import Any
 import numpy as np
 
 from block.core.snapshot import (
-    BLOCKS,
-    CHUNK,
-    COMPUTED,
     EXPECTED,
     ID,
     MAX_TOKENS,
-    NEXT,
-    OUTPUT,
-    PENDING,
-    PREEMPTED,
-    PROMPT,
+    NUM_BLOCKS,
+    NUM_COMPUTED_TOKENS,
+    NUM_OUTPUT_PLACEHOLDERS,
+    NUM_OUTPUT_TOKENS,
+    NUM_PREEMPTIONS,
+    NUM_PROMPT_TOKENS,
+    NUM_SCHEDULED_NEXT,
+    NUM_SCHEDULED_TOKENS,
     TARGET,
 )
+from block.engine.config import EngineSettings
 from block.vllm_plugin import state_buffer as b
 from block.vllm_plugin.lifetime import die_with_parent
 from block.vllm_plugin.requirements import require
@@ -40,10 +41,22 @@ from block.vllm_plugin.requirements import require
 TAG_ID = "block_id"
 TAG_EXPECTED = "block_expected"
 
-_ROWS = [ID, PROMPT, TARGET, MAX_TOKENS, EXPECTED, OUTPUT, COMPUTED, CHUNK, NEXT, PENDING, PREEMPTED]
-_COMPUTED = _ROWS.index(COMPUTED)
-_CHUNK = _ROWS.index(CHUNK)
-_PREEMPTED = _ROWS.index(PREEMPTED)
+_ROWS = [
+    ID,
+    NUM_PROMPT_TOKENS,
+    TARGET,
+    MAX_TOKENS,
+    EXPECTED,
+    NUM_OUTPUT_TOKENS,
+    NUM_COMPUTED_TOKENS,
+    NUM_SCHEDULED_TOKENS,
+    NUM_SCHEDULED_NEXT,
+    NUM_OUTPUT_PLACEHOLDERS,
+    NUM_PREEMPTIONS,
+]
+_COMPUTED = _ROWS.index(NUM_COMPUTED_TOKENS)
+_CHUNK = _ROWS.index(NUM_SCHEDULED_TOKENS)
+_PREEMPTED = _ROWS.index(NUM_PREEMPTIONS)
 
 
 def publishing(*, vllm_config: Any, **arguments: Any) -> Any:
@@ -72,7 +85,7 @@ class Publishing:
         self._queues = [queue for queue in ("kv_holding_waiting", "skipped_waiting", "waiting") if hasattr(self, queue)]
         self._started = float("nan")  # when the step in flight began
         self._timing: tuple[float, tuple[float, ...]] | None = None  # the ended step that waits for its successor
-        self._write_limits()
+        self._write_settings()
         record = os.environ.get("BLOCK_RECORD")
         self._record = Path(record).open("a", buffering=1) if record else None  # noqa: SIM115 — as long as this
 
@@ -101,10 +114,11 @@ class Publishing:
             },
         )
 
-    def _write_limits(self) -> None:
+    def _write_settings(self) -> None:
         config: Any = self.vllm_config  # type: ignore[attr-defined]
         scheduler, cache = config.scheduler_config, config.cache_config
-        limits = b.EngineLimits(
+        settings = EngineSettings(
+            is_v1=True,
             total_blocks=cache.num_gpu_blocks - 1,  # vLLM keeps one block for itself
             block_size=self.block_size,  # type: ignore[attr-defined]
             max_num_seqs=scheduler.max_num_seqs,
@@ -114,11 +128,11 @@ class Publishing:
             long_prefill_token_threshold=scheduler.long_prefill_token_threshold,
             scheduler_reserve_full_isl=getattr(scheduler, "scheduler_reserve_full_isl", False),
             async_scheduling=bool(scheduler.async_scheduling),
-            prefix_caching=bool(cache.enable_prefix_caching),
+            enable_prefix_caching=bool(cache.enable_prefix_caching),
         )
         self._board.begin()
-        self._board.header[b.LIMITS : b.LIMITS + len(limits)] = limits
-        self._board.header[b.FREE] = limits.total_blocks
+        self._board.header[b.SETTINGS : b.SETTINGS + len(settings)] = settings
+        self._board.header[b.FREE] = settings.total_blocks
         self._board.end()
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
@@ -207,7 +221,7 @@ class Publishing:
         board.begin()
         header, seqs, count = board.header, board.seqs, columns.shape[1]
         seqs[_ROWS, :count] = columns
-        seqs[BLOCKS, :count] = -(-columns[_COMPUTED] // self.block_size)  # type: ignore[attr-defined]
+        seqs[NUM_BLOCKS, :count] = -(-columns[_COMPUTED] // self.block_size)  # type: ignore[attr-defined]
         header[b.COLUMNS : b.HIDDEN + 1] = (
             count,
             len(running),

@@ -48,7 +48,7 @@ class SnapshotView:
                 "vllm": vllm_version(),
                 "board": self._path,
                 "nonce": int(state.header[NONCE]),
-                "limits": state.limits._asdict(),
+                "settings": state.settings._asdict(),
             }
             return 200, b"application/json", json.dumps(info).encode()
         if path == "/block/steps":

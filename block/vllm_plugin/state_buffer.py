@@ -20,9 +20,10 @@ import numpy as np
 
 from block.core.arrays import Floats, Ints
 from block.core.snapshot import FIELDS, Snapshot
+from block.engine.config import EngineSettings
 
 CAPACITY = 16384  # sequences; more than that waiting are counted in HIDDEN and not shown
-MAGIC = 0x424C4F434B0001  # "BLOCK", layout 1
+MAGIC = 0x424C4F434B0002  # "BLOCK", layout 2
 
 # The header: 64 words. Words from STARTED to PUBLISHED are floats.
 _MAGIC = 0
@@ -40,7 +41,7 @@ TIMED = 11  # steps whose duration was noted so far, the latest RING of them in 
 FINISHED = 12  # requests that have gone so far, the latest GONE of them in `Board.gone`
 NONCE = 16  # tells boards apart: a path may mean another file on another host
 _FIELDS = 17
-LIMITS = 20  # the engine's settings, in the order of `EngineLimits`
+SETTINGS = 20  # the engine's, in the order of `EngineSettings`
 _HEADER = 64
 
 PATIENCE_S = 0.02
@@ -64,21 +65,6 @@ class StepTime(NamedTuple):
     chunk_context: float
     chunk_squared: float
     seconds: float
-
-
-class EngineLimits(NamedTuple):
-    """The settings that a scheduler works by, by vLLM's names. `total_blocks` are usable KV blocks."""
-
-    total_blocks: int
-    block_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    watermark_blocks: int
-    long_prefill_token_threshold: int
-    scheduler_reserve_full_isl: bool
-    async_scheduling: bool
-    prefix_caching: bool
 
 
 class State(NamedTuple):
@@ -107,10 +93,9 @@ class State(NamedTuple):
         )
 
     @property
-    def limits(self) -> EngineLimits:
+    def settings(self) -> EngineSettings:
         """The engine's settings."""
-        values = self.header[LIMITS : LIMITS + len(EngineLimits._fields)].tolist()
-        return EngineLimits(*values[:7], *map(bool, values[7:]))
+        return EngineSettings.of(self.header[SETTINGS : SETTINGS + len(EngineSettings._fields)].tolist())
 
 
 class Board:

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from testbed import constant_latency, request
+from testbed import constant_latency, lone_engine, request
 
-from block.core.snapshot import CHUNK, ID, NEXT, PREEMPTED, Snapshot
-from block.engine import scheduler as s
+from block.core.snapshot import ID, NUM_PREEMPTIONS, NUM_SCHEDULED_NEXT, NUM_SCHEDULED_TOKENS, Snapshot
 from block.engine.config import EngineConfig
-from block.engine.engine import Engine
+from block.engine.scheduler import begin_step
+from block.engine.state import HALT, HALTED, QUEUED, STEP_ENDS
 
 RECORDINGS = Path(__file__).parent / "recordings"
 BLOCKS = {"emulated-sync": (139, 16), "emulated-async": (139, 16), "cpu-sync": (69, 32)}
@@ -29,7 +29,7 @@ class Twin:
     """An engine whose steps end when it is told; `steps` lists what each of its `schedule()` decided."""
 
     def __init__(self, config: EngineConfig, total_blocks: int) -> None:
-        self.engine = Engine.alone(config, constant_latency(), total_blocks)
+        self.engine = lone_engine(config, constant_latency(), total_blocks)
         self.pending: list[Any] = []
         self.steps: list[dict[int, int]] = []
         self.now = 0.0
@@ -40,21 +40,21 @@ class Twin:
     def schedule(self) -> None:
         """End the step in flight, if there is one, let the requests in, and go on."""
         engine = self.engine
-        queued = bool(engine._state[s.QUEUED])
+        queued = bool(engine.state.counters[QUEUED])
         ends = engine.step_ends
         idle = ends == float("inf")
         self.now = self.now if idle else ends
         if idle:  # halted, or it would begin a step with the first of several
-            engine._state[s.HALT], engine._times[s.ENDS] = s.HALTED, self.now
+            engine.state.counters[HALT], engine.state.times[STEP_ENDS] = HALTED, self.now
         for one in self.pending:
             engine.add(one, self.now if idle else np.nextafter(ends, 0.0))
         self.pending = []
         if idle:
-            engine._state[s.HALT] = 0
-            s.begin_step(*engine.batch.row(0)[:-1], self.now)
+            engine.state.counters[HALT] = 0
+            begin_step(engine.state, self.now)
             engine.batch.look_ahead(0)
         engine.advance(self.now)
-        rows = (NEXT,) if queued else (CHUNK, NEXT)
+        rows = (NUM_SCHEDULED_NEXT,) if queued else (NUM_SCHEDULED_TOKENS, NUM_SCHEDULED_NEXT)
         seqs = self.snapshot().seqs
         for row in rows:
             tokens = {int(id_): int(n) for id_, n in zip(seqs[ID], seqs[row], strict=True) if n}
@@ -99,7 +99,7 @@ def test_every_decision_of_a_live_engine_is_the_twin_s(name: str) -> None:
             assert ids[: snapshot.running] == what["running"]
             assert [id_ for id_ in ids[snapshot.running :] if id_ in what["waiting"]] == what["waiting"]
             assert snapshot.free_blocks == what["free"]
-            times = dict(zip(ids, snapshot.seqs[PREEMPTED].tolist(), strict=True))
+            times = dict(zip(ids, snapshot.seqs[NUM_PREEMPTIONS].tolist(), strict=True))
             more = sorted(id_ for id_, n in times.items() if n > preemptions.get(id_, 0))
             assert more == what["preempted"]
             preemptions = times

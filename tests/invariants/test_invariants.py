@@ -16,9 +16,21 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testbed import Run, engine_config, examples, request, round_latency, serve
+from testbed import Run, engine_config, examples, lone_engine, request, round_latency, serve
 
-from block.core.snapshot import BLOCKS, CHUNK, COMPUTED, ID, NEXT, OUTPUT, PENDING, PREEMPTED, PROMPT, TARGET, Snapshot
+from block.core.snapshot import (
+    ID,
+    NUM_BLOCKS,
+    NUM_COMPUTED_TOKENS,
+    NUM_OUTPUT_PLACEHOLDERS,
+    NUM_OUTPUT_TOKENS,
+    NUM_PREEMPTIONS,
+    NUM_PROMPT_TOKENS,
+    NUM_SCHEDULED_NEXT,
+    NUM_SCHEDULED_TOKENS,
+    TARGET,
+    Snapshot,
+)
 from block.core.types import Request, RequestRecord, Views
 from block.dispatch.core import DispatchConfig, Dispatcher, Observer
 from block.dispatch.policies import (
@@ -33,7 +45,6 @@ from block.dispatch.policies import (
     RoundRobin,
 )
 from block.engine.config import EngineConfig
-from block.engine.engine import Engine
 from block.lengths import Noisy, tag
 from block.workload import spec as workload
 
@@ -132,7 +143,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 def at_every_step(config: EngineConfig, total: int, requests: tuple[Request, ...], see: Callable[..., None]) -> None:
     """Run one engine and call ``see(snapshot, received, finished)`` after every arrival and every few milliseconds."""
-    engine = Engine.alone(config, round_latency(), total)
+    engine = lone_engine(config, round_latency(), total)
     pending = list(requests)
     received: list[Request] = []
     finished: list[int] = []
@@ -183,14 +194,16 @@ def test_inv_2_kv_blocks_are_conserved_at_every_step(
 
     def see(snapshot: Snapshot, received: list[Request], finished: list[int]) -> None:
         seqs, running = snapshot.seqs, snapshot.running
-        assert snapshot.free_blocks + seqs[BLOCKS].sum() == total
-        filled = -(-seqs[COMPUTED] // config.block_size)
+        assert snapshot.free_blocks + seqs[NUM_BLOCKS].sum() == total
+        filled = -(-seqs[NUM_COMPUTED_TOKENS] // config.block_size)
         if config.version == "v0":  # a prompt's blocks are there before its tokens
-            assert (seqs[BLOCKS, :running] >= filled[:running]).all()
-            assert (seqs[BLOCKS] <= -(-(seqs[PROMPT] + seqs[OUTPUT]) // config.block_size)).all()
+            assert (seqs[NUM_BLOCKS, :running] >= filled[:running]).all()
+            assert (
+                seqs[NUM_BLOCKS] <= -(-(seqs[NUM_PROMPT_TOKENS] + seqs[NUM_OUTPUT_TOKENS]) // config.block_size)
+            ).all()
         else:
-            assert (seqs[BLOCKS, :running] == filled[:running]).all()
-        assert (seqs[[BLOCKS, COMPUTED], running:] == 0).all()
+            assert (seqs[NUM_BLOCKS, :running] == filled[:running]).all()
+        assert (seqs[[NUM_BLOCKS, NUM_COMPUTED_TOKENS], running:] == 0).all()
         # The same for requests: what came in is either out or visible, except what came in during this step.
         visible = seqs[ID].tolist()
         assert len(set(visible)) == len(visible)
@@ -224,13 +237,16 @@ def test_inv_4_nothing_is_negative_or_over_its_limit(
         assert 0 <= snapshot.free_blocks <= total
         assert 0 <= snapshot.running <= config.max_num_seqs
         assert 0 <= snapshot.stale <= seqs.shape[1] - snapshot.running
-        assert snapshot.preemptions >= seqs[PREEMPTED].sum()
-        for row in (CHUNK, NEXT):
+        assert snapshot.preemptions >= seqs[NUM_PREEMPTIONS].sum()
+        for row in (NUM_SCHEDULED_TOKENS, NUM_SCHEDULED_NEXT):
             assert seqs[row].sum() <= config.max_num_batched_tokens
-        assert (seqs[OUTPUT] < seqs[TARGET]).all()
-        assert (seqs[PROMPT] + seqs[OUTPUT] < config.max_model_len).all()
-        assert (seqs[COMPUTED] <= seqs[PROMPT] + seqs[OUTPUT] + seqs[PENDING]).all()
-        assert (seqs[PENDING] <= (2 if config.async_scheduling else 1)).all()
+        assert (seqs[NUM_OUTPUT_TOKENS] < seqs[TARGET]).all()
+        assert (seqs[NUM_PROMPT_TOKENS] + seqs[NUM_OUTPUT_TOKENS] < config.max_model_len).all()
+        assert (
+            seqs[NUM_COMPUTED_TOKENS]
+            <= seqs[NUM_PROMPT_TOKENS] + seqs[NUM_OUTPUT_TOKENS] + seqs[NUM_OUTPUT_PLACEHOLDERS]
+        ).all()
+        assert (seqs[NUM_OUTPUT_PLACEHOLDERS] <= (2 if config.async_scheduling else 1)).all()
 
     at_every_step(config, total, requests, see)
 
@@ -243,7 +259,7 @@ def test_inv_5_work_is_conserved(config: EngineConfig, total: int, requests: tup
     def see(snapshot: Snapshot, received: list[Request], finished: list[int]) -> None:
         idle = math.isnan(snapshot.step_started)
         assert idle == (len(finished) == len(received))
-        assert idle == (snapshot.seqs[CHUNK].sum() == 0)
+        assert idle == (snapshot.seqs[NUM_SCHEDULED_TOKENS].sum() == 0)
 
     at_every_step(config, total, requests, see)
 

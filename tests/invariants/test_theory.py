@@ -16,11 +16,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from testbed import constant_latency, engine_config, request, serve
+from testbed import constant_latency, engine_config, lone_engine, request, serve
 
 from block.core.types import Request
 from block.dispatch.policies import LeastRequests, Policy, Random, RoundRobin
-from block.engine.engine import Engine
 
 STEP = 0.01
 Floats = NDArray[np.float64]
@@ -37,7 +36,7 @@ def customers(count: int, rate: float, mean_tokens: float, seed: int) -> list[Re
 def one_engine(requests: Sequence[Request], max_num_seqs: int) -> Floats:
     """Seconds from arrival to the start of service of each request; the first token comes a step after that."""
     config = engine_config("v1", max_num_seqs=max_num_seqs, max_model_len=8192, max_num_batched_tokens=4096)
-    engine = Engine.alone(config, constant_latency(STEP), 100_000)
+    engine = lone_engine(config, constant_latency(STEP), 100_000)
     waits = np.empty(len(requests))
     done = []
     for one in requests:

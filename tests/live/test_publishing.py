@@ -11,8 +11,7 @@ import pytest
 from test_twin_vllm import MODES, MakeReal, Pair, Workload, crowd
 from testbed import engine_config, request
 
-from block.backends.servers import engine_of
-from block.core.snapshot import CHUNK, EXPECTED, ID, MAX_TOKENS, PROMPT, Snapshot
+from block.core.snapshot import EXPECTED, ID, MAX_TOKENS, NUM_PROMPT_TOKENS, NUM_SCHEDULED_TOKENS, Snapshot
 from block.core.types import Request
 from block.vllm_plugin.state_buffer import STARTED, TIMED, Board, read_dump
 
@@ -48,7 +47,7 @@ class Published(Pair):
             return  # nothing is scheduled any more: the board keeps what was published last
         shown = self.board.read().snapshot(3, 0.0, 0.0)
         assert shown.instance_id == 3
-        assert not shown.seqs[CHUNK, shown.running + shown.stale :].any()
+        assert not shown.seqs[NUM_SCHEDULED_TOKENS, shown.running + shown.stale :].any()
         for name in ("running", "free_blocks", "preemptions"):
             assert getattr(shown, name) == getattr(snapshot, name), name
         expected = snapshot.seqs.copy()
@@ -72,7 +71,7 @@ def test_the_board_shows_what_the_scheduler_holds(
     pair = Published(make_real, crowd(seed, asynchronous), board)
     pair.run()
     assert pair.seen["preemptions"] > 0 or pair.seen["steps"] > 20
-    assert board.read().limits.total_blocks == pair.total_blocks
+    assert board.read().settings.total_blocks == pair.total_blocks
     assert np.isnan(board.read().header.view(np.float64)[STARTED])  # idle at the end
     assert len(board.step_times(0)[1]) == min(board.header[TIMED], 1023)
 
@@ -81,9 +80,9 @@ def test_the_board_shows_what_the_scheduler_holds(
 def test_the_settings_on_the_board_are_the_engine_s(make_real: MakeReal, board: Board, asynchronous: bool) -> None:
     config = engine_config("v1", async_scheduling=asynchronous, watermark=0.1, long_prefill_token_threshold=8)
     make_real(config, 300, lambda batch: None)
-    limits = board.read().limits
-    assert np.array_equal(engine_of(limits).limits(300), config.limits(300))
-    assert read_dump(board.dump()).limits == limits
+    settings = board.read().settings
+    assert settings == config.settings(300)._replace(enable_chunked_prefill=True)
+    assert read_dump(board.dump()).settings == settings
 
 
 def test_a_request_without_a_tag_is_shown_with_a_number_of_its_own(make_real: MakeReal, board: Board) -> None:
@@ -101,7 +100,7 @@ def test_a_request_without_a_tag_is_shown_with_a_number_of_its_own(make_real: Ma
         engine.turn()
     first = seen[0]
     assert first[ID].tolist() == [-1, -2]
-    assert first[PROMPT].tolist() == [30, 40]
+    assert first[NUM_PROMPT_TOKENS].tolist() == [30, 40]
     assert first[EXPECTED].tolist() == [8, 9]
 
 

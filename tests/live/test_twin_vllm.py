@@ -14,13 +14,22 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testbed import constant_latency, engine_config, request
+from testbed import constant_latency, engine_config, lone_engine, request
 
-from block.core.snapshot import BLOCKS, CHUNK, COMPUTED, ID, NEXT, OUTPUT, PENDING, PREEMPTED, Snapshot
+from block.core.snapshot import (
+    ID,
+    NUM_BLOCKS,
+    NUM_COMPUTED_TOKENS,
+    NUM_OUTPUT_PLACEHOLDERS,
+    NUM_OUTPUT_TOKENS,
+    NUM_PREEMPTIONS,
+    NUM_SCHEDULED_NEXT,
+    NUM_SCHEDULED_TOKENS,
+    Snapshot,
+)
 from block.core.types import Request
 from block.engine.batch import Finished
 from block.engine.config import EngineConfig
-from block.engine.engine import Engine
 
 MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 
@@ -49,7 +58,7 @@ class Pair:
     def __init__(self, make_real: MakeReal, workload: Workload, seen: Counter[str]) -> None:
         self.events = workload.events
         self.total_blocks = workload.total_blocks
-        self.twin = Engine.alone(workload.config, constant_latency(), workload.total_blocks)
+        self.twin = lone_engine(workload.config, constant_latency(), workload.total_blocks)
         self.real = make_real(workload.config, workload.total_blocks, self.elapse)
         self.preempted: dict[int, int] = {}  # how often, of each sequence that the twin showed last
         self.finished: list[Finished] = []
@@ -108,17 +117,17 @@ class Pair:
         batches = [batch, *self.real.queued]
         requests = [scheduler.requests[str(id_)] for id_ in columns]
         for row, expected in (
-            (CHUNK, [batch.tokens.get(id_, 0) for id_ in columns]),
-            (NEXT, [sum(one.tokens.get(id_, 0) for one in batches[1:]) for id_ in columns]),
-            (PENDING, [sum(id_ in one.samples for one in batches) for id_ in columns]),
-            (COMPUTED, [one.num_computed_tokens for one in requests]),
-            (OUTPUT, [one.num_output_tokens for one in requests]),
-            (PREEMPTED, [one.num_preemptions for one in requests]),
-            (BLOCKS, [len(memory.get_block_ids(one.request_id)[0]) for one in requests]),
+            (NUM_SCHEDULED_TOKENS, [batch.tokens.get(id_, 0) for id_ in columns]),
+            (NUM_SCHEDULED_NEXT, [sum(one.tokens.get(id_, 0) for one in batches[1:]) for id_ in columns]),
+            (NUM_OUTPUT_PLACEHOLDERS, [sum(id_ in one.samples for one in batches) for id_ in columns]),
+            (NUM_COMPUTED_TOKENS, [one.num_computed_tokens for one in requests]),
+            (NUM_OUTPUT_TOKENS, [one.num_output_tokens for one in requests]),
+            (NUM_PREEMPTIONS, [one.num_preemptions for one in requests]),
+            (NUM_BLOCKS, [len(memory.get_block_ids(one.request_id)[0]) for one in requests]),
         ):
             assert snapshot.seqs[row].tolist() == expected, f"row {row} of {columns}"
 
-        preempted = dict(zip(columns, snapshot.seqs[PREEMPTED].tolist(), strict=True))
+        preempted = dict(zip(columns, snapshot.seqs[NUM_PREEMPTIONS].tolist(), strict=True))
         assert {id_ for id_, times in preempted.items() if times > self.preempted.get(id_, 0)} == self.real.preempted
         self.preempted = preempted
         self.seen["steps"] += 1

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from block.backends import settings
+from block.backends import settings as backend_settings
 from block.backends import vllm as backends
 from block.backends.emulated import Emulated
-from block.backends.servers import _unlike, engine_of
+from block.backends.servers import _unlike
 from block.backends.vllm import VLLM
 from block.backends.vllm_cpu import VLLMCPU
 from block.cluster import spec as cluster
 from block.cluster.instance import LaunchFailed
 from block.cluster.spec import ClusterConfig
-from block.engine.config import EngineConfig
+from block.engine.config import EngineConfig, EngineSettings
+from block.engine.state import BLOCK_SIZE_LOG2, IS_V1, MAX_NUM_SEQS, SETTINGS, WATERMARK_BLOCKS
 from block.hardware.catalogue import Model
-from block.vllm_plugin.state_buffer import EngineLimits
 
 LLAMA = Model("llama2-7b", "meta-llama/Llama-2-7b-hf", 32, 4096, 11008, 32, 32, 128, 32000)
 TWO = Model("two", "-", 32, 4096, 11008, 32, 32, 128, 32000, tensor_parallel=2)
@@ -31,10 +31,12 @@ def bed(model: Model = LLAMA, num_gpus: int = 4, engine: EngineConfig = V1) -> c
 
 def test_the_engine_s_settings_are_vllm_s_arguments() -> None:
     engine = EngineConfig(version="v1", max_num_seqs=24, max_num_batched_tokens=1024, watermark=0.02)
-    arguments = settings.engine_arguments(bed(engine=engine), 1052)
+    arguments = backend_settings.engine_arguments(bed(engine=engine), 1052)
     assert {"--max-num-seqs=24", "--max-num-batched-tokens=1024", "--max-model-len=4096"} <= set(arguments)
     assert {"--num-gpu-blocks-override=1052", "--watermark=0.02", "--no-async-scheduling"} <= set(arguments)
-    asynchronous = settings.engine_arguments(bed(engine=EngineConfig("v1", watermark=0.0, async_scheduling=True)), None)
+    asynchronous = backend_settings.engine_arguments(
+        bed(engine=EngineConfig("v1", watermark=0.0, async_scheduling=True)), None
+    )
     assert "--async-scheduling" in asynchronous
     assert not [argument for argument in asynchronous if argument.startswith(("--num-gpu", "--watermark"))]
 
@@ -56,16 +58,13 @@ def test_too_few_gpus_are_told_with_the_choices(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backend_settings.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LaunchFailed, match="vllm is not installed: pip install"):
-        settings.require("vllm")
+        backend_settings.require("vllm")
 
 
-def test_the_predictor_knows_the_engine_by_its_board() -> None:
-    limits = EngineLimits(500, 16, 24, 1024, 2048, 12, 7, False, True, False)
-    engine = engine_of(limits)
-    packed = engine.limits(500)
-    again = EngineConfig(
+def test_a_server_reports_what_its_configuration_says() -> None:
+    config = EngineConfig(
         version="v1",
         max_num_seqs=24,
         max_num_batched_tokens=1024,
@@ -75,16 +74,17 @@ def test_the_predictor_knows_the_engine_by_its_board() -> None:
         long_prefill_token_threshold=7,
         scheduler_reserve_full_isl=False,
     )
-    assert (packed == again.limits(500)).all()
-    from block.engine.scheduler import WATERMARK
-
-    assert packed[WATERMARK] == 12
-    assert engine_of(limits._replace(watermark_blocks=0)).limits(500)[WATERMARK] == 0
+    settings = config.settings(500)
+    assert (settings.watermark_blocks, settings.block_size, settings.total_blocks) == (12, 16, 500)
+    array = settings.to_array()
+    assert (array[IS_V1], array[MAX_NUM_SEQS], array[WATERMARK_BLOCKS], array[BLOCK_SIZE_LOG2]) == (1, 24, 12, 4)
+    assert len(array) == SETTINGS
+    assert EngineSettings.of(array[:-1].tolist()) == settings
 
 
 def test_settings_that_differ_are_named() -> None:
-    one = EngineLimits(500, 16, 24, 1024, 2048, 12, 7, False, True, False)
-    assert _unlike(one._replace(max_num_seqs=48), one) == "max_num_seqs 48 and 24"
+    one = EngineConfig(version="v1").settings(500)
+    assert _unlike(one._replace(max_num_seqs=24), one) == "max_num_seqs 24 and 48"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from testbed import constant_latency, engine_config, request, round_latency
+from testbed import constant_latency, engine_config, lone_engine, request, round_latency
 
 from block.core.snapshot import ID, Snapshot
 from block.core.types import Request
@@ -19,7 +19,7 @@ CROWDED = engine_config("v0", max_model_len=100, max_num_seqs=8, max_num_batched
 
 
 def crowd(instances: int) -> EngineBatch:
-    return EngineBatch([EngineSpec(CROWDED, round_latency(), 51)] * instances)
+    return EngineBatch([EngineSpec(CROWDED.settings(51), round_latency())] * instances)
 
 
 def arrivals(count: int, rate: float, seed: int) -> list[tuple[int, Request]]:
@@ -50,10 +50,10 @@ def test_engines_of_a_batch_do_what_each_would_do_alone() -> None:
     requests = arrivals(300, 20.0, 7)
     batch = crowd(3)
     together = through(batch, requests)
-    assert batch.seqs.shape[2] > 64, "the arrays have grown"
+    assert batch.arrays.seqs.shape[2] > 64, "the arrays have grown"
     alone: list[Finished] = []
     for row in range(3):
-        engine = Engine.alone(CROWDED, round_latency(), 51)
+        engine = lone_engine(CROWDED, round_latency(), 51)
         for its, one in requests:
             if its == row:
                 alone += engine.advance(one.arrival)
@@ -95,7 +95,7 @@ def test_looking_does_not_change_the_course() -> None:
 
 def test_many_snapshots_are_those_of_each_engine() -> None:
     batch = crowd(3)
-    engines = [Engine.alone(CROWDED, round_latency(), 51) for _ in range(3)]
+    engines = [lone_engine(CROWDED, round_latency(), 51) for _ in range(3)]
     for row, one in arrivals(200, 20.0, 9):
         while batch.advance_all(one.arrival):
             pass
@@ -111,7 +111,7 @@ def test_many_snapshots_are_those_of_each_engine() -> None:
 
 
 def test_a_snapshot_is_taken_now_and_shows_the_step_in_flight() -> None:
-    batch = EngineBatch([EngineSpec(engine_config("v1"), constant_latency(), 16)] * 2)
+    batch = EngineBatch([EngineSpec(engine_config("v1").settings(16), constant_latency())] * 2)
     assert math.isnan(batch.snapshots([1], 0.0)[0].step_started)
     batch.receive(1, request(7, 4, 5), 0.0)
     batch.advance_all(2.5)
@@ -141,9 +141,9 @@ def test_engines_that_differ_share_a_batch_and_run_as_they_would_alone() -> None
     short = replace(short, linear=short.linear[:20] ** 2 * 100)
     noise = np.linspace(0.8, 1.2, 7)
     models = [(short, None), (round_latency(), noise), (short, noise[::-1])]
-    batch = EngineBatch([EngineSpec(config, latency, 60, factors) for latency, factors in models])
+    batch = EngineBatch([EngineSpec(config.settings(60), latency, factors) for latency, factors in models])
     for row, (latency, factors) in enumerate(models):
-        alone, shared = Engine.alone(config, latency, 60, factors), Engine(batch, row)
+        alone, shared = lone_engine(config, latency, 60, factors), Engine(batch, row)
         for engine in (shared, alone):
             for i in range(12):
                 engine.add(request(i, 5 + 4 * i, 3 + i), 0.0)

@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from block.core.snapshot import FIELDS, ID, PROMPT
+from block.core.snapshot import FIELDS, ID, NUM_PROMPT_TOKENS
+from block.engine.config import EngineSettings
 from block.vllm_plugin import state_buffer as b
-from block.vllm_plugin.state_buffer import Board, EngineLimits, read_dump
+from block.vllm_plugin.state_buffer import Board, read_dump
 
-LIMITS = EngineLimits(100, 16, 48, 512, 4096, 3, 7, True, False, False)
+LIMITS = EngineSettings(
+    True, 48, 512, 4096, block_size=16, total_blocks=100, watermark_blocks=3, long_prefill_token_threshold=7
+)
 
 
 def write(board: Board, columns: int, value: int, running: int = 0) -> None:
@@ -28,10 +31,10 @@ def write(board: Board, columns: int, value: int, running: int = 0) -> None:
 
 def test_what_is_published_is_read_through_its_path() -> None:
     board, path = Board.create()
-    board.header[b.LIMITS : b.LIMITS + len(LIMITS)] = LIMITS
+    board.header[b.SETTINGS : b.SETTINGS + len(LIMITS)] = LIMITS
     write(board, 5, 42, running=3)
     state = Board.open(path).read()
-    assert state.limits == LIMITS
+    assert state.settings == LIMITS
     assert state.started == 42.0
     snapshot = state.snapshot(2, 10.0, 9.5)
     assert (snapshot.instance_id, snapshot.taken_at, snapshot.step_started) == (2, 10.0, 9.5)
@@ -161,4 +164,4 @@ def test_reading_takes_microseconds() -> None:
         board.read()
         took.append(time.perf_counter() - began)
     assert np.min(took) < 50e-6  # other work only ever adds
-    assert (board.read().seqs[[ID, PROMPT]] == 3).all()
+    assert (board.read().seqs[[ID, NUM_PROMPT_TOKENS]] == 3).all()

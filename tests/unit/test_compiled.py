@@ -111,5 +111,7 @@ def test_plain_python_serves_the_same_requests(tmp_path: Path) -> None:
 
 
 def test_disabling_compilation_gives_plain_functions() -> None:
-    code = "import types; from block.engine.scheduler import blocks; print(isinstance(blocks, types.FunctionType))"
+    code = (
+        "import types; from block.engine.kv_cache import blocks_for; print(isinstance(blocks_for, types.FunctionType))"
+    )
     assert python(code, NUMBA_DISABLE_JIT="1") == "True"

@@ -9,7 +9,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from test_serving import run, served
-from testbed import DECODE, FIXED, PER_KV, PER_SEQUENCE, PER_TOKEN, engine_config, request, round_latency
+from testbed import (
+    DECODE,
+    FIXED,
+    PER_KV,
+    PER_SEQUENCE,
+    PER_TOKEN,
+    engine_config,
+    lone_engine,
+    predictor_for,
+    request,
+    round_latency,
+)
 
 from block.backends.simulated import Simulated
 from block.cluster.spec import ClusterConfig
@@ -19,7 +30,6 @@ from block.dispatch import policies
 from block.dispatch.core import DispatchConfig
 from block.dispatch.correction import Corrected, expected_time
 from block.engine.engine import Engine
-from block.engine.predictor import Predictor
 from block.workload.spec import Workload
 
 CONFIG = engine_config("v1", max_num_seqs=8, max_num_batched_tokens=64, max_model_len=400)
@@ -53,7 +63,7 @@ def decode_step(sequences: int, kv: int) -> float:
 
 
 def test_one_step_and_a_run_of_decodes_are_known_and_nothing_else() -> None:
-    engine = Engine.alone(CONFIG, round_latency(), 1000)
+    engine = lone_engine(CONFIG, round_latency(), 1000)
     engine.add(request(0, 20, 50), 0.0)
     prompt = seen(engine, 0.0)
     ends = engine.step_ends
@@ -69,15 +79,15 @@ def test_one_step_and_a_run_of_decodes_are_known_and_nothing_else() -> None:
     assert between(fourth, both) == pytest.approx(decode_step(1, 24)), "one step, after which another sequence joined"
     later = seen(engine, ends + 1.0)
     assert between(fourth, later) == 0.0, "another sequence joined meanwhile"
-    assert between(later, seen(Engine.alone(CONFIG, round_latency(), 1000), 0.0)) == 0.0, "nothing in common"
+    assert between(later, seen(lone_engine(CONFIG, round_latency(), 1000), 0.0)) == 0.0, "nothing in common"
 
 
 def test_expected_and_actual_agree_in_any_engine_without_noise() -> None:
     """Whatever can be told of the time between two looks at a busy engine is what passed between them."""
     rng = np.random.default_rng(1)
     for config in (engine_config("v0", max_model_len=100), engine_config("v1", async_scheduling=True)):
-        engine = Engine.alone(config, round_latency(), 30)
-        now, told, last = 0.0, 0, seen(Engine.alone(config, round_latency(), 30), 0.0)
+        engine = lone_engine(config, round_latency(), 30)
+        now, told, last = 0.0, 0, seen(lone_engine(config, round_latency(), 30), 0.0)
         for i in range(400):
             now += rng.exponential(0.03)
             engine.advance(now)
@@ -101,10 +111,10 @@ def slow_and_exact(steps: int) -> tuple[Corrected, Fixed]:
     """Asked of instance 0, 1.5 times as slow as its model, 1, which is as it says, and 2, which is never used."""
     inner = Fixed()
     corrected = Corrected(inner, round_latency(), steps)
-    engines = [Engine.alone(CONFIG, round_latency().scaled(factor), 1000) for factor in (1.5, 1.0)]
+    engines = [lone_engine(CONFIG, round_latency().scaled(factor), 1000) for factor in (1.5, 1.0)]
     for engine in engines:
         engine.add(request(0, 20, 200), 0.0)
-    idle = Engine.alone(CONFIG, round_latency(), 1000)
+    idle = lone_engine(CONFIG, round_latency(), 1000)
     for tick in range(300):
         shown = [seen(engine, 0.01 * tick, i) for i, engine in enumerate([*engines, idle])]
         corrected.forecasts(shown, [[]] * 3, ASKED, 0.01 * tick)
@@ -126,9 +136,9 @@ def test_a_slow_instance_is_found_out() -> None:
 
 def test_stretched_forecasts_are_those_of_the_model_that_is_right() -> None:
     slow = round_latency().scaled(1.5)
-    engine = Engine.alone(CONFIG, slow, 1000)
-    corrected = Corrected(Predictor(CONFIG, round_latency(), 1000), round_latency(), 50)
-    knowing = Predictor(CONFIG, slow, 1000)
+    engine = lone_engine(CONFIG, slow, 1000)
+    corrected = Corrected(predictor_for(CONFIG, round_latency(), 1000), round_latency(), 50)
+    knowing = predictor_for(CONFIG, slow, 1000)
     for i in range(5):
         engine.add(request(i, 20 + i, 60 + i), 0.0)
     for tick in range(1, 200):
@@ -143,7 +153,7 @@ def test_a_factor_follows_an_instance_that_changes() -> None:
     corrected = Corrected(Fixed(), round_latency(), 20)
     now = 0.0
     for factor in (1.0, 2.0, 1.0):
-        engine = Engine.alone(CONFIG, round_latency().scaled(factor), 1000)
+        engine = lone_engine(CONFIG, round_latency().scaled(factor), 1000)
         began = now
         engine.add(request(0, 20, 300), 0.0)
         for _ in range(200):

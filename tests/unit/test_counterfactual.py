@@ -38,7 +38,9 @@ class Always:
 
 def replays(requests: Sequence[Request], delay_s: float) -> dict[tuple[int, int], float]:
     """All requests go to instance 0 of two whose steps take a second: replayed E2E by (request, instance)."""
-    simulation = Simulation(EngineBatch([EngineSpec(engine_config("v1"), constant_latency(), 50)] * 2), delay_s)
+    simulation = Simulation(
+        EngineBatch([EngineSpec(engine_config("v1").settings(50), constant_latency())] * 2), delay_s
+    )
     replayed = Counterfactuals(simulation.engines, [one.id for one in requests], delay_s)
     dispatcher = Dispatcher(
         2,

@@ -12,14 +12,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from testbed import constant_latency, engine_config, request, round_latency, serve
+from testbed import constant_latency, engine_config, predictor_for, request, round_latency, serve
 
 from block.core.snapshot import FIELDS, ID, Snapshot
 from block.core.types import Decision, Forecast, InstanceView, Request, RequestRecord, Views
 from block.dispatch.core import DispatchConfig, Dispatcher, History, Observer
 from block.dispatch.policies import Block, INFaaS, LeastRequests, MinQPM, Needs, Random, RoundRobin
 from block.engine.config import EngineConfig
-from block.engine.predictor import Predictor
 
 
 class Shown:
@@ -346,7 +345,7 @@ def test_a_policy_pays_only_for_what_it_needs() -> None:
 
 def test_only_sampled_instances_are_looked_at() -> None:
     shown = Shown(8)
-    predictor = Predictor(engine_config("v1"), constant_latency(), 16)
+    predictor = predictor_for(engine_config("v1"), constant_latency(), 16)
     dispatcher = dispatcher_for(8, Block(k=2), forecaster=predictor, snapshot_many=shown)
     play(dispatcher, arrivals(*range(10)), [10.0] * 8)
     assert sum(shown.looks) == 20

@@ -11,14 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import ReferenceScheduler
-from testbed import constant_latency, engine_config, examples, next_finish, request, round_latency
+from testbed import constant_latency, engine_config, examples, lone_engine, next_finish, request, round_latency
 
-from block.core.snapshot import EXPECTED, ID, PROMPT
+from block.core.snapshot import EXPECTED, ID, NUM_PROMPT_TOKENS
 from block.core.types import Request
-from block.engine import scheduler as s
 from block.engine.batch import Finished
 from block.engine.config import EngineConfig
 from block.engine.engine import Engine
+from block.engine.scheduler import complete_step
+from block.engine.state import ALL_PREEMPTIONS, BEGIN, END
 
 KINDS: dict[str, dict[str, Any]] = {
     "v0": {"version": "v0", "watermark": 0.02},
@@ -65,32 +66,32 @@ def test_a_wrong_setting_is_refused_by_name(changes: dict[str, Any], key: str, a
 def test_an_engine_must_hold_its_longest_sequence_above_the_watermark() -> None:
     config = EngineConfig(max_model_len=160, block_size=16, watermark=0.5)  # 10 blocks, and half of all
     with pytest.raises(ValueError, match=r"num_gpu_blocks=18: .*max_model_len=160 tokens needs 19 KV blocks"):
-        Engine.alone(config, constant_latency(), 18)
-    Engine.alone(config, constant_latency(), 20)
+        lone_engine(config, constant_latency(), 18)
+    lone_engine(config, constant_latency(), 20)
 
 
 def test_v0_needs_a_block_more_than_its_longest_sequence_even_without_a_watermark() -> None:
     """Without it a lone sequence that holds them all would preempt itself, be admitted again, and so on for ever."""
     config = engine_config("v0", max_model_len=32, max_num_batched_tokens=8)  # 8 blocks of 4
     with pytest.raises(ValueError, match=r"num_gpu_blocks=8: .* needs 9 KV blocks"):
-        Engine.alone(config, constant_latency(), 8)
-    engine = Engine.alone(config, constant_latency(), 9)
+        lone_engine(config, constant_latency(), 8)
+    engine = lone_engine(config, constant_latency(), 9)
     engine.add(request(0, 30, 2), 0.0)
     assert next_finish(engine) == 5.0  # four chunks, a decode
-    Engine.alone(engine_config("v1", max_model_len=32), constant_latency(), 8)
+    lone_engine(engine_config("v1", max_model_len=32), constant_latency(), 8)
 
 
 def test_v1_needs_no_more_than_its_longest_sequence_whatever_the_watermark() -> None:
     """It does not count for a sequence that is alone."""
     config = engine_config("v1", max_model_len=32, watermark=0.5)
-    engine = Engine.alone(config, constant_latency(), 8)
+    engine = lone_engine(config, constant_latency(), 8)
     engine.add(request(0, 30, 9), 0.0)
     assert next_finish(engine) == 3.0  # two chunks, a decode
 
 
 @pytest.mark.parametrize("prompt", [60, 61])
 def test_a_prompt_that_leaves_no_room_for_a_response_is_refused(prompt: int) -> None:
-    engine = Engine.alone(engine_config("v1", max_model_len=60), constant_latency(), 16)
+    engine = lone_engine(engine_config("v1", max_model_len=60), constant_latency(), 16)
     with pytest.raises(ValueError, match=rf"^request 7: a prompt of {prompt} tokens .* engine\.max_model_len=60$"):
         engine.add(request(7, prompt, 5), 0.0)
     engine.add(request(8, 59, 5), 0.0)
@@ -154,7 +155,7 @@ def test_steps_take_what_the_latency_model_says_times_their_noise(kind: str, noi
     config = engine_config(**KINDS[kind], max_model_len=100, max_num_seqs=8, max_num_batched_tokens=tokens(kind, 40))
     for seed in range(examples(10, 2)):
         requests = crowd(seed, 60, 0.4)
-        engine = Engine.alone(config, round_latency(), 50, np.array(noise))
+        engine = lone_engine(config, round_latency(), 50, np.array(noise))
         actual = through_engine(engine, requests)
         expected = through_reference(config, 50, requests, noise)
         assert [done.id for done in actual] == [done[0] for done in expected]
@@ -169,7 +170,7 @@ def test_a_lone_request_by_hand() -> None:
     first = 0.010 + 16 * 0.001 + 16 * (0.0001 + 0 * 0.000001)
     second = 0.010 + 4 * 0.001 + 4 * (0.0001 + 16 * 0.000001)
     decode = [0.010 + 0.001 + 0.002 + 0.0005 + kv * 0.00001 for kv in (21, 22)]
-    engine = Engine.alone(engine_config("v1"), round_latency(), 16)
+    engine = lone_engine(engine_config("v1"), round_latency(), 16)
     engine.add(request(7, 20, 3), 5.0)
     (done,) = engine.advance(100.0)
     assert done.first_token == pytest.approx(5.0 + first + second, rel=1e-12)
@@ -180,7 +181,7 @@ def test_a_lone_request_by_hand() -> None:
 
 
 def test_an_idle_engine_expects_nothing() -> None:
-    engine = Engine.alone(engine_config("v1"), constant_latency(), 16)
+    engine = lone_engine(engine_config("v1"), constant_latency(), 16)
     assert next_finish(engine) == math.inf
     assert list(engine.advance(100.0)) == []
     snapshot = engine.snapshot(3, 100.0)
@@ -194,7 +195,7 @@ def test_an_idle_engine_expects_nothing() -> None:
 @given(seed=st.integers(0, 10**6), spread=st.sampled_from([0.05, 0.3, 2.0]))
 def test_next_finish_is_what_then_happens(kind: str, seed: int, spread: float) -> None:
     config = engine_config(**KINDS[kind], max_model_len=100, max_num_seqs=6, max_num_batched_tokens=tokens(kind, 32))
-    engine = Engine.alone(config, round_latency(), 40, np.array([1.0, 1.2, 0.9]))
+    engine = lone_engine(config, round_latency(), 40, np.array([1.0, 1.2, 0.9]))
     requests = crowd(seed, 30, spread)
     while requests:
         if next_finish(engine) < requests[0].arrival:
@@ -212,8 +213,8 @@ def test_next_finish_is_what_then_happens(kind: str, seed: int, spread: float) -
 def test_looking_often_or_seldom_makes_no_difference(kind: str) -> None:
     config = engine_config(**KINDS[kind], max_model_len=100, max_num_seqs=6, max_num_batched_tokens=tokens(kind, 32))
     requests = crowd(1, 40, 0.3)
-    seldom = through_engine(Engine.alone(config, round_latency(), 40), requests)
-    engine = Engine.alone(config, round_latency(), 40)
+    seldom = through_engine(lone_engine(config, round_latency(), 40), requests)
+    engine = lone_engine(config, round_latency(), 40)
     often: list[Finished] = []
     last = 0.0
     for one in requests:
@@ -231,7 +232,7 @@ def plainly(engine: Engine, until: float, most: int = 10**6) -> list[Finished]:
     """What `advance` does, every step by the scheduler itself."""
     found = 0
     while engine.step_ends <= until and engine.step_ends < math.inf and found < most:
-        found = int(s.complete_step(*engine.batch.row(0), found))
+        found = int(complete_step(engine.state, found))
     engine.batch.look_ahead(0)
     return list(engine.batch.finished(0, found))
 
@@ -245,16 +246,16 @@ def test_runs_of_decoding_leave_every_number_as_plain_steps_do(kind: str, blocks
     noise = np.array([1.0, 1.2, 0.9])
     preemptions = 0
     for seed in range(examples(20, 4)):
-        engine, plain = (Engine.alone(config, round_latency(), blocks, noise) for _ in range(2))
+        engine, plain = (lone_engine(config, round_latency(), blocks, noise) for _ in range(2))
 
         def look(now: float, engine: Engine = engine, plain: Engine = plain) -> None:
             assert list(engine.advance(now)) == plainly(plain, now)
-            np.testing.assert_array_equal(engine._state, plain._state)
-            np.testing.assert_array_equal(engine._times, plain._times)
+            np.testing.assert_array_equal(engine.state.counters, plain.state.counters)
+            np.testing.assert_array_equal(engine.state.times, plain.state.times)
             assert engine.next_event == plain.next_event
-            live = slice(engine._state[s.HEAD], engine._state[s.TAIL])
-            np.testing.assert_array_equal(engine._seqs[:, live], plain._seqs[:, live])
-            np.testing.assert_array_equal(engine.batch.firsts[0, live], plain.batch.firsts[0, live])
+            live = slice(engine.state.counters[BEGIN], engine.state.counters[END])
+            np.testing.assert_array_equal(engine.state.seqs[:, live], plain.state.seqs[:, live])
+            np.testing.assert_array_equal(engine.state.first_token_time[live], plain.state.first_token_time[live])
             ahead = plainly(plain.copy(), math.inf, 1)
             assert next_finish(engine) == (ahead[0].finished if ahead else math.inf)
 
@@ -267,13 +268,13 @@ def test_runs_of_decoding_leave_every_number_as_plain_steps_do(kind: str, blocks
             last = one.arrival
         look(last + 1.0)
         look(1e9)
-        preemptions += int(engine._state[s.PREEMPTIONS])
+        preemptions += int(engine.state.counters[ALL_PREEMPTIONS])
     assert (preemptions > 0) == (blocks == 26)
 
 
 def test_finishes_come_in_order_of_time_and_once() -> None:
     config = engine_config("v0", watermark=0.02, max_model_len=100, max_num_seqs=6, max_num_batched_tokens=32)
-    finished = through_engine(Engine.alone(config, round_latency(), 60), crowd(2, 100, 0.2))
+    finished = through_engine(lone_engine(config, round_latency(), 60), crowd(2, 100, 0.2))
     times = [done.finished for done in finished]
     assert times == sorted(times)
     assert sorted(done.id for done in finished) == list(range(100))
@@ -283,12 +284,12 @@ def test_finishes_come_in_order_of_time_and_once() -> None:
 
 
 def test_a_snapshot_shows_what_the_scheduler_knew_when_it_last_ran() -> None:
-    engine = Engine.alone(engine_config("v1"), constant_latency(), 16)
+    engine = lone_engine(engine_config("v1"), constant_latency(), 16)
     engine.add(request(1, 5, 4, predicted=6), 0.0)
     engine.add(request(2, 7, 2), 0.25)
     before = engine.snapshot(0, 0.5)
     assert before.seqs[ID].tolist() == [1]
-    assert before.seqs[PROMPT].tolist() == [5]
+    assert before.seqs[NUM_PROMPT_TOKENS].tolist() == [5]
     assert before.seqs[EXPECTED].tolist() == [6]
     assert before.step_started == 0.0
     list(engine.advance(1.0))
@@ -299,7 +300,7 @@ def test_a_snapshot_shows_what_the_scheduler_knew_when_it_last_ran() -> None:
 
 def test_an_engine_holds_any_number_of_sequences() -> None:
     config = engine_config("v1", max_num_seqs=3)
-    engine = Engine.alone(config, constant_latency(), 16)
+    engine = lone_engine(config, constant_latency(), 16)
     finished: list[Finished] = []
     ids = 0
     for wave in range(4):  # queues of 300 and more, emptied in between, so that columns are used again

@@ -7,10 +7,10 @@ import pytest
 
 from block.backends import live_profile as live
 from block.core.arrays import Floats
+from block.engine.config import EngineSettings
 from block.engine.latency import decode_time, linear_time, prefill_time
-from block.vllm_plugin.state_buffer import EngineLimits
 
-LIMITS = EngineLimits(1000, 16, 48, 512, 4096, 0, 0, True, False, False)
+LIMITS = EngineSettings(True, 48, 512, 4096, block_size=16, total_blocks=1000, watermark_blocks=0)
 
 
 def law(tokens: Floats, decodes: Floats, kv: Floats, by_context: Floats, squared: Floats) -> Floats:

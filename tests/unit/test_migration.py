@@ -12,18 +12,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testbed import constant_latency, engine_config, examples, request, round_latency
+from testbed import constant_latency, engine_config, examples, lone_engine, predictor_for, request, round_latency
 
 from block.cluster.migration import MigrationConfig, Migrator, candidate, pairs
 from block.cluster.simulation import Simulation
-from block.core.snapshot import BLOCKS, COMPUTED, ID, OUTPUT, PROMPT
+from block.core.snapshot import ID, NUM_BLOCKS, NUM_COMPUTED_TOKENS, NUM_OUTPUT_TOKENS, NUM_PROMPT_TOKENS
 from block.core.types import Decision, InstanceView, Request, RequestRecord
 from block.dispatch.core import DispatchConfig, Dispatcher
 from block.dispatch.policies import Llumnix, Needs, RoundRobin, freeness
 from block.engine.batch import EngineBatch, EngineSpec, Finished
 from block.engine.config import EngineConfig
 from block.engine.engine import Engine
-from block.engine.predictor import Predictor
 
 KINDS: dict[str, dict[str, Any]] = {
     "v0": {"version": "v0", "watermark": 0.02},
@@ -42,21 +41,21 @@ def small(kind: str, **changes: Any) -> EngineConfig:
 
 
 def test_a_sequence_goes_on_elsewhere_where_it_stopped() -> None:
-    one, other = (Engine.alone(engine_config("v1"), constant_latency(), 16) for _ in range(2))
+    one, other = (lone_engine(engine_config("v1"), constant_latency(), 16) for _ in range(2))
     one.add(request(0, 6, 5), 0.0)
     one.add(request(1, 6, 5), 0.0)
     assert one.halt() == 1.0
     assert list(one.advance(1.0)) == []
     taken = one.extract(0)
     assert taken is not None
-    assert (taken.column[OUTPUT], taken.column[COMPUTED], taken.column[BLOCKS]) == (1, 6, 2)
+    assert (taken.column[NUM_OUTPUT_TOKENS], taken.column[NUM_COMPUTED_TOKENS], taken.column[NUM_BLOCKS]) == (1, 6, 2)
     left = one.snapshot(0, 1.0)
-    assert (left.seqs[ID].tolist(), left.free_blocks, one.held_blocks) == ([1], 12, 2)
+    assert (left.seqs[ID].tolist(), left.free_blocks, one.reserved_blocks) == ([1], 12, 2)
     assert other.reserve(2, 1)
-    assert (other.snapshot(1, 1.0).free_blocks, other.held_blocks) == (14, 2)
+    assert (other.snapshot(1, 1.0).free_blocks, other.reserved_blocks) == (14, 2)
     other.insert(taken, 3.5)  # idle: it begins a step at once
     one.release(2, 1, 3.5)
-    assert (one.held_blocks, other.held_blocks) == (0, 0)
+    assert (one.reserved_blocks, other.reserved_blocks) == (0, 0)
     # One token of five was there; four steps of a second from 3.5 on. Its first token keeps its time.
     assert other.advance(20.0) == [Finished(0, 1.0, 7.5, 0, 5)]
     assert [done.id for done in one.advance(20.0)] == [1]
@@ -65,7 +64,7 @@ def test_a_sequence_goes_on_elsewhere_where_it_stopped() -> None:
 
 @pytest.mark.parametrize("why", ["finished", "waiting", "prefilling", "aborted", "unknown"])
 def test_only_what_decodes_is_taken(why: str) -> None:
-    engine = Engine.alone(engine_config("v0", max_num_seqs=2), constant_latency(), 20)
+    engine = lone_engine(engine_config("v0", max_num_seqs=2), constant_latency(), 20)
     engine.add(request(0, 4, 2), 0.0)
     engine.add(request(1, 50, 9), 0.0)
     engine.add(request(2, 4, 9), 0.0)
@@ -75,12 +74,12 @@ def test_only_what_decodes_is_taken(why: str) -> None:
         engine.abort(0, 1.5)
     list(engine.advance(2.0))
     taken = engine.extract({"finished": 0, "waiting": 2, "prefilling": 1, "aborted": 0, "unknown": 7}[why])
-    assert (taken, engine.held_blocks) == (None, 0)
+    assert (taken, engine.reserved_blocks) == (None, 0)
     assert engine.snapshot(0, 2.0).step_started == 2.0, "it goes on"
 
 
 def test_an_engine_holds_no_more_than_admission_would_give() -> None:
-    engine = Engine.alone(engine_config("v0", max_num_seqs=2, watermark=0.25), constant_latency(), 24)
+    engine = lone_engine(engine_config("v0", max_num_seqs=2, watermark=0.25), constant_latency(), 24)
     assert not engine.reserve(19, 1)
     assert engine.reserve(18, 1)
     assert not engine.reserve(1, 0)
@@ -98,7 +97,7 @@ def test_an_engine_holds_no_more_than_admission_would_give() -> None:
 
 
 def test_who_comes_decodes_before_a_prompt_goes_on() -> None:
-    one, other = (Engine.alone(engine_config("v0"), constant_latency(), 20) for _ in range(2))
+    one, other = (lone_engine(engine_config("v0"), constant_latency(), 20) for _ in range(2))
     one.add(request(0, 6, 5), 0.0)
     one.halt()
     list(one.advance(1.0))
@@ -109,7 +108,7 @@ def test_who_comes_decodes_before_a_prompt_goes_on() -> None:
     other.insert(taken, 1.0)
     list(other.advance(1.5))
     seen = other.snapshot(1, 1.5)
-    assert (seen.seqs[ID].tolist(), seen.seqs[COMPUTED].tolist()) == ([0, 1], [7, 31])
+    assert (seen.seqs[ID].tolist(), seen.seqs[NUM_COMPUTED_TOKENS].tolist()) == ([0, 1], [7, 31])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,7 +118,7 @@ def test_blocks_tokens_and_requests_survive_any_migrations(kind: str, seed: int)
     """Requests move at random between crowded engines: blocks add up, no token or request is lost or doubled."""
     rng = Random(seed)
     total = 40
-    engines = [Engine.alone(small(kind, max_num_seqs=5), round_latency(), total) for _ in range(3)]
+    engines = [lone_engine(small(kind, max_num_seqs=5), round_latency(), total) for _ in range(3)]
     requests = [request(i, rng.randint(1, 50), rng.randint(1, 40)) for i in range(30)]
     pending = list(requests)
     done: list[Finished] = []
@@ -130,10 +129,10 @@ def test_blocks_tokens_and_requests_survive_any_migrations(kind: str, seed: int)
         present: list[int] = []
         for engine in engines:
             seqs = engine.snapshot(0, now).seqs
-            assert engine.snapshot(0, now).free_blocks + seqs[BLOCKS].sum() + engine.held_blocks == total
+            assert engine.snapshot(0, now).free_blocks + seqs[NUM_BLOCKS].sum() + engine.reserved_blocks == total
             assert engine.snapshot(0, now).free_blocks >= 0
             assert engine.snapshot(0, now).running <= 5
-            for id_, output in zip(seqs[ID].tolist(), seqs[OUTPUT].tolist(), strict=True):
+            for id_, output in zip(seqs[ID].tolist(), seqs[NUM_OUTPUT_TOKENS].tolist(), strict=True):
                 assert output >= tokens.get(id_, 0), "tokens only become more"
                 tokens[id_] = output
                 present.append(id_)
@@ -152,7 +151,7 @@ def test_blocks_tokens_and_requests_survive_any_migrations(kind: str, seed: int)
             now = source.halt()
             done += [one for engine in engines for one in engine.advance(now)]
             if (taken := source.extract(chosen)) is not None:
-                blocks = int(taken.column[BLOCKS])
+                blocks = int(taken.column[NUM_BLOCKS])
                 look()
                 if target.reserve(blocks, 1):
                     now += rng.uniform(0, 0.1)
@@ -170,7 +169,7 @@ def test_blocks_tokens_and_requests_survive_any_migrations(kind: str, seed: int)
         assert one.output_tokens == min(by_id[one.id].output_tokens, 96 - by_id[one.id].prompt_tokens)
         assert one.first_token <= one.finished
     for engine in engines:
-        assert (engine.snapshot(0, now).free_blocks, engine.held_blocks) == (total, 0)
+        assert (engine.snapshot(0, now).free_blocks, engine.reserved_blocks) == (total, 0)
         assert engine.step_ends == math.inf
     assert moves > 0 or len(tokens) < 3
 
@@ -179,7 +178,7 @@ def test_blocks_tokens_and_requests_survive_any_migrations(kind: str, seed: int)
 
 
 def test_freeness_by_hand() -> None:
-    engine = Engine.alone(engine_config("v0", max_num_seqs=2, max_model_len=40), constant_latency(), 20)
+    engine = lone_engine(engine_config("v0", max_num_seqs=2, max_model_len=40), constant_latency(), 20)
     assert freeness([engine.snapshot(0, 0.0)], [()], 4) == [20], "an empty batch counts as one"
     for i, prompt in enumerate((8, 6, 9, 30)):
         engine.add(request(i, prompt, 9), 0.0)
@@ -197,7 +196,7 @@ def test_the_least_free_is_paired_with_the_freest() -> None:
 
 
 def test_the_shortest_that_decodes_is_chosen() -> None:
-    engine = Engine.alone(engine_config("v0", max_num_batched_tokens=20), constant_latency(), 40)
+    engine = lone_engine(engine_config("v0", max_num_batched_tokens=20), constant_latency(), 40)
     for i, prompt in enumerate((9, 5, 5, 30)):
         engine.add(request(i, prompt, 20), 0.0)
     assert candidate(engine.snapshot(0, 0.0)) is None
@@ -205,7 +204,7 @@ def test_the_shortest_that_decodes_is_chosen() -> None:
     list(engine.advance(2.0))
     chosen = candidate(engine.snapshot(0, 2.0))
     assert chosen is not None
-    assert (chosen[ID], chosen[PROMPT]) == (1, 5)
+    assert (chosen[ID], chosen[NUM_PROMPT_TOKENS]) == (1, 5)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +260,7 @@ def moves(
 ) -> tuple[list[RequestRecord], Migrator, list[tuple[float, int, int, int]]]:
     """Serve `first` on instance 0 and `second` on instance 1 of steps of one second; records, migrator, what moved."""
     config = engine_config("v1", **engine)
-    simulation = Simulation(EngineBatch([EngineSpec(config, constant_latency(), total)] * 2))
+    simulation = Simulation(EngineBatch([EngineSpec(config.settings(total), constant_latency())] * 2))
     migrator = Migrator(MigrationConfig(**SLOW | options), 4, BLOCK_BYTES, simulation)
     dispatcher = Noting(2, Halves(len(first)), None, DispatchConfig(), Random(0), observers=[migrator])
     dispatcher.moved = []
@@ -332,14 +331,14 @@ def play(
         requests.append(request(i, rng.randint(1, 50), rng.randint(1, 40), at))
     config = small(kind, max_num_seqs=5)
     noise = [np.random.default_rng((seed, i)).normal(1, 0.05, 97) for i in range(3)]
-    batch = EngineBatch([EngineSpec(config, round_latency(), 40, one) for one in noise])
+    batch = EngineBatch([EngineSpec(config.settings(40), round_latency(), one) for one in noise])
     simulation = Simulation(batch, delay_s=0.03)
     wanted = MigrationConfig(**{"interval_s": 0.02, "downtime_s": 0.005, "last_stage_blocks": 2} | options)
     migrator = Migrator(wanted, 4, 1e6, simulation)
     dispatcher = Dispatcher(
         3,
         policy,
-        Predictor(config, round_latency(), 40),
+        predictor_for(config, round_latency(), 40),
         DispatchConfig(),
         Random(seed),
         snapshot_many=simulation.snapshot_many,
@@ -355,7 +354,7 @@ def play(
         assert record.output_tokens == min(one.output_tokens, 96 - one.prompt_tokens)
         assert one.arrival < record.dispatched < record.first_token <= record.finished
     for instance_id, engine in enumerate(engines):
-        assert (engine.snapshot(0, simulation.now).free_blocks, engine.held_blocks) == (40, 0)
+        assert (engine.snapshot(0, simulation.now).free_blocks, engine.reserved_blocks) == (40, 0)
         assert dispatcher.outstanding(instance_id) == 0
         assert dispatcher._state.in_transit[instance_id] == []
     return (

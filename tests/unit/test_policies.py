@@ -10,7 +10,15 @@ from random import Random as Stream
 import numpy as np
 import pytest
 
-from block.core.snapshot import COMPUTED, EXPECTED, FIELDS, OUTPUT, PROMPT, TARGET, Snapshot
+from block.core.snapshot import (
+    EXPECTED,
+    FIELDS,
+    NUM_COMPUTED_TOKENS,
+    NUM_OUTPUT_TOKENS,
+    NUM_PROMPT_TOKENS,
+    TARGET,
+    Snapshot,
+)
 from block.core.types import Decision, Forecast, InstanceView, Request
 from block.dispatch.policies import (
     Block,
@@ -36,7 +44,13 @@ def snapshot(
     columns = [*running, *waiting]
     seqs = np.zeros((FIELDS, len(columns)), dtype=np.int64)
     for i, (prompt, output, expected, computed) in enumerate(columns):
-        seqs[[PROMPT, OUTPUT, EXPECTED, COMPUTED, TARGET], i] = (prompt, output, expected, computed, 9999)
+        seqs[[NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS, EXPECTED, NUM_COMPUTED_TOKENS, TARGET], i] = (
+            prompt,
+            output,
+            expected,
+            computed,
+            9999,
+        )
     return Snapshot(instance_id, 0.0, 0.0, len(running), 0, free, 0, seqs)
 
 

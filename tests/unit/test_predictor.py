@@ -10,14 +10,32 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testbed import constant_latency, engine_config, examples, poisson, request, round_latency, serve
+from testbed import (
+    constant_latency,
+    engine_config,
+    examples,
+    lone_engine,
+    poisson,
+    predictor_for,
+    request,
+    round_latency,
+    serve,
+)
 
-from block.core.snapshot import CHUNK, ID, MAX_TOKENS, OUTPUT, PENDING, TARGET, Snapshot
+from block.core.snapshot import (
+    ID,
+    MAX_TOKENS,
+    NUM_OUTPUT_PLACEHOLDERS,
+    NUM_OUTPUT_TOKENS,
+    NUM_SCHEDULED_TOKENS,
+    TARGET,
+    Snapshot,
+)
 from block.core.types import Forecast, Request
 from block.dispatch.policies import Block
 from block.engine.config import EngineConfig
 from block.engine.engine import Engine
-from block.engine.predictor import OUTRUN_MARGIN, Predictor, Predictors
+from block.engine.predictor import OUTRUN_MARGIN, Predictors
 
 KINDS: dict[str, dict[str, Any]] = {
     "v0": {"version": "v0", "watermark": 0.02},
@@ -58,7 +76,7 @@ def busy_engine(
     """
     rng = Random(seed)
     whims = Random(seed + 1)
-    engine = Engine.alone(config, LATENCY, blocks)
+    engine = lone_engine(config, LATENCY, blocks)
     received = {}
     now = 0.0
     for i in range(count):
@@ -90,7 +108,7 @@ def forecasts(
     compressed: bool = True,
     blocks: int = BLOCKS,
 ) -> list[Forecast]:
-    return Predictor(config, LATENCY, blocks, compressed=compressed).forecasts(snapshots, in_transit, one, now)
+    return predictor_for(config, LATENCY, blocks, compressed=compressed).forecasts(snapshots, in_transit, one, now)
 
 
 def approx(forecast: Forecast) -> Any:
@@ -101,18 +119,18 @@ def approx(forecast: Forecast) -> Any:
 
 
 def test_an_idle_instance_by_hand() -> None:
-    predictor = Predictor(engine_config("v1"), constant_latency(0.5), 16)
-    idle = Engine.alone(engine_config("v1"), constant_latency(0.5), 16).snapshot(0, 10.0)
+    predictor = predictor_for(engine_config("v1"), constant_latency(0.5), 16)
+    idle = lone_engine(engine_config("v1"), constant_latency(0.5), 16).snapshot(0, 10.0)
     # 20 tokens in chunks of 16 and 4; the second yields the first of three tokens.
     assert predictor.forecasts([idle], [[]], request(9, 20, 99, predicted=3), 10.0) == [Forecast(1.0, 2.0)]
 
 
 def test_the_step_in_flight_is_finished_first() -> None:
     config = engine_config("v1")
-    engine = Engine.alone(config, constant_latency(1.0), 16)
+    engine = lone_engine(config, constant_latency(1.0), 16)
     engine.add(request(0, 4, 3), 10.0)
     # At 10.25 the step in flight has 0.75 s to go; then the candidate's prompt runs beside 0's decode, then a decode.
-    (forecast,) = Predictor(config, constant_latency(1.0), 16).forecasts(
+    (forecast,) = predictor_for(config, constant_latency(1.0), 16).forecasts(
         [engine.snapshot(0, 10.25)], [[]], request(1, 4, 2), 10.25
     )
     assert forecast == Forecast(1.75, 2.75)
@@ -120,10 +138,10 @@ def test_the_step_in_flight_is_finished_first() -> None:
 
 def test_a_step_that_should_have_ended_ends_now() -> None:
     config = engine_config("v1")
-    engine = Engine.alone(config, constant_latency(1.0), 16, noise=np.array([3.0]))
+    engine = lone_engine(config, constant_latency(1.0), 16, noise=np.array([3.0]))
     engine.add(request(0, 4, 3), 0.0)
     # The model says that the step ended at 1.0. It has not by 2.0, so it is expected at any moment.
-    (forecast,) = Predictor(config, constant_latency(1.0), 16).forecasts(
+    (forecast,) = predictor_for(config, constant_latency(1.0), 16).forecasts(
         [engine.snapshot(0, 2.0)], [[]], request(1, 4, 2), 2.0
     )
     assert forecast == Forecast(1.0, 2.0)
@@ -132,23 +150,23 @@ def test_a_step_that_should_have_ended_ends_now() -> None:
 @pytest.mark.parametrize("compressed", [True, False])
 def test_an_outrun_estimate_becomes_what_is_there_plus_the_margin(compressed: bool) -> None:
     config = engine_config("v1", max_num_seqs=1)
-    engine = Engine.alone(config, constant_latency(1.0), 16)
+    engine = lone_engine(config, constant_latency(1.0), 16)
     engine.add(request(0, 4, 50, predicted=2), 0.0)
     list(engine.advance(5.0))
     snapshot = engine.snapshot(0, 5.0)
-    assert snapshot.seqs[OUTPUT].tolist() == [5]
+    assert snapshot.seqs[NUM_OUTPUT_TOKENS].tolist() == [5]
     # 5 of 2 expected tokens are there. At 5 + OUTRUN_MARGIN tokens it makes way, and the candidate has one step to run.
-    predictor = Predictor(config, constant_latency(1.0), 16, compressed=compressed)
+    predictor = predictor_for(config, constant_latency(1.0), 16, compressed=compressed)
     assert predictor.forecasts([snapshot], [[]], request(1, 4, 1), 5.0) == [Forecast(11.0, 11.0)]
     assert OUTRUN_MARGIN == 10
 
 
 def test_an_estimate_that_is_just_reached_is_outrun_too() -> None:
     config = engine_config("v1", max_num_seqs=1)
-    engine = Engine.alone(config, constant_latency(1.0), 16)
+    engine = lone_engine(config, constant_latency(1.0), 16)
     engine.add(request(0, 4, 50, predicted=5), 0.0)
     list(engine.advance(4.0))
-    predictor = Predictor(config, constant_latency(1.0), 16)
+    predictor = predictor_for(config, constant_latency(1.0), 16)
     assert predictor.forecasts([engine.snapshot(0, 4.0)], [[]], request(1, 4, 1), 4.0) == [Forecast(2.0, 2.0)]
     list(engine.advance(5.0))
     assert predictor.forecasts([engine.snapshot(0, 5.0)], [[]], request(1, 4, 1), 5.0) == [Forecast(11.0, 11.0)]
@@ -159,28 +177,31 @@ def test_an_outrun_estimate_goes_on_for_a_share_of_what_is_there_and_the_margin_
     share: float, more: int
 ) -> None:
     config = engine_config("v1", max_num_seqs=1, max_model_len=200)
-    engine = Engine.alone(config, constant_latency(1.0), 60)
+    engine = lone_engine(config, constant_latency(1.0), 60)
     engine.add(request(0, 4, 100, predicted=2), 0.0)
     list(engine.advance(40.0))
     snapshot = engine.snapshot(0, 40.0)
-    assert snapshot.seqs[OUTPUT].tolist() == [40]
-    plain = Predictor(config, constant_latency(1.0), 60)
-    for predictor in (Predictor(config, constant_latency(1.0), 60, outrun_share=share), plain.going_on(share)):
+    assert snapshot.seqs[NUM_OUTPUT_TOKENS].tolist() == [40]
+    plain = predictor_for(config, constant_latency(1.0), 60)
+    for predictor in (
+        predictor_for(config, constant_latency(1.0), 60, outrun_share=share),
+        plain.with_outrun_share(share),
+    ):
         assert predictor.forecasts([snapshot], [[]], request(1, 4, 1), 40.0) == [Forecast(more + 1.0, more + 1.0)]
     assert plain.forecasts([snapshot], [[]], request(1, 4, 1), 40.0) == [Forecast(11.0, 11.0)]
 
 
 @pytest.mark.parametrize("guess", [0, 1])
 def test_an_estimate_below_one_token_counts_as_one(guess: int) -> None:
-    predictor = Predictor(engine_config("v1"), constant_latency(1.0), 16)
-    idle = Engine.alone(engine_config("v1"), constant_latency(1.0), 16).snapshot(0, 0.0)
+    predictor = predictor_for(engine_config("v1"), constant_latency(1.0), 16)
+    idle = lone_engine(engine_config("v1"), constant_latency(1.0), 16).snapshot(0, 0.0)
     assert predictor.forecasts([idle], [[]], request(9, 4, 9, predicted=guess), 0.0) == [Forecast(1.0, 1.0)]
 
 
 def test_requests_underway_go_first() -> None:
     config = engine_config("v1", max_num_seqs=1)
-    predictor = Predictor(config, constant_latency(1.0), 16)
-    idle = Engine.alone(config, constant_latency(1.0), 16).snapshot(0, 0.0)
+    predictor = predictor_for(config, constant_latency(1.0), 16)
+    idle = lone_engine(config, constant_latency(1.0), 16).snapshot(0, 0.0)
     in_transit = [request(1, 4, 3), request(2, 4, 9, predicted=2)]
     # One at a time: 3 steps, 2 steps (as tagged, not in truth), then the candidate's one.
     assert predictor.forecasts([idle], [in_transit], request(3, 4, 1), 0.0) == [Forecast(6.0, 6.0)]
@@ -228,7 +249,7 @@ def test_with_true_lengths_a_forecast_is_what_then_happens(
     one = request(999, prompt, output)
     (forecast,) = forecasts(config, [snapshot], [in_transit], one, now, compressed=compressed)
     preempted = snapshot.seqs[:, snapshot.running : snapshot.running + snapshot.stale]
-    lost = bool(((preempted[CHUNK] > 0) & (preempted[PENDING] == 0)).any())
+    lost = bool(((preempted[NUM_SCHEDULED_TOKENS] > 0) & (preempted[NUM_OUTPUT_PLACEHOLDERS] == 0)).any())
     happened = actual(engine, one, now)
     if lost:
         # What a sequence preempted in the middle of its prefill reads in the step in flight is not in the snapshot any
@@ -246,7 +267,7 @@ def test_with_true_lengths_a_forecast_is_what_then_happens(
 def test_so_it_is_when_v0_preempts_a_prompt_with_one_token_left(compressed: bool) -> None:
     """A corner that random states seldom hit; what happens there is in the tests of the scheduler."""
     config = engine_config("v0", max_num_batched_tokens=4, max_model_len=8)
-    engine = Engine.alone(config, LATENCY, 3)
+    engine = lone_engine(config, LATENCY, 3)
     engine.add(request(1, 3, 5), 0.0)
     one = request(2, 4, 2)
     (forecast,) = forecasts(config, [engine.snapshot(0, 0.0)], [[]], one, 0.0, compressed=compressed, blocks=3)
@@ -296,11 +317,11 @@ def test_compressed_and_step_by_step_forecasts_are_the_same(
 def test_they_are_the_same_under_preemption_with_long_sequences(kind: str) -> None:
     config = EngineConfig(max_model_len=2000, max_num_seqs=24, **KINDS[kind])
     latency = round_latency()
-    fast, slow = (Predictor(config, latency, 180, compressed=compressed) for compressed in (True, False))
+    fast, slow = (predictor_for(config, latency, 180, compressed=compressed) for compressed in (True, False))
     preempted = 0
     for seed in range(examples(6, 1)):
         rng = Random(seed)
-        engine = Engine.alone(config, latency, 180)
+        engine = lone_engine(config, latency, 180)
         now = 0.0
         for i in range(examples(120, 20)):
             now += rng.expovariate(4.0)
@@ -325,7 +346,7 @@ def test_a_batch_is_its_members_one_by_one(kind: str) -> None:
     snapshots = [engine.snapshot(i, now) for i, (engine, _, _) in enumerate(engines)]
     in_transit = [[request(100 + j, 10 + j, 5 + i) for j in range(i % 3)] for i in range(9)]
     one = request(999, 40, 30)
-    predictor = Predictor(config, LATENCY, BLOCKS)
+    predictor = predictor_for(config, LATENCY, BLOCKS)
     together = predictor.forecasts(snapshots, in_transit, one, now)
     alone = [predictor.forecasts([s], [u], one, now)[0] for s, u in zip(snapshots, in_transit, strict=True)]
     fresh = [forecasts(config, [s], [u], one, now)[0] for s, u in zip(snapshots, in_transit, strict=True)]
@@ -368,11 +389,11 @@ def test_all_decisions_of_a_run_are_the_same(kind: str) -> None:
 
 def test_instances_that_differ_go_on_alike_and_those_alike_share_a_predictor() -> None:
     config = engine_config("v1", max_num_seqs=1, max_model_len=200)
-    engine = Engine.alone(config, constant_latency(1.0), 60)
+    engine = lone_engine(config, constant_latency(1.0), 60)
     engine.add(request(0, 4, 100, predicted=2), 0.0)
     list(engine.advance(40.0))
-    fast, slow = (Predictor(config, constant_latency(seconds), 60) for seconds in (1.0, 2.0))
-    several = Predictors([fast, slow, fast]).going_on(0.5)
+    fast, slow = (predictor_for(config, constant_latency(seconds), 60) for seconds in (1.0, 2.0))
+    several = Predictors([fast, slow, fast]).with_outrun_share(0.5)
     shown = [engine.snapshot(i, 40.0) for i in range(3)]
     found = several.forecasts(shown, [[], [], []], request(1, 4, 1), 40.0)
     assert [one.e2e for one in found] == [21.0, 42.0, 21.0]

@@ -10,7 +10,7 @@ from random import Random as Stream
 from typing import Any, ClassVar
 
 import pytest
-from testbed import constant_latency, engine_config, poisson, request, round_latency
+from testbed import constant_latency, engine_config, poisson, predictor_for, request, round_latency
 
 from block.cluster.provisioner import Elastic, Preempt, Relief
 from block.cluster.scaler import Scaler
@@ -21,7 +21,6 @@ from block.dispatch.monitor import Monitor
 from block.dispatch.policies import Block, Needs, RoundRobin
 from block.engine.batch import EngineBatch, EngineSpec
 from block.engine.config import EngineConfig
-from block.engine.predictor import Predictor
 
 
 def views(*forecasts: tuple[float, float] | None) -> list[InstanceView]:
@@ -126,12 +125,14 @@ def play(
     settings = config or engine_config("v0", max_num_seqs=2, max_num_batched_tokens=60)
     model = latency or constant_latency()
 
-    simulation = Servers(EngineBatch([EngineSpec(settings, model, total_blocks)] * instances), delay_s, takes, bad)
+    simulation = Servers(
+        EngineBatch([EngineSpec(settings.settings(total_blocks), model)] * instances), delay_s, takes, bad
+    )
     scaler = Scaler(provisioner, instances, simulation)
     dispatcher = Dispatcher(
         instances,
         policy or Block(),
-        Predictor(settings, model, total_blocks),
+        predictor_for(settings, model, total_blocks),
         DispatchConfig(),
         Stream(0),
         snapshot_many=simulation.snapshot_many,

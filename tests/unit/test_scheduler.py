@@ -14,13 +14,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import ReferenceScheduler
-from testbed import constant_latency, engine_config, examples, next_finish, replay, request
+from testbed import constant_latency, engine_config, examples, lone_engine, next_finish, replay, request
 
-from block.core.snapshot import BLOCKS, CHUNK, COMPUTED, ID, NEXT, OUTPUT, PENDING, PREEMPTED, Snapshot
+from block.core.snapshot import (
+    ID,
+    NUM_BLOCKS,
+    NUM_COMPUTED_TOKENS,
+    NUM_OUTPUT_PLACEHOLDERS,
+    NUM_OUTPUT_TOKENS,
+    NUM_PREEMPTIONS,
+    NUM_SCHEDULED_NEXT,
+    NUM_SCHEDULED_TOKENS,
+    Snapshot,
+)
 from block.core.types import Request
 from block.engine.batch import Finished
 from block.engine.config import EngineConfig
-from block.engine.engine import Engine
 
 BOTH = pytest.mark.parametrize("version", ["v0", "v1"])
 
@@ -37,12 +46,12 @@ class Seen:
 
 def seen(snapshot: Snapshot) -> Seen:
     ids = snapshot.seqs[ID].tolist()
-    chunks = snapshot.seqs[CHUNK].tolist()
+    chunks = snapshot.seqs[NUM_SCHEDULED_TOKENS].tolist()
     return Seen(
         {i: n for i, n in zip(ids, chunks, strict=True) if n},
         ids[snapshot.running :],
         snapshot.free_blocks,
-        {i: n for i, n in zip(ids, snapshot.seqs[BLOCKS].tolist(), strict=True) if n},
+        {i: n for i, n in zip(ids, snapshot.seqs[NUM_BLOCKS].tolist(), strict=True) if n},
     )
 
 
@@ -350,7 +359,22 @@ def test_without_chunks_nobody_is_admitted_in_a_step_that_preempted() -> None:
 def test_asynchronous_scheduling_queues_the_next_step() -> None:
     config = engine_config("v1", async_scheduling=True)
     run = replay(config, 16, [request(0, 20, 3)])
-    rows = [(now, *(int(s.seqs[row, 0]) for row in (CHUNK, NEXT, COMPUTED, PENDING, OUTPUT))) for now, s in run.steps()]
+    rows = [
+        (
+            now,
+            *(
+                int(s.seqs[row, 0])
+                for row in (
+                    NUM_SCHEDULED_TOKENS,
+                    NUM_SCHEDULED_NEXT,
+                    NUM_COMPUTED_TOKENS,
+                    NUM_OUTPUT_PLACEHOLDERS,
+                    NUM_OUTPUT_TOKENS,
+                )
+            ),
+        )
+        for now, s in run.steps()
+    ]
     assert rows == [
         (0.0, 16, 4, 20, 1, 0),  # the first chunk runs, the second is queued and will yield a token
         (1.0, 4, 1, 21, 2, 0),  # the decode of a token that does not exist yet
@@ -376,10 +400,15 @@ def test_a_preempted_sequence_still_receives_the_token_in_flight() -> None:
     running, stale, seqs = snapshots[1.0]
     assert seqs[ID].tolist() == [1, 2]
     assert (running, stale) == (1, 1)
-    assert (seqs[CHUNK, 1], seqs[BLOCKS, 1], seqs[COMPUTED, 1], seqs[PREEMPTED, 1]) == (4, 0, 0, 1)
+    assert (
+        seqs[NUM_SCHEDULED_TOKENS, 1],
+        seqs[NUM_BLOCKS, 1],
+        seqs[NUM_COMPUTED_TOKENS, 1],
+        seqs[NUM_PREEMPTIONS, 1],
+    ) == (4, 0, 0, 1)
     _, stale, seqs = snapshots[2.0]
     assert seqs[ID].tolist() == [1, 2]
-    assert (stale, seqs[OUTPUT, 1]) == (0, 1)
+    assert (stale, seqs[NUM_OUTPUT_TOKENS, 1]) == (0, 1)
     done = {d.id: d for d in run.finished}
     assert (done[2].first_token, done[2].preemptions) == (2.0, 1)
     # 1 has its 4 tokens at t = 5; then 2 recomputes 5 tokens: tokens 2, 3, 4 at t = 6, 7, 8.
@@ -404,7 +433,10 @@ def test_a_preempted_sequence_finishes_if_its_last_token_was_in_flight() -> None
 def test_an_asynchronous_scheduler_does_not_foresee_that_a_model_stops() -> None:
     config = engine_config("v1", async_scheduling=True)
     run = replay(config, 16, [request(0, 4, 3, max_tokens=10), request(1, 4, 1, arrival=2.5)])
-    rows = [(now, s.seqs[ID].tolist(), s.seqs[CHUNK].tolist(), s.seqs[NEXT].tolist()) for now, s in run.steps()]
+    rows = [
+        (now, s.seqs[ID].tolist(), s.seqs[NUM_SCHEDULED_TOKENS].tolist(), s.seqs[NUM_SCHEDULED_NEXT].tolist())
+        for now, s in run.steps()
+    ]
     assert rows == [
         (0.0, [0], [4], [1]),
         (1.0, [0], [1], [1]),
@@ -434,7 +466,7 @@ def test_max_tokens_ends_what_would_go_on(version: str) -> None:
 
 @BOTH
 def test_an_aborted_sequence_leaves_when_the_step_in_flight_ends(version: str) -> None:
-    engine = Engine.alone(engine_config(version, max_num_seqs=2), constant_latency(), 16)
+    engine = lone_engine(engine_config(version, max_num_seqs=2), constant_latency(), 16)
     engine.add(request(0, 4, 1), 0.0)
     for i in (1, 2, 3):
         engine.add(request(i, 4, 3), 0.25)
@@ -454,7 +486,7 @@ def test_an_aborted_sequence_leaves_when_the_step_in_flight_ends(version: str) -
 
 
 def test_a_token_in_flight_of_an_aborted_sequence_is_lost() -> None:
-    engine = Engine.alone(engine_config("v1"), constant_latency(), 16)
+    engine = lone_engine(engine_config("v1"), constant_latency(), 16)
     engine.add(request(0, 4, 1), 0.0)
     engine.abort(0, 0.5)
     assert next_finish(engine) == math.inf
@@ -463,7 +495,7 @@ def test_a_token_in_flight_of_an_aborted_sequence_is_lost() -> None:
 
 
 def test_a_step_queued_for_an_aborted_sequence_takes_its_time() -> None:
-    engine = Engine.alone(engine_config("v1", async_scheduling=True), constant_latency(), 16)
+    engine = lone_engine(engine_config("v1", async_scheduling=True), constant_latency(), 16)
     engine.add(request(0, 4, 5), 0.0)
     engine.abort(0, 0.5)  # the step of 0 … 1 and the one behind it are scheduled
     engine.add(request(1, 4, 1), 1.5)
@@ -471,7 +503,7 @@ def test_a_step_queued_for_an_aborted_sequence_takes_its_time() -> None:
 
 
 def test_aborting_nobody_or_twice_changes_nothing() -> None:
-    engine = Engine.alone(engine_config("v1"), constant_latency(), 16)
+    engine = lone_engine(engine_config("v1"), constant_latency(), 16)
     engine.abort(0, 0.0)
     engine.add(request(0, 4, 2), 0.0)
     engine.add(request(1, 4, 2), 0.0)
@@ -490,7 +522,7 @@ def agree(
     config: EngineConfig, total_blocks: int, requests: list[Request], aborts: Sequence[tuple[float, int]] = ()
 ) -> ReferenceScheduler:
     """Run twin and reference side by side and compare them after every step. `aborts` are of (time, id)."""
-    engine = Engine.alone(config, constant_latency(), total_blocks)
+    engine = lone_engine(config, constant_latency(), total_blocks)
     reference = ReferenceScheduler(config, total_blocks)
     finished: list[Finished] = []
     arrivals: list[tuple[float, Request | int]] = [(one.arrival, one) for one in requests]
@@ -528,9 +560,14 @@ def compare(snapshot: Snapshot, reference: ReferenceScheduler) -> None:
     assert snapshot.seqs[ID].tolist() == [one.id for one in columns]
     assert snapshot.running == len(reference.running)
     assert snapshot.free_blocks == reference.free
-    for row, name in ((OUTPUT, "output"), (COMPUTED, "computed"), (BLOCKS, "blocks"), (PREEMPTED, "preempted")):
+    for row, name in (
+        (NUM_OUTPUT_TOKENS, "output"),
+        (NUM_COMPUTED_TOKENS, "computed"),
+        (NUM_BLOCKS, "blocks"),
+        (NUM_PREEMPTIONS, "preempted"),
+    ):
         assert snapshot.seqs[row].tolist() == [getattr(one, name) for one in columns], name
-    for row, step in ((CHUNK, reference.in_flight), (NEXT, reference.queued)):
+    for row, step in ((NUM_SCHEDULED_TOKENS, reference.in_flight), (NUM_SCHEDULED_NEXT, reference.queued)):
         tokens = step.tokens if step is not None else {}  # some perhaps of sequences that have left meanwhile
         assert snapshot.seqs[row].tolist() == [tokens.get(one.id, 0) for one in columns]
 

@@ -34,12 +34,13 @@ from block.backends.launch import free_ports
 from block.core.arrays import Ints
 from block.dispatch import policies
 from block.dispatch.core import DispatchConfig
+from block.engine.config import EngineSettings
 from block.gateway.app import Door
 from block.gateway.config import ServerConfig
 from block.gateway.openai import completion_tokens, error_event, read, tagged
 from block.lengths import Estimates, Lengths, Oracle
 from block.vllm_plugin import state_buffer as b
-from block.vllm_plugin.state_buffer import Board, EngineLimits
+from block.vllm_plugin.state_buffer import Board
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWER = b'{"id": "cmpl-1",  "choices": [{"text": "\\u00e9 \xc3\xa9"}], "usage": {"completion_tokens": 7}}\n'
@@ -794,26 +795,28 @@ def test_metrics_tell_outcomes_times_and_what_is_in_flight() -> None:
 
 # ------------------------------------------------------------------------------------------------------ with the plugin
 
-LIMITS = EngineLimits(1000, 16, 8, 512, 2048, 0, 0, False, False, False)
+LIMITS = EngineSettings(
+    True, 8, 512, 2048, block_size=16, total_blocks=1000, watermark_blocks=0, scheduler_reserve_full_isl=False
+)
 
 
 class PluginMock(Mock):
     """A server with the plugin; `place` shows a running sequence on its board."""
 
-    def __init__(self, answer: Answer = whole, limits: EngineLimits = LIMITS) -> None:
+    def __init__(self, answer: Answer = whole, settings: EngineSettings = LIMITS) -> None:
         super().__init__(answer)
-        self.limits = limits
+        self.settings = settings
         self.renew()
 
     def renew(self) -> None:
         self.board, self.path = Board.create()
-        self.board.header[b.LIMITS : b.LIMITS + len(self.limits)] = self.limits
-        self.board.header[b.FREE] = self.limits.total_blocks
+        self.board.header[b.SETTINGS : b.SETTINGS + len(self.settings)] = self.settings
+        self.board.header[b.FREE] = self.settings.total_blocks
 
     def place(self, number: int, prompt: int, expected: int) -> None:
         self.board.header[b.COLUMNS] = self.board.header[b.RUNNING] = 1
         self.board.seqs[:, 0] = [number, prompt, 0, expected, expected, expected, 0, 0, 0, 0, 0, 0]
-        self.board.header[b.FREE] = self.limits.total_blocks - prompt // 16
+        self.board.header[b.FREE] = self.settings.total_blocks - prompt // 16
 
     def routes(self, app: web.Application) -> None:
         super().routes(app)
@@ -857,7 +860,7 @@ def test_policies_that_look_send_a_request_where_there_is_room(policy: policies.
 def test_servers_may_differ_in_their_settings_and_prompts_may_be_estimated_too_long() -> None:
     async def main() -> None:
         small = LIMITS._replace(total_blocks=200, max_model_len=1024)
-        async with house([PluginMock(), PluginMock(limits=small)], policies.Block()) as one:
+        async with house([PluginMock(), PluginMock(settings=small)], policies.Block()) as one:
             assert (await one.ask(b'{"prompt": "%s"}' % (b"x" * 40_000)))[0] == 200
             scores = one.door.dispatcher.history.decisions[-1][1].scores
             assert len(scores) == 2

@@ -13,11 +13,12 @@ from block.core.types import RequestRecord
 from block.dispatch.core import DispatchConfig, Dispatcher
 from block.dispatch.policies import RoundRobin
 from block.engine.batch import EngineBatch, EngineSpec
+from block.engine.state import FREE_BLOCKS
 
 
 def simulation(instances: int = 1, delay_s: float = 0.0, total_blocks: int = 16) -> Simulation:
     """Engines of which each step takes a second."""
-    spec = EngineSpec(engine_config("v1"), constant_latency(), total_blocks)
+    spec = EngineSpec(engine_config("v1").settings(total_blocks), constant_latency())
     return Simulation(EngineBatch([spec] * instances), delay_s)
 
 
@@ -96,7 +97,7 @@ def test_a_run_ends_with_its_last_request_whatever_is_set_for_later() -> None:
 
 def test_requests_that_nothing_will_ever_finish_are_an_error() -> None:
     one, dispatcher = simulation(total_blocks=16), round_robin()
-    one.engines.state[0, 3] = 0  # no block is free, and none will be
+    one.engines.arrays.counters[0, FREE_BLOCKS] = 0  # no block is free, and none will be
     with pytest.raises(SimulationStalled, match="requests are left, and nothing more will happen"):
         one.run([(request(0, 4, 3), dispatcher)])
 
