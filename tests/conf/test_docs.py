@@ -1,4 +1,6 @@
-"""The commands of docs/ run, or, if they need GPUs or servers, are composed, built and found to have no idle key."""
+"""The commands of docs/ run. Those of docs/ and README that need GPUs or servers are composed, built and found to have
+no idle key; those that need data or a network name scripts, options and figures that there are.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,22 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, choices, composed
-from test_readme import bare, run_small
+from test_readme import COMMANDS as OF_README
+from test_readme import GENERAL, bare, run_small
 
 from block.run import config
 from block.run.effects import without_effect
+from paper_figures.catalogue import FIGURES
 
 OWN = ("sweeps.md", "workloads.md", "extending.md")  # which have tests of their own
-DOCS = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in OWN]
+PAGES = [path.read_text() for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in OWN]
+PAGES += [GENERAL, (ROOT / "CONTRIBUTING.md").read_text()]
 
 
 def shown(*starts: str) -> list[str]:
     """The commands of docs that begin so, comments and "…" for more keys cut off; a backslash continues one."""
-    text = "\n".join(path.read_text() for path in DOCS).replace("\\\n", " ")
-    lines = [re.sub(r" {2,}#.*|…$", "", line).strip() for line in text.splitlines()]
+    text = "\n".join(PAGES).replace("\\\n", " ")
+    lines = [re.sub(r" +# .*|…$", "", line).strip() for line in text.splitlines()]
     return [line for line in dict.fromkeys(lines) if line.startswith(starts)]
 
 
@@ -44,9 +49,19 @@ def test_experiments_that_are_shown_exist() -> None:
     assert {line.partition("experiment=")[2] for line in BARE} <= set(choices("experiment"))
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line not in REAL + BARE])
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line not in REAL + BARE + OF_README])
 def test_a_command_runs(line: str, tmp_path: Path) -> None:
     run_small(line, tmp_path)
+
+
+@pytest.mark.parametrize("line", shown("python scripts/", "python benchmarks/"))
+def test_a_script_has_what_its_command_names(line: str) -> None:
+    script, *arguments = line.removeprefix("python ").split()
+    text = (ROOT / script).read_text()
+    for argument in arguments:
+        assert not argument.startswith("--") or f'"{argument.partition("=")[0]}"' in text
+    if script == "scripts/reproduce.py":
+        assert {name for name in arguments if re.fullmatch(r"[a-z]\w+", name)} <= set(FIGURES)
 
 
 @pytest.mark.parametrize("line", REAL + SERVERS)
