@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from block.cluster.instance import LaunchFailed
+from block.core.paths import shipped
 from block.dispatch import policy_checks as answers
 from block.dispatch.policies import Needs
 from block.lengths import Reader
@@ -25,7 +26,7 @@ from block.run.config_errors import ConfigError, explain
 config.register()
 
 
-@hydra.main(version_base="1.3", config_path="../../conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")
 def main(settings: DictConfig) -> None:
     """One server, until it is told to stop."""
     config.told(lambda: serve(settings, HydraConfig.get().runtime.choices["scheduler"]))
@@ -67,5 +68,10 @@ def serve(settings: DictConfig, policy: str) -> None:
         raise ConfigError(f"server.port={wanted.port}: cannot listen on {wanted.host}: {error}") from error
 
 
+def command() -> int:
+    """What the command line says; returns the exit code."""
+    return config.guard(main)
+
+
 if __name__ == "__main__":
-    sys.exit(config.guard(main))
+    sys.exit(command())

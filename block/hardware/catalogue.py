@@ -399,8 +399,11 @@ def _room(gpu: GPU, model: Model, block_size: int, utilization: float) -> int:
 def _tracked(gpu: GPU, model: Model, directory: Path) -> LatencyModel | None:
     """The tracked fit of this pair at this degree of tensor parallelism, if there is one.
 
-    None, too, for a model of one's own that has the name of one of conf/model, but other numbers.
+    None, too, for a model of one's own that has the name of one of conf/model, but other numbers. ValueError if there
+    are no fits at all: the package has come without them.
     """
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such folder: the package's fitted step times are missing; install it anew")
     path = directory / f"{gpu.name}-{model.name}.json"
     if not path.exists() or not _as_tracked(model):
         return None
