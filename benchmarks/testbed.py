@@ -6,14 +6,14 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from block.run import config
+from block.run import config, hydra_schema
 from block.run import replay as serving
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 
 
 def compose_run(*overrides: str) -> config.RunConfig:
-    config.register()
+    hydra_schema.register()
     with initialize_config_dir(CONF, version_base="1.3"):
         return config.build(compose("config", overrides=list(overrides)))
 

@@ -16,10 +16,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from block.run import config, sweep
+from block.run import cli, hydra_schema, sweep
 from block.run import execute as experiment
 
-config.register()
+hydra_schema.register()
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
@@ -27,7 +27,7 @@ def main(settings: DictConfig) -> object:
     """One search; returns the capacity, or a list of them for several objectives, for the sweeper if there is one."""
     job: Any = HydraConfig.get()
     if job.mode is RunMode.RUN:
-        return config.told(lambda: search(settings, job))
+        return cli.run_job(lambda: search(settings, job))
     return sweep.attempt(lambda: search(settings, job), job)
 
 
@@ -39,4 +39,4 @@ def search(settings: DictConfig, job: DictConfig) -> float | list[float]:
 
 if __name__ == "__main__":
     flags = {"--fresh": "capacity.fresh=true"}
-    sys.exit(config.guard(lambda: sweep.whole(main, "capacity"), flags) or (1 if sweep.Tally.failed else 0))
+    sys.exit(cli.run_main(lambda: sweep.whole(main, "capacity"), flags) or (1 if sweep.Tally.failed else 0))

@@ -36,7 +36,7 @@ from rich.console import Console  # noqa: E402
 from block.core.choices import choose  # noqa: E402
 from block.run import campaign  # noqa: E402
 from block.run.campaign import Composer, Job  # noqa: E402
-from block.run.config import NO_ROOM  # noqa: E402
+from block.run.cli import NO_ROOM  # noqa: E402
 from block.run.config_errors import Parser, explain, piped  # noqa: E402
 from block.run.console import progress  # noqa: E402
 from block.store import searches  # noqa: E402

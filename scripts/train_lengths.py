@@ -19,19 +19,19 @@ from rich.console import Console
 
 from block.lengths.estimation import train
 from block.lengths.roberta import RoBERTa
-from block.run import config, effects
+from block.run import cli, config, effects, hydra_schema
 from block.run.config_errors import ConfigError, explain
 from block.run.console import progress
 from block.store.results import NotStored
 from block.store.wandb import curves
 
-config.register()
+hydra_schema.register()
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(settings: DictConfig) -> None:
     """One estimator."""
-    config.told(lambda: run(settings))
+    cli.run_job(lambda: run(settings))
 
 
 def run(settings: DictConfig) -> None:
@@ -57,4 +57,4 @@ def run(settings: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(config.guard(main, {"--force": "estimation.force=true"}))
+    sys.exit(cli.run_main(main, {"--force": "estimation.force=true"}))

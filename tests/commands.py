@@ -18,7 +18,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from block.run import config
+from block.run import config, hydra_schema
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -38,7 +38,7 @@ def composed(*overrides: str, hydra: bool = False) -> DictConfig:
 
 @functools.cache
 def _composed(overrides: tuple[str, ...], hydra: bool) -> DictConfig:
-    config.register()
+    hydra_schema.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", overrides=list(overrides), return_hydra_config=hydra)
 

@@ -20,16 +20,16 @@ from block.core.paths import shipped
 from block.dispatch import policy_checks as answers
 from block.dispatch.policies import Needs
 from block.lengths import Reader
-from block.run import config, effects
+from block.run import cli, config, effects, hydra_schema
 from block.run.config_errors import ConfigError, explain
 
-config.register()
+hydra_schema.register()
 
 
 @hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")
 def main(settings: DictConfig) -> None:
     """One server, until it is told to stop."""
-    config.told(lambda: serve(settings, HydraConfig.get().runtime.choices["scheduler"]))
+    cli.run_job(lambda: serve(settings, HydraConfig.get().runtime.choices["scheduler"]))
 
 
 def serve(settings: DictConfig, policy: str) -> None:
@@ -70,7 +70,7 @@ def serve(settings: DictConfig, policy: str) -> None:
 
 def command() -> int:
     """What the command line says; returns the exit code."""
-    return config.guard(main)
+    return cli.run_main(main)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from block.backends.model_files import cache_folder
 from block.core.paths import PACKAGE, shipped
-from block.run import config
+from block.run import config, hydra_schema
 from block.run import execute as experiment
 from block.run.config_errors import explain
 from block.run.console import progress
@@ -118,7 +118,7 @@ class Composer:
 
 def _groups(cell: Mapping[str, Any]) -> list[str]:
     """The keys of a cell that choose a file."""
-    return [key for key in cell if key in config.GROUPS or key in config.CHOICES]
+    return [key for key in cell if key in hydra_schema.GROUPS or key in hydra_schema.CHOICES]
 
 
 def _same(usual: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -152,7 +152,7 @@ def _reads(arguments: str) -> bool:
 
 def _compose(folder: str, chosen: tuple[str, ...], state: str) -> tuple[dict[str, Any], dict[str, str]]:
     """The resolved config of a choice of files, and all choices."""
-    config.register()
+    hydra_schema.register()
     with initialize_config_dir(folder, version_base="1.3"):
         made = compose("config", overrides=list(chosen), return_hydra_config=True)
     named = made.hydra.runtime.choices.items()

@@ -17,10 +17,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from block.core.paths import shipped
-from block.run import config, sweep
+from block.run import cli, hydra_schema, sweep
 from block.run import execute as experiment
 
-config.register()
+hydra_schema.register()
 
 
 @hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")
@@ -28,10 +28,10 @@ def main(settings: DictConfig) -> object:
     """One job; returns its objective."""
     job: Any = HydraConfig.get()
     if job.mode is RunMode.RUN:
-        return config.told(lambda: experiment.do(settings, job.runtime.choices))
+        return cli.run_job(lambda: experiment.do(settings, job.runtime.choices))
     return sweep.attempt(lambda: experiment.do(settings, job.runtime.choices, sweep=job), job)
 
 
 def command() -> int:
     """What the command line says; returns the exit code."""
-    return config.guard(lambda: sweep.whole(main)) or (1 if sweep.Tally.failed else 0)
+    return cli.run_main(lambda: sweep.whole(main)) or (1 if sweep.Tally.failed else 0)

@@ -30,8 +30,9 @@ from block.dispatch import policies
 from block.dispatch.policies import Needs
 from block.lengths import Constant, Oracle, Reader
 from block.lengths.roberta import RoBERTa
-from block.run.config import CHOICES, CONF, GROUPS, RunConfig, build, check_keys, class_of
+from block.run.config import RunConfig, build, check_keys, class_of
 from block.run.config_errors import ConfigError
+from block.run.hydra_schema import CHOICES, CONF, GROUPS
 from block.workload import prompts as pairs
 
 RUNS = ("serve", "capacity")

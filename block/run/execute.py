@@ -34,9 +34,10 @@ from block.engine.predictor import Predictor
 from block.lengths.estimation import evaluate
 from block.run import effects
 from block.run.capacity import crossings
-from block.run.config import RunConfig, build, filed, node, own_choices, plain
+from block.run.config import RunConfig, build, node, plain
 from block.run.config_errors import ConfigError, explain
 from block.run.console import announce, progress, report, report_line, report_scores, tell
+from block.run.hydra_schema import filed, own_choices
 from block.run.replay import Outcome, made_of, serve
 from block.run.sweep import end_with, searching, standing, varies
 from block.store import provenance, searches

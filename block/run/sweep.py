@@ -27,7 +27,7 @@ from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from block.run import effects
-from block.run.config import told
+from block.run.cli import run_job
 from block.run.config_errors import ConfigError
 from block.store import wandb as tracking
 
@@ -74,7 +74,7 @@ class Tally(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra's hook, in the main process."""
-        told(lambda: self._begin(config))  # Hydra would make a warning of an exception, and go on
+        run_job(lambda: self._begin(config))  # Hydra would make a warning of an exception, and go on
 
     def _begin(self, config: DictConfig) -> None:
         hydra = config.hydra

@@ -54,6 +54,8 @@ _BYSTANDERS = (
     "gateway",
     "hardware/profiling",
     "run/campaign",
+    "run/cli",
+    "run/command",
     "run/config_errors",
     "run/console",
     "run/sweep",

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import MarkedYAMLError
 
-from block.run import config
+from block.run import cli, config
 from block.run.config_errors import ConfigError, explain, quoted
 from block.run.effects import without_effect
 from block.run.execute import execute
@@ -368,16 +368,16 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
-        config.guard(main)
+        cli.run_main(main)
     with pytest.raises(ZeroDivisionError):
-        config.guard(lambda: 1 // 0)
+        cli.run_main(lambda: 1 // 0)
 
 
 def test_options_may_stand_among_the_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "argv", ["run.py", "b=2", "-m", "~c", "--config-dir", "mine", "a=1", "+d=3"])
-    assert config.guard(lambda: None) == 0
+    assert cli.run_main(lambda: None) == 0
     assert sys.argv == ["run.py", "-m", "--config-dir", "mine", "b=2", "~c", "a=1", "+d=3"]
 
 
@@ -388,9 +388,9 @@ def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     def main() -> None:
         raise KeyboardInterrupt
 
-    assert config.guard(main) == 130
+    assert cli.run_main(main) == 130
     assert capsys.readouterr().err == "interrupted\n"
-    assert config.guard(lambda: None) == 0
+    assert cli.run_main(lambda: None) == 0
 
 
 # ---------------------------------------------------------------------------------------------------- odd, but right

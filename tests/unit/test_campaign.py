@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from block.core.paths import shipped
-from block.run import campaign, config
+from block.run import campaign, config, hydra_schema
 from block.run.campaign import Composer, Job
 from block.store.results import Run, experiment_hash
 from block.store.writer import RunWriter
@@ -39,7 +39,7 @@ def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 )
 def test_a_job_is_what_the_command_line_makes_of_the_same_overrides(cell: dict[str, Any]) -> None:
     made = job(Composer(CONF, ALWAYS), cell)
-    config.register()
+    hydra_schema.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         typed = compose("config", overrides=[*(f"{key}={value}" for key, value in cell.items()), *ALWAYS])
     assert experiment_hash(made.settings) == experiment_hash(config.plain(typed))

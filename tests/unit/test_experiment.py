@@ -27,7 +27,7 @@ from block.core.types import Decision, Forecast, InstanceView, Request
 from block.dispatch import policies
 from block.dispatch.policy_checks import UserFault
 from block.engine.predictor import Predictor
-from block.run import config
+from block.run import config, hydra_schema
 from block.run import execute as experiment
 from block.run.config_errors import ConfigError
 from block.run.execute import do, execute, search
@@ -40,7 +40,7 @@ CHOICES = {"scheduler": "block", "model": "llama2-7b", "hydra/launcher": "basic"
 
 
 def composed(*overrides: str) -> DictConfig:
-    config.register()
+    hydra_schema.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", overrides=[*TINY, *overrides])
 
@@ -460,7 +460,7 @@ def test_another_policy_is_another_search_and_what_is_stored_is_called_so(
 )
 def test_a_run_is_filed_under_what_it_was(overrides: list[str], name: str) -> None:
     choices = {"scheduler": overrides[0].partition("=")[2], "backend": "auto", "cluster": "a30x12"}
-    assert config.filed(composed(*overrides), choices) == {**choices, "scheduler": name}
+    assert hydra_schema.filed(composed(*overrides), choices) == {**choices, "scheduler": name}
 
 
 def test_a_point_of_a_search_is_the_latency_of_that_run(folder: Path) -> None:

@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
-from block.run import config
 from block.run import execute as experiment
+from block.run import hydra_schema
 from block.store.results import Run
 from block.store.searches import Search
 from paper_figures import cells, readme, report, settings, style, verdicts
@@ -29,7 +29,7 @@ TRACKED = ROOT / "artifacts" / "figures"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One small run, which stands for all."""
-    config.register()
+    hydra_schema.register()
     folder = tmp_path_factory.mktemp("runs")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         settings = compose(

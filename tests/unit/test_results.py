@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from stored import CONFIG, DECISIONS, INSTANCES, RECORDS, store, warnings
 
-from block.run.config import _Root
+from block.run.hydra_schema import Root
 from block.store import provenance
 from block.store import writer as writing
 from block.store.results import KEYS, NotStored, frame, probe, read_run, runs, whole, write_json
@@ -205,7 +205,7 @@ def test_with_nothing_stored_a_key_that_no_config_begins_with_is_told(tmp_path):
 
 
 def test_the_keys_that_there_always_are_are_those_of_a_config_and_of_run_json(tmp_path):
-    config = {field.name for field in fields(_Root)}
+    config = {field.name for field in fields(Root)}
     assert set(KEYS) == config | {"experiment"} | set(read_run(store(tmp_path)).document)
 
 

@@ -186,7 +186,7 @@ def test_a_model_that_is_not_there_or_not_sound_is_told_in_one_line(tmp_path: Pa
 def test_neither_torch_nor_transformers_is_imported_by_what_does_not_need_them() -> None:
     code = """
 import sys
-from block.run.config import CHOICES
+from block.run.hydra_schema import CHOICES
 from block.lengths.compact import Compact
 Compact().predict(["hello"])
 assert CHOICES["lengths"]["roberta"]
