@@ -53,7 +53,7 @@ def measure(predictor: Predictor, asked: list[Asked]) -> tuple[np.ndarray, np.nd
 
 warm_up()
 run = compose_run()
-parts = (run.engine, run.backend.latency(run.testbed), run.testbed.total_blocks)
+parts = (run.testbed.settings, run.backend.latency(run.testbed))
 compressed, naive = Predictor(*parts), Predictor(*parts, compressed=False)
 print("µs a forecast, in batches of 12      P50     P99   naive P50   ratio   largest difference")
 for qps in (24, 30, 34):
