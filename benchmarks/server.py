@@ -197,7 +197,7 @@ class Bench:
         self.mocks = [self.start_mock(port) for port in self.ports]
         urls = ",".join(f"http://127.0.0.1:{port}" for port in self.ports)
         time.sleep(3.0)
-        arguments = ["scheduler=round_robin", f"server.urls=[{urls}]", f"server.port={self.port}"]
+        arguments = ["scheduler=round_robin", f"gateway.urls=[{urls}]", f"gateway.port={self.port}"]
         self.door = subprocess.Popen(
             [sys.executable, "-m", "block.gateway", *arguments],
             cwd=ROOT,

@@ -1,6 +1,6 @@
-"""Serve a front door: ``python -m block.gateway scheduler=round_robin server.urls=[http://h1:8000,http://h2:8000]``.
+"""Serve a front door: ``python -m block.gateway scheduler=round_robin gateway.urls=[http://h1:8000,http://h2:8000]``.
 
-Takes every key of run.py, and those of the node `server` (--cfg job shows them). Only the policy, `lengths` (if it
+Takes every key of run.py, and those of the node `gateway` (--cfg job shows them). Only the policy, `lengths` (if it
 reads prompts), `dispatch`, `seed` and, for policies that forecast, what the latency model follows from (`model`,
 `cluster`, `backend`) have an effect.
 """
@@ -35,8 +35,8 @@ def main(settings: DictConfig) -> None:
 def serve(settings: DictConfig, policy: str) -> None:
     """Serve what `settings` describe. ConfigError if that cannot be; `policy` is what they call it."""
     run = config.build(settings)
-    wanted = config.node(settings.server)
-    effects.refuse(settings, "server", run)
+    wanted = config.node(settings.gateway)
+    effects.refuse(settings, "gateway", run)
     rehearsed = answers.checked(config.node(settings.scheduler))  # not the one that will serve
     answers.decide_once(rehearsed, len(wanted.urls))  # and so compiled before a request comes
     for key, off in (("forecast_noise", 0), ("dispatchers", 1)):
@@ -65,7 +65,7 @@ def serve(settings: DictConfig, policy: str) -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(door.serve(front, wanted.host, wanted.port, listening))
     except OSError as error:
-        raise ConfigError(f"server.port={wanted.port}: cannot listen on {wanted.host}: {error}") from error
+        raise ConfigError(f"gateway.port={wanted.port}: cannot listen on {wanted.host}: {error}") from error
 
 
 def command() -> int:

@@ -22,7 +22,7 @@ from block.dispatch.correction import Corrected
 from block.dispatch.policies import Needs, Policy
 from block.dispatch.policy_checks import UserFault
 from block.engine.latency import LatencyModel
-from block.gateway.config import ServerConfig
+from block.gateway.config import GatewayConfig
 from block.gateway.estimates import Estimator
 from block.gateway.metrics import CANCELLED, FAILED, OK, REFUSED, Metrics
 from block.gateway.openai import error_response, prompt_text, read, tagged
@@ -53,7 +53,7 @@ class Door:
 
     def __init__(
         self,
-        config: ServerConfig,
+        config: GatewayConfig,
         policy: Policy,
         dispatch: DispatchConfig,
         stream: Stream,
@@ -158,7 +158,7 @@ class Door:
             asked = read(body)
         except web.HTTPRequestEntityTooLarge:
             self._metrics.turned_away()
-            return error_response(413, f"the body exceeds server.max_body_mib={self._config.max_body_mib}")
+            return error_response(413, f"the body exceeds gateway.max_body_mib={self._config.max_body_mib}")
         except (ValueError, web.RequestPayloadError) as error:
             self._metrics.turned_away()
             return error_response(400, str(error))

@@ -1,4 +1,4 @@
-"""ServerConfig: where the front door listens, and what is behind it (the node `server`)."""
+"""GatewayConfig: where the front door listens, and what is behind it (the node `gateway`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 
 @dataclass(frozen=True)
-class ServerConfig:
+class GatewayConfig:
     """The front door, `python -m block.gateway` (one Hydra node).
 
     urls: the model servers. host, port: where to listen.
@@ -35,22 +35,22 @@ class ServerConfig:
         urls = tuple(url.rstrip("/") for url in self.urls)  # Hydra passes a list
         object.__setattr__(self, "urls", urls)
         if not urls:
-            raise ValueError("server.urls=[]: give at least one, such as [http://host:8000]")
+            raise ValueError("gateway.urls=[]: give at least one, such as [http://host:8000]")
         for url in urls:
             if not _is_server(url):
-                raise ValueError(f"server.urls={url}: must be of the form http://host:port or https://host:port")
+                raise ValueError(f"gateway.urls={url}: must be of the form http://host:port or https://host:port")
             if urls.count(url) > 1:
-                raise ValueError(f"server.urls={url}: given twice")
+                raise ValueError(f"gateway.urls={url}: given twice")
         if not 0 <= self.port < 65536:
-            raise ValueError(f"server.port={self.port}: must be between 1 and 65535, or 0 for any that is free")
+            raise ValueError(f"gateway.port={self.port}: must be between 1 and 65535, or 0 for any that is free")
         for key in ("expected_output_tokens", "max_body_mib"):
             if getattr(self, key) < 1:
-                raise ValueError(f"server.{key}={getattr(self, key)}: must be at least 1")
+                raise ValueError(f"gateway.{key}={getattr(self, key)}: must be at least 1")
         for key in ("estimate_timeout_s", "probe_interval_s", "connect_timeout_s", "read_timeout_s"):
             if not 0 < getattr(self, key) < math.inf:
-                raise ValueError(f"server.{key}={getattr(self, key)}: must be greater than 0")
+                raise ValueError(f"gateway.{key}={getattr(self, key)}: must be greater than 0")
         if not 0 <= self.grace_s < math.inf:
-            raise ValueError(f"server.grace_s={self.grace_s}: must be 0 or more seconds")
+            raise ValueError(f"gateway.grace_s={self.grace_s}: must be 0 or more seconds")
 
 
 def _is_server(url: str) -> bool:

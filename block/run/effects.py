@@ -89,43 +89,43 @@ RULES = (
         ("dispatch.ledger", "dispatch.snapshot_interval_s"),
         _counts,
         "this scheduler only counts, and takes no snapshots; take one that does, such as block",
-        (*RUNS, "server"),
+        (*RUNS, "gateway"),
     ),
     Rule(
         ("dispatch.ledger",),
         lambda run: isinstance(run.scheduler, policies.INFaaS),
         "this scheduler does not look at requests that are in_transit; take one that does, such as block",
-        (*RUNS, "server"),
+        (*RUNS, "gateway"),
     ),
     Rule(
         ("dispatch.correction_steps", "dispatch.forecast_noise", "backend.predictor_gpu", "lengths.outrun_share"),
         lambda run: not _forecasts(run),
         _FORECASTING,
-        (*RUNS, "server"),
+        (*RUNS, "gateway"),
     ),
     Rule(
         ("backend.latency_model", "backend.step_time_factor", "backend.step_overhead_s"),
         lambda run: isinstance(run.backend, VLLM | VLLMCPU) and not _forecasts(run),
         f"only forecasts follow from it, and {_FORECASTING}",
-        (*RUNS, "server"),
+        (*RUNS, "gateway"),
     ),
     Rule(
         ("lengths", "lengths.*"),
         lambda run: not _reads_lengths(run) and not isinstance(run.lengths, Oracle),
         "this scheduler does not look at lengths of responses; take one that does, such as block",
-        (*RUNS, "server"),
+        (*RUNS, "gateway"),
     ),
     Rule(
         ("lengths", "lengths.*"),
         lambda run: not isinstance(run.lengths, Reader),
         "it reads no prompts; take one that does, such as lengths=compact",
-        ("server",),
+        ("gateway",),
     ),
     Rule(
         ("lengths.encoder",),
         lambda run: isinstance(run.lengths, RoBERTa),
         "only scripts/train_lengths.py reads it; lengths.path is the trained model",
-        (*RUNS, "server"),
+        (*RUNS, "gateway"),
     ),
     Rule(
         ("lengths.max_prompt_tokens", "lengths.batch_size", "lengths.device"),
@@ -136,7 +136,7 @@ RULES = (
         ("lengths.spread",),
         lambda run: isinstance(run.lengths, Constant),
         "no scheduler looks at what an estimate claims to be off by",
-        (*RUNS, "server"),
+        (*RUNS, "gateway"),
     ),
     Rule(
         ("migration.*",),
@@ -174,7 +174,7 @@ RULES = (
         ("backend.step_time_factor", "backend.step_overhead_s"),
         _from_file,
         "backend.latency_model says how long a step takes; take one of the two",
-        (*RUNS, "server"),
+        (*RUNS, "gateway"),
     ),
     Rule(
         ("cluster.gpu",),
@@ -200,7 +200,7 @@ RULES = (
         ("model", "model.*", "cluster", "cluster.*", "backend", "backend.*"),
         lambda run: not _forecasts(run),
         f"only forecasts follow from it, and {_FORECASTING}",
-        ("server",),
+        ("gateway",),
     ),
     Rule(
         (
@@ -209,8 +209,8 @@ RULES = (
             *("backend.step_noise", "backend.slowdown", "backend.dispatch_delay_s"),
         ),
         lambda run: True,
-        "a front door starts nothing; server.urls are its servers",
-        ("server",),
+        "a front door starts nothing; gateway.urls are its servers",
+        ("gateway",),
     ),
 )
 
@@ -222,7 +222,7 @@ READ: Mapping[str, tuple[str, ...]] = {
     "serve": (*_RUN, "sample_every_s", "replay_share", "runs_dir", "command"),
     "evaluate_lengths": ("command", *_PAIRS, *_TABLE),
     "capacity": (*_RUN, "capacity"),
-    "server": ("scheduler", "model", "cluster", "backend", "lengths", "dispatch", "seed", "server"),
+    "gateway": ("scheduler", "model", "cluster", "backend", "lengths", "dispatch", "seed", "gateway"),
     "train_lengths": (
         *("lengths", "seed", "tracking", "estimation.data", *_PAIRS),
         *(f"estimation.{key}" for key in (*_TRAINING, "force")),
@@ -233,7 +233,7 @@ _NAMES = {
     "serve": "run.py",
     "evaluate_lengths": "command=evaluate_lengths",
     "capacity": "scripts/capacity.py",
-    "server": "python -m block.gateway",
+    "gateway": "python -m block.gateway",
     "train_lengths": "scripts/train_lengths.py",
 }
 _UNREAD = {
@@ -262,7 +262,7 @@ def without_effect(
             readers = [_NAMES[name] for name, keys in READ.items() if any(f"{key}.".startswith(f"{k}.") for k in keys)]
             why = f"not read by {_NAMES[command]}; {', '.join(readers)} {'does' if len(readers) == 1 else 'do'}"
             why = _OBJECTIVE if key == "objective" else why
-        elif not why and command in (*RUNS, "server"):
+        elif not why and command in (*RUNS, "gateway"):
             run = run or build(config)
             why = next((rule.why for rule in RULES if _holds(rule, key, command) and rule.when(run)), None)
         if why:

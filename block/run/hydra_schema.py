@@ -31,7 +31,7 @@ from block.core import paths
 from block.dispatch import policies
 from block.dispatch.core import DispatchConfig
 from block.engine.config import EngineConfig
-from block.gateway.config import ServerConfig
+from block.gateway.config import GatewayConfig
 from block.hardware.catalogue import Model
 from block.lengths import Constant, Injected, Noisy, Oracle
 from block.lengths.compact import Compact
@@ -99,7 +99,7 @@ class Root:
     sample_every_s: float = 1.0
     replay_share: float = 0.0
     runs_dir: str = "artifacts/runs"
-    server: Any = field(default_factory=lambda: schema(ServerConfig))  # read by block.gateway only
+    gateway: Any = field(default_factory=lambda: schema(GatewayConfig))  # read by block.gateway only
     estimation: Any = field(default_factory=lambda: schema(EstimationConfig))  # how lengths are estimated
 
 

@@ -44,7 +44,7 @@ SCHEMA_VERSION = 1
 DEFAULT_ROOT = Path("artifacts/runs")  # relative to the current directory
 
 # Keys of a config that do not change what a run does: config_hash leaves them out.
-_NOT_THE_EXPERIMENT = ("command", "objective", "runs_dir", "tracking", "capacity", "server", "estimation")
+_NOT_THE_EXPERIMENT = ("command", "objective", "runs_dir", "tracking", "capacity", "gateway", "server", "estimation")
 PROBE = 1 << 18  # bytes that there must be room for before a run begins; one of 10,000 requests takes four times that
 _ABSENT: Any = object()
 _NEVER = object()  # equal to nothing that is asked for
@@ -72,6 +72,7 @@ KEYS = (
         "sample_every_s",
         "replay_share",
         "runs_dir",
+        "gateway",
         "server",
         "estimation",
     ),

@@ -71,7 +71,7 @@ def test_a_command_for_servers_is_sound(line: str, tmp_path: Path, monkeypatch: 
     shutil.copy(ROOT / "artifacts" / "latency" / "cpu-tiny.json", file)
     monkeypatch.chdir(tmp_path)
     typed = line.replace("[…]", "[http://localhost:8001]").replace("FILE.json", "artifacts/latency/mine.json")
-    command, keys = ("server", shlex.split(typed)[3:]) if line in SERVERS else ("serve", shlex.split(typed)[2:])
+    command, keys = ("gateway", shlex.split(typed)[3:]) if line in SERVERS else ("serve", shlex.split(typed)[2:])
     settings = composed(*keys)
     config.build(settings)
     assert without_effect(settings, keys, command) == {}

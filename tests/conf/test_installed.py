@@ -82,7 +82,12 @@ def test_a_wrong_key_is_told_by_the_installed_command_in_one_line(commands: Path
 
 
 def test_block_gateway_answers_in_an_empty_folder(commands: Path, tmp_path: Path) -> None:
-    command = [commands / "block-gateway", "scheduler=round_robin", "server.urls=[http://127.0.0.1:9]", "server.port=0"]
+    command = [
+        commands / "block-gateway",
+        "scheduler=round_robin",
+        "gateway.urls=[http://127.0.0.1:9]",
+        "gateway.port=0",
+    ]
     with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True) as gateway:
         try:
             assert gateway.stdout is not None

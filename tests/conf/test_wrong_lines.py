@@ -249,19 +249,19 @@ LINES: dict[str, str] = {
         --data x → --data
     """,
     "block.gateway": r"""
-        server.urls=[]
-        server.urls=http://h:1
-        server.urls=[h:1]
-        server.urls=[http://h:1,http://h:1]
-        server.urls=[http://h:1] server.port=99999
-        server.urls=[http://h:1] server.port=http
-        server.urls=[http://h:1] scheduler=nope
-        server.urls=[http://h:1] workload.qps=3
-        server.urls=[http://h:1] dispatch.dispatchers=2
-        urls=[http://h:1] → did you mean server.urls?
+        gateway.urls=[]
+        gateway.urls=http://h:1
+        gateway.urls=[h:1]
+        gateway.urls=[http://h:1,http://h:1]
+        gateway.urls=[http://h:1] gateway.port=99999
+        gateway.urls=[http://h:1] gateway.port=http
+        gateway.urls=[http://h:1] scheduler=nope
+        gateway.urls=[http://h:1] workload.qps=3
+        gateway.urls=[http://h:1] dispatch.dispatchers=2
+        urls=[http://h:1] → did you mean gateway.urls?
         --port 80 → --port
         --port=80
-        server.urls=[http://h:1] server.hosst=x
+        gateway.urls=[http://h:1] gateway.hosst=x
     """,
     "scripts/reproduce.py": r"""
         fig99 → fig99: did you mean fig9? choose from headline, fig5, fig6

@@ -237,7 +237,7 @@ def test_a_run_goes_through_the_front_door_to_servers_that_run_already(mark: str
         latency = f"backend.latency_model={ROOT}/artifacts/latency/cpu-tiny.json"
         begin(
             *("block.gateway", "scheduler=block", "backend=vllm", "model=tiny", "cluster=cpu2", latency),
-            *(f"server.urls={urls}", f"server.port={door}", "server.host=127.0.0.1"),
+            *(f"gateway.urls={urls}", f"gateway.port={door}", "gateway.host=127.0.0.1"),
             log="door.log",
         )
         assert eventually(lambda: answers(door), 60), (tmp_path / "door.log").read_text()

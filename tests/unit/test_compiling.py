@@ -89,7 +89,7 @@ def test_a_front_door_has_compiled_all_before_it_is_open(scheduler: str, tmp_pat
         mocks[0].place(1, 1000, 500)
         urls = ",".join(mock.url for mock in mocks)
         corrected = ["dispatch.correction_steps=20"] if scheduler == "block" else []
-        keys = [f"server.urls=[{urls}]", "server.host=127.0.0.1", "server.port=0", f"scheduler={scheduler}"]
+        keys = [f"gateway.urls=[{urls}]", "gateway.host=127.0.0.1", "gateway.port=0", f"scheduler={scheduler}"]
         door = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "block.gateway", *keys, *corrected),
             env={**os.environ, "NUMBA_CACHE_DIR": str(cache)},

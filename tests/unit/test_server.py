@@ -36,7 +36,7 @@ from block.dispatch import policies
 from block.dispatch.core import DispatchConfig
 from block.engine.config import EngineSettings
 from block.gateway.app import Door
-from block.gateway.config import ServerConfig
+from block.gateway.config import GatewayConfig
 from block.gateway.openai import completion_tokens, error_event, read, tagged
 from block.lengths import Estimates, Lengths, Oracle
 from block.vllm_plugin import state_buffer as b
@@ -208,7 +208,7 @@ async def house(
         elif not mock.port:
             (mock.port,) = free_ports(1)
     keys = {"probe_interval_s": 0.05, "grace_s": 2.0, **keys}
-    config = ServerConfig(urls=tuple(mock.url for mock in mocks), **keys)
+    config = GatewayConfig(urls=tuple(mock.url for mock in mocks), **keys)
     door = Door(
         config,
         policy or policies.RoundRobin(),
@@ -348,7 +348,7 @@ def test_large_bodies_pass_and_those_above_the_limit_do_not() -> None:
             assert "Expect" not in one.mocks[0].seen[0][1]
             status, body, _ = await one.ask(large + b" " * 2**20 * 2)
             assert status == 413
-            assert json.loads(body)["error"]["message"] == "the body exceeds server.max_body_mib=8"
+            assert json.loads(body)["error"]["message"] == "the body exceeds gateway.max_body_mib=8"
             assert len(one.mocks[0].seen) == 1
 
     run(main())
@@ -1012,38 +1012,38 @@ def test_the_last_usage_counts() -> None:
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({}, "server.urls=[]: give at least one, such as [http://host:8000]"),
-        ({"urls": ["h1:8000"]}, "server.urls=h1:8000: must be of the form http://host:port"),
-        ({"urls": ["http://"]}, "server.urls=http:: must be of the form"),
-        ({"urls": ["http://h:port"]}, "server.urls=http://h:port: must be of the form"),
-        ({"urls": ["http://me:key@h:1"]}, "server.urls=http://me:key@h:1: must be of the form"),
-        ({"urls": ["http://h:1", "http://h:1/"]}, "server.urls=http://h:1: given twice"),
-        ({"port": 70000}, "server.port=70000: must be between 1 and 65535"),
-        ({"expected_output_tokens": 0}, "server.expected_output_tokens=0: must be at least 1"),
-        ({"max_body_mib": 0}, "server.max_body_mib=0: must be at least 1"),
-        ({"probe_interval_s": 0.0}, "server.probe_interval_s=0.0: must be greater than 0"),
-        ({"connect_timeout_s": math.inf}, "server.connect_timeout_s=inf: must be greater than 0"),
-        ({"read_timeout_s": -1.0}, "server.read_timeout_s=-1.0: must be greater than 0"),
-        ({"grace_s": -1.0}, "server.grace_s=-1.0: must be 0 or more seconds"),
+        ({}, "gateway.urls=[]: give at least one, such as [http://host:8000]"),
+        ({"urls": ["h1:8000"]}, "gateway.urls=h1:8000: must be of the form http://host:port"),
+        ({"urls": ["http://"]}, "gateway.urls=http:: must be of the form"),
+        ({"urls": ["http://h:port"]}, "gateway.urls=http://h:port: must be of the form"),
+        ({"urls": ["http://me:key@h:1"]}, "gateway.urls=http://me:key@h:1: must be of the form"),
+        ({"urls": ["http://h:1", "http://h:1/"]}, "gateway.urls=http://h:1: given twice"),
+        ({"port": 70000}, "gateway.port=70000: must be between 1 and 65535"),
+        ({"expected_output_tokens": 0}, "gateway.expected_output_tokens=0: must be at least 1"),
+        ({"max_body_mib": 0}, "gateway.max_body_mib=0: must be at least 1"),
+        ({"probe_interval_s": 0.0}, "gateway.probe_interval_s=0.0: must be greater than 0"),
+        ({"connect_timeout_s": math.inf}, "gateway.connect_timeout_s=inf: must be greater than 0"),
+        ({"read_timeout_s": -1.0}, "gateway.read_timeout_s=-1.0: must be greater than 0"),
+        ({"grace_s": -1.0}, "gateway.grace_s=-1.0: must be 0 or more seconds"),
     ],
 )
 def test_a_wrong_key_is_told_with_its_value(keys: dict[str, Any], says: str) -> None:
     if "urls" not in keys and keys:
         keys = {"urls": ["http://h:1"], **keys}
     with pytest.raises(ValueError, match=re.escape(says)):
-        ServerConfig(**keys)
+        GatewayConfig(**keys)
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "error: server.urls=[]: give at least one"),
-        (["server.urls=[h1:8000]"], "error: server.urls=h1:8000: must be"),
-        (["server.prot=80"], "error: server.prot: no such key; did you mean port? choose from urls, host, port"),
-        (["server.port=http"], "error: server.port=http: wants an integer"),
+        ([], "error: gateway.urls=[]: give at least one"),
+        (["gateway.urls=[h1:8000]"], "error: gateway.urls=h1:8000: must be"),
+        (["gateway.prot=80"], "error: gateway.prot: no such key; did you mean port? choose from urls, host, port"),
+        (["gateway.port=http"], "error: gateway.port=http: wants an integer"),
         (["scheduler=roundrobin"], "error: scheduler=roundrobin: did you mean round_robin?"),
         (
-            ["server.urls=[http://h:1]", "scheduler=random", "scheduler._target_=nobody_s_policy.Two"],
+            ["gateway.urls=[http://h:1]", "scheduler=random", "scheduler._target_=nobody_s_policy.Two"],
             "error: scheduler._target_=nobody_s_policy.Two: candidates, for request 0 of 1 instances, returned [0, 1]: "
             "1 is not between 0 and 0 (nobody_s_policy.py:6)",
         ),
@@ -1077,7 +1077,7 @@ async def command(*arguments: str) -> asyncio.subprocess.Process:
         sys.executable,
         "-m",
         "block.gateway",
-        "server.host=127.0.0.1",
+        "gateway.host=127.0.0.1",
         *arguments,
         env={**os.environ, "HYDRA_FULL_ERROR": "0"},
         cwd=ROOT,
@@ -1096,11 +1096,11 @@ def test_a_process_says_where_it_listens_and_finishes_its_streams_when_told_to_s
         mock = Mock(stream)
         await mock.start()
         mock.go.clear()
-        urls = f"server.urls=[{mock.url},http://127.0.0.1:{free_ports(1)[0]}]"
-        door = await command("scheduler=round_robin", urls, "server.port=0")
+        urls = f"gateway.urls=[{mock.url},http://127.0.0.1:{free_ports(1)[0]}]"
+        door = await command("scheduler=round_robin", urls, "gateway.port=0")
         assert door.stdout is not None
         line = (await door.stdout.readline()).decode()
-        assert line.endswith(f": round_robin over 2 servers: {urls[13:-1].replace(',', ', ')}\n")
+        assert line.endswith(f": round_robin over 2 servers: {urls[len('gateway.urls=[') : -1].replace(',', ', ')}\n")
         address = line.split(": ")[0]
         port = int(address.rpartition(":")[2])
         async with aiohttp.ClientSession() as client:
@@ -1144,10 +1144,10 @@ def test_a_port_that_is_taken_is_told() -> None:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             port = taken.getsockname()[1]
-            door = await command("scheduler=random", "server.urls=[http://127.0.0.1:9]", f"server.port={port}")
+            door = await command("scheduler=random", "gateway.urls=[http://127.0.0.1:9]", f"gateway.port={port}")
             _, errors = await door.communicate()
         last = errors.decode().splitlines()[-1]
-        assert last.startswith(f"error: server.port={port}: cannot listen on 127.0.0.1: ")
+        assert last.startswith(f"error: gateway.port={port}: cannot listen on 127.0.0.1: ")
         assert "in use" in last
         assert door.returncode == 2
 
