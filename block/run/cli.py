@@ -87,6 +87,13 @@ def _check_arguments(arguments: Sequence[str]) -> None:
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[assignment,method-assign]
     options = parser.parse_args(arguments)
+    if options.config_path is not None:
+        folder = Path(options.config_path)
+        if not folder.is_dir():
+            raise ConfigError(f"--config-path={folder}: no such folder")
+        for i, argument in enumerate(sys.argv):  # of the current folder, where Hydra takes that of a module
+            if argument.endswith(str(folder)):
+                sys.argv[i] = f"{argument.removesuffix(str(folder))}{folder.resolve()}"
     if options.resolve and not (options.cfg or options.help):
         refuse("argument --resolve: goes with --cfg")
     for given in options.overrides:
