@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from block.core.arrays import Floats, Int, Ints
-from block.core.jit import Index, compiled
+from block.core.jit import Index, compiled, one_at_a_time
 from block.core.snapshot import (
     EXPECTED,
     FIELDS,
@@ -222,6 +222,15 @@ class EngineBatch:
         other.next_event = float(other.arrays.times[0, NEXT_FINISH])
         other._rows, other._out = self._rows[:1], np.zeros(2, dtype=np.int64)
         return other
+
+
+def warm_up(spec: EngineSpec) -> None:
+    """Load the compiled code of a batch, or compile it, before a run's time is taken."""
+    with one_at_a_time():
+        batch = EngineBatch([spec])
+        batch.receive(0, Request(0, 0.0, 1, 1, 1), 0.0)
+        batch.snapshots([0], 0.0)
+        batch.advance_all(math.inf)
 
 
 def _extended(packed: Floats, length: int) -> Floats:

@@ -30,6 +30,7 @@ from block.core.choices import choose
 from block.core.types import Request
 from block.dispatch.policies import Needs
 from block.dispatch.policy_checks import own_code
+from block.engine.batch import EngineSpec, warm_up
 from block.engine.predictor import Predictor
 from block.lengths.estimation import evaluate
 from block.run import effects
@@ -99,6 +100,8 @@ def execute(
     if run.scheduler.needs is Needs.FORECAST:
         alike = testbed.kinds[0]
         Predictor(alike.settings, run.backend.latency(alike)).warm_up()
+    if isinstance(run.backend, Simulated):
+        warm_up(EngineSpec(testbed.kinds[0].settings, run.backend.latency(testbed.kinds[0])))
     warm_up_s = compiled.seconds() - compiling
     hashes = fingerprints(run, requests)
     _forget_peak()
