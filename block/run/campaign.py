@@ -12,6 +12,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,10 @@ def do(missing: Sequence[Job], *, at_once: int, fresh: bool = False) -> list[str
     """
     if not missing:
         return []
+    for job in {job.choices.get("scheduler"): job for job in missing}.values():
+        with suppress(ValueError):  # one that cannot be built is told with the others
+            # Here, since joblib ends a worker that grows as much as compiling makes it grow.
+            experiment.compile_ahead(config.build(OmegaConf.create(job.settings)))
     failures = []
     work = (delayed(_one)(job, os.getpid(), fresh) for job in missing)
     with progress(Console(stderr=True), "runs", sum(job.weight for job in missing)) as advance:

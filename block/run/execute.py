@@ -97,11 +97,7 @@ def execute(
     if first or (sweep is not None and varies(sweep, "workload")):  # the first of a sweep speaks for all that are alike
         tell(facts, Console(stderr=True, quiet=quiet))
     compiling = compiled.seconds()
-    if run.scheduler.needs is Needs.FORECAST:
-        alike = testbed.kinds[0]
-        Predictor(alike.settings, run.backend.latency(alike)).warm_up()
-    if isinstance(run.backend, Simulated):
-        warm_up(EngineSpec(testbed.kinds[0].settings, run.backend.latency(testbed.kinds[0])))
+    compile_ahead(run)
     warm_up_s = compiled.seconds() - compiling
     hashes = fingerprints(run, requests)
     _forget_peak()
@@ -131,6 +127,15 @@ def execute(
     if trouble is not None:
         raise trouble
     return stored
+
+
+def compile_ahead(run: RunConfig) -> None:
+    """Load the compiled code of a run, or compile it. Processes that do so at once compile it once."""
+    alike = run.testbed.kinds[0]
+    if run.scheduler.needs is Needs.FORECAST:
+        Predictor(alike.settings, run.backend.latency(alike)).warm_up()
+    if isinstance(run.backend, Simulated):
+        warm_up(EngineSpec(alike.settings, run.backend.latency(alike)))
 
 
 def _made(run: RunConfig) -> tuple[list[Request], workload.Facts]:

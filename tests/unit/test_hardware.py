@@ -16,7 +16,7 @@ from block.hardware.catalogue import GPUS, TRACKED, Model, gpu_named, kv_blocks,
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
-NOWHERE = Path("no-such-folder")
+NO_FITS = CONF  # a folder without any
 
 
 def model(name: str) -> Model:
@@ -145,7 +145,7 @@ def test_experts_and_latent_attention_come_whole(name: str, change: dict[str, in
 def test_a_fit_is_not_that_of_another_model_of_the_same_name() -> None:
     mine = replace(model("llama2-7b"), layers=16)
     assert not latency_model("a30", mine)[1]
-    assert kv_blocks(gpu_named("a30"), mine) == kv_blocks(gpu_named("a30"), mine, tracked=NOWHERE)
+    assert kv_blocks(gpu_named("a30"), mine) == kv_blocks(gpu_named("a30"), mine, tracked=NO_FITS)
     assert latency_model("a30", replace(model("llama2-7b"), hf_id="/models/llama2"))[1]
 
 
@@ -188,7 +188,7 @@ def test_published_kv_blocks_and_how_near_the_memory_comes(gpu: str, name: str, 
     chosen = model(name)
     assert kv_blocks(gpu_named(gpu), chosen) == blocks
     assert kv_blocks(gpu_named(gpu), chosen, block_size=32) == blocks // 2
-    assert kv_blocks(gpu_named(gpu), chosen, tracked=NOWHERE) == pytest.approx(blocks, rel=0.125)
+    assert kv_blocks(gpu_named(gpu), chosen, tracked=NO_FITS) == pytest.approx(blocks, rel=0.125)
 
 
 def test_more_memory_gives_more_blocks() -> None:
@@ -266,7 +266,7 @@ def test_a_model_is_validated(change: dict[str, int], complaint: str) -> None:
 def test_a_tracked_fit_is_preferred_if_it_has_the_same_parallelism() -> None:
     assert latency_model("a30", model("llama2-7b"))[1]
     assert not latency_model("a30", model("tiny-llama"))[1]
-    assert not latency_model("a30", model("llama2-7b"), tracked=NOWHERE)[1]
+    assert not latency_model("a30", model("llama2-7b"), tracked=NO_FITS)[1]
     assert latency_model("a100-40gb", model("llama2-70b"))[1]
     assert not latency_model("a100-40gb", replace(model("llama2-70b"), tensor_parallel=8))[1]
 
@@ -312,3 +312,8 @@ def test_a_small_step_of_llama2_on_the_a30_reads_its_weights() -> None:
 def test_tracked_files_are_small() -> None:
     for path in TRACKED.glob("*.json"):
         assert path.stat().st_size < 20_000, path.name
+
+
+def test_a_package_without_its_fits_is_told_and_no_roofline_takes_their_place(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none: no such folder: the package's fitted step times are missing"):
+        latency_model("a30", model("llama2-7b"), tracked=tmp_path / "none")
