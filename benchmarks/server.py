@@ -1,12 +1,11 @@
-"""What the front door adds to a direct connection, what one process of it carries, and what a killed server costs.
+"""What the gateway adds to a direct connection, what one process of it carries, and what a killed server costs.
 
     python benchmarks/server.py [realtime]
 
-Four mock servers answer at once, or after as many ms as a request asks tokens, so that the door's own time is what is
-seen. The door has one core for itself; the load and the mocks, which are bare protocols, share another one. Rounds with
-the door and without take turns, so that what else the machine does meets both. `realtime` runs all of it before what
-else there is (SCHED_RR, which root may): P99 on a machine that is shared is that of its scheduler.
-"""
+Four mock servers answer at once, or after as many ms as a request asks tokens, so that the gateway's own time is what
+is seen. The gateway has one core for itself; the load and the mocks, which are bare protocols, share another one.
+Rounds with the gateway and without take turns, so that what else the machine does meets both. `realtime` runs all of
+it before what else there is (SCHED_RR, which root may): P99 on a machine that is shared is that of its scheduler."""
 
 from __future__ import annotations
 
@@ -189,24 +188,24 @@ class Load:
 
 
 class Bench:
-    """The mocks and the door, as processes."""
+    """The mocks and the gateway, as processes."""
 
-    def __init__(self, mock_core: set[int], door_core: set[int]) -> None:
+    def __init__(self, mock_core: set[int], gateway_core: set[int]) -> None:
         *self.ports, self.port = free_ports(MOCKS + 1)
         self.mock_core = mock_core
         self.mocks = [self.start_mock(port) for port in self.ports]
         urls = ",".join(f"http://127.0.0.1:{port}" for port in self.ports)
         time.sleep(3.0)
         arguments = ["scheduler=round_robin", f"gateway.urls=[{urls}]", f"gateway.port={self.port}"]
-        self.door = subprocess.Popen(
+        self.gateway = subprocess.Popen(
             [sys.executable, "-m", "block.gateway", *arguments],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        os.sched_setaffinity(self.door.pid, door_core)
-        assert self.door.stdout is not None
-        print(self.door.stdout.readline().decode().split(": http")[0])
+        os.sched_setaffinity(self.gateway.pid, gateway_core)
+        assert self.gateway.stdout is not None
+        print(self.gateway.stdout.readline().decode().split(": http")[0])
 
     def start_mock(self, port: int) -> subprocess.Popen[bytes]:
         mock = subprocess.Popen([sys.executable, __file__, "mock", str(port)])
@@ -214,12 +213,12 @@ class Bench:
         return mock
 
     def stop(self) -> None:
-        for process in (self.door, *self.mocks):
+        for process in (self.gateway, *self.mocks):
             process.kill()
             process.wait()
 
     def door_cpu_s(self) -> float:
-        fields = Path(f"/proc/{self.door.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{self.gateway.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     async def added(self, *, stream: bool) -> None:
@@ -254,7 +253,9 @@ class Bench:
             rates.append(await load.closed_loop(CLIENTS, 4.0))
             cpu = (self.door_cpu_s() - before) / len(load.seconds)
             load.close()
-        print(f"  {rates[1]:,.0f} requests/s ({rates[0]:,.0f} without the door); its CPU {cpu * 1e6:.0f} µs a request")
+        print(
+            f"  {rates[1]:,.0f} requests/s ({rates[0]:,.0f} without the gateway); its CPU {cpu * 1e6:.0f} µs a request"
+        )
 
     async def kill_one(self, *, stream: bool) -> None:
         load = Load([self.port], stream=stream, tokens=20)
@@ -268,7 +269,7 @@ class Bench:
 
     async def run(self) -> None:
         for stream, what in ((False, "Answers"), (True, f"Streams of {EVENTS} events, one a ms")):
-            print(f"{what}, {RATE} requests/s open loop over {MOCKS} mocks, without the door -> through it")
+            print(f"{what}, {RATE} requests/s open loop over {MOCKS} mocks, without the gateway -> through it")
             await self.added(stream=stream)
             print(f"{what}, {CLIENTS} clients that ask without pause")
             await self.most(stream=stream)

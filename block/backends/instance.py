@@ -1,7 +1,7 @@
-"""A real vLLM server as an instance: tokens over HTTP, snapshots from its board.
+"""A real vLLM server as an instance: tokens over HTTP, snapshots from its state buffer.
 
 The server must have been started with this package's plugin (`python -m block.vllm_plugin.serve`). On this host its
-board is mapped; on another one the same bytes are fetched again and again in the background.
+buffer is mapped; on another one the same bytes are fetched again and again in the background.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from block.core.snapshot import Snapshot
 from block.core.types import Request, RequestRecord
 from block.engine.config import EngineSettings
 from block.vllm_plugin.publisher import TAG_EXPECTED, TAG_ID
-from block.vllm_plugin.state_buffer import STEP, Board, State, read_dump
+from block.vllm_plugin.state_buffer import STEP, State, StateBuffer, read_dump
 
 POLL_S = 0.01  # wall-clock seconds between two fetches of a remote snapshot
 
@@ -48,16 +48,16 @@ class VLLMInstance:
         self._session = session
         self._clock = clock
         self._vocabulary = vocabulary
-        self._board: Board | None = None
+        self._buffer: StateBuffer | None = None
         self._state: State | None = None
         self._poll: asyncio.Task[None] | None = None
         self._model = ""
         self.vllm_version = ""
 
     async def attach(self) -> EngineSettings:
-        """Find the board and the name of the model; returns the engine's settings.
+        """Find the state buffer and the name of the model; returns the engine's settings.
 
-        InstanceFailed if the server does not answer as it should, WithoutPlugin if it has no board but answers.
+        InstanceFailed if the server does not answer as it should, WithoutPlugin if it has no state buffer but answers.
         """
         try:
             async with self._session.get(f"{self.url}/v1/models") as response:
@@ -70,7 +70,7 @@ class VLLMInstance:
                 info = await response.json()
             self.vllm_version = info["vllm"]
             try:
-                self._board = Board.open(info["board"], info["nonce"])
+                self._buffer = StateBuffer.open(info["buffer"], info["nonce"])
             except (OSError, ValueError):  # another host, or another container of this one
                 await self._fetch()
                 self._poll = asyncio.create_task(self._keep_fetching())
@@ -81,7 +81,7 @@ class VLLMInstance:
     @property
     def is_local(self) -> bool:
         """Whether snapshots come from shared memory, not over HTTP."""
-        return self._board is not None
+        return self._buffer is not None
 
     async def detach(self) -> None:
         """Stop looking; `attach` may follow again, to another server."""
@@ -89,12 +89,12 @@ class VLLMInstance:
             self._poll.cancel()
             with suppress(asyncio.CancelledError):
                 await self._poll
-        self._board = self._state = self._poll = None
+        self._buffer = self._state = self._poll = None
 
     def _read(self) -> State:
-        if self._board is not None:
+        if self._buffer is not None:
             with suppress(TimeoutError):  # what was read last; whether the server is dead, `generate` will notice
-                self._state = self._board.read()
+                self._state = self._buffer.read()
         if self._state is None:
             raise WithoutPlugin(f"{self.url}: shows no snapshots")
         return self._state
@@ -106,8 +106,8 @@ class VLLMInstance:
 
     async def step_times(self, since: int) -> tuple[int, Floats]:
         """How many steps the engine has timed, and those after the first `since`: float[n, STEP]."""
-        if self._board is not None:
-            return self._board.step_times(since)
+        if self._buffer is not None:
+            return self._buffer.step_times(since)
         async with self._session.get(f"{self.url}/block/steps", params={"since": since}) as response:
             found = await response.json()
         return found["timed"], np.array(found["steps"], dtype=np.float64).reshape(-1, STEP)
@@ -138,7 +138,7 @@ class VLLMInstance:
                 await self._stream(response, record, first_token)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise InstanceFailed(f"{self.url}: {_reason(error)}") from error
-        preemptions = self._board.preemptions_of(request.id) if self._board is not None else None
+        preemptions = self._buffer.preemptions_of(request.id) if self._buffer is not None else None
         record.preemptions = preemptions or 0
 
     def _body(self, request: Request) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A latency model from a live engine: its own step times under a designed load, in about two minutes.
 
 The load visits what a step can be made of: decode batches of every size over growing contexts, prompt chunks over short
-and long contexts, and mixtures of both. The engine's board says what each step computed and how long it took, from its
+and long contexts, and mixtures of both. The engine's buffer says what each step computed and how long it took, from its
 start to the start of the next, so that everything a step costs is in it. The fit is non-negative least squares
 on relative errors; a fifth of the steps is held out, and reported on.
 """

@@ -97,7 +97,7 @@ async def attached(urls: Sequence[str], latency: LatencyModel, testbed: Testbed,
             running = [instance for instance in instances if instance.url]
             settings = [await _attach(instance) for instance in running]
             known = [one for one in settings if one is not None]
-            if len(known) < len(running):  # or a front door: policies that only count need no more
+            if len(known) < len(running):  # or a gateway: policies that only count need no more
                 log.warning("servers without the plugin show no snapshots: %s", ", ".join(urls))
                 yield Fleet(instances, None, {})
                 return

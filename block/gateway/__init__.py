@@ -1,9 +1,11 @@
-"""The front door: an OpenAI-compatible HTTP server over a `Dispatcher`, in front of any set of vLLM servers.
+"""The gateway: an OpenAI-compatible HTTP server over a `Dispatcher`, in front of any set of vLLM servers.
 
+app        routes, probes, start and stop
+proxy      one request, proxied
 openai     what a request asks for, and errors as OpenAI words them
 upstreams  the servers as instances
-exchange   one request, proxied
-estimates  how long its response will be
+transport  HTTP to them
+estimates  how long a response will be
 metrics    what /metrics says
-door       routes, probes, start and stop
+config     the node `gateway`
 """

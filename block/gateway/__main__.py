@@ -1,4 +1,4 @@
-"""Serve a front door: ``python -m block.gateway scheduler=round_robin gateway.urls=[http://h1:8000,http://h2:8000]``.
+"""Serve a gateway: ``python -m block.gateway scheduler=round_robin gateway.urls=[http://h1:8000,http://h2:8000]``.
 
 Takes every key of run.py, and those of the node `gateway` (--cfg job shows them). Only the policy, `lengths` (if it
 reads prompts), `dispatch`, `seed` and, for policies that forecast, what the latency model follows from (`model`,
@@ -41,13 +41,13 @@ def serve(settings: DictConfig, policy: str) -> None:
     answers.decide_once(rehearsed, len(wanted.urls))  # and so compiled before a request comes
     for key, off in (("forecast_noise", 0), ("dispatchers", 1)):
         if (value := getattr(run.dispatch, key)) != off:
-            raise ConfigError(f"dispatch.{key}={value}: for experiments only; a front door has {off}")
+            raise ConfigError(f"dispatch.{key}={value}: for experiments only; a gateway has {off}")
     for module in ("aiohttp", "prometheus_client", "uvloop"):
         if importlib.util.find_spec(module) is None:
             raise LaunchFailed(f"{module} is not installed: pip install -e '.[serve]'")
     import uvloop
 
-    from block.gateway import app as door
+    from block.gateway import app
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     latency = run.backend.latency(run.testbed) if run.scheduler.needs is Needs.FORECAST else None
@@ -56,14 +56,14 @@ def serve(settings: DictConfig, policy: str) -> None:
             run.lengths.predict([""])  # what is wrong with the estimator is told now; and it is loaded
         except (OSError, ValueError) as error:
             raise ConfigError(explain(error)) from error
-    front = door.Door(wanted, run.scheduler, run.dispatch, Stream(run.seed), latency, run.lengths)
+    gateway = app.Gateway(wanted, run.scheduler, run.dispatch, Stream(run.seed), latency, run.lengths)
 
     def listening(address: str) -> None:
         print(f"{address}: {policy} over {len(wanted.urls)} servers: {', '.join(wanted.urls)}", flush=True)
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(door.serve(front, wanted.host, wanted.port, listening))
+            runner.run(app.serve(gateway, wanted.host, wanted.port, listening))
     except OSError as error:
         raise ConfigError(f"gateway.port={wanted.port}: cannot listen on {wanted.host}: {error}") from error
 

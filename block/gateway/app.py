@@ -1,4 +1,4 @@
-"""The door itself: its routes, the probes that readmit servers, start and stop."""
+"""The gateway itself: its routes, the probes that readmit servers, start and stop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from block.gateway.config import GatewayConfig
 from block.gateway.estimates import Estimator
 from block.gateway.metrics import CANCELLED, FAILED, OK, REFUSED, Metrics
 from block.gateway.openai import error_response, prompt_text, read, tagged
-from block.gateway.proxy import Exchange, answer_headers, request_headers
+from block.gateway.proxy import ProxiedRequest, answer_headers, request_headers
 from block.gateway.transport import TROUBLE
 from block.gateway.upstreams import PluginInstance, Upstream, make_upstreams, open_session, quickly
 from block.lengths import Lengths, Oracle, Reader
@@ -41,8 +41,8 @@ LAST_BYTES_S = 0.5
 BACKLOG = 2048
 
 
-class Door:
-    """A front door in front of `config.urls`, by `policy`; `application` serves it.
+class Gateway:
+    """A gateway to `config.urls`, by `policy`; `application` serves it.
 
     latency: the servers' step times; policies that need forecasts need it. lengths: estimates responses, if it reads
     prompts and the policy looks at more than counts; else each is expected to have `config.expected_output_tokens`.
@@ -168,25 +168,25 @@ class Door:
         if self._tags:
             body = tagged(body, asked.fields, number, expected)
         request = Request(number, arrived, asked.prompt_tokens, expected, expected)
-        exchange = Exchange(http, self.upstreams, self.dispatcher, self._clock, body, self._metrics.placed)
+        proxied = ProxiedRequest(http, self.upstreams, self.dispatcher, self._clock, body, self._metrics.placed)
         try:
-            record = await self._driver.submit(self.dispatcher, request, exchange.deliver)
+            record = await self._driver.submit(self.dispatcher, request, proxied.deliver)
         except asyncio.CancelledError:
-            if exchange.record is not None:
-                self._metrics.ended(exchange.record, CANCELLED)
+            if proxied.record is not None:
+                self._metrics.ended(proxied.record, CANCELLED)
             raise
         except Exception as error:
             if isinstance(error, UserFault):
                 log.error("request %d: %s", number, error)  # which says where
             else:
                 log.exception("request %d", number)
-            if exchange.record is not None:
-                self._metrics.ended(exchange.record, FAILED)
-            return error_response(500, "the front door failed; its log says why")
-        reply = exchange.reply or error_response(503, record.error or "")
+            if proxied.record is not None:
+                self._metrics.ended(proxied.record, FAILED)
+            return error_response(500, "the gateway failed; its log says why")
+        reply = proxied.reply or error_response(503, record.error or "")
         if record.status == "ok":
             outcome = OK
-        elif exchange.client_gone:
+        elif proxied.client_gone:
             outcome = CANCELLED
         else:
             outcome = REFUSED if 400 <= reply.status < 500 else FAILED
@@ -222,7 +222,7 @@ class Door:
         return error_response(404, f"no such route: {http.method} {http.path}")
 
 
-async def serve(door: Door, host: str, port: int, listening: Callable[[str], None]) -> None:
+async def serve(gateway: Gateway, host: str, port: int, listening: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; a second one does not wait for requests. OSError if it cannot listen.
 
     listening: told the address once requests may come.
@@ -232,7 +232,7 @@ async def serve(door: Door, host: str, port: int, listening: Callable[[str], Non
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     runner = web.AppRunner(
-        door.application(), handler_cancellation=True, access_log=None, shutdown_timeout=LAST_BYTES_S
+        gateway.application(), handler_cancellation=True, access_log=None, shutdown_timeout=LAST_BYTES_S
     )
     try:
         await runner.setup()

@@ -1,4 +1,4 @@
-"""GatewayConfig: where the front door listens, and what is behind it (the node `gateway`)."""
+"""GatewayConfig: where the gateway listens, and what is behind it (the node `gateway`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True)
 class GatewayConfig:
-    """The front door, `python -m block.gateway` (one Hydra node).
+    """The gateway, `python -m block.gateway` (one Hydra node).
 
     urls: the model servers. host, port: where to listen.
     expected_output_tokens: response length that policies assume where none is estimated. A request's own limit caps

@@ -36,7 +36,7 @@ _FORECAST = (1e-6, 2.5e-6, 5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 1
 
 
 class Metrics:
-    """Of one door. `placed` after each decision, `ended` once for each request."""
+    """Of one gateway. `placed` after each decision, `ended` once for each request."""
 
     def __init__(self, upstreams: Sequence[Upstream], dispatcher: Dispatcher, needs: Needs) -> None:
         self._registry = registry = CollectorRegistry()
@@ -46,7 +46,7 @@ class Metrics:
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(name, text, buckets=buckets, registry=registry)
 
-        registry.register(_Books(upstreams, dispatcher))
+        registry.register(_Counts(upstreams, dispatcher))
         requests = Counter(
             "block_requests", "Requests by their last instance and outcome", ["instance", "status"], registry=registry
         )
@@ -116,7 +116,7 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class _Books(Collector):
+class _Counts(Collector):
     """What the dispatcher counts itself, read when it is asked for."""
 
     def __init__(self, upstreams: Sequence[Upstream], dispatcher: Dispatcher) -> None:

@@ -42,7 +42,7 @@ _HOP_BY_HOP = frozenset(
 _OF_REQUESTS = frozenset(name.encode() for name in _HOP_BY_HOP | {"host", "content-encoding", "expect"})
 
 
-class Exchange:
+class ProxiedRequest:
     """The request `http`, whose body goes on as `body`. `deliver` is for the dispatcher; when it is done, `reply` is
     what the client got, or is to get.
 
@@ -79,7 +79,7 @@ class Exchange:
         upstream = self._upstreams[record.instance_id]
         http = self._http
         try:
-            answer = await upstream.wire.post(http.rel_url.raw_path_qs, request_headers(http), self._body)
+            answer = await upstream.transport.post(http.rel_url.raw_path_qs, request_headers(http), self._body)
         except TROUBLE as error:
             raise self._failure(upstream, error) from error
         try:

@@ -1,7 +1,7 @@
 """HTTP to the servers, by aiohttp's connections and parser, without its session.
 
-A `ClientSession` takes longer over a request than all the rest of the door, with what a proxy has no use for (cookies,
-redirects, retries, a task that writes the body), and so what it has use for is called here.
+A `ClientSession` takes longer over a request than all the rest of the gateway, with what a proxy has no use for
+(cookies, redirects, retries, a task that writes the body), and so what it has use for is called here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Answer(NamedTuple):
         self.connection.close()
 
 
-class Wire:
+class Transport:
     """Requests to the server at `url`, over the connections of `session`."""
 
     def __init__(self, url: str, session: aiohttp.ClientSession) -> None:

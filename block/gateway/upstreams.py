@@ -1,4 +1,4 @@
-"""The model servers behind the door, as instances: any server for policies that count, servers with the plugin else."""
+"""The servers behind the gateway, as instances: any server for policies that count, servers with the plugin else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from block.dispatch.policies import Needs
 from block.engine.config import EngineConfig, EngineSettings
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor, forecast_each
-from block.gateway.transport import TROUBLE, Wire
+from block.gateway.transport import TROUBLE, Transport
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,10 @@ _KEEN = {
 
 
 class Upstream(Instance, Protocol):
-    """An instance that requests are proxied to, over its `wire`."""
+    """An instance that requests are proxied to, over its `transport`."""
 
     url: str
-    wire: Wire
+    transport: Transport
 
 
 class Upstreams(NamedTuple):
@@ -79,7 +79,7 @@ class HTTPInstance:
     def __init__(self, instance_id: int, url: str, session: aiohttp.ClientSession) -> None:
         self.instance_id = instance_id
         self.url = url
-        self.wire = Wire(url, session)
+        self.transport = Transport(url, session)
         self._session = session
 
     def snapshot(self) -> Snapshot:

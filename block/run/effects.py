@@ -209,7 +209,7 @@ RULES = (
             *("backend.step_noise", "backend.slowdown", "backend.dispatch_delay_s"),
         ),
         lambda run: True,
-        "a front door starts nothing; gateway.urls are its servers",
+        "a gateway starts nothing; gateway.urls are its servers",
         ("gateway",),
     ),
 )

@@ -1,9 +1,9 @@
-"""The scheduler that publishes: vLLM's own, with a mix-in that writes its state to the board after every `schedule()`.
+"""The scheduler that publishes: vLLM's own, with a mix-in that writes its state to a buffer after every `schedule()`.
 
     --scheduler-cls block.vllm_plugin.publisher.publishing
 
-It changes no decision. The path of the board comes in the environment (BLOCK_BOARD), set by `serve`. With BLOCK_RECORD,
-a file, every decision is written down too, a line of JSON each: what the twin is checked against.
+It changes no decision. The path of the state buffer comes in the environment (BLOCK_STATE_BUFFER), set by `serve`. With
+BLOCK_RECORD, a file, every decision is written down too, a line of JSON each: what the twin is checked against.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Publishing:
         super().__init__(*args, **kwargs)
         pool = "kv_cache_manager.block_pool.get_num_free_blocks"
         require(self, "running", "waiting", "requests", pool, "_free_request", "block_size", "vllm_config")
-        self._board = b.Board.open(os.environ["BLOCK_BOARD"])
+        self._buffer = b.StateBuffer.open(os.environ["BLOCK_STATE_BUFFER"])
         self._steps: deque[dict[str, tuple[int, bool]]] = deque()  # in flight: tokens, and whether it samples
         self._features: deque[tuple[float, ...]] = deque()  # what of them goes into StepTime
         self._tags: dict[str, tuple[int, ...]] = {}
@@ -130,10 +130,10 @@ class Publishing:
             async_scheduling=bool(scheduler.async_scheduling),
             enable_prefix_caching=bool(cache.enable_prefix_caching),
         )
-        self._board.begin()
-        self._board.header[b.SETTINGS : b.SETTINGS + len(settings)] = settings
-        self._board.header[b.FREE] = settings.total_blocks
-        self._board.end()
+        self._buffer.begin()
+        self._buffer.header[b.SETTINGS : b.SETTINGS + len(settings)] = settings
+        self._buffer.header[b.FREE] = settings.total_blocks
+        self._buffer.end()
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's own decision, published."""
@@ -183,10 +183,10 @@ class Publishing:
         """A step begins: the duration of the one before it is known."""
         if self._timing is not None:
             started, features = self._timing
-            board = self._board
-            timed = int(board.header[b.TIMED])
-            board.steps[timed % b.RING] = (*features, now - started)
-            board.header[b.TIMED] = timed + 1
+            buffer = self._buffer
+            timed = int(buffer.header[b.TIMED])
+            buffer.steps[timed % b.RING] = (*features, now - started)
+            buffer.header[b.TIMED] = timed + 1
             self._timing = None
         self._started = now
 
@@ -217,9 +217,9 @@ class Publishing:
         chunks = np.flatnonzero(columns[_CHUNK, len(running) :])
         stale = int(chunks[-1]) + 1 if len(chunks) else 0  # of those waiting, up to the last that a step in flight has
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()  # type: ignore[attr-defined]
-        board = self._board
-        board.begin()
-        header, seqs, count = board.header, board.seqs, columns.shape[1]
+        buffer = self._buffer
+        buffer.begin()
+        header, seqs, count = buffer.header, buffer.seqs, columns.shape[1]
         seqs[_ROWS, :count] = columns
         seqs[NUM_BLOCKS, :count] = -(-columns[_COMPUTED] // self.block_size)  # type: ignore[attr-defined]
         header[b.COLUMNS : b.HIDDEN + 1] = (
@@ -231,8 +231,8 @@ class Publishing:
             header[b.STEPS] + 1,
             hidden,
         )
-        board.times[b.STARTED] = self._started if any(self._steps) else np.nan
-        board.end()
+        buffer.times[b.STARTED] = self._started if any(self._steps) else np.nan
+        buffer.end()
 
     def _tag(self, request: Any) -> tuple[int, ...]:
         """The entries of a request that never change: number, prompt, the most it may answer, the answer expected.
@@ -256,8 +256,8 @@ class Publishing:
         tag = self._tags.pop(request.request_id, None)
         self._preempted += request.num_preemptions
         if tag is not None:
-            board = self._board
-            finished = int(board.header[b.FINISHED])
-            board.gone[finished % b.GONE] = tag[0], request.num_preemptions
-            board.header[b.FINISHED] = finished + 1
+            buffer = self._buffer
+            finished = int(buffer.header[b.FINISHED])
+            buffer.gone[finished % b.GONE] = tag[0], request.num_preemptions
+            buffer.header[b.FINISHED] = finished + 1
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]

@@ -1,7 +1,7 @@
-"""The HTTP view of the board, for those who ask from another host; an ASGI middleware of vLLM's API server.
+"""The HTTP view of the state buffer, for those who ask from another host; an ASGI middleware of vLLM's API server.
 
-GET /block/info       JSON: versions, the board's path and nonce, the engine's settings
-GET /block/snapshot   the board's bytes (`board.read_dump`)
+GET /block/info       JSON: versions, the state buffer's path and nonce, the engine's settings
+GET /block/snapshot   the state buffer's bytes (`buffer.read_dump`)
 GET /block/steps?since=n    JSON: how many steps were timed, and those after the first n
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from block.vllm_plugin.requirements import vllm_version
-from block.vllm_plugin.state_buffer import NONCE, Board
+from block.vllm_plugin.state_buffer import NONCE, StateBuffer
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -26,8 +26,8 @@ class SnapshotView:
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         self._app = app
-        self._path = os.environ["BLOCK_BOARD"]
-        self._board = Board.open(self._path)
+        self._path = os.environ["BLOCK_STATE_BUFFER"]
+        self._buffer = StateBuffer.open(self._path)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI call."""
@@ -41,18 +41,18 @@ class SnapshotView:
 
     def _answer(self, path: str, query: str) -> tuple[int, bytes, bytes]:
         if path == "/block/snapshot":
-            return 200, b"application/octet-stream", self._board.dump()
+            return 200, b"application/octet-stream", self._buffer.dump()
         if path == "/block/info":
-            state = self._board.read()
+            state = self._buffer.read()
             info = {
                 "vllm": vllm_version(),
-                "board": self._path,
+                "buffer": self._path,
                 "nonce": int(state.header[NONCE]),
                 "settings": state.settings._asdict(),
             }
             return 200, b"application/json", json.dumps(info).encode()
         if path == "/block/steps":
             since = int(parse_qs(query).get("since", ["0"])[0])
-            timed, steps = self._board.step_times(since)
+            timed, steps = self._buffer.step_times(since)
             return 200, b"application/json", json.dumps({"timed": timed, "steps": steps.tolist()}).encode()
         return 404, b"application/json", b'{"error": {"message": "no such view", "code": 404}}'

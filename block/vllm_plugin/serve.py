@@ -3,7 +3,7 @@
     python -m block.vllm_plugin.serve --model … --port …     any arguments of `vllm serve`
 
 It is vLLM's own API server with two public options set, ``--scheduler-cls`` and ``--middleware``. The state is on the
-board (this host) and at ``/block/snapshot`` (other hosts); ``/block/info`` says where.
+buffer (this host) and at ``/block/snapshot`` (other hosts); ``/block/info`` says where.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from block.vllm_plugin.lifetime import die_with_parent
 from block.vllm_plugin.requirements import Incompatible, check_version
-from block.vllm_plugin.state_buffer import Board
+from block.vllm_plugin.state_buffer import StateBuffer
 
 API_SERVER = "vllm.entrypoints.openai.api_server"
 PARENT = "BLOCK_PARENT"
@@ -33,14 +33,14 @@ def serve(arguments: Sequence[str]) -> None:
     check_version()
     if PARENT in os.environ:
         die_with_parent(int(os.environ[PARENT]))
-    board, path = Board.create()
-    os.environ["BLOCK_BOARD"] = path
+    buffer, path = StateBuffer.create()
+    os.environ["BLOCK_STATE_BUFFER"] = path
     sys.argv = ["vllm serve", *HOOKS, *arguments]
     with warnings.catch_warnings():
         # `python -m` works in all versions; `vllm serve` fails where the distribution has another name.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         runpy.run_module(API_SERVER, run_name="__main__")
-    del board
+    del buffer
 
 
 if __name__ == "__main__":

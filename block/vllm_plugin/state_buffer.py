@@ -1,11 +1,11 @@
-"""The board: shared memory on which a scheduler publishes its state after every `schedule()`.
+"""The state buffer: shared memory on which a scheduler publishes its state after every `schedule()`.
 
 One writer, any number of readers, no locks: the writer makes the counter odd, writes, makes it even; a reader copies
 and begins anew if the counter was odd or has changed. The memory is a *memfd* of the server process, so it has no name
 that could be left behind: others open it as ``/proc/<pid>/fd/<fd>``, and it is gone with the last of its users.
 
-Times on the board are CLOCK_MONOTONIC, which all processes of a host share. The same bytes, cut to the columns in use,
-are what the HTTP view serves to other hosts (`Board.dump`, `read_dump`).
+Times in the state buffer are CLOCK_MONOTONIC, which all processes of a host share. The same bytes, cut to the columns
+in use, are what the HTTP view serves to other hosts (`StateBuffer.dump`, `read_dump`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAGIC = 0x424C4F434B0002  # "BLOCK", layout 2
 # The header: 64 words. Words from STARTED to PUBLISHED are floats.
 _MAGIC = 0
 _COUNTER = 1
-COLUMNS = 2  # sequences on the board
+COLUMNS = 2  # sequences on the state buffer
 RUNNING = 3
 STALE = 4
 FREE = 5
@@ -37,9 +37,9 @@ STEPS = 7  # steps scheduled so far
 HIDDEN = 8  # waiting sequences beyond CAPACITY
 STARTED = 9  # when the step in flight began; NaN when idle
 PUBLISHED = 10
-TIMED = 11  # steps whose duration was noted so far, the latest RING of them in `Board.steps`
-FINISHED = 12  # requests that have gone so far, the latest GONE of them in `Board.gone`
-NONCE = 16  # tells boards apart: a path may mean another file on another host
+TIMED = 11  # steps whose duration was noted so far, the latest RING of them in `StateBuffer.steps`
+FINISHED = 12  # requests that have gone so far, the latest GONE of them in `StateBuffer.gone`
+NONCE = 16  # tells state buffers apart: a path may mean another file on another host
 _FIELDS = 17
 SETTINGS = 20  # the engine's, in the order of `EngineSettings`
 _HEADER = 64
@@ -98,7 +98,7 @@ class State(NamedTuple):
         return EngineSettings.of(self.header[SETTINGS : SETTINGS + len(EngineSettings._fields)].tolist())
 
 
-class Board:
+class StateBuffer:
     """The shared memory, mapped. Made with `create` (server) or `open` (scheduler and readers)."""
 
     def __init__(self, fd: int) -> None:
@@ -112,40 +112,40 @@ class Board:
         self.gone: Ints = words[gone:].reshape(GONE, 2)  # number and preemptions of each
 
     @staticmethod
-    def create() -> tuple[Board, str]:
-        """A new board of this process, and the path by which other processes of this host can open it."""
-        fd = os.memfd_create("block-board")
+    def create() -> tuple[StateBuffer, str]:
+        """A new state buffer of this process, and the path by which other processes of this host can open it."""
+        fd = os.memfd_create("block-state-buffer")
         os.ftruncate(fd, _BYTES)
-        board = Board(fd)
-        board.header[_FIELDS] = FIELDS
-        board.header[NONCE] = secrets.randbits(62)
-        board.times[STARTED] = np.nan
-        board.gone[:, 0] = np.iinfo(np.int64).min
-        board.header[_MAGIC] = MAGIC
-        return board, f"/proc/{os.getpid()}/fd/{fd}"
+        buffer = StateBuffer(fd)
+        buffer.header[_FIELDS] = FIELDS
+        buffer.header[NONCE] = secrets.randbits(62)
+        buffer.times[STARTED] = np.nan
+        buffer.gone[:, 0] = np.iinfo(np.int64).min
+        buffer.header[_MAGIC] = MAGIC
+        return buffer, f"/proc/{os.getpid()}/fd/{fd}"
 
     @staticmethod
-    def open(path: str, nonce: int | None = None) -> Board:
-        """The board at `path`. OSError if it is not there, ValueError if it is another layout, or not the one meant."""
+    def open(path: str, nonce: int | None = None) -> StateBuffer:
+        """The one at `path`. OSError if it is not there, ValueError if it is another layout, or not the one meant."""
         fd = os.open(path, os.O_RDWR)
         try:
             if os.fstat(fd).st_size != _BYTES:
-                raise ValueError(f"board {path}: not of this version's layout")
-            board = Board(fd)
+                raise ValueError(f"state buffer {path}: not of this version's layout")
+            buffer = StateBuffer(fd)
         finally:
             os.close(fd)  # the mapping stays
-        if board.header[_MAGIC] != MAGIC or board.header[_FIELDS] != FIELDS:
-            raise ValueError(f"board {path}: not of this version's layout")
-        if nonce is not None and board.header[NONCE] != nonce:
-            raise ValueError(f"board {path}: belongs to another server")
-        return board
+        if buffer.header[_MAGIC] != MAGIC or buffer.header[_FIELDS] != FIELDS:
+            raise ValueError(f"state buffer {path}: not of this version's layout")
+        if nonce is not None and buffer.header[NONCE] != nonce:
+            raise ValueError(f"state buffer {path}: belongs to another server")
+        return buffer
 
     def begin(self) -> None:
-        """The writer's: what is on the board is about to change."""
+        """The writer's: what is on the state buffer is about to change."""
         self.header[_COUNTER] += 1
 
     def end(self) -> None:
-        """The writer's: the board is consistent again."""
+        """The writer's: the state buffer is consistent again."""
         self.times[PUBLISHED] = time.monotonic()
         self.header[_COUNTER] += 1
 
@@ -186,7 +186,7 @@ class Board:
 
 
 def read_dump(dump: bytes) -> State:
-    """What `Board.dump` wrote elsewhere, its times put on this host's clock as if the way had taken no time.
+    """What `StateBuffer.dump` wrote elsewhere, its times put on this host's clock as if the way had taken no time.
 
     ValueError if it is of another layout.
     """

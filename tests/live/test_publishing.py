@@ -1,4 +1,4 @@
-"""The board against the scheduler that publishes on it, at every step of vLLM's own engine loop in virtual time."""
+"""The state buffer against the scheduler that publishes to it, at every step of vLLM's own engine loop."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from testbed import engine_config, request
 
 from block.core.snapshot import EXPECTED, ID, MAX_TOKENS, NUM_PROMPT_TOKENS, NUM_SCHEDULED_TOKENS, Snapshot
 from block.core.types import Request
-from block.vllm_plugin.state_buffer import STARTED, TIMED, Board, read_dump
+from block.vllm_plugin.state_buffer import STARTED, TIMED, StateBuffer, read_dump
 
 
 @pytest.fixture
-def board(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> Board:
-    """A board on which the schedulers of this test's engines publish."""
+def buffer(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> StateBuffer:
+    """A buffer on which the schedulers of this test's engines publish."""
     from block.vllm_plugin import publisher as scheduler
 
-    made, path = Board.create()
-    monkeypatch.setenv("BLOCK_BOARD", path)
+    made, path = StateBuffer.create()
+    monkeypatch.setenv("BLOCK_STATE_BUFFER", path)
     monkeypatch.setattr(scheduler, "die_with_parent", lambda: None)
     for name in ("Scheduler", "AsyncScheduler"):
         monkeypatch.setattr(vllm, name, scheduler.publishing)
@@ -30,11 +30,11 @@ def board(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> Board:
 
 
 class Published(Pair):
-    """Compares what is on the board with the twin, which `Pair` compares with vLLM."""
+    """Compares what is on the state buffer with the twin, which `Pair` compares with vLLM."""
 
-    def __init__(self, make_real: MakeReal, workload: Workload, board: Board) -> None:
+    def __init__(self, make_real: MakeReal, workload: Workload, buffer: StateBuffer) -> None:
         super().__init__(make_real, workload, Counter())
-        self.board = board
+        self.buffer = buffer
 
     def happen(self) -> None:
         super().happen()
@@ -44,8 +44,8 @@ class Published(Pair):
     def compare(self, snapshot: Snapshot, batch: Any) -> None:
         super().compare(snapshot, batch)
         if not self.real.scheduler.has_requests():
-            return  # nothing is scheduled any more: the board keeps what was published last
-        shown = self.board.read().snapshot(3, 0.0, 0.0)
+            return  # nothing is scheduled any more: the state buffer keeps what was published last
+        shown = self.buffer.read().snapshot(3, 0.0, 0.0)
         assert shown.instance_id == 3
         assert not shown.seqs[NUM_SCHEDULED_TOKENS, shown.running + shown.stale :].any()
         for name in ("running", "free_blocks", "preemptions"):
@@ -62,35 +62,37 @@ _TARGETS = [3, 4]  # rows of what only the engine and the scheduler know
 
 @MODES
 @pytest.mark.parametrize("seed", range(12))
-def test_the_board_shows_what_the_scheduler_holds(
+def test_the_state_buffer_shows_what_the_scheduler_holds(
     make_real: MakeReal,
-    board: Board,
+    buffer: StateBuffer,
     seed: int,
     asynchronous: bool,
 ) -> None:
-    pair = Published(make_real, crowd(seed, asynchronous), board)
+    pair = Published(make_real, crowd(seed, asynchronous), buffer)
     pair.run()
     assert pair.seen["preemptions"] > 0 or pair.seen["steps"] > 20
-    assert board.read().settings.total_blocks == pair.total_blocks
-    assert np.isnan(board.read().header.view(np.float64)[STARTED])  # idle at the end
-    assert len(board.step_times(0)[1]) == min(board.header[TIMED], 1023)
+    assert buffer.read().settings.total_blocks == pair.total_blocks
+    assert np.isnan(buffer.read().header.view(np.float64)[STARTED])  # idle at the end
+    assert len(buffer.step_times(0)[1]) == min(buffer.header[TIMED], 1023)
 
 
 @MODES
-def test_the_settings_on_the_board_are_the_engine_s(make_real: MakeReal, board: Board, asynchronous: bool) -> None:
+def test_the_settings_in_the_buffer_are_the_engine_s(
+    make_real: MakeReal, buffer: StateBuffer, asynchronous: bool
+) -> None:
     config = engine_config("v1", async_scheduling=asynchronous, watermark=0.1, long_prefill_token_threshold=8)
     make_real(config, 300, lambda batch: None)
-    settings = board.read().settings
+    settings = buffer.read().settings
     assert settings == config.settings(300)._replace(enable_chunked_prefill=True)
-    assert read_dump(board.dump()).settings == settings
+    assert read_dump(buffer.dump()).settings == settings
 
 
-def test_a_request_without_a_tag_is_shown_with_a_number_of_its_own(make_real: MakeReal, board: Board) -> None:
+def test_a_request_without_a_tag_is_shown_with_a_number_of_its_own(make_real: MakeReal, buffer: StateBuffer) -> None:
     requests = [request(0, 30, 8), request(1, 40, 9)]
     seen: list[Any] = []
 
     def elapse(batch: Any) -> None:
-        seen.append(board.read().seqs)
+        seen.append(buffer.read().seqs)
         engine.now += 1.0
 
     engine = make_real(engine_config("v1"), 300, elapse)
@@ -104,7 +106,7 @@ def test_a_request_without_a_tag_is_shown_with_a_number_of_its_own(make_real: Ma
     assert first[EXPECTED].tolist() == [8, 9]
 
 
-def test_publishing_takes_little(make_real: MakeReal, board: Board) -> None:
+def test_publishing_takes_little(make_real: MakeReal, buffer: StateBuffer) -> None:
     """48 running and 100 waiting requests: some 0.1 ms a step, a fraction of what vLLM's own part of the step takes."""
     config = engine_config("v1", max_num_seqs=48, max_num_batched_tokens=512, max_model_len=2048)
     durations: list[float] = []

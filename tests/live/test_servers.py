@@ -190,7 +190,7 @@ def test_a_server_that_cannot_start_is_told_in_one_line_with_its_log(mark: str, 
     assert nothing_left(mark), marked(mark)
 
 
-def test_a_run_goes_through_the_front_door_to_servers_that_run_already(mark: str, tmp_path: Path) -> None:
+def test_a_run_goes_through_the_gateway_to_servers_that_run_already(mark: str, tmp_path: Path) -> None:
     """Two tiny models started by hand; a door that chooses by forecasts; a run that knows the door only."""
     from block.backends.launch import free_ports
     from block.backends.model_files import tiny_model

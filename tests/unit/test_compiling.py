@@ -1,4 +1,4 @@
-"""What is compiled is said, timed apart from the run, done once, and done before a front door is open."""
+"""What is compiled is said, timed apart from the run, done once, and done before a gateway is open."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_two_first_runs_at_once_compile_once_and_their_wall_time_is_without(tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["block", "llumnix_minus"])
-def test_a_front_door_has_compiled_all_before_it_is_open(scheduler: str, tmp_path: Path) -> None:
+def test_a_gateway_has_compiled_all_before_it_is_open(scheduler: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
 
     def code() -> dict[str, int]:

@@ -15,7 +15,7 @@ from block.vllm_plugin import platform, requirements
 from block.vllm_plugin import state_buffer as b
 from block.vllm_plugin.requirements import Incompatible, check_version, require
 from block.vllm_plugin.routes import SnapshotView
-from block.vllm_plugin.state_buffer import Board, read_dump
+from block.vllm_plugin.state_buffer import StateBuffer, read_dump
 
 
 @pytest.mark.parametrize("version", ["0.27.0", "0.32.0", "0.33.1rc2"])
@@ -72,9 +72,9 @@ def ask(view: SnapshotView, path: str, query: bytes = b"") -> tuple[int, dict[by
 
 
 @pytest.fixture
-def board(monkeypatch: pytest.MonkeyPatch) -> Board:
-    made, path = Board.create()
-    monkeypatch.setenv("BLOCK_BOARD", path)
+def buffer(monkeypatch: pytest.MonkeyPatch) -> StateBuffer:
+    made, path = StateBuffer.create()
+    monkeypatch.setenv("BLOCK_STATE_BUFFER", path)
     return made
 
 
@@ -83,21 +83,21 @@ async def behind(scope: dict[str, Any], receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": scope["path"].encode()})
 
 
-def test_the_view_shows_the_board_and_passes_on_everything_else(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_view_shows_the_buffer_and_passes_on_all_else(buffer: StateBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("block.vllm_plugin.routes.vllm_version", lambda: "0.32.0")
-    board.seqs[:, :2] = 9
-    board.header[b.COLUMNS] = 2
-    board.steps[0] = range(b.STEP)
-    board.steps[1] = range(b.STEP)
-    board.header[b.TIMED] = 2
+    buffer.seqs[:, :2] = 9
+    buffer.header[b.COLUMNS] = 2
+    buffer.steps[0] = range(b.STEP)
+    buffer.steps[1] = range(b.STEP)
+    buffer.header[b.TIMED] = 2
     view = SnapshotView(behind)
     status, headers, body = ask(view, "/block/snapshot")
     assert (status, headers[b"content-length"]) == (200, str(len(body)).encode())
-    np.testing.assert_array_equal(read_dump(body).seqs, board.read().seqs)
+    np.testing.assert_array_equal(read_dump(body).seqs, buffer.read().seqs)
     status, _, body = ask(view, "/block/info")
     info = json.loads(body)
-    assert (status, info["vllm"], info["nonce"]) == (200, "0.32.0", board.header[b.NONCE])
-    assert Board.open(info["board"], info["nonce"]).header[b.COLUMNS] == 2
+    assert (status, info["vllm"], info["nonce"]) == (200, "0.32.0", buffer.header[b.NONCE])
+    assert StateBuffer.open(info["buffer"], info["nonce"]).header[b.COLUMNS] == 2
     assert json.loads(ask(view, "/block/steps", b"since=1")[2]) == {"timed": 2, "steps": [[*map(float, range(b.STEP))]]}
     assert ask(view, "/block/nothing")[0] == 404
     assert ask(view, "/v1/completions")[::2] == (299, b"/v1/completions")

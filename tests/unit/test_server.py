@@ -1,4 +1,4 @@
-"""The front door with scripted servers behind it: what passes, what is retried, what is counted, and how it ends."""
+"""The gateway with scripted servers behind it: what passes, what is retried, what is counted, and how it ends."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from block.core.arrays import Ints
 from block.dispatch import policies
 from block.dispatch.core import DispatchConfig
 from block.engine.config import EngineSettings
-from block.gateway.app import Door
+from block.gateway.app import Gateway
 from block.gateway.config import GatewayConfig
 from block.gateway.openai import completion_tokens, error_event, read, tagged
 from block.lengths import Estimates, Lengths, Oracle
 from block.vllm_plugin import state_buffer as b
-from block.vllm_plugin.state_buffer import Board
+from block.vllm_plugin.state_buffer import StateBuffer
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWER = b'{"id": "cmpl-1",  "choices": [{"text": "\\u00e9 \xc3\xa9"}], "usage": {"completion_tokens": 7}}\n'
@@ -158,9 +158,9 @@ class Mock:
 
 @dataclass
 class House:
-    """A door with its servers, and a client."""
+    """A gateway with its servers, and a client."""
 
-    door: Door
+    gateway: Gateway
     mocks: Sequence[Mock]
     url: str
     client: aiohttp.ClientSession
@@ -182,7 +182,7 @@ class House:
         return {name: float(value) for name, _, value in lines if float(value)}
 
     def in_flight(self) -> int:
-        return sum(self.door.dispatcher.outstanding(i) for i in range(len(self.mocks)))
+        return sum(self.gateway.dispatcher.outstanding(i) for i in range(len(self.mocks)))
 
 
 async def eventually(true: Callable[[], bool]) -> None:
@@ -209,7 +209,7 @@ async def house(
             (mock.port,) = free_ports(1)
     keys = {"probe_interval_s": 0.05, "grace_s": 2.0, **keys}
     config = GatewayConfig(urls=tuple(mock.url for mock in mocks), **keys)
-    door = Door(
+    gateway = Gateway(
         config,
         policy or policies.RoundRobin(),
         DispatchConfig(),
@@ -217,12 +217,12 @@ async def house(
         constant_latency(),
         lengths if lengths is not None else Oracle(),
     )
-    runner = web.AppRunner(door.application(), handler_cancellation=True, shutdown_timeout=0.5)
+    runner = web.AppRunner(gateway.application(), handler_cancellation=True, shutdown_timeout=0.5)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
         async with aiohttp.ClientSession(auto_decompress=False) as client:
-            one = House(door, mocks, f"http://127.0.0.1:{runner.addresses[0][1]}", client, runner.cleanup)
+            one = House(gateway, mocks, f"http://127.0.0.1:{runner.addresses[0][1]}", client, runner.cleanup)
             yield one
             await eventually(lambda: one.in_flight() == 0)
     finally:
@@ -320,7 +320,7 @@ def test_a_stream_passes_as_it_comes() -> None:
                 assert await answer.content.read() == b"".join([*EVENTS[1:], USAGE, DONE])
             assert mock.seen[0][2] == STREAMED
             await eventually(lambda: one.in_flight() == 0)
-            (record,) = one.door.dispatcher.history.records
+            (record,) = one.gateway.dispatcher.history.records
             assert (record.status, record.output_tokens, record.request.prompt_tokens) == ("ok", 5, 3)
             assert record.request.arrival <= record.dispatched <= record.first_token < record.finished
 
@@ -334,7 +334,7 @@ def test_without_usage_the_events_of_a_stream_are_counted() -> None:
 
         async with house([Mock(answer)]) as one:
             assert (await one.ask(STREAMED))[1] == b"".join([*EVENTS, DONE])
-            assert one.door.dispatcher.history.records[0].output_tokens == 5
+            assert one.gateway.dispatcher.history.records[0].output_tokens == 5
 
     run(main())
 
@@ -385,7 +385,7 @@ def test_models_come_from_the_first_server_that_answers() -> None:
             for _ in range(2):
                 async with one.client.get(one.url + "/v1/models") as answer:
                     assert (answer.status, await answer.json()) == (200, {"data": [{"id": "tiny"}]})
-                one.door.dispatcher.instance_up(0, 0.0)  # where nobody listens
+                one.gateway.dispatcher.instance_up(0, 0.0)  # where nobody listens
 
     run(main())
 
@@ -436,7 +436,7 @@ def test_what_breaks_before_the_first_byte_begins_anew_elsewhere(broken: Answer)
     async def main() -> None:
         async with house([Mock(broken), Mock()], probe_interval_s=60) as one:
             assert (await one.ask())[:2] == (200, ANSWER)
-            assert list(one.door.dispatcher.active) == [1]
+            assert list(one.gateway.dispatcher.active) == [1]
             assert [len(mock.seen) for mock in one.mocks] == [1, 1]
             assert one.mocks[1].seen[0][2] == ASKED
             metrics = await one.metrics()
@@ -452,9 +452,9 @@ def test_a_server_that_is_down_is_taken_out_and_back_in() -> None:
         async with house([Mock(), Mock()]) as one:
             await one.mocks[0].kill()
             assert [(await one.ask())[0] for _ in range(4)] == [200] * 4
-            assert list(one.door.dispatcher.active) == [1]
+            assert list(one.gateway.dispatcher.active) == [1]
             await one.mocks[0].start()
-            await eventually(lambda: len(one.door.dispatcher.active) == 2)
+            await eventually(lambda: len(one.gateway.dispatcher.active) == 2)
             assert [(await one.ask())[0] for _ in range(4)] == [200] * 4
             assert len(one.mocks[0].seen) == 2
 
@@ -467,7 +467,7 @@ def test_a_server_that_turns_away_is_passed_over_and_stays(status: int) -> None:
         async with house([Mock(says(status)), Mock()]) as one:
             assert [(await one.ask())[0] for _ in range(4)] == [200] * 4
             assert [len(mock.seen) for mock in one.mocks] == [2, 4]
-            assert list(one.door.dispatcher.active) == [0, 1]
+            assert list(one.gateway.dispatcher.active) == [0, 1]
 
     run(main())
 
@@ -488,7 +488,7 @@ def test_an_error_of_the_request_s_is_passed_on_as_it_is(status: int) -> None:
     async def main() -> None:
         async with house([Mock(says(status)), Mock()]) as one:
             assert (await one.ask())[:2] == (status, b'{"error": {"message": "no"}}')
-            assert list(one.door.dispatcher.active) == [0, 1]
+            assert list(one.gateway.dispatcher.active) == [0, 1]
             assert len(one.mocks[1].seen) == 0
             outcome = "refused" if status < 500 else "failed"
             assert (await one.metrics())[f'block_requests_total{{instance="0",status="{outcome}"}}'] == 1
@@ -509,7 +509,7 @@ def test_a_server_whose_engine_died_is_taken_out_and_its_requests_begin_anew(ans
         async with house([Mock(answer), Mock()], probe_interval_s=60) as one:
             one.mocks[0].well = False
             assert (await one.ask())[:2] == (200, ANSWER)
-            assert list(one.door.dispatcher.active) == [1]
+            assert list(one.gateway.dispatcher.active) == [1]
 
     run(main())
 
@@ -518,7 +518,7 @@ def test_an_error_that_a_healthy_server_streams_is_passed_on() -> None:
     async def main() -> None:
         async with house([Mock(begins_with_an_error), Mock()]) as one:
             assert (await one.ask(STREAMED))[:2] == (200, DEAD + DONE)
-            assert list(one.door.dispatcher.active) == [0, 1]
+            assert list(one.gateway.dispatcher.active) == [0, 1]
             assert (await one.metrics())['block_requests_total{instance="0",status="failed"}'] == 1
 
     run(main())
@@ -536,7 +536,7 @@ def test_after_the_first_byte_a_stream_ends_with_an_error_event() -> None:
             assert one.mocks[0].url in error["message"]
             assert DONE not in body
             assert one.mocks[1].seen == []
-            assert one.door.dispatcher.history.records[0].status == "failed"
+            assert one.gateway.dispatcher.history.records[0].status == "failed"
 
     run(main())
 
@@ -553,7 +553,7 @@ def test_silence_fails_a_request_and_not_its_server() -> None:
             status, body, _ = await one.ask(STREAMED)
             assert status == 200
             assert b'data: {"error"' in body
-            assert list(one.door.dispatcher.active) == [0, 1]
+            assert list(one.gateway.dispatcher.active) == [0, 1]
             await eventually(lambda: [mock.cancelled for mock in one.mocks] == [1, 1])
 
     run(main())
@@ -567,11 +567,11 @@ def test_a_server_that_takes_no_connection_is_taken_out() -> None:
             first.connect(full.getsockname())
             deaf = Mock(port=full.getsockname()[1])
             async with house([deaf, Mock()], started=[1], connect_timeout_s=0.2, probe_interval_s=60) as one:
-                assert list(one.door.dispatcher.active) == [1]
-                one.door.dispatcher.instance_up(0, 0.0)
+                assert list(one.gateway.dispatcher.active) == [1]
+                one.gateway.dispatcher.instance_up(0, 0.0)
                 assert (await one.ask())[:2] == (200, ANSWER)
-                assert list(one.door.dispatcher.active) == [1]
-                assert one.door.dispatcher.history.records[0].retries == 1
+                assert list(one.gateway.dispatcher.active) == [1]
+                assert one.gateway.dispatcher.history.records[0].retries == 1
 
     run(main())
 
@@ -586,7 +586,7 @@ def test_without_a_server_there_is_an_error_and_no_health() -> None:
                     assert answer.status == 503
             assert (await one.metrics())['block_requests_total{instance="none",status="failed"}'] == 1
             await one.mocks[1].start()
-            await eventually(lambda: len(one.door.dispatcher.active) == 1)
+            await eventually(lambda: len(one.gateway.dispatcher.active) == 1)
             async with one.client.get(one.url + "/health") as answer:
                 assert (answer.status, await answer.json()) == (200, {"active": 1, "instances": 2})
             assert (await one.ask())[0] == 200
@@ -609,7 +609,7 @@ def test_nothing_is_lost_when_one_of_four_servers_is_killed() -> None:
                     await one.mocks[0].kill()
             answers = await asyncio.gather(*asked)
             assert [answer[:2] for answer in answers] == [(200, ANSWER)] * 200
-            assert list(one.door.dispatcher.active) == [1, 2, 3]
+            assert list(one.gateway.dispatcher.active) == [1, 2, 3]
             assert (await one.metrics())["block_retries_total"] >= 1
 
     run(main())
@@ -681,7 +681,7 @@ def test_a_kept_connection_that_was_closed_meanwhile_is_not_its_server_s_fault()
             assert [(await one.ask())[:2] for _ in range(3)] == [(200, b"{}")] * 3
             assert len(came) == 5
             assert [came[0], came[1] - came[0], came[2] - came[1]] == [came[0], 0, 1]  # kept, then another
-            assert one.door.dispatcher.ejected(0) == 0
+            assert one.gateway.dispatcher.ejected(0) == 0
 
     run(main())
 
@@ -701,7 +701,7 @@ def test_a_server_that_speaks_no_http_is_passed_over_and_stays() -> None:
     async def main() -> None:
         async with bare(b"what? Content-Length\r\n\r\n") as (mock, _), house([mock, Mock()], started=[1]) as one:
             assert (await one.ask())[:2] == (200, ANSWER)
-            assert list(one.door.dispatcher.active) == [0, 1]
+            assert list(one.gateway.dispatcher.active) == [0, 1]
 
     run(main())
 
@@ -722,7 +722,7 @@ def test_a_client_that_goes_away_cancels_its_request(answer: Answer, body: bytes
             await asyncio.sleep(0.05)
             asked.cancel()
             await eventually(lambda: mock.cancelled == 1 and one.in_flight() == 0)
-            assert list(one.door.dispatcher.active) == [0]
+            assert list(one.gateway.dispatcher.active) == [0]
             assert (await one.metrics())['block_requests_total{instance="0",status="cancelled"}'] == 1
 
     run(main())
@@ -744,7 +744,7 @@ def test_a_client_that_goes_away_while_it_is_written_to_is_not_its_server_s_faul
                 await reader.read(10_000)
                 writer.transport.abort()
             await eventually(lambda: one.in_flight() == 0 and one.mocks[0].cancelled == 20)
-            assert list(one.door.dispatcher.active) == [0]
+            assert list(one.gateway.dispatcher.active) == [0]
             assert (await one.metrics())['block_requests_total{instance="0",status="cancelled"}'] == 20
 
     run(main())
@@ -759,7 +759,7 @@ def test_a_client_that_goes_away_in_the_midst_of_its_request_is_no_error(caplog:
             writer.transport.abort()
             await asyncio.sleep(0.05)
             assert one.mocks[0].seen == []
-            assert one.door.dispatcher.history.records == deque()
+            assert one.gateway.dispatcher.history.records == deque()
 
     run(main())
     assert caplog.records == []
@@ -801,7 +801,7 @@ LIMITS = EngineSettings(
 
 
 class PluginMock(Mock):
-    """A server with the plugin; `place` shows a running sequence on its board."""
+    """A server with the plugin; `place` shows a running sequence on its state buffer."""
 
     def __init__(self, answer: Answer = whole, settings: EngineSettings = LIMITS) -> None:
         super().__init__(answer)
@@ -809,21 +809,21 @@ class PluginMock(Mock):
         self.renew()
 
     def renew(self) -> None:
-        self.board, self.path = Board.create()
-        self.board.header[b.SETTINGS : b.SETTINGS + len(self.settings)] = self.settings
-        self.board.header[b.FREE] = self.settings.total_blocks
+        self.buffer, self.path = StateBuffer.create()
+        self.buffer.header[b.SETTINGS : b.SETTINGS + len(self.settings)] = self.settings
+        self.buffer.header[b.FREE] = self.settings.total_blocks
 
     def place(self, number: int, prompt: int, expected: int) -> None:
-        self.board.header[b.COLUMNS] = self.board.header[b.RUNNING] = 1
-        self.board.seqs[:, 0] = [number, prompt, 0, expected, expected, expected, 0, 0, 0, 0, 0, 0]
-        self.board.header[b.FREE] = self.settings.total_blocks - prompt // 16
+        self.buffer.header[b.COLUMNS] = self.buffer.header[b.RUNNING] = 1
+        self.buffer.seqs[:, 0] = [number, prompt, 0, expected, expected, expected, 0, 0, 0, 0, 0, 0]
+        self.buffer.header[b.FREE] = self.settings.total_blocks - prompt // 16
 
     def routes(self, app: web.Application) -> None:
         super().routes(app)
         app.router.add_get("/block/info", self._info)
 
     async def _info(self, http: web.Request) -> web.Response:
-        return web.json_response({"vllm": "0", "board": self.path, "nonce": int(self.board.header[b.NONCE])})
+        return web.json_response({"vllm": "0", "buffer": self.path, "nonce": int(self.buffer.header[b.NONCE])})
 
 
 def tag_of(mock: Mock) -> dict[str, Any]:
@@ -846,7 +846,7 @@ def test_policies_that_look_send_a_request_where_there_is_room(policy: policies.
             assert body.startswith(b'{"vllm_xargs":{')
             assert body.endswith(b"}," + STREAMED[1:])
             assert tag_of(idle) == {
-                "block_id": one.door.dispatcher.history.records[1].request.id,
+                "block_id": one.gateway.dispatcher.history.records[1].request.id,
                 "block_expected": 256,
             }
             metrics = await one.metrics()
@@ -862,7 +862,7 @@ def test_servers_may_differ_in_their_settings_and_prompts_may_be_estimated_too_l
         small = LIMITS._replace(total_blocks=200, max_model_len=1024)
         async with house([PluginMock(), PluginMock(settings=small)], policies.Block()) as one:
             assert (await one.ask(b'{"prompt": "%s"}' % (b"x" * 40_000)))[0] == 200
-            scores = one.door.dispatcher.history.decisions[-1][1].scores
+            scores = one.gateway.dispatcher.history.decisions[-1][1].scores
             assert len(scores) == 2
             assert all(math.isfinite(score) for score in scores)
 
@@ -903,10 +903,10 @@ def test_a_server_that_comes_back_is_looked_at_anew() -> None:
             second.place(1, 1000, 500)
             await first.kill()
             assert (await one.ask())[0] == 200
-            assert list(one.door.dispatcher.active) == [1]
+            assert list(one.gateway.dispatcher.active) == [1]
             first.renew()
             await first.start()
-            await eventually(lambda: len(one.door.dispatcher.active) == 2)
+            await eventually(lambda: len(one.gateway.dispatcher.active) == 2)
             first.place(1, 15_000, 500)
             assert (await one.ask())[0] == 200
             assert [len(mock.seen) for mock in one.mocks] == [0, 2]
@@ -921,16 +921,16 @@ def test_a_scheduler_that_stops_while_it_publishes_stops_nothing_else() -> None:
             assert isinstance(stuck, PluginMock)
             stuck.place(1, 1000, 500)
             assert (await one.ask())[0] == 200
-            stuck.board.begin()
+            stuck.buffer.begin()
             assert [(await one.ask())[0] for _ in range(3)] == [200] * 3
             assert len(sound.seen) == 4
             await stuck.kill()
-            one.door.dispatcher.instance_down(0, "as if it had been chosen", 0.0)
+            one.gateway.dispatcher.instance_down(0, "as if it had been chosen", 0.0)
             await stuck.start()  # and publishes no more
             await asyncio.sleep(0.2)
-            assert list(one.door.dispatcher.active) == [1]
-            stuck.board.end()
-            await eventually(lambda: len(one.door.dispatcher.active) == 2)
+            assert list(one.gateway.dispatcher.active) == [1]
+            stuck.buffer.end()
+            await eventually(lambda: len(one.gateway.dispatcher.active) == 2)
 
     run(main())
 
@@ -1097,9 +1097,9 @@ def test_a_process_says_where_it_listens_and_finishes_its_streams_when_told_to_s
         await mock.start()
         mock.go.clear()
         urls = f"gateway.urls=[{mock.url},http://127.0.0.1:{free_ports(1)[0]}]"
-        door = await command("scheduler=round_robin", urls, "gateway.port=0")
-        assert door.stdout is not None
-        line = (await door.stdout.readline()).decode()
+        gateway = await command("scheduler=round_robin", urls, "gateway.port=0")
+        assert gateway.stdout is not None
+        line = (await gateway.stdout.readline()).decode()
         assert line.endswith(f": round_robin over 2 servers: {urls[len('gateway.urls=[') : -1].replace(',', ', ')}\n")
         address = line.split(": ")[0]
         port = int(address.rpartition(":")[2])
@@ -1108,13 +1108,13 @@ def test_a_process_says_where_it_listens_and_finishes_its_streams_when_told_to_s
                 assert (answer.status, await answer.json()) == (200, {"active": 1, "instances": 2})
             async with client.post(f"{address}/v1/completions", data=STREAMED) as answer:
                 assert await answer.content.readany() == EVENTS[0]
-                door.send_signal(signal.SIGTERM)
+                gateway.send_signal(signal.SIGTERM)
                 while connects(port):
                     await asyncio.sleep(0.01)
                 mock.go.set()
                 assert (await answer.content.read()).endswith(DONE)
-        _, errors = await door.communicate()
-        assert door.returncode == 0
+        _, errors = await gateway.communicate()
+        assert gateway.returncode == 0
         (warning,) = errors.decode().splitlines()
         assert "does not answer yet" in warning
         await mock.runner.cleanup()
@@ -1144,12 +1144,12 @@ def test_a_port_that_is_taken_is_told() -> None:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             port = taken.getsockname()[1]
-            door = await command("scheduler=random", "gateway.urls=[http://127.0.0.1:9]", f"gateway.port={port}")
-            _, errors = await door.communicate()
+            gateway = await command("scheduler=random", "gateway.urls=[http://127.0.0.1:9]", f"gateway.port={port}")
+            _, errors = await gateway.communicate()
         last = errors.decode().splitlines()[-1]
         assert last.startswith(f"error: gateway.port={port}: cannot listen on 127.0.0.1: ")
         assert "in use" in last
-        assert door.returncode == 2
+        assert gateway.returncode == 2
 
     run(main())
 
@@ -1196,7 +1196,7 @@ def test_requests_are_tagged_by_their_prompts_in_batches_and_off_the_loop() -> N
             metrics = await one.metrics()
             assert metrics["block_length_seconds_count"] == 9
             assert metrics.get('block_length_fallbacks_total{reason="timeout"}', 0) == 0
-            record = one.door.dispatcher.history.records[0]
+            record = one.gateway.dispatcher.history.records[0]
             assert record.dispatched - record.request.arrival >= 0.05  # the wait for the estimate is part of its time
 
     run(main())

@@ -22,7 +22,7 @@ from block.core.clock import Clock
 from block.core.snapshot import ID
 from block.core.types import Request, RequestRecord
 from block.vllm_plugin import state_buffer as b
-from block.vllm_plugin.state_buffer import Board
+from block.vllm_plugin.state_buffer import StateBuffer
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ONE = Request(5, 0.0, 40, 3, 7)
@@ -32,7 +32,7 @@ class Server:
     """Answers like a vLLM server with the plugin; `tokens` messages, then the count, then [DONE]."""
 
     def __init__(self, local: bool = True) -> None:
-        self.board, self.path = Board.create()
+        self.buffer, self.path = StateBuffer.create()
         self.local = local
         self.bodies: list[dict[str, Any]] = []
         self.ending = [b'data: {"choices":[],"usage":{"completion_tokens":3}}\n\n', b"data: [DONE]\n\n"]
@@ -44,10 +44,10 @@ class Server:
 
     async def info(self, _: web.Request) -> web.Response:
         path = self.path if self.local else "/proc/0/fd/0"
-        return web.json_response({"vllm": "0.32.0", "board": path, "nonce": int(self.board.header[b.NONCE])})
+        return web.json_response({"vllm": "0.32.0", "buffer": path, "nonce": int(self.buffer.header[b.NONCE])})
 
     async def snapshot(self, _: web.Request) -> web.Response:
-        return web.Response(body=self.board.dump())
+        return web.Response(body=self.buffer.dump())
 
     async def health(self, _: web.Request) -> web.Response:
         return web.Response(status=200 if self.well else 503)
@@ -107,7 +107,7 @@ def served(server: Server, request: Request = ONE, **options: Any) -> RequestRec
 
 def test_a_request_is_asked_for_exactly_and_its_times_are_noted() -> None:
     server = Server()
-    server.board.gone[0] = 5, 2
+    server.buffer.gone[0] = 5, 2
     record = served(server)
     (body,) = server.bodies
     assert (body["model"], body["max_tokens"], body["ignore_eos"], body["stream"]) == ("tiny", 3, True, True)
@@ -136,14 +136,14 @@ def test_no_two_prompts_share_a_block() -> None:
 def test_snapshots_come_from_shared_memory_or_over_http(local: bool) -> None:
     async def main() -> None:
         server = Server(local)
-        server.board.seqs[ID, :2] = [8, 9]
-        server.board.header[[b.COLUMNS, b.RUNNING, b.FREE]] = 2, 1, 55
+        server.buffer.seqs[ID, :2] = [8, 9]
+        server.buffer.header[[b.COLUMNS, b.RUNNING, b.FREE]] = 2, 1, 55
         clock = Clock()
         async with server.instance(clock=clock) as instance:
             await instance.attach()
             assert instance.is_local is local
             await asyncio.sleep(0.1)
-            server.board.times[b.STARTED] = module.time.monotonic() - 0.25
+            server.buffer.times[b.STARTED] = module.time.monotonic() - 0.25
             await asyncio.sleep(0.1)
             snapshot = instance.snapshot()
             assert snapshot.instance_id == 2

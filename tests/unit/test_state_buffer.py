@@ -1,4 +1,4 @@
-"""The board: what is written is read, whole or not at all, on this host and on another."""
+"""The state buffer: what is written is read, whole or not at all, on this host and on another."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ import pytest
 from block.core.snapshot import FIELDS, ID, NUM_PROMPT_TOKENS
 from block.engine.config import EngineSettings
 from block.vllm_plugin import state_buffer as b
-from block.vllm_plugin.state_buffer import Board, read_dump
+from block.vllm_plugin.state_buffer import StateBuffer, read_dump
 
 LIMITS = EngineSettings(
     True, 48, 512, 4096, block_size=16, total_blocks=100, watermark_blocks=3, long_prefill_token_threshold=7
 )
 
 
-def write(board: Board, columns: int, value: int, running: int = 0) -> None:
+def write(buffer: StateBuffer, columns: int, value: int, running: int = 0) -> None:
     """Publish `columns` sequences that all hold `value` in every row."""
-    board.begin()
-    board.seqs[:, :columns] = value
-    board.header[[b.COLUMNS, b.RUNNING, b.STALE, b.FREE, b.PREEMPTIONS]] = columns, running, 1, value, value
-    board.times[b.STARTED] = value
-    board.end()
+    buffer.begin()
+    buffer.seqs[:, :columns] = value
+    buffer.header[[b.COLUMNS, b.RUNNING, b.STALE, b.FREE, b.PREEMPTIONS]] = columns, running, 1, value, value
+    buffer.times[b.STARTED] = value
+    buffer.end()
 
 
 def test_what_is_published_is_read_through_its_path() -> None:
-    board, path = Board.create()
-    board.header[b.SETTINGS : b.SETTINGS + len(LIMITS)] = LIMITS
-    write(board, 5, 42, running=3)
-    state = Board.open(path).read()
+    buffer, path = StateBuffer.create()
+    buffer.header[b.SETTINGS : b.SETTINGS + len(LIMITS)] = LIMITS
+    write(buffer, 5, 42, running=3)
+    state = StateBuffer.open(path).read()
     assert state.settings == LIMITS
     assert state.started == 42.0
     snapshot = state.snapshot(2, 10.0, 9.5)
@@ -44,25 +44,25 @@ def test_what_is_published_is_read_through_its_path() -> None:
 
 
 def test_a_reader_keeps_its_copy() -> None:
-    board, _ = Board.create()
-    write(board, 3, 1)
-    state = board.read()
-    write(board, 3, 2)
+    buffer, _ = StateBuffer.create()
+    write(buffer, 3, 1)
+    state = buffer.read()
+    write(buffer, 3, 2)
     assert (state.seqs == 1).all()
     assert state.header[b.FREE] == 1
 
 
 def test_no_reader_sees_half_a_change() -> None:
-    board, path = Board.create()
-    reader = Board.open(path)
-    write(board, 200, 0)
+    buffer, path = StateBuffer.create()
+    reader = StateBuffer.open(path)
+    write(buffer, 200, 0)
     over = threading.Event()
 
     def keep_writing() -> None:
         value = 0
         while not over.is_set():
             value += 1
-            write(board, 100 + value % 100, value)
+            write(buffer, 100 + value % 100, value)
             time.sleep(1e-5)
 
     writer = threading.Thread(target=keep_writing)
@@ -78,20 +78,20 @@ def test_no_reader_sees_half_a_change() -> None:
 
 
 def test_a_writer_that_died_in_mid_change_is_no_endless_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    board, _ = Board.create()
-    board.begin()
+    buffer, _ = StateBuffer.create()
+    buffer.begin()
     clock = iter(np.arange(0.0, 100.0, 0.3))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     with pytest.raises(TimeoutError, match="in the middle of publishing"):
-        board.read()
+        buffer.read()
 
 
 def test_a_dump_is_read_on_a_host_with_another_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    board, _ = Board.create()
-    write(board, 4, 7)
+    buffer, _ = StateBuffer.create()
+    write(buffer, 4, 7)
     now = time.monotonic()
-    board.times[b.STARTED] = now - 0.5
-    dump = board.dump()
+    buffer.times[b.STARTED] = now - 0.5
+    dump = buffer.dump()
     monkeypatch.setattr(time, "monotonic", lambda: 1e6)
     state = read_dump(dump)
     assert state.started == pytest.approx(1e6 - 0.5, abs=0.05)
@@ -100,68 +100,68 @@ def test_a_dump_is_read_on_a_host_with_another_clock(monkeypatch: pytest.MonkeyP
 
 
 def test_an_idle_engine_has_no_step_here_or_there() -> None:
-    board, _ = Board.create()
-    assert np.isnan(board.read().started)
-    assert np.isnan(read_dump(board.dump()).started)
-    assert board.read().seqs.shape == (FIELDS, 0)
+    buffer, _ = StateBuffer.create()
+    assert np.isnan(buffer.read().started)
+    assert np.isnan(read_dump(buffer.dump()).started)
+    assert buffer.read().seqs.shape == (FIELDS, 0)
 
 
-def test_what_is_no_board_is_refused(tmp_path: object) -> None:
-    board, path = Board.create()
-    nonce = int(board.header[b.NONCE])
-    assert Board.open(path, nonce).header[b.NONCE] == nonce
+def test_what_is_no_state_buffer_is_refused(tmp_path: object) -> None:
+    buffer, path = StateBuffer.create()
+    nonce = int(buffer.header[b.NONCE])
+    assert StateBuffer.open(path, nonce).header[b.NONCE] == nonce
     with pytest.raises(ValueError, match="another server"):
-        Board.open(path, nonce + 1)
+        StateBuffer.open(path, nonce + 1)
     fd = os.memfd_create("small")
     with pytest.raises(ValueError, match="layout"):
-        Board.open(f"/proc/self/fd/{fd}")
+        StateBuffer.open(f"/proc/self/fd/{fd}")
     os.ftruncate(fd, b._BYTES)
     with pytest.raises(ValueError, match="layout"):
-        Board.open(f"/proc/self/fd/{fd}")
+        StateBuffer.open(f"/proc/self/fd/{fd}")
     os.close(fd)
     with pytest.raises(OSError, match="No such file"):
-        Board.open("/proc/self/fd/999999")
+        StateBuffer.open("/proc/self/fd/999999")
     with pytest.raises(ValueError, match="layout"):
         read_dump(bytes(8 * 70))
 
 
 def test_the_memory_has_no_name_that_could_be_left_behind() -> None:
-    _, path = Board.create()
+    _, path = StateBuffer.create()
     assert "deleted" in str(Path(path).readlink())
 
 
 def test_timed_steps_come_once_each_and_the_ring_forgets_the_oldest() -> None:
-    board, _ = Board.create()
+    buffer, _ = StateBuffer.create()
 
     def time_steps(numbers: range) -> None:
         for number in numbers:
-            board.steps[number % b.RING] = number
-            board.header[b.TIMED] = number + 1
+            buffer.steps[number % b.RING] = number
+            buffer.header[b.TIMED] = number + 1
 
     time_steps(range(10))
-    timed, steps = board.step_times(4)
+    timed, steps = buffer.step_times(4)
     assert timed == 10
     assert steps[:, 0].tolist() == [4, 5, 6, 7, 8, 9]
     time_steps(range(10, 3000))
-    timed, steps = board.step_times(timed)
+    timed, steps = buffer.step_times(timed)
     assert timed == 3000
     assert steps[:, 0].tolist() == list(range(3000 - b.RING + 1, 3000))
 
 
 def test_preemptions_of_requests_that_are_gone() -> None:
-    board, _ = Board.create()
-    assert board.preemptions_of(0) is None
-    board.gone[3] = 17, 2
-    assert board.preemptions_of(17) == 2
+    buffer, _ = StateBuffer.create()
+    assert buffer.preemptions_of(0) is None
+    buffer.gone[3] = 17, 2
+    assert buffer.preemptions_of(17) == 2
 
 
 def test_reading_takes_microseconds() -> None:
-    board, _ = Board.create()
-    write(board, 148, 3, running=48)
+    buffer, _ = StateBuffer.create()
+    write(buffer, 148, 3, running=48)
     took = []
     for _ in range(300):
         began = time.perf_counter()
-        board.read()
+        buffer.read()
         took.append(time.perf_counter() - began)
     assert np.min(took) < 50e-6  # other work only ever adds
-    assert (board.read().seqs[[ID, NUM_PROMPT_TOKENS]] == 3).all()
+    assert (buffer.read().seqs[[ID, NUM_PROMPT_TOKENS]] == 3).all()
