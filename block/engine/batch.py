@@ -71,6 +71,7 @@ from block.engine.state import (
 )
 
 CAPACITY = 64  # columns of a row at first
+MARGIN = 0.99  # of the shortest step: sums of steps are rounded, and a bound on them must not be above
 LATEST = math.nextafter(math.inf, 0.0)  # any time but inf, at which an engine is idle
 
 
@@ -116,7 +117,8 @@ class EngineBatch:
             finished=np.zeros((rows, FINISHED, CAPACITY)),
         )
         self.arrays.times[:, SHORTEST_STEP] = [
-            np.min(spec.latency.linear[1:]) * np.min(factors) for spec, factors in zip(specs, noise, strict=True)
+            MARGIN * np.min(spec.latency.linear[1:]) * np.min(factors)
+            for spec, factors in zip(specs, noise, strict=True)
         ]
         self.arrays.counters[:, FREE_BLOCKS] = [spec.settings.total_blocks for spec in specs]
         self._plain: Arrays = self.arrays[:]
@@ -257,11 +259,11 @@ def look_ahead(engine: EngineState) -> None:
     if counters[HALT] == HALTING:
         times[NEXT_FINISH] = times[EVENT]
     else:
-        times[NEXT_FINISH] = times[EVENT] + _steps_to_finish(engine) * times[SHORTEST_STEP]
+        times[NEXT_FINISH] = times[EVENT] + _steps_beyond_event(engine) * times[SHORTEST_STEP]
 
 
 @compiled
-def _steps_to_finish(engine: EngineState) -> Int:
+def _steps_beyond_event(engine: EngineState) -> Int:
     """How many steps, at least, after the first one that does more than decode, end before that of which a sequence
     finishes; 0: one may finish at its end.
     """

@@ -153,3 +153,13 @@ def test_engines_that_differ_share_a_batch_and_run_as_they_would_alone() -> None
 def test_a_prompt_that_leaves_no_room_for_a_response_is_refused() -> None:
     with pytest.raises(ValueError, match=r"request 3: a prompt of 100 tokens leaves no room .*max_model_len=100"):
         crowd(1).receive(0, request(3, 100, 1), 0.0)
+
+
+@pytest.mark.parametrize("output", range(1, 50))
+def test_a_bound_is_not_above_the_finish_though_sums_of_steps_are_rounded(output: int) -> None:
+    """Eight steps of a tenth of a second end at 0.7999999999999999."""
+    batch = EngineBatch([EngineSpec(engine_config("v1").settings(16), constant_latency(0.1))])
+    batch.receive(0, request(0, 4, output), 0.0)
+    promised = batch.next_event
+    (finished,) = batch.advance_all(math.inf)
+    assert promised <= finished.finished
