@@ -91,9 +91,9 @@ def _check_arguments(arguments: Sequence[str]) -> None:
         folder = Path(options.config_path)
         if not folder.is_dir():
             raise ConfigError(f"--config-path={folder}: no such folder")
-        for i, argument in enumerate(sys.argv):  # of the current folder, where Hydra takes that of a module
-            if argument.endswith(str(folder)):
-                sys.argv[i] = f"{argument.removesuffix(str(folder))}{folder.resolve()}"
+        # Of the current folder, where Hydra would take one beside this module. The last one given holds.
+        behind = next((i for i, one in enumerate(sys.argv) if i and _is_override(one)), len(sys.argv))
+        sys.argv.insert(behind, f"--config-path={folder.resolve()}")
     if options.resolve and not (options.cfg or options.help):
         refuse("argument --resolve: goes with --cfg")
     for given in options.overrides:
