@@ -98,7 +98,7 @@ def engine_config(version: str, **changes: Any) -> EngineConfig:
 
 def lone_engine(config: EngineConfig, latency: LatencyModel, total_blocks: int, noise: Floats | None = None) -> Engine:
     """An engine in a batch of its own, with so many usable KV blocks."""
-    return Engine.alone(config.settings(total_blocks), latency, noise)
+    return Engine(EngineBatch([EngineSpec(config.settings(total_blocks), latency, noise)]), 0)
 
 
 def predictor_for(config: EngineConfig, latency: LatencyModel, total_blocks: int, **options: Any) -> Predictor:

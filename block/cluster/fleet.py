@@ -13,7 +13,6 @@ from block.cluster.migration import Migrator
 from block.cluster.simulation import Simulation
 from block.cluster.spec import Testbed
 from block.core.clock import Clock
-from block.core.snapshot import Snapshot
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor, Predictors
 
@@ -29,10 +28,6 @@ class Fleet(NamedTuple):
     predictor: Predictor | Predictors | None
     engines: Mapping[str, Any]
     servers: Servers | None = None
-
-    def snapshot_many(self, ids: Sequence[int], now: float) -> list[Snapshot]:
-        """What the schedulers of these instances published last."""
-        return [self.instances[i].snapshot() for i in ids]
 
 
 class SimulatedFleet(NamedTuple):

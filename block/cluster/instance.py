@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from block.core.snapshot import Snapshot
 from block.core.types import RequestRecord
+from block.dispatch.core import SnapshotMany
 
 FirstToken = Callable[[RequestRecord, float], None]
 """Is told when the first token of a request's response is there."""
@@ -43,6 +44,11 @@ class Instance(Protocol):
     async def healthy(self) -> bool:
         """Whether it would serve a request now: asked of an instance that failed one."""
         ...
+
+
+def one_by_one(instances: Sequence[Instance]) -> SnapshotMany:
+    """What takes the snapshots of some of these instances, by their ids, each in turn."""
+    return lambda ids, now: [instances[i].snapshot() for i in ids]
 
 
 class Server(Instance, Protocol):

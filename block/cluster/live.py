@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 from block.cluster.instance import InstanceFailed, LaunchFailed, RequestFailed
 from block.core.clock import Clock
@@ -34,7 +35,7 @@ class Servers(Protocol):
 
 
 class LiveDriver:
-    """Has requests served, and servers started and stopped. To be closed, which cancels what is starting.
+    """Has requests served, and servers started and stopped; a context, at whose end what is starting is cancelled.
 
     servers: None if there is nothing to start or stop, as where all servers run already.
     """
@@ -111,10 +112,14 @@ class LiveDriver:
         self._tasks.append(task)
         return task
 
-    async def close(self) -> None:
-        """Cancel what is starting or stopping. Raises what one of them has raised."""
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for task in self._tasks:
             task.cancel()
         for outcome in await asyncio.gather(*self._tasks, return_exceptions=True):
-            if isinstance(outcome, Exception):
+            if isinstance(outcome, Exception) and error is None:
                 raise outcome

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from block.core.arrays import Floats, Ints
+from block.core.arrays import Ints
 from block.core.snapshot import (
     ID,
     NUM_BLOCKS,
@@ -18,9 +18,7 @@ from block.core.snapshot import (
     Snapshot,
 )
 from block.core.types import Request
-from block.engine.batch import EngineBatch, EngineSpec, Finished
-from block.engine.config import EngineSettings
-from block.engine.latency import LatencyModel
+from block.engine.batch import EngineBatch, Finished
 from block.engine.scheduler import begin_step, remove
 from block.engine.state import (
     BEGIN,
@@ -55,11 +53,6 @@ class Engine:
     def __init__(self, batch: EngineBatch, row: int) -> None:
         self.batch = batch
         self.row = row
-
-    @staticmethod
-    def alone(settings: EngineSettings, latency: LatencyModel, noise: Floats | None = None) -> Engine:
-        """An engine in a batch of its own; arguments as of `EngineSpec`."""
-        return Engine(EngineBatch([EngineSpec(settings, latency, noise)]), 0)
 
     def copy(self) -> Engine:
         """One like it, in a batch of its own."""

@@ -14,6 +14,7 @@ from random import Random as Stream
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from block.cluster.instance import one_by_one
 from block.cluster.live import LiveDriver
 from block.core.clock import Clock
 from block.core.types import Request
@@ -107,7 +108,7 @@ class Gateway:
                 forecaster,
                 self._dispatch,
                 self._stream,
-                snapshot_many=lambda ids, now: [self.upstreams[i].snapshot() for i in ids],
+                snapshot_many=one_by_one(self.upstreams),
                 history=History(HISTORY),
             )
             self._metrics = metrics = Metrics(self.upstreams, self.dispatcher, self._policy.needs)

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from block.backends.simulated import Simulated
 from block.backends.vllm import VLLM
-from block.cluster.fleet import Backend
+from block.cluster.fleet import RealBackend
 from block.cluster.migration import MigrationConfig
 from block.cluster.provisioner import Elastic, Static
 from block.cluster.spec import ClusterConfig, Mixed, Testbed
@@ -47,7 +47,7 @@ class RunConfig:
     engine: EngineConfig
     workload: Workload
     lengths: Lengths
-    backend: Backend
+    backend: Simulated | RealBackend
     dispatch: DispatchConfig
     tracking: Tracking
     migration: MigrationConfig = field(default_factory=MigrationConfig)

@@ -132,10 +132,11 @@ def execute(
 def compile_ahead(run: RunConfig) -> None:
     """Load the compiled code of a run, or compile it. Processes that do so at once compile it once."""
     alike = run.testbed.kinds[0]
+    latency = run.backend.latency(alike)
     if run.scheduler.needs is Needs.FORECAST:
-        Predictor(alike.settings, run.backend.latency(alike)).warm_up()
+        Predictor(alike.settings, latency).warm_up()
     if isinstance(run.backend, Simulated):
-        warm_up(EngineSpec(alike.settings, run.backend.latency(alike)))
+        warm_up(EngineSpec(alike.settings, latency))
 
 
 def _made(run: RunConfig) -> tuple[list[Request], workload.Facts]:

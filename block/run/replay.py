@@ -13,8 +13,8 @@ from random import Random as Stream
 from typing import Any
 
 from block.backends.simulated import Simulated
-from block.cluster.fleet import Fleet
-from block.cluster.instance import LaunchFailed
+from block.cluster.fleet import RealBackend
+from block.cluster.instance import LaunchFailed, one_by_one
 from block.cluster.live import LiveDriver
 from block.cluster.provisioner import Elastic
 from block.cluster.scaler import Scaler
@@ -133,7 +133,7 @@ def _simulate(
 
 async def _replay(
     run: RunConfig,
-    backend: Any,
+    backend: RealBackend,
     requests: Sequence[Request],
     outcome: Outcome,
     finished: Callable[[int], None],
@@ -142,23 +142,22 @@ async def _replay(
 ) -> None:
     """Replay on real servers."""
     clock = Clock(backend.time_dilation)
-    fleet: Fleet
-    async with backend.start(run.testbed, clock, logs) as fleet:
+    async with backend.start(run.testbed, clock, logs) as fleet, LiveDriver(clock, fleet.servers) as driver:
         if fleet.predictor is None and run.scheduler.needs is not Needs.COUNTS:
             raise LaunchFailed(
                 "the servers show no snapshots, which this scheduler needs: start them by "
                 "python -m block.vllm_plugin.serve, or choose one that only counts, such as round_robin"
             )
-        driver = LiveDriver(clock, fleet.servers)
         observers: list[Observer] = []
         if isinstance(run.provisioner, Elastic):
             outcome.scaler = Scaler(run.provisioner, len(fleet.instances), driver)
             observers.append(outcome.scaler)
         outcome.engines = fleet.engines
-        dispatchers = _dispatchers(run, len(fleet.instances), fleet.predictor, fleet.snapshot_many, observers, outcome)
+        snapshot_many = one_by_one(fleet.instances)
+        dispatchers = _dispatchers(run, len(fleet.instances), fleet.predictor, snapshot_many, observers, outcome)
         shown = bool(fleet.predictor)
         monitor = outcome.monitor = Monitor(
-            fleet.snapshot_many, lambda: dispatchers[0].active if shown else (), run.sample_every_s
+            snapshot_many, lambda: dispatchers[0].active if shown else (), run.sample_every_s
         )
 
         async def deliver(record: RequestRecord) -> None:
@@ -183,7 +182,6 @@ async def _replay(
             raise failed.exceptions[0] from None
         finally:
             outcome.ended_at = clock.now()
-            await driver.close()
 
 
 def _dispatchers(

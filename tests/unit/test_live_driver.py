@@ -41,12 +41,9 @@ def driven(
     """What is left of a dispatcher, of which the first instance is active, after `main` and the end of the driver."""
 
     async def run() -> Dispatcher:
-        driver = LiveDriver(Clock(), servers)
         dispatcher = Dispatcher(instances, RoundRobin(), None, DispatchConfig(), Random(0), initial=1)
-        try:
+        async with LiveDriver(Clock(), servers) as driver:
             await main(driver, dispatcher)
-        finally:
-            await driver.close()
         return dispatcher
 
     return asyncio.run(run())
@@ -183,3 +180,17 @@ def test_where_there_is_nothing_to_start_an_instance_is_up_at_once() -> None:
         assert list(dispatcher.active) == [0, 1]
 
     driven(main)
+
+
+def test_what_stopping_raises_does_not_hide_what_went_wrong_before() -> None:
+    class Broken(Servers):
+        async def stop(self, instance_id: int) -> None:
+            raise OSError("cannot stop it")
+
+    async def main(driver: LiveDriver, dispatcher: Dispatcher) -> None:
+        driver.stop_instance(1, dispatcher)
+        await asyncio.sleep(0.002)
+        raise LookupError("this went wrong")
+
+    with pytest.raises(LookupError, match="this went wrong"):
+        driven(main, Broken())
