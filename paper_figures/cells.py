@@ -23,6 +23,9 @@ Key = tuple[tuple[str, str], ...]
 LABELS = ("setting",)
 """Keys of cells that name something for people and configure nothing."""
 
+REQUESTS = "workload.num_requests"
+"""A cell that sets it has another number of requests than most, which all change together for a quick look."""
+
 Kind = TypeVar("Kind", Run, Search)
 
 

@@ -54,7 +54,7 @@ def table(stored: cells.Stored) -> pd.DataFrame:
     """A row per run; cost_us: wall-clock time of the run, simulated engines and all, over its requests."""
     rows = []
     for cell, run in stored.run(RUNS):
-        cost = 1e6 * float(run.summary["wall_time_s"] or 0.0) / cell["workload.num_requests"]
+        cost = 1e6 * float(run.summary["wall_time_s"] or 0.0) / run.document["counts"]["sent"]
         latencies = {metric: run.summary[metric] for metric in ("e2e_mean_s", "e2e_p99_s", "ttft_p99_s")}
         rows.append({"variant": cell["setting"], "instances": cell["cluster.num_gpus"], **latencies, "cost_us": cost})
     return pd.DataFrame(rows)

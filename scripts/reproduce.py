@@ -47,6 +47,7 @@ from paper_figures import cells, readme, report, style, verdicts  # noqa: E402
 from paper_figures.catalogue import FIGURES  # noqa: E402
 
 FIGURE_FOLDER = Path("artifacts/figures")
+FULL = 10_000  # requests of a run, where its figure does not say otherwise
 REAL_BACKENDS = ("emulated", "vllm")
 
 
@@ -90,7 +91,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="say what there is and what is stored of it")
     parser.add_argument("--fresh", action="store_true", help="run and search again what is stored, too")
     parser.add_argument("--out", type=Path, help=f"folder for the figures (default: {FIGURE_FOLDER})")
-    parser.add_argument("--requests", type=int, default=10_000, help="requests a run; fewer are for a quick look")
+    parser.add_argument("--requests", type=int, default=FULL, help="requests a run; fewer are for a quick look")
     parser.add_argument("--seeds", type=int, default=3, help="seeds, 1 to 3; fewer are for a quick look")
     parser.add_argument(
         "--backend",
@@ -113,7 +114,7 @@ def _options() -> argparse.Namespace:
         parser.error(f"--requests={options.requests}: must be at least 1")
     if not 1 <= options.seeds <= 3:
         parser.error(f"--seeds={options.seeds}: must be between 1 and 3")
-    options.full = options.backend == "simulated" and options.requests == 10_000 and options.seeds == 3
+    options.full = options.backend == "simulated" and options.requests == FULL and options.seeds == 3
     if options.out is None:
         quick = f"{options.backend}-{options.requests}x{options.seeds}"
         options.out = FIGURE_FOLDER if options.full else FIGURE_FOLDER / quick
@@ -135,12 +136,12 @@ def _jobs(figures: Mapping[str, Any], options: argparse.Namespace) -> Jobs:
     """The job of each cell, by whether it is a search and its key."""
     everything = cells.Stored({}, {}, options.seeds)
     wanted = {
-        (search, cells.key(cell)): {key: value for key, value in cell.items() if key not in cells.LABELS}
+        (search, cells.key(cell)): _sized(cell, options.requests)
         for module in figures.values()
         for search, each in ((False, module.RUNS), (True, getattr(module, "SEARCHES", ())))
         for cell in everything.wanted(each)
     }
-    always = (f"backend={options.backend}", "tracking=none", f"workload.num_requests={options.requests}")
+    always = (f"backend={options.backend}", "tracking=none")
     composer = Composer(ROOT / "conf", always)
     made = composer.jobs([(search, cell) for (search, _), cell in wanted.items()])
     jobs = dict(zip(wanted, made, strict=True))
@@ -148,12 +149,19 @@ def _jobs(figures: Mapping[str, Any], options: argparse.Namespace) -> Jobs:
     return jobs
 
 
+def _sized(cell: cells.Cell, requests: int) -> cells.Cell:
+    """What a cell sets, its number of requests among it: `requests`, or as many of its own as these are of 10,000."""
+    own = cell.get(cells.REQUESTS, FULL)
+    values = {key: value for key, value in cell.items() if key not in cells.LABELS}
+    return {**values, cells.REQUESTS: max(1, round(own * requests / FULL))}
+
+
 def _list(figures: Mapping[str, Any], jobs: Jobs, options: argparse.Namespace) -> None:
     for name, module in figures.items():
         mine = [job for job, _ in _of(module, jobs, options)]
         have, distinct = sum(job.stored is not None for job in mine), campaign.distinct(mine)
         left = sum(job.weight for job in distinct if job.stored is None)
-        seconds = left * campaign.RUN_S * options.requests / 10_000 / (os.cpu_count() or 1)
+        seconds = left * campaign.RUN_S * options.requests / FULL / (os.cpu_count() or 1)
         cost = "" if left == 0 else f", about {max(seconds / 60, 1):.0f} min" if options.backend == "simulated" else ""
         print(f"{name:10}{have:4} of {len(mine):3} stored{cost:16}  {module.TITLE} ({module.PAPER})")
 

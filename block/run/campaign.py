@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 from hydra import compose, initialize_config_dir
 from joblib import Memory, Parallel, delayed
@@ -221,7 +222,9 @@ def do(missing: Sequence[Job], *, at_once: int, fresh: bool = False) -> list[str
             experiment.compile_ahead(config.build(OmegaConf.create(job.settings)))
     failures = []
     work = (delayed(_one)(job, os.getpid(), fresh) for job in missing)
-    with progress(Console(stderr=True), "runs", sum(job.weight for job in missing)) as advance:
+    with progress(Console(stderr=True), "runs", sum(job.weight for job in missing)) as advance, catch_warnings():
+        # A worker that has grown, as by a run on a thousand instances, is replaced by a fresh one, as it should be.
+        filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
         for weight, error in Parallel(n_jobs=at_once, return_as="generator_unordered")(work):
             advance(weight)
             if error:

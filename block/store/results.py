@@ -73,7 +73,6 @@ KEYS = (
         "replay_share",
         "runs_dir",
         "gateway",
-        "server",
         "estimation",
     ),
     *("experiment", "schema_version", "id", "created", "status", "error", "choices", "config", "config_hash", "hashes"),
