@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from warnings import catch_warnings, filterwarnings
 
 from hydra import compose, initialize_config_dir
 from joblib import Memory, Parallel, delayed
@@ -37,7 +36,7 @@ CACHED = 2000  # compositions and fingerprints kept on disk
 FEW = 8  # so many are computed one after the other
 SEARCH_RUNS = 5  # runs that a search takes, about
 _FINGERPRINTED = ("model", "cluster", "engine", "backend", "lengths", "workload")  # nodes that they hang on
-RUN_S = 1.4  # seconds that a simulated run of 10,000 requests takes, about
+REQUEST_S = 1.4e-4  # seconds that a request of a simulated run takes, about
 
 
 @dataclass
@@ -56,10 +55,9 @@ class Job:
         return self.search, str(searches.path_of(self.settings)) if self.search else experiment_hash(self.settings)
 
     @property
-    def weight(self) -> int:
-        """Its time, in runs of 10,000 requests."""
-        runs = int(self.settings["workload"]["num_requests"] or 10_000) // 10_000
-        return max(runs, 1) * (SEARCH_RUNS if self.search else 1)
+    def requests(self) -> int:
+        """How many it serves, those of all runs of a search; about, if they are not numbered."""
+        return int(self.settings["workload"]["num_requests"] or 10_000) * (SEARCH_RUNS if self.search else 1)
 
     def find(self, stored: Mapping[str, Sequence[Run]]) -> Run | searches.Search | None:
         """What is stored of it, the latest among runs by their config hash; None if there is none that is current."""
@@ -206,7 +204,7 @@ def find(jobs: Iterable[Job]) -> None:
 def distinct(jobs: Iterable[Job]) -> list[Job]:
     """Each job once, the longest first, so that no core is idle at the end."""
     once = {job.identity: job for job in jobs}.values()
-    return sorted(once, key=lambda job: (job.weight, job.settings["cluster"].get("num_gpus", 0)), reverse=True)
+    return sorted(once, key=lambda job: (job.requests, job.settings["cluster"].get("num_gpus", 0)), reverse=True)
 
 
 def do(missing: Sequence[Job], *, at_once: int, fresh: bool = False) -> list[str]:
@@ -222,18 +220,16 @@ def do(missing: Sequence[Job], *, at_once: int, fresh: bool = False) -> list[str
             experiment.compile_ahead(config.build(OmegaConf.create(job.settings)))
     failures = []
     work = (delayed(_one)(job, os.getpid(), fresh) for job in missing)
-    with progress(Console(stderr=True), "runs", sum(job.weight for job in missing)) as advance, catch_warnings():
-        # A worker that has grown, as by a run on a thousand instances, is replaced by a fresh one, as it should be.
-        filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
-        for weight, error in Parallel(n_jobs=at_once, return_as="generator_unordered")(work):
-            advance(weight)
+    with progress(Console(stderr=True), "requests", sum(job.requests for job in missing)) as advance:
+        for requests, error in Parallel(n_jobs=at_once, return_as="generator_unordered")(work):
+            advance(requests)
             if error:
                 failures.append(error)
     return failures
 
 
 def _one(job: Job, main: int, fresh: bool) -> tuple[int, str]:
-    """A job, in a process of its own; returns its weight and what went wrong."""
+    """A job, in a process of its own; returns its requests and what went wrong."""
     end_with(main)
     settings = OmegaConf.create(job.settings)
     settings.capacity.fresh = fresh
@@ -245,7 +241,7 @@ def _one(job: Job, main: int, fresh: bool) -> tuple[int, str]:
         else:
             experiment.execute(settings, job.choices, quiet=True)
     except Exception as error:  # the others go on, and what lacks is told at the end
-        return job.weight, f"{job}: {explain(error)}"
+        return job.requests, f"{job}: {explain(error)}"
     finally:
         gc.enable()
-    return job.weight, ""
+    return job.requests, ""

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from warnings import filterwarnings
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -33,6 +34,9 @@ from block.store import wandb as tracking
 
 _SWEEP = "BLOCK_SWEEP"  # environment, which the processes that run the jobs inherit
 _WATCH = "ends with the sweep"  # name of a thread
+
+# A worker that has grown, as by a run on a thousand instances, is replaced by a fresh one, as it should be.
+filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from commands import ROOT, command
 
 from paper_figures import fig6
@@ -34,6 +35,14 @@ def test_the_list_has_every_figure_with_its_state_and_cost(tmp_path: Path) -> No
     cells = len(fig6.RUNS) + len(fig6.SEARCHES)
     assert any(f" 0 of {cells} stored, about" in line for line in lines)
     assert not (tmp_path / "artifacts").exists()
+
+
+def test_twice_the_requests_are_listed_with_twice_the_time(tmp_path: Path) -> None:
+    def minutes(requests: int) -> int:
+        listed = reproduce(tmp_path, "fig6", "--list", "--requests", str(requests)).stdout
+        return int(listed.partition("about ")[2].split()[0])
+
+    assert minutes(2_000_000) / minutes(1_000_000) == pytest.approx(2, rel=0.05)
 
 
 def test_a_second_call_does_nothing_and_a_lost_run_is_made_again(tmp_path: Path) -> None:

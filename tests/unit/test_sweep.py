@@ -336,3 +336,25 @@ def test_only_a_worker_ends_with_its_parent() -> None:
             [sys.executable, "-c", lines.format(main)], capture_output=True, text=True, timeout=60, env=dict(os.environ)
         )
         assert done.stdout == "alive\n"
+
+
+GROWING = """
+import builtins, time
+from joblib import Parallel, delayed
+{}
+def grow(mib):
+    time.sleep(1.1)  # joblib looks once a second
+    builtins.kept = b"x" * (mib << 20)
+    return mib
+print(sum(Parallel(n_jobs=2)(delayed(grow)(mib) for mib in (1, 1, 400, 400, 1, 1, 1, 1))))
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_has_grown_is_replaced_without_a_word() -> None:
+    told = {}
+    for first in ("import block.run.sweep", ""):
+        done = subprocess.run([sys.executable, "-c", GROWING.format(first)], capture_output=True, text=True, timeout=60)
+        assert done.stdout == "806\n"
+        told[first] = "A worker stopped" in done.stderr
+    assert told == {"import block.run.sweep": False, "": True}
