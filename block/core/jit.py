@@ -92,6 +92,7 @@ class _Stopwatch(event.Listener):  # type: ignore[misc]
         print("compiling, once for this version of the code: half a minute or so", file=sys.stderr, flush=True)
 
 
+_locked = False  # by this process
 _stopwatch = _Stopwatch()
 event.register("numba:compile", _stopwatch)
 
@@ -103,7 +104,14 @@ def seconds() -> float:
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Of processes that would compile the same, one does at a time, and the others load what it has compiled."""
+    """Of processes that would compile the same, one does at a time, and the others load what it has compiled.
+
+    Within another, it does nothing: who compiles several things holds one lock over all.
+    """
+    global _locked
+    if _locked:
+        yield
+        return
     try:
         folder = Path(numba.config.CACHE_DIR)
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +121,11 @@ def one_at_a_time() -> Iterator[None]:
         return
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        _locked = True
+        try:
+            yield
+        finally:
+            _locked = False
 
 
 def compiled(function: F) -> F:

@@ -130,13 +130,14 @@ def execute(
 
 
 def compile_ahead(run: RunConfig) -> None:
-    """Load the compiled code of a run, or compile it. Processes that do so at once compile it once."""
+    """Load the compiled code of a run, or compile it. Of processes that do so at once, one compiles it all."""
     alike = run.testbed.kinds[0]
     latency = run.backend.latency(alike)
-    if run.scheduler.needs is Needs.FORECAST:
-        Predictor(alike.settings, latency).warm_up()
-    if isinstance(run.backend, Simulated):
-        warm_up(EngineSpec(alike.settings, latency))
+    with compiled.one_at_a_time():
+        if run.scheduler.needs is Needs.FORECAST:
+            Predictor(alike.settings, latency).warm_up()
+        if isinstance(run.backend, Simulated):
+            warm_up(EngineSpec(alike.settings, latency))
 
 
 def _made(run: RunConfig) -> tuple[list[Request], workload.Facts]:
