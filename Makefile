@@ -4,10 +4,13 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
+# The tests start hundreds of interpreters: what these import is made bytecode once, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE =
+
 # Two workers; one of them runs what is live (tests/conftest.py).
 PYTEST := $(BIN)/pytest --numprocesses=2
 
-.PHONY: help run check test reproduce lint fmt types docs bench clean
+.PHONY: help run check test reproduce lint fmt types docs compiled bench clean
 
 help:
 	@echo "make run    one simulated run; e.g. make run ARGS=workload.qps=30"
@@ -30,7 +33,8 @@ reproduce: .venv/.run
 check: lint types
 	$(PYTEST) tests/unit -m "not live and not slow"
 
-test: lint types docs
+test: .venv/.dev
+	$(MAKE) --no-print-directory --jobs=2 --output-sync types compiled docs lint
 	$(PYTEST) --cov=block --cov-report=term:skip-covered --cov-fail-under=92 --durations=15
 
 lint: .venv/.dev
@@ -45,6 +49,10 @@ types: .venv/.dev
 
 docs: .venv/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet  # strict: a warning fails it
+
+# What numba compiles once, by a run: else both workers of the tests would wait for it.
+compiled: .venv/.dev
+	$(BIN)/python run.py workload.num_requests=1 tracking=none runs_dir=$$(mktemp --directory) >/dev/null
 
 fmt: .venv/.dev
 	$(BIN)/ruff check --fix .
@@ -67,6 +75,6 @@ $(BIN)/python:
 
 # The tests run real vLLM on the CPU. vLLM pulls in builds of these three that do not match its torch, and needs none.
 .venv/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev,cpu]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev,cpu]'
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch .venv/.run $@

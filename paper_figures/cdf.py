@@ -10,25 +10,25 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from paper_figures import cells, style
+from paper_figures import points, style
 
 TITLE = "Distributions of TTFT and request latency"
 PAPER = "v2 CDFs"
 QPS = (20, 24, 28, 32, 36)
-RUNS = cells.grid(scheduler=style.COMPARED, workload__qps=QPS, seed=(0,))
+RUNS = points.grid(scheduler=style.COMPARED, workload__qps=QPS, seed=(0,))
 SHARES = np.concatenate([np.arange(0.01, 0.99, 0.01), np.arange(0.99, 1.0, 0.001)])
 METRICS = {"ttft_s": "TTFT (s)", "e2e_s": "request latency (s)"}
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
+def table(stored: points.Stored) -> pd.DataFrame:
     """Quantiles of each run's requests."""
     rows = []
-    for cell, run in stored.run(RUNS):
+    for point, run in stored.run(RUNS):
         requests = run.requests()
         requests = requests[requests["status"] == "ok"]
         ttft = np.quantile(requests["first_token"] - requests["arrival"], SHARES)
         e2e = np.quantile(requests["finished"] - requests["arrival"], SHARES)
-        rows.append(pd.DataFrame({**cell, "share": SHARES, "ttft_s": ttft, "e2e_s": e2e}))
+        rows.append(pd.DataFrame({**point, "share": SHARES, "ttft_s": ttft, "e2e_s": e2e}))
     return pd.concat(rows, ignore_index=True)
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import FixedLocator, NullFormatter
 
-from paper_figures import cells, settings, style
+from paper_figures import points, settings, style
 from paper_figures.verdicts import PUBLISHED, Claim, above, order, value
 
 TITLE = "Bursty arrivals: latency at 32 requests/s, and capacity, by the shape of Gamma gaps"
@@ -24,25 +24,25 @@ SCHEDULERS = ("round_robin", "infaas", "llumnix_minus", "block", "block_star")
 SHAPE = "workload.burst_shape"
 
 
-def _gaps(shape: float) -> cells.Cell:
+def _gaps(shape: float) -> points.GridPoint:
     """Gamma gaps of shape 1 are those of Poisson arrivals, which other figures have too."""
     return {} if shape == 1 else {"workload.arrivals": "gamma", SHAPE: shape}
 
 
 RUNS = [
-    {**cell, **_gaps(shape)}
+    {**point, **_gaps(shape)}
     for shape in SHAPES
-    for cell in cells.grid(scheduler=SCHEDULERS, workload__qps=(QPS,), seed=settings.SEEDS)
+    for point in points.grid(scheduler=SCHEDULERS, workload__qps=(QPS,), seed=settings.SEEDS)
 ]
 SEARCHES = [
-    cell if shape == 1 else {**cell, **_gaps(shape), "capacity.slo_s": [SLO_S]}
+    point if shape == 1 else {**point, **_gaps(shape), "capacity.slo_s": [SLO_S]}
     for shape in SHAPES
-    for cell in settings.searches("base", ("block_star",), None if shape == 1 else "bursty")
+    for point in settings.searches("base", ("block_star",), None if shape == 1 else "bursty")
 ]
 PANELS = {"e2e_mean_s": "mean request latency (s)", "ttft_p99_s": "P99 TTFT (s)"}
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
+def table(stored: points.Stored) -> pd.DataFrame:
     """A row per run, and one per search of Block* with its capacity_qps at 10 s."""
     runs = stored.summaries(RUNS)[["scheduler", SHAPE, "seed", *PANELS]]
     searched = stored.capacities(SEARCHES, (SLO_S,))[["scheduler", SHAPE, "seed", "capacity_qps"]]

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from paper_figures import cells, settings, style
+from paper_figures import points, settings, style
 from paper_figures.verdicts import PUBLISHED, Claim, value
 
 TITLE = "Injected error: lengths and forecasts times Gaussian factors, at 32 requests/s"
@@ -19,22 +19,22 @@ SIGMAS = (0.0, 0.25, 0.5, 1.0)
 LENGTH, FORECAST = "lengths.sigma", "dispatch.forecast_noise"
 
 
-def _errors(length: float, forecast: float) -> cells.Cell:
+def _errors(length: float, forecast: float) -> points.GridPoint:
     """Without errors it is the run that other figures have too."""
     return {"lengths": "injected", LENGTH: length, FORECAST: forecast} if length or forecast else {}
 
 
 RUNS = [
-    {**cell, **_errors(length, forecast)}
+    {**point, **_errors(length, forecast)}
     for length in SIGMAS
     for forecast in SIGMAS
-    for cell in cells.grid(scheduler=("block",), workload__qps=(QPS,), seed=settings.SEEDS)
+    for point in points.grid(scheduler=("block",), workload__qps=(QPS,), seed=settings.SEEDS)
 ]
 SEARCHES = [
     *settings.searches("base", ("block",)),
     *(
-        {**cell, **_errors(1.0, 1.0), "capacity.slo_s": [SLO_S]}
-        for cell in settings.searches("base", ("block",), "both errors 100 %")
+        {**point, **_errors(1.0, 1.0), "capacity.slo_s": [SLO_S]}
+        for point in settings.searches("base", ("block",), "both errors 100 %")
     ),
 ]
 PANELS = {
@@ -44,7 +44,7 @@ PANELS = {
 }
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
+def table(stored: points.Stored) -> pd.DataFrame:
     """A row per run, and one per search with its capacity_qps at 10 s, without errors and with 100 % of both."""
     runs = stored.summaries(RUNS)[[LENGTH, FORECAST, "seed", *PANELS]]
     searched = stored.capacities(SEARCHES, (SLO_S,))[[LENGTH, FORECAST, "seed", "capacity_qps"]]

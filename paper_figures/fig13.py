@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from paper_figures import cells, settings, style
+from paper_figures import points, settings, style
 from paper_figures.verdicts import PUBLISHED, Claim, order
 
 TITLE = "CPU and memory of a predictor, measured here"
@@ -19,12 +19,12 @@ QPS = (20, 24, 28, 32, 36)
 INSTANCES = 12
 ASKED = {"block_star": INSTANCES, "po2": 2}
 RUNS = [
-    *cells.grid(scheduler=("block_star",), workload__qps=QPS, seed=settings.SEEDS),
-    *cells.grid(lengths=("compact",), scheduler=("po2",), workload__qps=QPS, seed=settings.SEEDS),
+    *points.grid(scheduler=("block_star",), workload__qps=QPS, seed=settings.SEEDS),
+    *points.grid(lengths=("compact",), scheduler=("po2",), workload__qps=QPS, seed=settings.SEEDS),
 ]
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
+def table(stored: points.Stored) -> pd.DataFrame:
     """A row per run: core_percent, the share of a core that the forecasts of one instance take; forecast_us, the mean
     time of one; memory_gib, the most that the whole process held: 12 engine twins, dispatcher, predictor and all
     records.

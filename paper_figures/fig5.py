@@ -13,7 +13,7 @@ import pandas as pd
 import seaborn as sns
 
 from block.store import summary as metrics
-from paper_figures import cells, settings, style
+from paper_figures import points, settings, style
 from paper_figures.verdicts import PUBLISHED, Claim, order, value
 
 TITLE = "Prediction error, latency of the chosen instance among all, and its true rank"
@@ -21,17 +21,17 @@ PAPER = "v2 Fig 5, camera-ready Fig 5"
 SIMULATED_ONLY = True
 QPS = (20, 24, 28, 32, 36)
 SCHEDULERS = ("block", "block_star")
-RUNS = cells.grid(scheduler=SCHEDULERS, workload__qps=QPS, replay_share=(0.01,), seed=settings.SEEDS)
+RUNS = points.grid(scheduler=SCHEDULERS, workload__qps=QPS, replay_share=(0.01,), seed=settings.SEEDS)
 LATENCIES = {"best": "best", "chosen": "chosen", "average": "average", "worst": "worst"}
 INSTANCES = 12
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
+def table(stored: points.Stored) -> pd.DataFrame:
     """A row per run: mean error_percent of E2E; of the replayed requests, mean E2E of the chosen instance, and of the
     best, average and worst one; ranked_1 to ranked_12, the share of requests whose instance had that rank.
     """
     rows = []
-    for cell, run in stored.run(RUNS):
+    for point, run in stored.run(RUNS):
         requests = metrics.only_ok({str(k): v.to_numpy() for k, v in run.requests().items()})
         replayed = run.counterfactuals()
         by_request = replayed.groupby("request_id")["replayed_e2e"]
@@ -39,7 +39,7 @@ def table(stored: cells.Stored) -> pd.DataFrame:
         ranks = by_request.rank(method="min")[chosen].value_counts(normalize=True)
         rows.append(
             {
-                **cell,
+                **point,
                 "error_percent": 100 * metrics.e2e_error(requests).mean(),
                 "chosen": replayed.loc[chosen, "replayed_e2e"].mean(),
                 "best": by_request.min().mean(),

@@ -12,13 +12,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from paper_figures import cells, settings, style
+from paper_figures import points, settings, style
 from paper_figures.verdicts import CAPACITY_QPS, PUBLISHED, Claim, above, order, value
 
 TITLE = "Latency, TTFT, scheduling overhead, throughput and capacity, by scheduler"
 PAPER = "v2 Fig 6, camera-ready Fig 6"
 QPS = (20, 24, 28, 30, 31, 32, 33, 34, 36)  # most happens about the capacities
-RUNS = cells.grid(scheduler=style.COMPARED, workload__qps=QPS, seed=settings.SEEDS)
+RUNS = points.grid(scheduler=style.COMPARED, workload__qps=QPS, seed=settings.SEEDS)
 SEARCHES = settings.searches("base", style.COMPARED)
 INSTANCES = 12
 
@@ -34,7 +34,7 @@ PANELS = {
 CAPACITY = "capacity (requests/s)"
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
+def table(stored: points.Stored) -> pd.DataFrame:
     """A row per run, and one per seed and objective with the capacity_qps at slo_s."""
     runs = stored.summaries(RUNS)
     runs["overhead_ms"] = runs["forecast_mean_us"].astype(float).fillna(0.0) * INSTANCES / 1000

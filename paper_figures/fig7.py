@@ -8,13 +8,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from paper_figures import cells, settings, style
+from paper_figures import points, settings, style
 from paper_figures.verdicts import Claim, above, order
 
 TITLE = "Free KV blocks and preemptions, by request"
 PAPER = "v2 Fig 7, camera-ready Fig 7"
 QPS = (28, 32)
-RUNS = cells.grid(scheduler=style.COMPARED, workload__qps=QPS, seed=settings.SEEDS)
+RUNS = points.grid(scheduler=style.COMPARED, workload__qps=QPS, seed=settings.SEEDS)
 SHOWN = 0  # the seed that is drawn
 WIDTH = 200  # requests that a point stands for
 PANELS = {
@@ -24,10 +24,10 @@ PANELS = {
 }
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
+def table(stored: points.Stored) -> pd.DataFrame:
     """By request number: mean and variance over instances of the free blocks, and all preemptions so far."""
     rows = []
-    for cell, run in stored.run(RUNS):
+    for point, run in stored.run(RUNS):
         samples = run.instances().groupby("request_id")
         one = pd.DataFrame(
             {
@@ -39,7 +39,7 @@ def table(stored: cells.Stored) -> pd.DataFrame:
         one = one.groupby(one.index // WIDTH * WIDTH).agg(
             {"free_mean": "mean", "free_variance": "mean", "preemptions": "max"}
         )
-        rows.append(one.rename_axis("request").reset_index().assign(**cell))
+        rows.append(one.rename_axis("request").reset_index().assign(**point))
     return pd.concat(rows, ignore_index=True)
 
 

@@ -9,37 +9,37 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from paper_figures import cells, style, verdicts
+from paper_figures import points, style, verdicts
 
 TITLE = "Auto-provisioning: by predicted latency, by measured latency, or none"
 PAPER = "v2 Fig 8"
 THRESHOLD_S = 70.0
 NAMES = {"static": "static, 10", "relief": "relief, from 6", "preempt": "preempt, from 6"}
 COLOURS = {"static": "#999999", "relief": "#0072B2", "preempt": "#D55E00"}
-RUNS = cells.grid(
+RUNS = points.grid(
     provisioner=tuple(NAMES), scheduler=("block",), cluster__num_gpus=(10,), workload__qps=(24,), seed=(0, 1, 2)
 )
 WIDTH = 100  # requests that a point stands for
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
+def table(stored: points.Stored) -> pd.DataFrame:
     """By request number: mean latency and active instances; with the run's P99, requests over the threshold, when the
     first instance joined (s) and what all cost (instance-seconds).
     """
     rows = []
-    for cell, run in stored.run(RUNS):
+    for point, run in stored.run(RUNS):
         requests = run.requests().set_index("request_id")
         latency = (requests["finished"] - requests["arrival"])[requests["status"] == "ok"]
         active = run.instances().groupby("request_id").size().reindex(requests.index, method="ffill")
         bins = requests.index // WIDTH * WIDTH
         one = pd.DataFrame({"latency_s": latency.groupby(bins).mean(), "instances": active.groupby(bins).mean()})
         joins = [change[0] for change in run.document["changes"] if change[2] == "join"]
-        always = cell["cluster.num_gpus"] * requests["finished"].max()
+        always = point["cluster.num_gpus"] * requests["finished"].max()
         one = (
             one.rename_axis("request")
             .reset_index()
             .assign(
-                **{key: cell[key] for key in ("provisioner", "seed")},
+                **{key: point[key] for key in ("provisioner", "seed")},
                 e2e_p99_s=run.summary["e2e_p99_s"],
                 e2e_mean_s=run.summary["e2e_mean_s"],
                 over_threshold=int((latency > THRESHOLD_S).sum()),

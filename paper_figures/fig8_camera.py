@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from paper_figures import cells, settings, style
+from paper_figures import points, settings, style
 from paper_figures.verdicts import PUBLISHED, Claim, above, order, value
 
 TITLE = "Llumnix with live migration against Block, on A100 and A30"
@@ -31,16 +31,18 @@ TESTBEDS: dict[str, tuple[dict[str, tuple[Any, ...]], tuple[float, ...]]] = {
     ),
 }
 RUNS = [
-    cell
+    point
     for testbed, rates in TESTBEDS.values()
     for schedulers, engine in ((SCHEDULERS, "vllm_v0"), (("llumnix",), UNCHUNKED))
-    for cell in cells.grid(scheduler=schedulers, engine=(engine,), **testbed, workload__qps=rates, seed=settings.SEEDS)
+    for point in points.grid(
+        scheduler=schedulers, engine=(engine,), **testbed, workload__qps=rates, seed=settings.SEEDS
+    )
 ]
 PANELS = {"e2e_mean_s": "mean request latency (s)", "token_throughput_tps": "throughput (tokens/s)"}
 OTHERS = ("e2e_p99_s", "ttft_p99_s", "preemptions")
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
+def table(stored: points.Stored) -> pd.DataFrame:
     """A row per run."""
     found = stored.summaries(RUNS)
     found["testbed"] = [_testbed(row) for _, row in found.iterrows()]

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from paper_figures import cells, settings, style
+from paper_figures import points, settings, style
 from paper_figures.verdicts import CAPACITY_QPS, PUBLISHED, Claim, above, order, value
 
 TITLE = "Capacity by the number of instances asked, with estimated and with true lengths"
@@ -19,19 +19,19 @@ SIMULATED_ONLY = True
 K = (2, 4, 8)
 ALL = 12
 LENGTHS = {"estimated": "compact", "oracle": "oracle"}
-RUNS: list[cells.Cell] = []
-SEARCHES: list[cells.Cell] = [
+RUNS: list[points.GridPoint] = []
+SEARCHES: list[points.GridPoint] = [
     *(
-        {"lengths": lengths, "scheduler.k": k, **cell}
+        {"lengths": lengths, "scheduler.k": k, **point}
         for name, lengths in LENGTHS.items()
         for k in K
-        for cell in settings.searches("base", ("po_k",), f"{k} with {name} lengths")
+        for point in settings.searches("base", ("po_k",), f"{k} with {name} lengths")
     ),
     *settings.searches("base", ("block", "block_star", "llumnix_minus")),
 ]
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
+def table(stored: points.Stored) -> pd.DataFrame:
     """A row per lengths, k, seed and objective; Llumnix- has neither lengths nor k."""
     found = stored.capacities(SEARCHES, settings.SLO_S)
     names = {scheduler: name for name, scheduler in LENGTHS.items()} | {"block": "oracle", "block_star": "estimated"}

@@ -14,7 +14,7 @@ import pandas as pd
 import seaborn as sns
 
 from block.store.summary import interval
-from paper_figures import cells, fig6, settings, style, table2
+from paper_figures import fig6, points, settings, style, table2
 from paper_figures.verdicts import PUBLISHED, Claim, order, value
 
 TITLE = "Gain in capacity in every setting, and in P99 latency at every rate, over each baseline"
@@ -24,11 +24,11 @@ OURS = ("block", "block_star")
 BASELINES = ("round_robin", "infaas", "llumnix_minus")
 QPS = tuple(qps for qps in fig6.QPS if qps >= 28)
 MOST = 85  # % of gain that the figure has room for
-RUNS = [cell for cell in fig6.RUNS if cell["scheduler"] in OURS + BASELINES and cell["workload.qps"] in QPS]
+RUNS = [point for point in fig6.RUNS if point["scheduler"] in OURS + BASELINES and point["workload.qps"] in QPS]
 SEARCHES = table2.SEARCHES
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
+def table(stored: points.Stored) -> pd.DataFrame:
     """A row per scheduler, baseline and setting (with slo_s) or rate (workload.qps): gain_percent, its half_width,
     by_seed.
     """

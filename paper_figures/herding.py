@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import FixedLocator, NullFormatter
 
-from paper_figures import cells, settings, style
+from paper_figures import points, settings, style
 from paper_figures.verdicts import Claim, above, order, value
 
 TITLE = (
@@ -28,7 +28,7 @@ AGES = (0, 1, 5)
 ASKED = {2: "2", 4: "4", 12: "all 12"}
 
 
-def _cell(dispatchers: int, age: int, k: int, ledger: bool, seed: int) -> cells.Cell:
+def _cell(dispatchers: int, age: int, k: int, ledger: bool, seed: int) -> points.GridPoint:
     what = {"scheduler": "block", "workload.qps": QPS, DISPATCHERS: dispatchers, STALENESS: age, K: k, LEDGER: ledger}
     return {**what, "seed": seed}
 
@@ -50,7 +50,7 @@ METRICS = {"ttft_p99_s": "P99 TTFT (s)", "e2e_p99_s": "P99 request latency (s)"}
 TICKS = ([2, 5, 10, 20, 40], [30, 35, 40, 50, 60, 70])
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
+def table(stored: points.Stored) -> pd.DataFrame:
     """A row per run."""
     return stored.summaries(RUNS)[[LEDGER, DISPATCHERS, STALENESS, K, "seed", *METRICS, "e2e_mean_s"]]
 

@@ -9,17 +9,17 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from paper_figures import cells, style, verdicts
+from paper_figures import points, style, verdicts
 
 TITLE = "Instances of different speed and memory in one cluster"
 PAPER = "beyond the paper"
 SCHEDULERS = ("round_robin", "infaas", "llumnix_minus", "block", "block_star")
 QPS = (28, 32, 36)
-RUNS = cells.grid(cluster=("mixed",), scheduler=SCHEDULERS, workload__qps=QPS, seed=(0, 1, 2))
+RUNS = points.grid(cluster=("mixed",), scheduler=SCHEDULERS, workload__qps=QPS, seed=(0, 1, 2))
 PANELS = {"ttft_p99_s": "P99 TTFT (s)", "e2e_p99_s": "P99 latency (s)", "e2e_mean_s": "mean latency (s)"}
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
+def table(stored: points.Stored) -> pd.DataFrame:
     """A row per run."""
     return stored.summaries(RUNS)[["scheduler", "workload.qps", "seed", *PANELS, "preemptions"]]
 

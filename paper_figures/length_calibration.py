@@ -12,12 +12,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from paper_figures import cells, style, table1
+from paper_figures import points, style, table1
 from paper_figures.verdicts import Claim, value
 
 TITLE = "Calibration of the learned length estimators on held-out prompts"
 PAPER = "beyond the paper"
-RUNS: list[cells.Cell] = []
+RUNS: list[points.GridPoint] = []
 FILES = table1.FILES
 NAMES = {
     "gpteacher": "GPTeacher",
@@ -27,13 +27,13 @@ NAMES = {
 LEVEL = 0.8
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
+def table(stored: points.Stored) -> pd.DataFrame:
     """Of each learned estimator and data set, a row per tenth of the estimates, in tokens, and one per level of
-    coverage. MissingCells if nothing was measured.
+    coverage. MissingResults if nothing was measured.
     """
     learned = [row for row in table1.measured() if row["estimator"] not in table1.BASELINES]
     if not learned:
-        raise cells.MissingCells("python run.py experiment=length_estimation measured no learned estimator")
+        raise points.MissingResults("python run.py experiment=length_estimation measured no learned estimator")
     rows = [
         {"estimator": one["estimator"], "data": NAMES.get(one["data"], one["data"]), "kind": kind, **row}
         for one in learned

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from paper_figures import cells, settings, style
+from paper_figures import points, settings, style
 from paper_figures.verdicts import Claim, above, order
 
 TITLE = "Capacity and latency of Block by the error of its response lengths"
@@ -34,30 +34,30 @@ RUNS = [
     for seed in settings.SEEDS
 ]
 SEARCHES = [
-    {**values, **cell}
+    {**values, **point}
     for name, values in ESTIMATORS.items()
-    for cell in settings.searches("base", ("block",), None if name == "true" else f"{name} lengths")
+    for point in settings.searches("base", ("block",), None if name == "true" else f"{name} lengths")
 ]
 INJECTED = [name for name in ESTIMATORS if name.startswith(("true", "injected"))]
 KEYS = ("lengths", "lengths.sigma", "lengths.tokens")
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
+def table(stored: points.Stored) -> pd.DataFrame:
     """A row per run with its error_rate, the sum of errors over the sum of lengths, and latencies; one per search with
     its capacity_qps.
     """
     rows = []
-    for cell, run in stored.run(RUNS):
+    for point, run in stored.run(RUNS):
         requests = run.requests()
         off = np.abs(requests["predicted_output_tokens"] - requests["output_tokens"]).sum()
         latencies = {key: run.summary[key] for key in ("e2e_mean_s", "e2e_p99_s", "ttft_p99_s")}
         error = off / requests["output_tokens"].sum()
-        rows.append({"estimator": _name(cell), "seed": cell["seed"], "error_rate": error, **latencies})
+        rows.append({"estimator": _name(point), "seed": point["seed"], "error_rate": error, **latencies})
     runs = pd.DataFrame(rows)
     found = stored.search(SEARCHES)
     searches = [
-        {"estimator": _name(cell), "seed": cell["seed"], "slo_s": slo, "capacity_qps": one.capacity(slo)}
-        for cell, one in found
+        {"estimator": _name(point), "seed": point["seed"], "slo_s": slo, "capacity_qps": one.capacity(slo)}
+        for point, one in found
         for slo in settings.SLO_S
     ]
     capacities = pd.DataFrame(searches)
@@ -65,8 +65,8 @@ def table(stored: cells.Stored) -> pd.DataFrame:
     return pd.concat([runs, capacities])
 
 
-def _name(cell: cells.Cell) -> str:
-    wanted = {key: cell[key] for key in KEYS if key in cell}
+def _name(point: points.GridPoint) -> str:
+    wanted = {key: point[key] for key in KEYS if key in point}
     return next(name for name, values in ESTIMATORS.items() if values == wanted)
 
 

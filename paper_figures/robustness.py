@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from paper_figures import cells, settings, style
+from paper_figures import points, settings, style
 from paper_figures.verdicts import Claim, value
 
 TITLE = "A latency model that is wrong, and its online correction, at 30 requests/s"
@@ -42,13 +42,13 @@ PANELS = {
 }
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
+def table(stored: points.Stored) -> pd.DataFrame:
     """A row per run."""
     rows = []
-    for cell, run in stored.run(RUNS):
-        variant = next(name for name, values in reversed(VARIANTS.items()) if values.items() <= cell.items())
+    for point, run in stored.run(RUNS):
+        variant = next(name for name, values in reversed(VARIANTS.items()) if values.items() <= point.items())
         numbers = {metric: run.summary[metric] for metric in (*PANELS, "e2e_mean_s")}
-        rows.append({"scenario": cell["setting"], "variant": variant, "seed": cell["seed"], **numbers})
+        rows.append({"scenario": point["setting"], "variant": variant, "seed": point["seed"], **numbers})
     return pd.DataFrame(rows).astype({"e2e_error_mean": float})
 
 

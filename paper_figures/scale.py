@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import FixedLocator, NullFormatter
 
-from paper_figures import cells, style
+from paper_figures import points, style
 from paper_figures.verdicts import Claim, value
 
 TITLE = "Scale: latency and cost of a request by the number of instances, at 2.5 requests/s for each"
@@ -50,13 +50,13 @@ PANELS = {
 }
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
+def table(stored: points.Stored) -> pd.DataFrame:
     """A row per run; cost_us: wall-clock time of the run, simulated engines and all, over its requests."""
     rows = []
-    for cell, run in stored.run(RUNS):
+    for point, run in stored.run(RUNS):
         cost = 1e6 * float(run.summary["wall_time_s"] or 0.0) / run.document["counts"]["sent"]
         latencies = {metric: run.summary[metric] for metric in ("e2e_mean_s", "e2e_p99_s", "ttft_p99_s")}
-        rows.append({"variant": cell["setting"], "instances": cell["cluster.num_gpus"], **latencies, "cost_us": cost})
+        rows.append({"variant": point["setting"], "instances": point["cluster.num_gpus"], **latencies, "cost_us": cost})
     return pd.DataFrame(rows)
 
 

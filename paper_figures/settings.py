@@ -37,7 +37,7 @@ and, where latency falls again with the rate as that of heuristics does, which o
 
 
 def searches(setting: str, schedulers: Sequence[str], variant: str | None = None) -> list[dict[str, Any]]:
-    """The cells of the capacity searches of a setting; they begin where BEGINNINGS has those of a scheduler, or of a
+    """The points of the capacity searches of a setting; they begin where BEGINNINGS has those of a scheduler, or of a
     variant of it.
     """
     one = SETTINGS[setting]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pandas as pd
 
 from block.store.summary import interval
-from paper_figures import cells, settings, style, verdicts
+from paper_figures import points, settings, style, verdicts
 
 TITLE = "Latencies of each scheduler at 30 requests/s, beside the published ones"
 PAPER = "camera-ready Table 2"
 QPS = 30
 SCHEDULERS = (*style.COMPARED, "po2")
 RUNS = [
-    {**cell, **({"lengths": "compact"} if cell["scheduler"] == "po2" else {})}
-    for cell in cells.grid(scheduler=SCHEDULERS, workload__qps=(QPS,), seed=settings.SEEDS)
+    {**point, **({"lengths": "compact"} if point["scheduler"] == "po2" else {})}
+    for point in points.grid(scheduler=SCHEDULERS, workload__qps=(QPS,), seed=settings.SEEDS)
 ]
 METRICS = {
     "e2e_mean_s": "mean E2E (s)",
@@ -25,7 +25,7 @@ METRICS = {
 PUBLISHED = verdicts.PUBLISHED["at_30_qps"]
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
+def table(stored: points.Stored) -> pd.DataFrame:
     """A row per run."""
     return stored.summaries(RUNS)[["scheduler", "seed", *METRICS]]
 
@@ -49,7 +49,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def claims(table: pd.DataFrame) -> list[verdicts.Claim]:
-    """Every published cell."""
+    """Every published point."""
     found = []
     for scheduler, metrics in PUBLISHED.items():
         part = table[table["scheduler"] == scheduler]

@@ -11,12 +11,12 @@ from typing import Any
 
 import pandas as pd
 
-from paper_figures import cells
+from paper_figures import points
 from paper_figures.verdicts import PUBLISHED, Claim, order, value
 
 TITLE = "Length estimators on held-out prompts: average error (tokens), error rate, share within 10, 50 and 100 tokens"
 PAPER = "v2 Table 1, camera-ready Table 1"
-RUNS: list[cells.Cell] = []
+RUNS: list[points.GridPoint] = []
 SCORES = Path(__file__).resolve().parents[1] / "artifacts" / "lengths" / "scores.json"
 FILES = (SCORES,)
 COLUMNS = ("average_error", "error_rate", "acc_10", "acc_50", "acc_100", "bias", "covered")
@@ -25,15 +25,15 @@ MARGIN = 0.25
 
 
 def measured() -> list[dict[str, Any]]:
-    """What was measured, a row per data set and estimator. MissingCells if nothing was."""
+    """What was measured, a row per data set and estimator. MissingResults if nothing was."""
     if not SCORES.is_file():
-        raise cells.MissingCells("python run.py experiment=length_estimation was not run")
+        raise points.MissingResults("python run.py experiment=length_estimation was not run")
     rows: list[dict[str, Any]] = json.loads(SCORES.read_text())["rows"]
     return rows
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
-    """A row per data set and estimator. MissingCells if nothing was measured."""
+def table(stored: points.Stored) -> pd.DataFrame:
+    """A row per data set and estimator. MissingResults if nothing was measured."""
     return pd.DataFrame([{key: row[key] for key in ("data", "estimator", "pairs", *COLUMNS)} for row in measured()])
 
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import pandas as pd
 
 from block.store.summary import interval
-from paper_figures import cells, settings, style
+from paper_figures import points, settings, style
 from paper_figures.verdicts import CAPACITY_QPS, PUBLISHED, Claim, above, order, shown, value
 
 TITLE = "Capacity (requests/s) when the model, the workload, the batch or the chunk changes"
 PAPER = "v2 Table 2, camera-ready Table 3"
 SIMULATED_ONLY = True
 SCHEDULERS = ("round_robin", "infaas", "llumnix_minus", "block", "block_star")
-RUNS: list[cells.Cell] = []
+RUNS: list[points.GridPoint] = []
 SEARCHES = [
-    {"setting": setting, **cell} for setting in settings.SETTINGS for cell in settings.searches(setting, SCHEDULERS)
+    {"setting": setting, **point} for setting in settings.SETTINGS for point in settings.searches(setting, SCHEDULERS)
 ]
 
 
-def table(stored: cells.Stored) -> pd.DataFrame:
+def table(stored: points.Stored) -> pd.DataFrame:
     """A row per setting, scheduler, seed and objective."""
     return stored.capacities(SEARCHES, settings.SLO_S)[["setting", "scheduler", "seed", "slo_s", "capacity_qps"]]
 

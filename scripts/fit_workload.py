@@ -23,7 +23,7 @@ from rich.table import Table
 
 from block.core.arrays import Floats, Ints
 from block.core.choices import choose
-from block.core.rng import stream
+from block.core.rng import generator
 from block.run.config_errors import Parser, piped
 from block.workload.length_sketch import LengthSketch
 from block.workload.spec import SKETCHES
@@ -74,9 +74,9 @@ def _ranks(values: Ints) -> Floats:
 
 def measure(sketch: LengthSketch, trace: Trace, run: int = 10_000, seeds: int = 20) -> Quality:
     """Compare a sample as long as the trace with it; the spreads are over `seeds` runs of `run` requests."""
-    prompt, output = sketch.sample(len(trace.prompt), stream(0, "fit.quality"))
+    prompt, output = sketch.sample(len(trace.prompt), generator(0, "fit.quality"))
     totals = trace.prompt + trace.output
-    means = [np.add(*sketch.sample(run, stream(seed, "fit.spread"))).mean() for seed in range(seeds)]
+    means = [np.add(*sketch.sample(run, generator(seed, "fit.spread"))).mean() for seed in range(seeds)]
     return Quality(
         ks_distance(trace.prompt, prompt),
         ks_distance(trace.output, output),
@@ -112,7 +112,7 @@ def published_burstgpt() -> LengthSketch:
 
 def report(name: str, sketch: LengthSketch, trace: Trace, quality: Quality) -> Table:
     """Original against sampled: means, quantiles, distances, rank correlation, seed-to-seed spread."""
-    prompt, output = sketch.sample(len(trace.prompt), stream(0, "fit.quality"))
+    prompt, output = sketch.sample(len(trace.prompt), generator(0, "fit.quality"))
     table = Table(title=f"{name}: {len(trace.prompt):,} requests", title_justify="left")
     for column in ("tokens", "", "mean", "P1", "P10", "P50", "P90", "P99", "KS distance"):
         table.add_column(column, justify="left" if column in ("tokens", "") else "right")

@@ -43,7 +43,7 @@ from block.store import searches  # noqa: E402
 from block.store.provenance import code_hash  # noqa: E402
 from block.store.results import Run, local_time, probe, reason  # noqa: E402
 from block.store.wandb import Tracking, log_figures, log_run  # noqa: E402
-from paper_figures import cells, readme, report, style, verdicts  # noqa: E402
+from paper_figures import points, readme, report, style, verdicts  # noqa: E402
 from paper_figures.catalogue import FIGURES  # noqa: E402
 
 FIGURE_FOLDER = Path("artifacts/figures")
@@ -72,7 +72,7 @@ def main() -> int:
     failures = campaign.do(missing, at_once=-1 if options.backend == "simulated" else 1, fresh=options.fresh)
     if missing:
         campaign.find(jobs.values())
-    stored = cells.Stored(
+    stored = points.Stored(
         {key[1]: job.stored for key, job in jobs.items() if isinstance(job.stored, Run)},
         {key[1]: job.stored for key, job in jobs.items() if isinstance(job.stored, searches.Search)},
         options.seeds,
@@ -129,31 +129,31 @@ def _real(name: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------- jobs
 
 
-Jobs = dict[tuple[bool, cells.Key], Job]
+Jobs = dict[tuple[bool, points.Key], Job]
 
 
 def _jobs(figures: Mapping[str, Any], options: argparse.Namespace) -> Jobs:
-    """The job of each cell, by whether it is a search and its key."""
-    everything = cells.Stored({}, {}, options.seeds)
+    """The job of each point, by whether it is a search and its key."""
+    everything = points.Stored({}, {}, options.seeds)
     wanted = {
-        (search, cells.key(cell)): _sized(cell, options.requests)
+        (search, points.key(point)): _sized(point, options.requests)
         for module in figures.values()
         for search, each in ((False, module.RUNS), (True, getattr(module, "SEARCHES", ())))
-        for cell in everything.wanted(each)
+        for point in everything.wanted(each)
     }
     always = (f"backend={options.backend}", "tracking=none")
     composer = Composer(ROOT / "conf", always)
-    made = composer.jobs([(search, cell) for (search, _), cell in wanted.items()])
+    made = composer.jobs([(search, point) for (search, _), point in wanted.items()])
     jobs = dict(zip(wanted, made, strict=True))
     campaign.find(jobs.values())
     return jobs
 
 
-def _sized(cell: cells.Cell, requests: int) -> cells.Cell:
-    """What a cell sets, its number of requests among it: `requests`, or as many of its own as these are of 10,000."""
-    own = cell.get(cells.REQUESTS, FULL)
-    values = {key: value for key, value in cell.items() if key not in cells.LABELS}
-    return {**values, cells.REQUESTS: max(1, round(own * requests / FULL))}
+def _sized(point: points.GridPoint, requests: int) -> points.GridPoint:
+    """What a point sets, its number of requests among it: `requests`, or as many of its own as these are of 10,000."""
+    own = point.get(points.REQUESTS, FULL)
+    values = {key: value for key, value in point.items() if key not in points.LABELS}
+    return {**values, points.REQUESTS: max(1, round(own * requests / FULL))}
 
 
 def _list(figures: Mapping[str, Any], jobs: Jobs, options: argparse.Namespace) -> None:
@@ -172,17 +172,17 @@ def _when(jobs: Jobs) -> str:
     return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
-def _of(module: Any, jobs: Jobs, options: argparse.Namespace) -> Iterator[tuple[Job, cells.Cell]]:
-    everything = cells.Stored({}, {}, options.seeds)
+def _of(module: Any, jobs: Jobs, options: argparse.Namespace) -> Iterator[tuple[Job, points.GridPoint]]:
+    everything = points.Stored({}, {}, options.seeds)
     for search, each in ((False, module.RUNS), (True, getattr(module, "SEARCHES", ()))):
-        for cell in everything.wanted(each):
-            yield jobs[search, cells.key(cell)], cell
+        for point in everything.wanted(each):
+            yield jobs[search, points.key(point)], point
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing
 
 
-def _draw(figures: Mapping[str, Any], stored: cells.Stored, options: argparse.Namespace) -> list[str]:
+def _draw(figures: Mapping[str, Any], stored: points.Stored, options: argparse.Namespace) -> list[str]:
     """Write what has changed: figures, summary, report, pages; returns which figures lack something."""
     folder: Path = options.out
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,7 +192,7 @@ def _draw(figures: Mapping[str, Any], stored: cells.Stored, options: argparse.Na
     for name, module in figures.items():
         try:
             stamp = _stamp(module, stored)
-        except cells.MissingCells as error:
+        except points.MissingResults as error:
             lacking.append(f"{name}: {error}")
             continue
         if stamps.get(name) != stamp or not (folder / f"{name}.csv").exists():
@@ -221,7 +221,7 @@ def _draw(figures: Mapping[str, Any], stored: cells.Stored, options: argparse.Na
     return lacking
 
 
-def _picture(name: str, stored: cells.Stored, folder: Path, label: str) -> list[verdicts.Claim] | str:
+def _picture(name: str, stored: points.Stored, folder: Path, label: str) -> list[verdicts.Claim] | str:
     """Draw one figure, in a process of its own; returns its claims, or what it lacks."""
     module = importlib.import_module(f"paper_figures.{name}")
     style.use()
@@ -234,14 +234,14 @@ def _picture(name: str, stored: cells.Stored, folder: Path, label: str) -> list[
         if picture is None:
             (folder / f"{name}.md").write_text(f"{label or module.TITLE}:\n\n{module.markdown(table)}")
         return module.claims(table) if hasattr(module, "claims") else []
-    except cells.MissingCells as error:
+    except points.MissingResults as error:
         return str(error)
     except Exception as error:  # the others are drawn all the same, and what is wrong here is told at the end
         where = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__}: {' '.join(str(error).split())} ({Path(where.filename).name}:{where.lineno})"
 
 
-def _gap(module: Any, stored: cells.Stored) -> str:
+def _gap(module: Any, stored: points.Stored) -> str:
     """Why capacities that a figure shows are not there; empty if all are."""
     return stored.gaps(getattr(module, "SEARCHES", ()))
 
@@ -251,7 +251,7 @@ def _label(options: argparse.Namespace) -> str:
     return f"{kind[options.backend]}: {options.requests:,} requests a run, seeds: {options.seeds}"
 
 
-def _stamp(module: Any, stored: cells.Stored) -> str:
+def _stamp(module: Any, stored: points.Stored) -> str:
     """Changes with the runs, searches and files that a figure shows, and with the code that draws it."""
     what = [run.id for _, run in stored.run(module.RUNS)]
     what += [
@@ -271,7 +271,7 @@ def _read(path: Path) -> dict[str, str]:
         return {}
 
 
-def _to_wandb(figures: Mapping[str, Any], stored: cells.Stored, options: argparse.Namespace) -> None:
+def _to_wandb(figures: Mapping[str, Any], stored: points.Stored, options: argparse.Namespace) -> None:
     """Each run once, tagged with the figures that show it, and one run that holds the figures themselves."""
     tags: dict[str, list[str]] = {}
     by_id: dict[str, Run] = {}

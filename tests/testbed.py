@@ -6,9 +6,9 @@ Nothing here computes an expectation; `oracle` does.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from random import Random as Stream
 from typing import Any
 
 import numpy as np
@@ -184,7 +184,7 @@ def serve(
         policy,
         predictor_for(config, latency, total_blocks, compressed=compressed),
         dispatch or DispatchConfig(),
-        Stream(seed),
+        random.Random(seed),
         snapshot_many=simulation.snapshot_many,
         delay_s=delay_s,
         observers=observers,

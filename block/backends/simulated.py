@@ -11,7 +11,7 @@ from block.cluster.migration import Migrator
 from block.cluster.simulation import Simulation
 from block.cluster.spec import Testbed
 from block.core.arrays import Floats
-from block.core.rng import stream
+from block.core.rng import generator
 from block.engine.batch import EngineBatch, EngineSpec
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor, Predictors
@@ -87,4 +87,4 @@ class Simulated:
     def _noise(self, seed: int, instance_id: int) -> Floats | None:
         if self.step_noise == 0:
             return None
-        return stream(seed, f"noise/{instance_id}").normal(1.0, self.step_noise, NOISE_STEPS).clip(0.5)
+        return generator(seed, f"noise/{instance_id}").normal(1.0, self.step_noise, NOISE_STEPS).clip(0.5)

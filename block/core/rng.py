@@ -10,7 +10,7 @@ import hashlib
 import numpy as np
 
 
-def stream(seed: int, name: str) -> np.random.Generator:
+def generator(seed: int, name: str) -> np.random.Generator:
     """The generator called `name` of the run seeded with `seed`.
 
     The same pair gives the same stream in every process and on every platform: the name is hashed with SHA-256, not

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from random import Random as Stream
 from typing import Protocol, TypeVar
 
 from block.core.snapshot import ID, Snapshot, Snapshots
@@ -194,7 +194,7 @@ class Dispatcher:
         policy: Policy,
         forecaster: Forecaster | None,
         config: DispatchConfig,
-        stream: Stream,
+        rng: random.Random,
         *,
         snapshot_many: SnapshotMany | None = None,
         delay_s: float = 0.0,
@@ -209,7 +209,7 @@ class Dispatcher:
         self._policy = checked(policy)
         self._forecaster = forecaster
         self._config = config
-        self._stream = stream
+        self._rng = rng
         self._snapshot_many = snapshot_many
         self._delay_s = delay_s
         self._observers = observers
@@ -342,7 +342,7 @@ class Dispatcher:
     def _place(self, record: RequestRecord, active: Sequence[int], now: float) -> None:
         """Decide to which of the instances `active` a request goes."""
         request = record.request
-        candidates = self._policy.candidates(len(active), self._index[request.id], self._stream)
+        candidates = self._policy.candidates(len(active), self._index[request.id], self._rng)
         if len(active) < self._count:
             candidates = [active[candidate] for candidate in candidates]
         views = self._views(candidates, request, now)
@@ -352,7 +352,7 @@ class Dispatcher:
                 decision, views = self._joined_by(joining, views, request, now)
                 break
         else:
-            decision = self._policy.choose(request, views, self._stream)
+            decision = self._policy.choose(request, views, self._rng)
         chosen = record.instance_id = decision.instance_id
         if views.forecasts is not None and chosen in views.ids:
             forecast = views.forecasts[views.ids.index(chosen)]
@@ -367,7 +367,7 @@ class Dispatcher:
         """The decision for an instance that joins, and what it was decided by."""
         if joining in self._active:
             views = self._views([joining], request, now)
-            return self._policy.choose(request, views, self._stream), views
+            return self._policy.choose(request, views, self._rng), views
         self.starting.add(joining)  # which has nothing to show yet
         return Decision(joining, [joining], [math.nan]), views
 

@@ -1,6 +1,6 @@
 """Policies: which of the instances should take this request?
 
-A policy is a small frozen dataclass whose fields are its Hydra options. It is pure: views and a random stream in, a
+A policy is a small frozen dataclass whose fields are its Hydra options. It is pure: views and a generator in, a
 Decision out; what it may look at is declared by `needs`, so that no policy pays for probes that it does not use. Lower
 scores are better, and ties are broken at random.
 """
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import enum
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from random import Random as Stream
 from typing import ClassVar, Protocol, final
 
 import numpy as np
@@ -47,17 +47,17 @@ class Policy(Protocol):
 
     needs: ClassVar[Needs]
 
-    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
-        """Which of instances 0 … `instances` − 1 to look at for the `turn`-th request."""
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
+        """Which of instances 0 … `instances` − 1 to look at for the request of this index, from 0 on."""
         ...
 
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Choose among the views of the candidates, of which there is at least one."""
         ...
 
 
 def least(
-    views: Sequence[InstanceView], scores: Sequence[float], stream: Stream, fallback: str | None = None
+    views: Sequence[InstanceView], scores: Sequence[float], rng: random.Random, fallback: str | None = None
 ) -> Decision:
     """The decision for the least of `scores`; one of the ties at random."""
     ids = Views.of(views).ids
@@ -65,16 +65,16 @@ def least(
     if scores.count(best) == 1:
         chosen = ids[scores.index(best)]
     else:
-        chosen = stream.choice([id_ for id_, score in zip(ids, scores, strict=True) if score == best])
+        chosen = rng.choice([id_ for id_, score in zip(ids, scores, strict=True) if score == best])
     return Decision(chosen, ids, scores, fallback)
 
 
-def sample(instances: int, k: int | None, stream: Stream) -> Sequence[int]:
+def sample(instances: int, k: int | None, rng: random.Random) -> Sequence[int]:
     """`k` different instances at random; all of them, in order, if k is None or no smaller than their number."""
     if k is None or k >= instances:
         return range(instances)
     # `sample` draws the same for one, at five times the cost.
-    return [stream.choice(range(instances))] if k == 1 else stream.sample(range(instances), k)
+    return [rng.choice(range(instances))] if k == 1 else rng.sample(range(instances), k)
 
 
 @final
@@ -84,13 +84,13 @@ class Random:
 
     needs: ClassVar[Needs] = Needs.COUNTS
 
-    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         """One at random."""
-        return sample(instances, 1, stream)
+        return sample(instances, 1, rng)
 
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """The one candidate."""
-        return least(views, [0.0], stream)
+        return least(views, [0.0], rng)
 
 
 @final
@@ -100,13 +100,13 @@ class RoundRobin:
 
     needs: ClassVar[Needs] = Needs.COUNTS
 
-    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         """The one whose turn it is."""
-        return [turn % instances]
+        return [request_index % instances]
 
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """The one candidate."""
-        return least(views, [0.0], stream)
+        return least(views, [0.0], rng)
 
 
 @final
@@ -116,13 +116,13 @@ class MinQPM:
 
     needs: ClassVar[Needs] = Needs.COUNTS
 
-    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         """All."""
         return range(instances)
 
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: requests in the last minute."""
-        return least(views, [float(count) for count in Views.of(views).recent], stream)
+        return least(views, [float(count) for count in Views.of(views).recent], rng)
 
 
 @final
@@ -136,13 +136,13 @@ class LeastRequests:
     def __post_init__(self) -> None:
         _check_k(self.k)
 
-    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         """All, or `k` at random."""
-        return sample(instances, self.k, stream)
+        return sample(instances, self.k, rng)
 
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: outstanding requests."""
-        return least(views, [float(count) for count in Views.of(views).outstanding], stream)
+        return least(views, [float(count) for count in Views.of(views).outstanding], rng)
 
 
 @final
@@ -152,15 +152,15 @@ class INFaaS:
 
     needs: ClassVar[Needs] = Needs.SNAPSHOT
 
-    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         """All."""
         return range(instances)
 
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: minus free blocks over running requests."""
         meta = _snapshots(views).meta
         scores = -meta[:, META_FREE] / np.maximum(meta[:, META_RUNNING], 1)
-        return least(views, scores.tolist(), stream)
+        return least(views, scores.tolist(), rng)
 
 
 @final
@@ -171,18 +171,18 @@ class LlumnixMinus:
     block_size: int = 16
     needs: ClassVar[Needs] = Needs.SNAPSHOT
 
-    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         """All."""
         return range(instances)
 
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: minus freeness, in KV blocks."""
         size = self.block_size
         shown = _snapshots(views)
         wanted = [_blocks(requests, size) for requests in Views.of(views).in_transit]
         scores = np.array(wanted, dtype=np.float64)
         _less_free(shown.pool, shown.meta, size, scores)
-        return least(views, scores.tolist(), stream)
+        return least(views, scores.tolist(), rng)
 
 
 def _blocks(requests: Sequence[Request], block_size: int) -> int:
@@ -234,14 +234,14 @@ class Llumnix:
     block_size: int = 16
     needs: ClassVar[Needs] = Needs.SNAPSHOT
 
-    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         """All."""
         return range(instances)
 
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: minus freeness."""
         free = freeness(_snapshots(views), Views.of(views).in_transit, self.block_size)
-        return least(views, [-one for one in free], stream)
+        return least(views, [-one for one in free], rng)
 
 
 @final
@@ -251,11 +251,11 @@ class LeastTokens:
 
     needs: ClassVar[Needs] = Needs.SNAPSHOT
 
-    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         """All."""
         return range(instances)
 
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: tokens."""
         scores = []
         for snapshot, in_transit in zip(_snapshots(views), Views.of(views).in_transit, strict=True):
@@ -264,7 +264,7 @@ class LeastTokens:
             tokens = int(left[left > 0].sum())
             tokens += sum(other.prompt_tokens + other.predicted_output_tokens for other in in_transit)
             scores.append(float(tokens))
-        return least(views, scores, stream)
+        return least(views, scores, rng)
 
 
 @final
@@ -282,16 +282,16 @@ class Block:
     def __post_init__(self) -> None:
         _check_k(self.k)
 
-    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         """All, or `k` at random."""
-        return sample(instances, self.k, stream)
+        return sample(instances, self.k, rng)
 
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: predicted seconds from now to the last token; inf without a forecast."""
         scores = Forecasts.of(Views.of(views).forecasts or [None] * len(views)).e2e
         if math.isnan(sum(scores)):
             scores = [math.inf if math.isnan(one) else one for one in scores]
-        return least(views, scores, stream, "no forecast" if math.isinf(min(scores)) else None)
+        return least(views, scores, rng, "no forecast" if math.isinf(min(scores)) else None)
 
 
 def _snapshots(views: Sequence[InstanceView]) -> Snapshots:

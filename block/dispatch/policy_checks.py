@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import random
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
-from random import Random as Stream
 from typing import Any
 
 import numpy as np
@@ -64,13 +64,13 @@ def rehearse(policy: Policy, instances: int) -> None:
 
 def decide_once(policy: Policy, instances: int) -> None:
     """Have a policy decide among idle instances, which loads what it has compiled."""
-    stream = Stream(0)
-    ids = policy.candidates(instances, 0, stream)
+    rng = random.Random(0)
+    ids = policy.candidates(instances, 0, rng)
     idle = [Snapshot(i, 0.0, math.nan, 0, 0, 1000, 0, np.zeros((FIELDS, 0), dtype=np.int64)) for i in ids]
     snapshots = None if policy.needs is Needs.COUNTS else Snapshots.of(idle)
     forecasts = [Forecast(0.1, 1.0)] * len(ids) if policy.needs is Needs.FORECAST else None
     views = Views(ids, [[] for _ in ids], [0] * len(ids), [0] * len(ids), snapshots, forecasts)
-    policy.choose(Request(0, 0.0, 100, 100, 100), views, stream)
+    policy.choose(Request(0, 0.0, 100, 100, 100), views, rng)
 
 
 class _Checked:
@@ -82,22 +82,22 @@ class _Checked:
         self._policy = policy
         self.needs = policy.needs
 
-    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         """The policy's."""
         try:
-            found = self._policy.candidates(instances, turn, stream)
+            found = self._policy.candidates(instances, request_index, rng)
         except Exception as error:
             raise _raised(self._policy, "candidates", error) from error
         if wrong := _wrong_candidates(found, instances):
             raise _fault(
-                self._policy, f"candidates, for request {turn} of {instances} instances, {wrong}", "candidates"
+                self._policy, f"candidates, for request {request_index} of {instances} instances, {wrong}", "candidates"
             )
         return found
 
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """The policy's."""
         try:
-            decision = self._policy.choose(request, views, stream)
+            decision = self._policy.choose(request, views, rng)
         except Exception as error:
             raise _raised(self._policy, "choose", error) from error
         if wrong := _wrong_decision(decision, Views.of(views).ids):
@@ -124,7 +124,7 @@ def _wrong_candidates(found: Any, instances: int) -> str:
 def _wrong_decision(decision: Any, ids: Sequence[int]) -> str:
     """What is wrong with a decision among the candidates `ids`; empty if nothing is."""
     if not isinstance(decision, Decision):
-        return f"returned {_short(decision)}: must return a Decision, such as least(views, scores, stream)"
+        return f"returned {_short(decision)}: must return a Decision, such as least(views, scores, rng)"
     chosen, candidates, scores, fallback = decision
     if not _is_integer(chosen) or chosen not in ids:
         return f"chose instance {_short(chosen)}: was to choose from its candidates {_short(list(ids))}"

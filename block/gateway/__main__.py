@@ -8,8 +8,8 @@ reads prompts), `dispatch`, `seed` and, for policies that forecast, what the lat
 import asyncio
 import importlib.util
 import logging
+import random
 import sys
-from random import Random as Stream
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -50,13 +50,13 @@ def serve(settings: DictConfig, policy: str) -> None:
     from block.gateway import app
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    latency = run.backend.latency(run.testbed) if run.scheduler.needs is Needs.FORECAST else None
-    if run.scheduler.needs is not Needs.COUNTS and isinstance(run.lengths, Reader):
+    latency = run.backend.latency(run.testbed) if run.policy.needs is Needs.FORECAST else None
+    if run.policy.needs is not Needs.COUNTS and isinstance(run.lengths, Reader):
         try:
             run.lengths.predict([""])  # what is wrong with the estimator is told now; and it is loaded
         except (OSError, ValueError) as error:
             raise ConfigError(explain(error)) from error
-    gateway = app.Gateway(wanted, run.scheduler, run.dispatch, Stream(run.seed), latency, run.lengths)
+    gateway = app.Gateway(wanted, run.policy, run.dispatch, random.Random(run.seed), latency, run.lengths)
 
     def listening(address: str) -> None:
         print(f"{address}: {policy} over {len(wanted.urls)} servers: {', '.join(wanted.urls)}", flush=True)

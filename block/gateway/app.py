@@ -6,10 +6,10 @@ import asyncio
 import gc
 import itertools
 import logging
+import random
 import secrets
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
-from random import Random as Stream
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -57,14 +57,14 @@ class Gateway:
         config: GatewayConfig,
         policy: Policy,
         dispatch: DispatchConfig,
-        stream: Stream,
+        rng: random.Random,
         latency: LatencyModel | None = None,
         lengths: Lengths = Oracle(),  # noqa: B008 — frozen
     ) -> None:
         self._config = config
         self._policy = policy
         self._dispatch = dispatch
-        self._stream = stream
+        self._rng = rng
         self._latency = latency
         self._tags = policy.needs is not Needs.COUNTS
         self._reader = lengths if self._tags and isinstance(lengths, Reader) else None
@@ -107,7 +107,7 @@ class Gateway:
                 self._policy,
                 forecaster,
                 self._dispatch,
-                self._stream,
+                self._rng,
                 snapshot_many=one_by_one(self.upstreams),
                 history=History(HISTORY),
             )

@@ -18,7 +18,7 @@ from typing import ClassVar, NamedTuple, Protocol, final, runtime_checkable
 import numpy as np
 
 from block.core.arrays import Floats, Ints
-from block.core.rng import stream
+from block.core.rng import generator
 from block.core.types import Request
 
 
@@ -69,7 +69,7 @@ def tag(requests: Sequence[Request], lengths: Lengths, seed: int) -> list[Reques
         estimates = lengths.predict(prompts).tokens
     else:
         truth = np.array([request.output_tokens for request in requests], dtype=np.int64)
-        estimates = lengths.estimate(truth, stream(seed, "lengths"))
+        estimates = lengths.estimate(truth, generator(seed, "lengths"))
         if estimates is truth and all(r.predicted_output_tokens == r.output_tokens for r in requests):
             return list(requests)
     return [

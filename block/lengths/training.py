@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from block.core.rng import stream
+from block.core.rng import generator
 from block.lengths.encoder import Regressor, loss, write
 from block.lengths.roberta import RoBERTa
 from block.workload.prompts import Pairs
@@ -67,7 +67,7 @@ def train(
     kept = {name: value.clone() for name, value in model.state_dict().items()} if step == 0 else _best(place, model)
     while step < per_epoch * settings.epochs and since < settings.patience:
         epoch, within = divmod(step, per_epoch)
-        order = stream(seed, f"lengths.training.{epoch}").permutation(len(pairs.prompts))
+        order = generator(seed, f"lengths.training.{epoch}").permutation(len(pairs.prompts))
         batch = order[within * settings.batch_size : (within + 1) * settings.batch_size]
         model.train()
         value = loss(model([pairs.prompts[i] for i in batch]), pairs.tokens[batch])

@@ -1,6 +1,6 @@
 """A campaign: many runs and capacity searches, those that are stored found again, the rest done in parallel.
 
-A job is told by its *cell*: values by their keys, of config groups ("scheduler") and of single settings
+A job is told by its *grid point*: values by their keys, of config groups ("scheduler") and of single settings
 ("workload.qps"), beside which everything is as in conf/.
 """
 
@@ -73,7 +73,7 @@ class Job:
 
 
 class Composer:
-    """Makes the jobs of cells, from the config files in `folder`; `always`: overrides of all of them.
+    """Makes the jobs of points, from the config files in `folder`; `always`: overrides of all of them.
 
     Hydra takes long to compose a choice of files, and so does hashing what they name; both are kept on disk for the
     next call, until a file of the project changes. What hangs on other files is hashed by each call.
@@ -87,20 +87,20 @@ class Composer:
         self._always = tuple(always)
         self._state = _state(folder)
 
-    def jobs(self, cells: Sequence[tuple[bool, Mapping[str, Any]]]) -> list[Job]:
-        """The jobs of cells, of which each is to be searched or run. KeyError if one names a setting that there is
+    def jobs(self, points: Sequence[tuple[bool, Mapping[str, Any]]]) -> list[Job]:
+        """The jobs of points, of which each is to be searched or run. KeyError if one names a setting that there is
         not.
         """
-        chosen = [(*(f"{key}={cell[key]}" for key in _groups(cell)), *self._always) for _, cell in cells]
+        chosen = [(*(f"{key}={point[key]}" for key in _groups(point)), *self._always) for _, point in points]
         composed = self._once(_compose, [(str(self._folder), one, self._state) for one in (*chosen, self._always)])
         usual = composed.pop()[0]
         all_settings = []
-        for (_, cell), (base, _) in zip(cells, composed, strict=True):
+        for (_, point), (base, _) in zip(points, composed, strict=True):
             all_settings.append(copy.deepcopy(base))
-            for key in cell.keys() - _groups(cell):
-                _set(all_settings[-1], key, cell[key])
+            for key in point.keys() - _groups(point):
+                _set(all_settings[-1], key, point[key])
         hashes = self._once(_fingerprints, [(_same(usual, settings), self._state) for settings in all_settings])
-        both = zip(cells, all_settings, composed, hashes, strict=True)
+        both = zip(points, all_settings, composed, hashes, strict=True)
         return [Job(search, settings, choices, found) for (search, _), settings, (_, choices), found in both]
 
     def _once(self, function: Callable[..., Any], all_arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -116,9 +116,9 @@ class Composer:
         return [known[arguments] for arguments in all_arguments]
 
 
-def _groups(cell: Mapping[str, Any]) -> list[str]:
-    """The keys of a cell that choose a file."""
-    return [key for key in cell if key in hydra_schema.GROUPS or key in hydra_schema.CHOICES]
+def _groups(point: Mapping[str, Any]) -> list[str]:
+    """The keys of a point that choose a file."""
+    return [key for key in point if key in hydra_schema.GROUPS or key in hydra_schema.CHOICES]
 
 
 def _same(usual: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

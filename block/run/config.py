@@ -35,13 +35,14 @@ from block.workload.spec import Workload
 class RunConfig:
     """One run, resolved and checked.
 
-    scheduler: the policy, which may have a state: a RunConfig is built for each run. peers: those of the dispatchers
-    beside the first, each with a state of its own; where there are too few, these share `scheduler`.
+    policy: what the key `scheduler` chooses. It may have a state: a RunConfig is built for each run.
+    peers: policies of the dispatchers beside the first, each with a state of its own; where there are too few, these
+        share `policy`.
     seed: of every random stream of the run. sample_every_s: interval of the instances' time series.
     replay_share: share of the requests that are tried on copies of all instances (`block.dispatch.counterfactual`).
     """
 
-    scheduler: policies.Policy
+    policy: policies.Policy
     model: Model
     cluster: ClusterConfig | Mixed
     engine: EngineConfig
@@ -58,7 +59,7 @@ class RunConfig:
     peers: tuple[policies.Policy, ...] = ()
 
     def __post_init__(self) -> None:
-        policy_checks.check(self.scheduler)
+        policy_checks.check(self.policy)
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must be 0 or more")
         if not 0 < self.sample_every_s < float("inf"):
@@ -93,9 +94,11 @@ class RunConfig:
         scaling = self.provisioner
         if not isinstance(scaling, Elastic):
             return
-        if scaling.forecasts and self.scheduler.needs is not policies.Needs.FORECAST:
+        if scaling.forecasts and self.policy.needs is not policies.Needs.FORECAST:
             name = type(scaling).__name__.lower()
-            raise ValueError(f"provisioner={name}: needs forecasts; choose a scheduler that makes them, such as block")
+            raise ValueError(
+                f"provisioner={name}: needs forecasts; choose a policy that makes them, such as scheduler=block"
+            )
         for key, value, off in (
             ("replay_share", self.replay_share, 0),
             ("migration.interval_s", self.migration.interval_s, 0),
@@ -126,7 +129,7 @@ class RunConfig:
 def build(config: DictConfig) -> RunConfig:
     """Construct what `config` describes; ConfigError if it cannot be."""
     check_keys(config)
-    keys = [f.name for f in dataclasses.fields(RunConfig) if f.name != "peers"]
+    keys = ["scheduler", *(f.name for f in dataclasses.fields(RunConfig) if f.name not in ("policy", "peers"))]
     try:
         parts = {key: config[key] for key in keys}
         for key in (*GROUPS, *CHOICES, "dispatch"):
@@ -134,7 +137,8 @@ def build(config: DictConfig) -> RunConfig:
                 raise ConfigError(f"{key}={'null' if parts[key] is None else parts[key]}: {kinds(key)}")
         groups = {key: node(part) for key, part in parts.items() if isinstance(part, DictConfig)}
         peers = tuple(node(parts["scheduler"]) for _ in range(1, groups["dispatch"].dispatchers))
-        run = RunConfig(**{**parts, **groups, "peers": peers})
+        values = {**parts, **groups, "peers": peers}
+        run = RunConfig(policy=values.pop("scheduler"), **values)
         run.testbed  # noqa: B018 — raises if the model does not fit
         run = _on_real_gpus(run)
     except (ValueError, OmegaConfBaseException) as error:

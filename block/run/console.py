@@ -93,7 +93,7 @@ def report(run: Run, wandb: Path | None, console: Console) -> None:
         cells = (_cell(summary[f"{name}_{which}_s"], factor) for which in ("mean", "p50", "p99"))
         table.add_row(f"{label} ({unit})", *cells)
     console.print(table)
-    forecasts = "none: this scheduler does not use them"
+    forecasts = "none: this policy does not use them"
     if summary["forecast_p50_us"] is not None:
         forecasts = (
             f"{_cell(summary['forecast_p50_us'])} µs P50, {_cell(summary['forecast_p99_us'])} µs P99 (measured); "

@@ -52,20 +52,20 @@ class Rule:
 
 
 def _counts(run: RunConfig) -> bool:
-    return run.scheduler.needs is Needs.COUNTS
+    return run.policy.needs is Needs.COUNTS
 
 
 def _forecasts(run: RunConfig) -> bool:
-    return run.scheduler.needs is Needs.FORECAST
+    return run.policy.needs is Needs.FORECAST
 
 
 def _ours(run: RunConfig) -> bool:
-    return type(run.scheduler).__module__ == policies.__name__
+    return type(run.policy).__module__ == policies.__name__
 
 
 def _reads_lengths(run: RunConfig) -> bool:
     """Whether the policy looks at what is believed of response lengths, which one of the user's may."""
-    return not _ours(run) or isinstance(run.scheduler, policies.Block | policies.LeastTokens)
+    return not _ours(run) or isinstance(run.policy, policies.Block | policies.LeastTokens)
 
 
 def _attached(run: RunConfig) -> bool:
@@ -81,20 +81,20 @@ def _prompts(run: RunConfig) -> bool:
     return run.workload.source == "trace" and path is not None and pairs.is_pairs(path)
 
 
-_FORECASTING = "this scheduler makes no forecasts; take one that does, such as block"
+_FORECASTING = "this policy makes no forecasts; take one that does, such as scheduler=block"
 _SERVERS = "the servers of backend.urls run already, with settings of their own; give it to them"
 
 RULES = (
     Rule(
         ("dispatch.ledger", "dispatch.snapshot_interval_s"),
         _counts,
-        "this scheduler only counts, and takes no snapshots; take one that does, such as block",
+        "this policy only counts, and takes no snapshots; take one that does, such as scheduler=block",
         (*RUNS, "gateway"),
     ),
     Rule(
         ("dispatch.ledger",),
-        lambda run: isinstance(run.scheduler, policies.INFaaS),
-        "this scheduler does not look at requests that are in_transit; take one that does, such as block",
+        lambda run: isinstance(run.policy, policies.INFaaS),
+        "this policy does not look at requests in transit; take one that does, such as scheduler=block",
         (*RUNS, "gateway"),
     ),
     Rule(
@@ -112,7 +112,7 @@ RULES = (
     Rule(
         ("lengths", "lengths.*"),
         lambda run: not _reads_lengths(run) and not isinstance(run.lengths, Oracle),
-        "this scheduler does not look at lengths of responses; take one that does, such as block",
+        "this policy does not look at lengths of responses; take one that does, such as scheduler=block",
         (*RUNS, "gateway"),
     ),
     Rule(

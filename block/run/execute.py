@@ -134,7 +134,7 @@ def compile_ahead(run: RunConfig) -> None:
     alike = run.testbed.kinds[0]
     latency = run.backend.latency(alike)
     with compiled.one_at_a_time():
-        if run.scheduler.needs is Needs.FORECAST:
+        if run.policy.needs is Needs.FORECAST:
             Predictor(alike.settings, latency).warm_up()
         if isinstance(run.backend, Simulated):
             warm_up(EngineSpec(alike.settings, latency))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random as Stream
 from typing import Any
 
 from block.backends.simulated import Simulated
@@ -20,7 +20,7 @@ from block.cluster.provisioner import Elastic
 from block.cluster.scaler import Scaler
 from block.core import jit as compiled
 from block.core.clock import Clock
-from block.core.rng import stream
+from block.core.rng import generator
 from block.core.types import Request, RequestRecord
 from block.dispatch.core import Dispatcher, Forecaster, History, Observer, SnapshotMany
 from block.dispatch.correction import Corrected
@@ -102,7 +102,7 @@ def _simulate(
     simulation, predictor, migrator = backend.simulate(run.testbed)
     observers: list[Observer] = [] if migrator is None else [migrator]
     if run.replay_share > 0:
-        sampled = sample(requests, run.replay_share, stream(run.seed, "replay"))
+        sampled = sample(requests, run.replay_share, generator(run.seed, "replay"))
         outcome.counterfactuals = Counterfactuals(simulation.engines, sampled, backend.dispatch_delay_s)
         observers.append(outcome.counterfactuals)
     if isinstance(run.provisioner, Elastic):
@@ -143,9 +143,9 @@ async def _replay(
     """Replay on real servers."""
     clock = Clock(backend.time_dilation)
     async with backend.start(run.testbed, clock, logs) as fleet, LiveDriver(clock, fleet.servers) as driver:
-        if fleet.predictor is None and run.scheduler.needs is not Needs.COUNTS:
+        if fleet.predictor is None and run.policy.needs is not Needs.COUNTS:
             raise LaunchFailed(
-                "the servers show no snapshots, which this scheduler needs: start them by "
+                "the servers show no snapshots, which this policy needs: start them by "
                 "python -m block.vllm_plugin.serve, or choose one that only counts, such as round_robin"
             )
         observers: list[Observer] = []
@@ -197,13 +197,13 @@ def _dispatchers(
     history = outcome.history = History()
     made = []
     for i in range(run.dispatch.dispatchers):
-        policy = run.scheduler if i == 0 else run.peers[i - 1] if i <= len(run.peers) else run.scheduler
+        policy = run.policy if i == 0 else run.peers[i - 1] if i <= len(run.peers) else run.policy
         dispatcher = Dispatcher(
             instances,
             policy,
             forecaster,
             run.dispatch,
-            _policy_stream(run.seed, "policy" if i == 0 else f"policy/{i}"),
+            _policy_rng(run.seed, "policy" if i == 0 else f"policy/{i}"),
             snapshot_many=snapshot_many,
             delay_s=run.backend.dispatch_delay_s,
             initial=run.testbed.initial,
@@ -216,12 +216,12 @@ def _dispatchers(
 
 def _chosen(run: RunConfig, requests: Sequence[Request], dispatchers: Sequence[Dispatcher]) -> list[Dispatcher]:
     """For each request the dispatcher that it goes to, at random."""
-    drawn = stream(run.seed, "dispatchers").integers(len(dispatchers), size=len(requests)).tolist()
+    drawn = generator(run.seed, "dispatchers").integers(len(dispatchers), size=len(requests)).tolist()
     return [dispatchers[i] for i in drawn]
 
 
-def _policy_stream(seed: int, name: str) -> Stream:
-    return Stream(int(stream(seed, name).integers(2**63)))
+def _policy_rng(seed: int, name: str) -> random.Random:
+    return random.Random(int(generator(seed, name).integers(2**63)))
 
 
 def _forecaster(run: RunConfig, predictor: Predictor | Predictors | None) -> Forecaster | None:
@@ -234,5 +234,5 @@ def _forecaster(run: RunConfig, predictor: Predictor | Predictors | None) -> For
     if run.dispatch.correction_steps > 0:
         forecaster = Corrected(forecaster, run.backend.latency(run.testbed), run.dispatch.correction_steps)
     if run.dispatch.forecast_noise > 0:
-        forecaster = NoisyForecaster(forecaster, run.dispatch.forecast_noise, stream(run.seed, "forecast_noise"))
+        forecaster = NoisyForecaster(forecaster, run.dispatch.forecast_noise, generator(run.seed, "forecast_noise"))
     return forecaster

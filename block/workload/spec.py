@@ -20,7 +20,7 @@ import numpy as np
 from block.core.arrays import Floats, Ints
 from block.core.choices import choose
 from block.core.paths import shipped
-from block.core.rng import stream
+from block.core.rng import generator
 from block.core.types import Request
 from block.workload import prompts as pairs
 from block.workload.arrivals import constant_gaps, gamma_gaps, recorded_gaps
@@ -223,12 +223,12 @@ def make(workload: Workload, seed: int) -> tuple[list[Request], Facts]:
     trace = _trace(workload) if workload.source == "trace" else None
     rows = 0 if trace is None else len(trace.prompt)
     count = rows if workload.num_requests is None else workload.num_requests
-    prompt, output = _lengths(workload, trace, count, stream(seed, "workload.lengths"))
+    prompt, output = _lengths(workload, trace, count, generator(seed, "workload.lengths"))
     asked = prompt
     too_long = int(((prompt + output) > workload.max_total_tokens).sum())
     output = np.minimum(output, workload.max_total_tokens - 1)
     prompt = np.minimum(prompt, workload.max_total_tokens - output)
-    gaps, native = _gaps(workload, trace, count, stream(seed, "workload.arrivals"))
+    gaps, native = _gaps(workload, trace, count, generator(seed, "workload.arrivals"))
     arrival = np.cumsum(gaps) / workload.qps if workload.qps is not None else np.cumsum(gaps)
     outputs = output.tolist()
     texts = [None] * count if trace is None or trace.prompts is None else islice(cycle(trace.prompts), count)

@@ -114,7 +114,7 @@ def test_a_run_prints_its_summary_and_stores_it(tmp_path: Path) -> None:
 
 def test_a_run_that_does_not_forecast_says_so(tmp_path: Path) -> None:
     done = tiny(tmp_path, "scheduler=random")
-    assert "forecasts    none: this scheduler does not use them" in done.stdout
+    assert "forecasts    none: this policy does not use them" in done.stdout
     assert "W&B          not logged" in done.stdout
     (run,) = runs(root=tmp_path / "runs")
     assert run.summary["forecast_p99_us"] is None

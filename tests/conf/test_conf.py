@@ -83,14 +83,14 @@ def test_defaults_are_the_paper_s_testbed() -> None:
     assert (run.cluster.gpu, run.cluster.num_gpus, run.testbed.instances) == ("a30", 12, 12)
     assert (run.model.name, run.workload.name, run.workload.num_requests) == ("llama2-7b", "sharegpt", 10_000)
     assert (run.engine.version, run.engine.max_num_seqs, run.engine.max_num_batched_tokens) == ("v0", 48, 512)
-    assert isinstance(run.scheduler, policies.Block)
+    assert isinstance(run.policy, policies.Block)
     assert run.seed == 0
 
 
 @pytest.mark.parametrize("choice", SCHEDULERS)
 def test_a_scheduler_is_what_its_name_says(choice: str) -> None:
     run = built(f"scheduler={choice}")
-    assert (type(run.scheduler), type(run.lengths)) == SCHEDULERS[choice]
+    assert (type(run.policy), type(run.lengths)) == SCHEDULERS[choice]
 
 
 def test_only_llumnix_migrates_by_itself() -> None:

@@ -21,11 +21,11 @@ from block.dispatch.policies import Needs, least
 class Late:
     needs: ClassVar[Needs] = Needs.COUNTS
 
-    def candidates(self, instances, turn, stream):
-        return [turn % instances if turn < 90 else instances]
+    def candidates(self, instances, request_index, rng):
+        return [request_index % instances if request_index < 90 else instances]
 
-    def choose(self, request, views, stream):
-        return least(views, [0.0], stream)
+    def choose(self, request, views, rng):
+        return least(views, [0.0], rng)
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Needless:
 
 @dataclass(frozen=True)
 class Nan(Late):
-    def choose(self, request, views, stream):
-        return least(views, [float("nan") if request.id == 70 else 0.0], stream)
+    def choose(self, request, views, rng):
+        return least(views, [float("nan") if request.id == 70 else 0.0], rng)
 
 
 @dataclass(frozen=True)
@@ -146,13 +146,13 @@ def test_a_search_is_made_anew_if_asked_for_or_if_the_policy_has_changed(folder:
         return lines[0], all(" stored 2" in line for line in lines[1:])
 
     policy = folder / "mine" / "early.py"
-    policy.write_text(FAULTY.replace("if turn < 90 else instances", ""))
+    policy.write_text(FAULTY.replace("if request_index < 90 else instances", ""))
     first = searched()
     assert first[0].startswith("mine.early.Late on llama2-7b: ")
     assert not first[1]
     assert searched() == (first[0], True)
     assert searched("--fresh") == first
-    policy.write_text(FAULTY.replace("turn % instances if turn < 90 else instances", "0"))
+    policy.write_text(FAULTY.replace("request_index % instances if request_index < 90 else instances", "0"))
     changed = searched()
     assert changed[0] != first[0]
     assert not changed[1]

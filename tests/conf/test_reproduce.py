@@ -33,8 +33,8 @@ def test_the_list_has_every_figure_with_its_state_and_cost(tmp_path: Path) -> No
     assert listed.returncode == 0, listed.stderr
     lines = listed.stdout.splitlines()
     assert [line.split()[0] for line in lines] == list(FIGURES)
-    cells = len(fig6.RUNS) + len(fig6.SEARCHES)
-    assert any(f" 0 of {cells} stored, about" in line for line in lines)
+    points = len(fig6.RUNS) + len(fig6.SEARCHES)
+    assert any(f" 0 of {points} stored, about" in line for line in lines)
     assert not (tmp_path / "artifacts").exists()
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random as Stream
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -94,7 +94,7 @@ class Case:
 
 
 def crowd(seed: int, count: int, gap: float) -> tuple[Request, ...]:
-    rng = Stream(seed)
+    rng = random.Random(seed)
     at = 0.0
     requests = []
     for i in range(count):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import random
 from collections.abc import Sequence
-from random import Random as Stream
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,10 +27,10 @@ class Answering:
     def __init__(self, candidates: Any = (), decision: Any = None) -> None:
         self.answers = (candidates, decision)
 
-    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         return self.answers[0]  # type: ignore[no-any-return]
 
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         return self.answers[1]  # type: ignore[no-any-return]
 
 
@@ -43,7 +43,7 @@ PLACES = {
 
 @pytest.mark.parametrize("candidates", [[0], (2, 1), range(3), [np.int64(1)], range(2, -1, -1)])
 def test_any_sequence_of_some_of_the_instances_will_do(candidates: Sequence[int]) -> None:
-    assert checked(Answering(candidates)).candidates(3, 0, Stream(0)) is candidates
+    assert checked(Answering(candidates)).candidates(3, 0, random.Random(0)) is candidates
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_any_sequence_of_some_of_the_instances_will_do(candidates: Sequence[int]
 )
 def test_candidates_that_are_none_are_told(candidates: Any, told: str) -> None:
     with pytest.raises(UserFault) as fault:
-        checked(Answering(candidates)).candidates(3, 5, Stream(0))
+        checked(Answering(candidates)).candidates(3, 5, random.Random(0))
     assert str(fault.value).startswith(f"{NAME}candidates, for request 5 of 3 instances, {told}")
     assert str(fault.value).endswith(PLACES["candidates"])
 
@@ -79,13 +79,13 @@ def test_candidates_that_are_none_are_told(candidates: Any, told: str) -> None:
     ],
 )
 def test_a_decision_for_one_of_the_candidates_will_do(decision: Decision) -> None:
-    assert checked(Answering([2, 0], decision)).choose(REQUEST, VIEWS, Stream(0)) is decision
+    assert checked(Answering([2, 0], decision)).choose(REQUEST, VIEWS, random.Random(0)) is decision
 
 
 @pytest.mark.parametrize(
     ("decision", "told"),
     [
-        (None, "returned None: must return a Decision, such as least(views, scores, stream)"),
+        (None, "returned None: must return a Decision, such as least(views, scores, rng)"),
         (2, "returned 2: must return a Decision"),
         ((2, [2, 0], [0.0, 0.0], None), "returned (2, [2, 0], [0.0, 0.0], None): must return a Decision"),
         (Decision(1, [2, 0], [0.0, 0.0]), "chose instance 1: was to choose from its candidates [2, 0]"),
@@ -101,20 +101,20 @@ def test_a_decision_for_one_of_the_candidates_will_do(decision: Decision) -> Non
 )
 def test_a_decision_that_is_none_is_told(decision: Any, told: str) -> None:
     with pytest.raises(UserFault) as fault:
-        checked(Answering([2, 0], decision)).choose(REQUEST, VIEWS, Stream(0))
+        checked(Answering([2, 0], decision)).choose(REQUEST, VIEWS, random.Random(0))
     assert str(fault.value).startswith(f"{NAME}choose, for request 7, {told}")
     assert str(fault.value).endswith(PLACES["choose"])
     assert "\n" not in str(fault.value)
 
 
 class Raising(Answering):
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
-        return least(views, [1.0 / len(request.prompt or ""), 2.0], stream)
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
+        return least(views, [1.0 / len(request.prompt or ""), 2.0], rng)
 
 
 class Misplaced(Answering):
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
-        return least(views, np.ones(2), stream)  # type: ignore[arg-type]
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
+        return least(views, np.ones(2), rng)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ class Misplaced(Answering):
 )
 def test_an_error_of_a_policy_is_placed_at_the_policy_s_own_line(policy: type[Answering], told: str) -> None:
     with pytest.raises(UserFault) as fault:
-        checked(policy([2, 0])).choose(REQUEST, VIEWS, Stream(0))
+        checked(policy([2, 0])).choose(REQUEST, VIEWS, random.Random(0))
     line = inspect.getsourcelines(policy.choose)[1] + 1
     assert str(fault.value) == (
         f"scheduler._target_={__name__}.{policy.__name__}: {told} (tests/unit/test_answers.py:{line})"
@@ -139,7 +139,7 @@ def test_a_method_that_takes_something_else_is_placed_where_it_is_defined() -> N
             return [0]
 
     with pytest.raises(UserFault, match=r"takes 1 positional argument but 4 were given \(tests/unit/test_answers"):
-        checked(Short()).candidates(3, 0, Stream(0))
+        checked(Short()).candidates(3, 0, random.Random(0))
 
 
 def test_the_package_s_own_policies_are_not_looked_at() -> None:
@@ -167,11 +167,11 @@ class Looking(Answering):
     needs: ClassVar[Needs] = Needs.FORECAST
     asked = 0
 
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         self.asked += 1
         shown = [(view.snapshot, view.forecast) for view in views]
         scores = [forecast.e2e / snapshot.free_blocks for snapshot, forecast in shown if snapshot and forecast]
-        return least(views, scores, stream)
+        return least(views, scores, rng)
 
 
 def test_a_rehearsal_shows_a_policy_all_that_it_needs() -> None:

@@ -1,4 +1,4 @@
-"""Jobs from cells: the same as `run.py` would make of the same overrides, and composed once."""
+"""Jobs from points: the same as `run.py` would make of the same overrides, and composed once."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ALWAYS = ("backend=simulated", "tracking=none", "workload.num_requests=40")
 CONF = shipped("conf")
 
 
-def job(composer: Composer, cell: dict[str, Any], *, search: bool = False) -> Job:
-    return composer.jobs([(search, cell)])[0]
+def job(composer: Composer, point: dict[str, Any], *, search: bool = False) -> Job:
+    return composer.jobs([(search, point)])[0]
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "cell",
+    "point",
     [
         {"scheduler": "block_star", "workload.qps": 31, "seed": 2},
         {"scheduler": "po_k", "scheduler.k": 4, "lengths": "compact"},
@@ -37,13 +37,13 @@ def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         {"scheduler": "block", "backend.slowdown": [1.5, 1.5], "dispatch.correction_steps": 200},
     ],
 )
-def test_a_job_is_what_the_command_line_makes_of_the_same_overrides(cell: dict[str, Any]) -> None:
-    made = job(Composer(CONF, ALWAYS), cell)
+def test_a_job_is_what_the_command_line_makes_of_the_same_overrides(point: dict[str, Any]) -> None:
+    made = job(Composer(CONF, ALWAYS), point)
     hydra_schema.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        typed = compose("config", overrides=[*(f"{key}={value}" for key, value in cell.items()), *ALWAYS])
+        typed = compose("config", overrides=[*(f"{key}={value}" for key, value in point.items()), *ALWAYS])
     assert experiment_hash(made.settings) == experiment_hash(config.plain(typed))
-    assert made.choices["scheduler"] == cell["scheduler"]
+    assert made.choices["scheduler"] == point["scheduler"]
 
 
 def test_a_setting_that_there_is_not_is_an_error() -> None:
@@ -66,11 +66,11 @@ def test_the_fingerprints_of_a_job_change_with_its_model_and_lengths_only() -> N
 def test_a_file_of_one_s_own_is_read_again_by_the_next_composer(tmp_path: Path) -> None:
     sheet = tmp_path / "gpu.yaml"
     sheet.write_text("memory_gib: 24\nbandwidth: 1008\ntflops: 165\nlink: 32\n")
-    cell = {"scheduler": "random", "cluster.gpu": str(sheet)}
-    base = job(Composer(CONF, ALWAYS), cell).hashes
-    assert job(Composer(CONF, ALWAYS), cell).hashes == base
+    point = {"scheduler": "random", "cluster.gpu": str(sheet)}
+    base = job(Composer(CONF, ALWAYS), point).hashes
+    assert job(Composer(CONF, ALWAYS), point).hashes == base
     sheet.write_text("memory_gib: 24\nbandwidth: 2016\ntflops: 165\nlink: 32\n")
-    assert job(Composer(CONF, ALWAYS), cell).hashes["latency_model"] != base["latency_model"]
+    assert job(Composer(CONF, ALWAYS), point).hashes["latency_model"] != base["latency_model"]
 
 
 def test_the_fingerprints_of_a_policy_of_one_s_own_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,14 +84,14 @@ def test_the_fingerprints_of_a_policy_of_one_s_own_are_its_own(tmp_path: Path, m
 
 
 def test_hydra_is_asked_once_and_not_by_the_next_composer(monkeypatch: pytest.MonkeyPatch) -> None:
-    cells = [{"scheduler": "block", "workload.qps": float(qps)} for qps in range(20, 25)]
+    points = [{"scheduler": "block", "workload.qps": float(qps)} for qps in range(20, 25)]
     asked = []
     monkeypatch.setattr(campaign, "compose", lambda *a, **k: asked.append(k) or compose(*a, **k))
-    first = [job(Composer(CONF, ALWAYS), cell) for cell in cells[:1]]
+    first = [job(Composer(CONF, ALWAYS), point) for point in points[:1]]
     made = len(asked)
     assert made > 0
     composer = Composer(CONF, ALWAYS)
-    again = [job(composer, cell) for cell in cells]
+    again = [job(composer, point) for point in points]
     assert len(asked) == made
     assert again[0] == first[0]
     assert [one.settings["workload"]["qps"] for one in again] == [20, 21, 22, 23, 24]
@@ -105,10 +105,10 @@ def test_many_are_composed_in_parallel_and_are_the_same(
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("BLOCK_CACHE", str(tmp_path / "file"))
     schedulers = ("block", "random", "infaas")
-    cells = [(False, {"scheduler": scheduler, "seed": seed}) for scheduler in schedulers for seed in range(4)]
-    together = Composer(CONF, ALWAYS).jobs(cells)
+    points = [(False, {"scheduler": scheduler, "seed": seed}) for scheduler in schedulers for seed in range(4)]
+    together = Composer(CONF, ALWAYS).jobs(points)
     monkeypatch.setattr(campaign, "FEW", 1000)
-    assert together == Composer(CONF, ALWAYS).jobs(cells)
+    assert together == Composer(CONF, ALWAYS).jobs(points)
 
 
 def test_a_changed_file_is_composed_again(tmp_path: Path) -> None:
@@ -146,8 +146,8 @@ def test_of_the_runs_of_a_job_the_latest_that_is_current_is_found(
 
 def test_jobs_that_do_the_same_are_done_once_and_the_longest_first() -> None:
     composer = Composer(CONF, ALWAYS)
-    cell = {"scheduler": "random", "workload.qps": 20.0}
-    run, same, search = (job(composer, cell, search=search) for search in (False, False, True))
+    point = {"scheduler": "random", "workload.qps": 20.0}
+    run, same, search = (job(composer, point, search=search) for search in (False, False, True))
     assert campaign.distinct([run, same, search]) == [search, same]
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
-from random import Random as Stream
 from typing import Any
 
 import numpy as np
@@ -170,7 +170,7 @@ def served(backend: Simulated, bed: cluster.Testbed, policy: Any = None, count: 
         policy or RoundRobin(),
         predictor,
         DispatchConfig(),
-        Stream(0),
+        random.Random(0),
         snapshot_many=simulation.snapshot_many,
     )
     simulation.run((request(i, 300, 40, 0.02 * i), dispatcher) for i in range(count))

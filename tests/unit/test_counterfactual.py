@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from random import Random as Stream
 from typing import ClassVar
 
 import numpy as np
@@ -29,10 +29,10 @@ class Always:
     target: int
     needs: ClassVar[policies.Needs] = policies.Needs.SNAPSHOT
 
-    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         return range(instances)
 
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         return Decision(self.target, [view.instance_id for view in views], [0.0] * len(views))
 
 
@@ -47,7 +47,7 @@ def replays(requests: Sequence[Request], delay_s: float) -> dict[tuple[int, int]
         Always(0),
         None,
         DispatchConfig(),
-        Stream(0),
+        random.Random(0),
         snapshot_many=simulation.snapshot_many,
         delay_s=delay_s,
         observers=[replayed],

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from random import Random as Stream
 from typing import Any, ClassVar
 
 import numpy as np
@@ -46,10 +46,10 @@ class Spy:
     views: list[list[InstanceView]] = field(default_factory=list)
     target: int = 0
 
-    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         return range(instances)
 
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         self.views.append([view._replace(in_transit=[one.id for one in view.in_transit]) for view in views])
         return Decision(self.target, [view.instance_id for view in views], [0.0] * len(views))
 
@@ -63,7 +63,7 @@ def dispatcher_for(instances: int, policy: Any, **options: Any) -> Dispatcher:
     dispatch = DispatchConfig(**options.pop("config", {}))
     forecaster = options.pop("forecaster", None)
     return Dispatcher(
-        instances, policy, forecaster, dispatch, Stream(0), **{"snapshot_many": Shown(instances)} | options
+        instances, policy, forecaster, dispatch, random.Random(0), **{"snapshot_many": Shown(instances)} | options
     )
 
 
@@ -284,7 +284,7 @@ def test_outstanding_counts_from_the_decision_to_the_last_token() -> None:
 @pytest.mark.parametrize("candidates", [range(0, 4, 2), range(3, -1, -1), range(1, 3), [3, 0]])
 def test_views_are_of_the_candidates_whatever_sequence_a_policy_names_them_by(candidates: Sequence[int]) -> None:
     class Some(Spy):
-        def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+        def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
             return candidates
 
     spy = Some(target=candidates[-1])
@@ -386,10 +386,10 @@ def test_an_old_snapshot_does_not_change_with_the_engine() -> None:
     class Memory(Spy):
         then: list[bytes] = field(default_factory=list)
 
-        def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+        def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
             assert views[0].snapshot is not None
             self.then.append(views[0].snapshot.seqs.tobytes())
-            return super().choose(request, views, stream)
+            return super().choose(request, views, rng)
 
     memory = Memory()
     serve(

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import random
 import sys
 import tempfile
 import time
@@ -14,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from random import Random as Stream
 from typing import Any, ClassVar
 
 import numpy as np
@@ -56,10 +56,10 @@ class Broken:
     error: ClassVar[type[BaseException]] = RuntimeError
     needs: ClassVar[policies.Needs] = policies.Needs.COUNTS
 
-    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         return [0]
 
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         if request.id == 40:
             raise self.error("no more")
         return Decision(0, [0], [0.0])
@@ -157,11 +157,11 @@ class Sticky:
     seen: list = field(default_factory=list)
     needs: ClassVar[Needs] = Needs.COUNTS
 
-    def candidates(self, instances, turn, stream):
-        self.seen.append(turn)
+    def candidates(self, instances, request_index, rng):
+        self.seen.append(request_index)
         return [len(self.seen) * STEP // 100 % instances]
 
-    def choose(self, request, views, stream):
+    def choose(self, request, views, rng):
         return Decision(views[0].instance_id, [views[0].instance_id], [0.0])
 """
 

@@ -18,7 +18,7 @@ from block.run import execute as experiment
 from block.run import hydra_schema
 from block.store.results import Run
 from block.store.searches import Search
-from paper_figures import cells, readme, report, settings, style, verdicts
+from paper_figures import points, readme, report, settings, style, verdicts
 from paper_figures.catalogue import FIGURES
 from paper_figures.verdicts import Claim, order, value
 
@@ -38,16 +38,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return experiment.execute(settings, {"scheduler": "block"}, quiet=True)
 
 
-def searched(cell: cells.Cell) -> Search:
+def searched(point: points.GridPoint) -> Search:
     """A search that found 30 requests/s at 3 s, and more by its seed."""
-    seed = cell["seed"]
+    seed = point["seed"]
     return Search(Path("x.json"), {"capacities_qps": {"3": 30.0 + seed, "10": 31.0 + seed}, "hashes": {}})
 
 
-def everything(module: Any, run: Run) -> cells.Stored:
-    return cells.Stored(
-        {cells.key(cell): run for cell in module.RUNS},
-        {cells.key(cell): searched(cell) for cell in getattr(module, "SEARCHES", ())},
+def everything(module: Any, run: Run) -> points.Stored:
+    return points.Stored(
+        {points.key(point): run for point in module.RUNS},
+        {points.key(point): searched(point) for point in getattr(module, "SEARCHES", ())},
     )
 
 
@@ -89,13 +89,13 @@ def test_a_missing_run_or_search_is_named(name: str, run: Run) -> None:
     for what, wanted in (("runs", module.RUNS), ("searches", getattr(module, "SEARCHES", ()))):
         if not wanted:
             continue
-        lacking = cells.key(wanted[-1])
-        holed = cells.Stored(
+        lacking = points.key(wanted[-1])
+        holed = points.Stored(
             {key: one for key, one in whole.runs.items() if what == "searches" or key != lacking},
             {key: one for key, one in whole.searches.items() if what == "runs" or key != lacking},
         )
-        told = " ".join(cells.overrides(wanted[-1]))
-        with pytest.raises(cells.MissingCells, match=re.escape(f"1 of {len(wanted)} {what} are missing: {told}")):
+        told = " ".join(points.overrides(wanted[-1]))
+        with pytest.raises(points.MissingResults, match=re.escape(f"1 of {len(wanted)} {what} are missing: {told}")):
             module.table(holed)
 
 
@@ -108,7 +108,7 @@ def test_fewer_seeds_draw_every_figure(name: str, seeds: int, run: Run) -> None:
     module = module_of(name)
     style.use()
     whole = everything(module, run)
-    few = cells.Stored(whole.runs, whole.searches, seeds)
+    few = points.Stored(whole.runs, whole.searches, seeds)
     table = module.table(few)
     if hasattr(module, "draw"):
         plt.close(module.draw(table))
@@ -127,7 +127,7 @@ def test_searches_that_find_nothing_are_gaps_and_no_number(name: str, seeds: int
     why = "ttft_p99_s meets 10 s even at 3,600 requests/s"
     nothing = {"capacities_qps": {"3": None, "10": None}, "gaps": {"3": why, "10": why}, "hashes": {}}
     whole = everything(module, run)
-    holed = cells.Stored(whole.runs, dict.fromkeys(whole.searches, Search(Path("x.json"), nothing)), seeds)
+    holed = points.Stored(whole.runs, dict.fromkeys(whole.searches, Search(Path("x.json"), nothing)), seeds)
     gap = holed.gaps(module.SEARCHES)
     assert why in gap
     table = module.table(holed)
@@ -146,7 +146,7 @@ def test_searches_that_find_nothing_are_gaps_and_no_number(name: str, seeds: int
 def test_seeds_that_are_not_asked_for_are_not_missed(run: Run) -> None:
     module = module_of("fig6")
     whole = everything(module, run)
-    one = cells.Stored({key: run for key in whole.runs if ("seed", "0") in key}, whole.searches, seeds=1)
+    one = points.Stored({key: run for key in whole.runs if ("seed", "0") in key}, whole.searches, seeds=1)
     assert set(module.table(one)["seed"]) == {0}
 
 
@@ -160,7 +160,7 @@ def test_every_scheduler_has_a_colour_and_a_marker_of_its_own() -> None:
 
 
 def test_a_grid_is_every_combination() -> None:
-    assert cells.grid(scheduler=("a", "b"), workload__qps=(1, 2)) == [
+    assert points.grid(scheduler=("a", "b"), workload__qps=(1, 2)) == [
         {"scheduler": scheduler, "workload.qps": qps} for scheduler in ("a", "b") for qps in (1, 2)
     ]
 

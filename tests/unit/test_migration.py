@@ -248,10 +248,10 @@ class Halves:
     first: int
     needs: ClassVar[Needs] = Needs.COUNTS
 
-    def candidates(self, instances: int, turn: int, stream: Random) -> Sequence[int]:
-        return [int(turn >= self.first)]
+    def candidates(self, instances: int, request_index: int, rng: Random) -> Sequence[int]:
+        return [int(request_index >= self.first)]
 
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Random) -> Decision:
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: Random) -> Decision:
         return Decision(views[0].instance_id, [views[0].instance_id], [0.0])
 
 

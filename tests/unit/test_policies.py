@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Sequence
-from random import Random as Stream
 
 import numpy as np
 import pytest
@@ -67,7 +67,7 @@ def view(
 
 
 def choose(policy: Policy, views: Sequence[InstanceView], seed: int = 0) -> Decision:
-    return policy.choose(REQUEST, views, Stream(seed))
+    return policy.choose(REQUEST, views, random.Random(seed))
 
 
 # ---------------------------------------------------------------------------------------------------- all of them
@@ -75,7 +75,7 @@ def choose(policy: Policy, views: Sequence[InstanceView], seed: int = 0) -> Deci
 
 @pytest.mark.parametrize("policy", ALL, ids=lambda p: type(p).__name__)
 def test_a_decision_names_its_candidates_and_a_score_for_each(policy: Policy) -> None:
-    candidates = list(policy.candidates(5, 3, Stream(0)))
+    candidates = list(policy.candidates(5, 3, random.Random(0)))
     assert set(candidates) <= set(range(5))
     assert len(set(candidates)) == len(candidates) > 0
     views = [view(i, seen=snapshot(i), forecast=Forecast(1.0, 2.0)) for i in candidates]
@@ -89,12 +89,12 @@ def test_a_decision_names_its_candidates_and_a_score_for_each(policy: Policy) ->
 @pytest.mark.parametrize("policy", ALL, ids=lambda p: type(p).__name__)
 def test_the_same_stream_makes_the_same_choice(policy: Policy) -> None:
     def run(seed: int) -> list[int]:
-        stream = Stream(seed)
+        rng = random.Random(seed)
         chosen = []
-        for turn in range(20):
-            candidates = policy.candidates(6, turn, stream)
+        for index in range(20):
+            candidates = policy.candidates(6, index, rng)
             views = [view(i, seen=snapshot(i), forecast=Forecast(1.0, 2.0)) for i in candidates]
-            chosen.append(policy.choose(REQUEST, views, stream).instance_id)
+            chosen.append(policy.choose(REQUEST, views, rng).instance_id)
         return chosen
 
     assert run(4) == run(4)
@@ -103,8 +103,8 @@ def test_the_same_stream_makes_the_same_choice(policy: Policy) -> None:
 @pytest.mark.parametrize("policy", ALL[2:], ids=lambda p: type(p).__name__)
 def test_ties_are_broken_evenly(policy: Policy) -> None:
     views = [view(i, seen=snapshot(i), forecast=Forecast(1.0, 2.0)) for i in range(4)]
-    stream = Stream(1)
-    counts = Counter(policy.choose(REQUEST, views, stream).instance_id for _ in range(4000))
+    rng = random.Random(1)
+    counts = Counter(policy.choose(REQUEST, views, rng).instance_id for _ in range(4000))
     # 1,000 each, standard deviation 27.
     assert all(abs(counts[i] - 1000) < 110 for i in range(4))
 
@@ -129,16 +129,16 @@ def test_a_policy_reads_all_that_it_says_it_needs_and_nothing_more(policy: Polic
 
 
 def test_random_asks_one_instance_each_as_often() -> None:
-    stream = Stream(2)
+    rng = random.Random(2)
     counts: Counter[int] = Counter()
-    for turn in range(4000):
-        (candidate,) = Random().candidates(4, turn, stream)
-        counts[Random().choose(REQUEST, [view(candidate)], stream).instance_id] += 1
+    for index in range(4000):
+        (candidate,) = Random().candidates(4, index, rng)
+        counts[Random().choose(REQUEST, [view(candidate)], rng).instance_id] += 1
     assert all(abs(counts[i] - 1000) < 110 for i in range(4))
 
 
 def test_round_robin_takes_turns() -> None:
-    chosen = [list(RoundRobin().candidates(3, turn, Stream(0))) for turn in range(7)]
+    chosen = [list(RoundRobin().candidates(3, index, random.Random(0))) for index in range(7)]
     assert chosen == [[0], [1], [2], [0], [1], [2], [0]]
     assert choose(RoundRobin(), [view(2)]).instance_id == 2
 
@@ -163,10 +163,10 @@ def test_least_requests_takes_the_fewest_outstanding() -> None:
 
 @pytest.mark.parametrize("kind", [LeastRequests, Block])
 def test_k_candidates_are_drawn_without_repetition_and_evenly(kind: type) -> None:
-    stream = Stream(3)
+    rng = random.Random(3)
     counts: Counter[int] = Counter()
-    for turn in range(3000):
-        candidates = kind(k=2).candidates(6, turn, stream)
+    for index in range(3000):
+        candidates = kind(k=2).candidates(6, index, rng)
         assert len(set(candidates)) == len(candidates) == 2
         counts.update(candidates)
     assert all(abs(counts[i] - 1000) < 110 for i in range(6))
@@ -175,7 +175,7 @@ def test_k_candidates_are_drawn_without_repetition_and_evenly(kind: type) -> Non
 @pytest.mark.parametrize("kind", [LeastRequests, Block])
 @pytest.mark.parametrize("k", [None, 3, 4, 100])
 def test_a_k_of_all_or_more_asks_everybody(kind: type, k: int | None) -> None:
-    assert list(kind(k=k).candidates(3, 0, Stream(0))) == [0, 1, 2]
+    assert list(kind(k=k).candidates(3, 0, random.Random(0))) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kind", [LeastRequests, Block])
@@ -246,9 +246,9 @@ def test_an_instance_without_a_forecast_is_not_chosen_while_another_has_one(miss
 
 @pytest.mark.parametrize("missing", [None, Forecast(math.nan, math.nan)])
 def test_with_no_forecast_at_all_the_choice_is_random_and_says_so(missing: Forecast | None) -> None:
-    stream = Stream(5)
+    rng = random.Random(5)
     views = [view(i, forecast=missing) for i in range(3)]
-    decisions = [Block().choose(REQUEST, views, stream) for _ in range(60)]
+    decisions = [Block().choose(REQUEST, views, rng) for _ in range(60)]
     assert {decision.fallback for decision in decisions} == {"no forecast"}
     assert {decision.instance_id for decision in decisions} == {0, 1, 2}
     assert decisions[0].scores == [math.inf] * 3

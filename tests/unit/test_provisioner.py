@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from random import Random as Stream
 from typing import Any, ClassVar
 
 import pytest
@@ -134,7 +134,7 @@ def play(
         policy or Block(),
         predictor_for(settings, model, total_blocks),
         DispatchConfig(),
-        Stream(0),
+        random.Random(0),
         snapshot_many=simulation.snapshot_many,
         delay_s=delay_s,
         initial=provisioner.initial,
@@ -307,10 +307,10 @@ class Counting:
     needs: ClassVar[Needs] = Needs.FORECAST
     asked: list[list[int]] = field(default_factory=list)
 
-    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         return range(instances)
 
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         self.asked.append([view.instance_id for view in views])
         return Decision(views[0].instance_id, self.asked[-1], [0.0] * len(views))
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from random import Random as Stream
 from typing import Any, ClassVar
 
 import pytest
@@ -30,7 +30,7 @@ LLAMA = Model("llama2-7b", "meta-llama/Llama-2-7b-hf", 32, 4096, 11008, 32, 32, 
 def run(**changes: Any) -> RunConfig:
     """Two GPUs, forty short requests, five a second."""
     parts: dict[str, Any] = {
-        "scheduler": policies.RoundRobin(),
+        "policy": policies.RoundRobin(),
         "model": LLAMA,
         "cluster": ClusterConfig("a30", 2),
         "engine": EngineConfig(),
@@ -51,7 +51,7 @@ def served(settings: RunConfig, finished: Callable[[int], None] = lambda count: 
 
 def test_several_dispatchers_share_the_work_and_nothing_else() -> None:
     workload = Workload("synthetic", 200, 20.0, source="synthetic", prompt_mean=100.0, output_mean=20.0)
-    settings = run(workload=workload, scheduler=policies.RoundRobin())
+    settings = run(workload=workload, policy=policies.RoundRobin())
     one, four = (
         served(settings).history,
         served(replace(settings, dispatch=DispatchConfig(dispatchers=4))).history,
@@ -68,7 +68,7 @@ def test_several_dispatchers_share_the_work_and_nothing_else() -> None:
 
 
 def test_instances_that_differ_are_forecast_and_served() -> None:
-    settings = run(scheduler=policies.Block(), cluster=Mixed((Pool("a30", 1), Pool("a10", 1))))
+    settings = run(policy=policies.Block(), cluster=Mixed((Pool("a30", 1), Pool("a10", 1))))
     history = served(settings).history
     assert history is not None
     assert {record.status for record in history.records} == {"ok"}
@@ -83,10 +83,10 @@ class Stopping:
     at: int = 30
     needs: ClassVar[policies.Needs] = policies.Needs.COUNTS
 
-    def candidates(self, instances: int, turn: int, stream: Stream) -> Sequence[int]:
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         return range(instances)
 
-    def choose(self, request: Request, views: Sequence[InstanceView], stream: Stream) -> Decision:
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         if request.id == self.at:
             raise self.error
         return Decision(request.id % len(views), [], [])
@@ -103,7 +103,7 @@ def test_an_oracle_predicts_the_truth_and_noise_does_not() -> None:
 
 def test_what_arrives_depends_on_the_seed_and_on_nothing_about_the_servers() -> None:
     requests = requests_of(run())
-    others = run(scheduler=policies.Block(), cluster=ClusterConfig("h100", 5), backend=Simulated(step_noise=0.5))
+    others = run(policy=policies.Block(), cluster=ClusterConfig("h100", 5), backend=Simulated(step_noise=0.5))
     assert requests_of(others) == requests
     assert requests_of(run(seed=1)) != requests
 
@@ -138,7 +138,7 @@ def test_a_run_is_open_loop() -> None:
 
 
 def test_the_same_run_twice_is_the_same() -> None:
-    settings = run(scheduler=policies.Block(k=1), lengths=Noisy())
+    settings = run(policy=policies.Block(k=1), lengths=Noisy())
     one, two = served(settings), served(settings)
     assert one.history is not None
     assert two.history is not None
@@ -173,7 +173,7 @@ def test_progress_adds_up_to_the_number_of_requests(count: int) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt(), SystemExit(1)])
 def test_a_run_that_stops_keeps_what_it_has_finished(error: BaseException) -> None:
-    settings = run(scheduler=Stopping(error))
+    settings = run(policy=Stopping(error))
     outcome = Outcome()
     told = UserFault if isinstance(error, Exception) else type(error)
     with pytest.raises(told) as raised:

@@ -268,10 +268,10 @@ import os, signal
 class Killed:
     needs: ClassVar[Needs] = Needs.COUNTS
 
-    def candidates(self, instances, turn, stream):
+    def candidates(self, instances, request_index, rng):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def choose(self, request, views, stream):
+    def choose(self, request, views, rng):
         return 0
 """
 
