@@ -12,7 +12,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from test_server import STREAMED, PluginMock, stream
+from mock_servers import STREAMED, PluginMock, stream
 
 from block.core import jit as compiled
 from block.core.jit import _Stopwatch
