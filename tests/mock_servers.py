@@ -17,7 +17,7 @@ from testbed import constant_latency
 
 from block.backends.launch import free_ports
 from block.dispatch import policies
-from block.dispatch.core import DispatchConfig
+from block.dispatch.core import DispatchConfig, Dispatcher
 from block.engine.config import EngineSettings
 from block.gateway.app import Gateway
 from block.gateway.config import GatewayConfig
@@ -168,10 +168,10 @@ class PluginMock(Mock):
 
 
 @dataclass
-class House:
-    """A gateway with its servers, and a client."""
+class RunningGateway:
+    """A gateway with its mock servers, and a client."""
 
-    gateway: Gateway
+    dispatcher: Dispatcher
     mocks: Sequence[Mock]
     url: str
     client: aiohttp.ClientSession
@@ -193,7 +193,7 @@ class House:
         return {name: float(value) for name, _, value in lines if float(value)}
 
     def in_flight(self) -> int:
-        return sum(self.gateway.dispatcher.outstanding(i) for i in range(len(self.mocks)))
+        return sum(self.dispatcher.outstanding(i) for i in range(len(self.mocks)))
 
 
 async def eventually(true: Callable[[], bool]) -> None:
@@ -205,13 +205,13 @@ async def eventually(true: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def house(
+async def running_gateway(
     mocks: Sequence[Mock],
     policy: policies.Policy | None = None,
     started: Sequence[int] | None = None,
     lengths: Lengths | None = None,
     **keys: Any,
-) -> AsyncIterator[House]:
+) -> AsyncIterator[RunningGateway]:
     """Whatever happens in it, no request stays in the books and no connection is leaked."""
     for i, mock in enumerate(mocks):
         if started is None or i in started:
@@ -233,9 +233,10 @@ async def house(
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
         async with aiohttp.ClientSession(auto_decompress=False) as client:
-            one = House(gateway, mocks, f"http://127.0.0.1:{runner.addresses[0][1]}", client, runner.cleanup)
-            yield one
-            await eventually(lambda: one.in_flight() == 0)
+            url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+            running = RunningGateway(gateway.dispatcher, mocks, url, client, runner.cleanup)
+            yield running
+            await eventually(lambda: running.in_flight() == 0)
     finally:
         await runner.cleanup()
         for mock in mocks:

@@ -38,7 +38,9 @@ CHAT: list[dict[str, Any]] = [
         ({"messages": [], "max_completion_tokens": 9, "max_tokens": 7}, 1, 9),
     ],
 )
-def test_what_a_body_asks_for(fields: dict[str, Any], prompt: int, expected: int) -> None:
+def test_a_body_says_how_long_its_prompt_and_its_response_are(
+    fields: dict[str, Any], prompt: int, expected: int
+) -> None:
     asked = read(json.dumps(fields).encode())
     assert (asked.prompt_tokens, asked.capped(100)) == (prompt, expected)
 
@@ -71,7 +73,7 @@ def test_a_tag_joins_those_of_the_client(body: bytes, rest: dict[str, Any]) -> N
     assert done == {"a": 2, "vllm_xargs": {**rest, "block_id": 5, "block_expected": 6}}
 
 
-def test_the_last_usage_counts() -> None:
+def test_the_last_usage_of_an_answer_counts() -> None:
     assert completion_tokens(b'{"usage":{"completion_tokens": 3}} {"completion_tokens":41}') == 41
     assert completion_tokens(b'{"usage":null}') is None
     assert completion_tokens(b'"completion_tokens":null') is None

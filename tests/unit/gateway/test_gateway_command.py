@@ -15,7 +15,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from mock_servers import DONE, EVENTS, STREAMED, Mock, eventually, house, run, stream
+from mock_servers import DONE, EVENTS, STREAMED, Mock, eventually, run, running_gateway, stream
 
 from block.backends.launch import free_ports
 from block.gateway.config import GatewayConfig
@@ -101,11 +101,11 @@ async def command(*arguments: str) -> asyncio.subprocess.Process:
 
 
 def connects(port: int) -> bool:
-    with socket.socket() as one:
-        return one.connect_ex(("127.0.0.1", port)) == 0
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_a_process_says_where_it_listens_and_finishes_its_streams_when_told_to_stop() -> None:
+def test_the_command_says_where_it_listens_and_finishes_its_streams_when_told_to_stop() -> None:
     async def main() -> None:
         mock = Mock(stream)
         await mock.start()
@@ -138,13 +138,13 @@ def test_a_process_says_where_it_listens_and_finishes_its_streams_when_told_to_s
 
 def test_a_stream_that_outlasts_the_grace_period_is_cut_and_its_request_cancelled() -> None:
     async def main() -> None:
-        async with house([Mock(stream)], grace_s=0.1) as one:
-            mock = one.mocks[0]
+        async with running_gateway([Mock(stream)], grace_s=0.1) as gateway:
+            mock = gateway.mocks[0]
             mock.go.clear()
-            asked = asyncio.create_task(one.ask(STREAMED))
-            await eventually(lambda: one.in_flight() == 1)
+            asked = asyncio.create_task(gateway.ask(STREAMED))
+            await eventually(lambda: gateway.in_flight() == 1)
             await asyncio.sleep(0.05)
-            await one.stop()
+            await gateway.stop()
             with pytest.raises(aiohttp.ClientError):
                 await asked
             await eventually(lambda: mock.cancelled == 1)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from mock_servers import ASKED, Mock, PluginMock, house, run
+from mock_servers import ASKED, Mock, PluginMock, run, running_gateway
 
 from block.core.arrays import Ints
 from block.dispatch import policies
@@ -47,16 +47,17 @@ def expected_of(mock: Mock) -> list[int]:
 def test_requests_are_tagged_by_their_prompts_in_batches_and_off_the_loop() -> None:
     async def main() -> None:
         reader = Slow(pause_s=0.05)
-        async with house([PluginMock()], policies.Block(), lengths=reader, estimate_timeout_s=5.0) as one:
+        async with running_gateway([PluginMock()], policies.Block(), lengths=reader, estimate_timeout_s=5.0) as gateway:
             bodies = [b'{"prompt": "%s"}' % (b"x" * (10 + i)) for i in range(9)]
-            assert {(await answer)[0] for answer in [asyncio.ensure_future(one.ask(body)) for body in bodies]} == {200}
-            assert sorted(expected_of(one.mocks[0])) == list(range(10, 19))
+            answers = await asyncio.gather(*(gateway.ask(body) for body in bodies))
+            assert {status for status, _, _ in answers} == {200}
+            assert sorted(expected_of(gateway.mocks[0])) == list(range(10, 19))
             assert len(reader.batches) < 9
             assert threading.get_ident() not in reader.threads
-            metrics = await one.metrics()
+            metrics = await gateway.metrics()
             assert metrics["block_length_seconds_count"] == 9
             assert metrics.get('block_length_fallbacks_total{reason="timeout"}', 0) == 0
-            record = one.gateway.dispatcher.history.records[0]
+            record = gateway.dispatcher.history.records[0]
             assert record.dispatched - record.request.arrival >= 0.05  # the wait for the estimate is part of its time
 
     run(main())
@@ -74,13 +75,15 @@ def test_requests_are_tagged_by_their_prompts_in_batches_and_off_the_loop() -> N
         (b"{}", 256),
     ],
 )
-def test_what_is_estimated_is_the_text_and_a_limit_caps_it(body: bytes, expected: int) -> None:
+def test_an_estimate_comes_from_the_text_of_a_prompt_and_is_capped_by_a_limit(body: bytes, expected: int) -> None:
     async def main() -> None:
-        async with house([PluginMock()], policies.LeastTokens(), lengths=Slow(), estimate_timeout_s=5.0) as one:
-            assert (await one.ask(body))[0] == 200
-            assert expected_of(one.mocks[0]) == [expected]
+        async with running_gateway(
+            [PluginMock()], policies.LeastTokens(), lengths=Slow(), estimate_timeout_s=5.0
+        ) as gateway:
+            assert (await gateway.ask(body))[0] == 200
+            assert expected_of(gateway.mocks[0]) == [expected]
             no_text = int(expected in (256, 7))
-            counted = (await one.metrics()).get('block_length_fallbacks_total{reason="no_text"}', 0)
+            counted = (await gateway.metrics()).get('block_length_fallbacks_total{reason="no_text"}', 0)
             assert counted == no_text
 
     run(main())
@@ -93,24 +96,24 @@ def test_without_an_estimate_in_time_a_constant_stands_in_and_is_counted(
     reader: Slow, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
-        async with house(
+        async with running_gateway(
             [PluginMock()], policies.Block(), lengths=reader, estimate_timeout_s=0.02, expected_output_tokens=77
-        ) as one:
-            assert [(await one.ask(ASKED.replace(b', "max_tokens": 5', b"")))[0] for _ in range(3)] == [200] * 3
-            assert expected_of(one.mocks[0]) == [77] * 3
-            assert (await one.metrics())[f'block_length_fallbacks_total{{reason="{reason}"}}'] == 3
+        ) as gateway:
+            assert [(await gateway.ask(ASKED.replace(b', "max_tokens": 5', b"")))[0] for _ in range(3)] == [200] * 3
+            assert expected_of(gateway.mocks[0]) == [77] * 3
+            assert (await gateway.metrics())[f'block_length_fallbacks_total{{reason="{reason}"}}'] == 3
 
     run(main())
     told = [record.message for record in caplog.records if "no response lengths" in record.message]
     assert len(told) == (reason == "failed")
 
 
-def test_policies_that_count_do_not_wait_for_estimates() -> None:
+def test_policies_that_need_no_lengths_do_not_wait_for_estimates() -> None:
     async def main() -> None:
         reader = Slow()
-        async with house([Mock()], policies.RoundRobin(), lengths=reader) as one:
-            assert (await one.ask())[0] == 200
+        async with running_gateway([Mock()], policies.RoundRobin(), lengths=reader) as gateway:
+            assert (await gateway.ask())[0] == 200
             assert reader.batches == []
-            assert one.mocks[0].seen[0][2] == ASKED
+            assert gateway.mocks[0].seen[0][2] == ASKED
 
     run(main())

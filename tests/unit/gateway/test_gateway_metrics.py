@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 
-from mock_servers import STREAMED, Mock, eventually, house, run, stream
+from mock_servers import STREAMED, Mock, eventually, run, running_gateway, stream
 
 
 def test_metrics_tell_outcomes_times_and_what_is_in_flight() -> None:
     async def main() -> None:
-        async with house([Mock(stream), Mock()]) as one:
-            one.mocks[0].go.clear()
-            asked = asyncio.create_task(one.ask(STREAMED))
-            await eventually(lambda: one.in_flight() == 1)
-            assert (await one.ask())[0] == 200
-            before = await one.metrics()
-            one.mocks[0].go.set()
+        async with running_gateway([Mock(stream), Mock()]) as gateway:
+            gateway.mocks[0].go.clear()
+            asked = asyncio.create_task(gateway.ask(STREAMED))
+            await eventually(lambda: gateway.in_flight() == 1)
+            assert (await gateway.ask())[0] == 200
+            before = await gateway.metrics()
+            gateway.mocks[0].go.set()
             await asked
-            after = await one.metrics()
+            after = await gateway.metrics()
         assert before['block_in_flight{instance="0"}'] == 1
         assert 'block_in_flight{instance="0"}' not in after
         for i in "01":
