@@ -12,7 +12,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from test_server import STREAMED, PluginMock, stream
+from mock_servers import STREAMED, PluginMock, stream
 
 from block.core import jit as compiled
 from block.core.jit import _Stopwatch
@@ -90,7 +90,7 @@ def test_a_gateway_has_compiled_all_before_it_is_open(scheduler: str, tmp_path: 
         urls = ",".join(mock.url for mock in mocks)
         corrected = ["dispatch.correction_steps=20"] if scheduler == "block" else []
         keys = [f"gateway.urls=[{urls}]", "gateway.host=127.0.0.1", "gateway.port=0", f"scheduler={scheduler}"]
-        door = await asyncio.create_subprocess_exec(
+        gateway = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "block.gateway", *keys, *corrected),
             env={**os.environ, "NUMBA_CACHE_DIR": str(cache)},
             cwd=ROOT,
@@ -98,8 +98,8 @@ def test_a_gateway_has_compiled_all_before_it_is_open(scheduler: str, tmp_path: 
             stderr=asyncio.subprocess.PIPE,
         )
         try:
-            assert door.stdout is not None
-            ready = (await asyncio.wait_for(door.stdout.readline(), 200)).decode()
+            assert gateway.stdout is not None
+            ready = (await asyncio.wait_for(gateway.stdout.readline(), 200)).decode()
             compiled_before = code()
             assert compiled_before
             async with aiohttp.ClientSession() as client:
@@ -110,11 +110,11 @@ def test_a_gateway_has_compiled_all_before_it_is_open(scheduler: str, tmp_path: 
                         await answer.read()
             assert code() == compiled_before
         finally:
-            door.send_signal(signal.SIGTERM)
-            _, err = await asyncio.wait_for(door.communicate(), 30)
+            gateway.send_signal(signal.SIGTERM)
+            _, err = await asyncio.wait_for(gateway.communicate(), 30)
             for mock in mocks:
                 await mock.runner.cleanup()
-        assert door.returncode == 0
+        assert gateway.returncode == 0
         if scheduler == "block":
             assert err.decode().startswith(LINE)
 

@@ -1,0 +1,248 @@
+"""Scripted model servers, with the plugin or without it, and a gateway in front of them."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from random import Random as Stream
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+from multidict import CIMultiDictProxy
+from testbed import constant_latency
+
+from block.backends.launch import free_ports
+from block.dispatch import policies
+from block.dispatch.core import DispatchConfig, Dispatcher
+from block.engine.config import EngineSettings
+from block.gateway.app import Gateway
+from block.gateway.config import GatewayConfig
+from block.lengths import Lengths, Oracle
+from block.vllm_plugin import state_buffer as b
+from block.vllm_plugin.state_buffer import StateBuffer
+
+ANSWER = b'{"id": "cmpl-1",  "choices": [{"text": "\\u00e9 \xc3\xa9"}], "usage": {"completion_tokens": 7}}\n'
+EVENTS = [b'data: {"choices":[{"text":" %d"}]}\n\n' % i for i in range(5)]
+USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":5}}\n\n'
+DONE = b"data: [DONE]\n\n"
+ASKED = b'{"model": "m",  "prompt": "hello", "max_tokens": 5}'
+STREAMED = b'{"model":"m","prompt":[1,2,3],"stream":true,"stream_options":{"include_usage":true}}'
+SSE = {"Content-Type": "text/event-stream; charset=utf-8"}
+LIMITS = EngineSettings(
+    True, 8, 512, 2048, block_size=16, total_blocks=1000, watermark_blocks=0, scheduler_reserve_full_isl=False
+)
+
+Answer = Callable[["Mock", web.Request], Awaitable[web.StreamResponse]]
+
+
+async def whole(mock: Mock, http: web.Request) -> web.StreamResponse:
+    return web.Response(body=ANSWER, headers={"Content-Type": "application/json", "X-Own": "1"})
+
+
+async def stream(mock: Mock, http: web.Request) -> web.StreamResponse:
+    """A stream that pauses after its first event until `mock.go`."""
+    response = web.StreamResponse(headers=SSE)
+    await response.prepare(http)
+    for i, event in enumerate([*EVENTS, USAGE, DONE]):
+        await response.write(event)
+        if i == 0:
+            await mock.go.wait()
+    return response
+
+
+async def hang(mock: Mock, http: web.Request) -> web.StreamResponse:
+    await mock.never.wait()
+    raise AssertionError
+
+
+def says(status: int, body: bytes = b'{"error": {"message": "no"}}', **headers: str) -> Answer:
+    async def answer(mock: Mock, http: web.Request) -> web.StreamResponse:
+        return web.Response(status=status, body=body, headers={"Content-Type": "application/json", **headers})
+
+    return answer
+
+
+def cut(*events: bytes, sse: bool = True) -> Answer:
+    """Headers and `events`, and then the connection is gone."""
+
+    async def answer(mock: Mock, http: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers=SSE if sse else {"Content-Type": "application/json"})
+        await response.prepare(http)
+        response._payload_writer.send_headers()  # type: ignore[union-attr]
+        for event in events:
+            await response.write(event)
+        await asyncio.sleep(0.02)
+        assert http.transport is not None
+        http.transport.abort()
+        return response
+
+    return answer
+
+
+@dataclass
+class Mock:
+    """A model server that answers as `answer` says."""
+
+    answer: Answer = whole
+    well: bool = True
+    seen: list[tuple[str, CIMultiDictProxy[str], bytes]] = field(default_factory=list)
+    cancelled: int = 0
+    port: int = 0
+    prefix: str = ""
+
+    def __post_init__(self) -> None:
+        self.go, self.never = asyncio.Event(), asyncio.Event()
+        self.go.set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}{self.prefix}"
+
+    async def _complete(self, http: web.Request) -> web.StreamResponse:
+        self.seen.append((http.path_qs, http.headers, await http.read()))
+        try:
+            return await self.answer(self, http)
+        except (asyncio.CancelledError, ConnectionError):
+            self.cancelled += 1
+            raise
+
+    async def _health(self, http: web.Request) -> web.Response:
+        return web.Response(status=200 if self.well else 503)
+
+    async def _models(self, http: web.Request) -> web.Response:
+        return web.Response(body=b'{"data": [{"id": "tiny"}]}', headers={"Content-Type": "application/json"})
+
+    def routes(self, app: web.Application) -> None:
+        app.router.add_post(f"{self.prefix}/v1/completions", self._complete)
+        app.router.add_post(f"{self.prefix}/v1/chat/completions", self._complete)
+        app.router.add_get(f"{self.prefix}/v1/models", self._models)
+        app.router.add_get(f"{self.prefix}/health", self._health)
+
+    async def start(self) -> None:
+        app = web.Application(client_max_size=2**30)
+        self.routes(app)
+        self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.01, access_log=None)
+        await self.runner.setup()
+        await web.TCPSite(self.runner, "127.0.0.1", self.port).start()
+        self.port = self.runner.addresses[0][1]
+
+    async def kill(self) -> None:
+        """As a process that is gone: nobody listens, and all connections are reset."""
+        for site in list(self.runner.sites):
+            await site.stop()
+        assert self.runner.server is not None
+        for connection in self.runner.server.connections:
+            if connection.transport is not None:
+                connection.transport.abort()
+        await self.runner.cleanup()
+
+
+class PluginMock(Mock):
+    """A server with the plugin; `place` shows a running sequence on its state buffer."""
+
+    def __init__(self, answer: Answer = whole, settings: EngineSettings = LIMITS) -> None:
+        super().__init__(answer)
+        self.settings = settings
+        self.renew()
+
+    def renew(self) -> None:
+        self.buffer, self.path = StateBuffer.create()
+        self.buffer.header[b.SETTINGS : b.SETTINGS + len(self.settings)] = self.settings
+        self.buffer.header[b.FREE] = self.settings.total_blocks
+
+    def place(self, number: int, prompt: int, expected: int) -> None:
+        self.buffer.header[b.COLUMNS] = self.buffer.header[b.RUNNING] = 1
+        self.buffer.seqs[:, 0] = [number, prompt, 0, expected, expected, expected, 0, 0, 0, 0, 0, 0]
+        self.buffer.header[b.FREE] = self.settings.total_blocks - prompt // 16
+
+    def routes(self, app: web.Application) -> None:
+        super().routes(app)
+        app.router.add_get("/block/info", self._info)
+
+    async def _info(self, http: web.Request) -> web.Response:
+        return web.json_response({"vllm": "0", "buffer": self.path, "nonce": int(self.buffer.header[b.NONCE])})
+
+
+@dataclass
+class RunningGateway:
+    """A gateway with its mock servers, and a client."""
+
+    dispatcher: Dispatcher
+    mocks: Sequence[Mock]
+    url: str
+    client: aiohttp.ClientSession
+    stop: Callable[[], Awaitable[None]]
+
+    async def ask(
+        self, body: bytes = ASKED, path: str = "/v1/completions", **options: Any
+    ) -> tuple[int, bytes, CIMultiDictProxy[str]]:
+        async with self.client.post(self.url + path, data=io.BytesIO(body), **options) as answer:
+            return answer.status, await answer.read(), answer.headers
+
+    async def metrics(self) -> dict[str, float]:
+        """Those that are not 0; the mocks' addresses are their numbers."""
+        async with self.client.get(self.url + "/metrics") as answer:
+            text = await answer.text()
+        for i, mock in enumerate(self.mocks):
+            text = text.replace(mock.url, str(i))
+        lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines if float(value)}
+
+    def in_flight(self) -> int:
+        return sum(self.dispatcher.outstanding(i) for i in range(len(self.mocks)))
+
+
+async def eventually(true: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if true():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not come to that")
+
+
+@asynccontextmanager
+async def running_gateway(
+    mocks: Sequence[Mock],
+    policy: policies.Policy | None = None,
+    started: Sequence[int] | None = None,
+    lengths: Lengths | None = None,
+    **keys: Any,
+) -> AsyncIterator[RunningGateway]:
+    """Whatever happens in it, no request stays in the books and no connection is leaked."""
+    for i, mock in enumerate(mocks):
+        if started is None or i in started:
+            await mock.start()
+        elif not mock.port:
+            (mock.port,) = free_ports(1)
+    keys = {"probe_interval_s": 0.05, "grace_s": 2.0, **keys}
+    config = GatewayConfig(urls=tuple(mock.url for mock in mocks), **keys)
+    gateway = Gateway(
+        config,
+        policy or policies.RoundRobin(),
+        DispatchConfig(),
+        Stream(0),
+        constant_latency(),
+        lengths if lengths is not None else Oracle(),
+    )
+    runner = web.AppRunner(gateway.application(), handler_cancellation=True, shutdown_timeout=0.5)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        async with aiohttp.ClientSession(auto_decompress=False) as client:
+            url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+            running = RunningGateway(gateway.dispatcher, mocks, url, client, runner.cleanup)
+            yield running
+            await eventually(lambda: running.in_flight() == 0)
+    finally:
+        await runner.cleanup()
+        for mock in mocks:
+            if hasattr(mock, "runner"):
+                await mock.runner.cleanup()
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(main, 20))

@@ -1,0 +1,32 @@
+"""The gateway's metrics: outcomes, times, and what is in flight."""
+
+from __future__ import annotations
+
+import asyncio
+
+from mock_servers import STREAMED, Mock, eventually, run, running_gateway, stream
+
+
+def test_metrics_tell_outcomes_times_and_what_is_in_flight() -> None:
+    async def main() -> None:
+        async with running_gateway([Mock(stream), Mock()]) as gateway:
+            gateway.mocks[0].go.clear()
+            asked = asyncio.create_task(gateway.ask(STREAMED))
+            await eventually(lambda: gateway.in_flight() == 1)
+            assert (await gateway.ask())[0] == 200
+            before = await gateway.metrics()
+            gateway.mocks[0].go.set()
+            await asked
+            after = await gateway.metrics()
+        assert before['block_in_flight{instance="0"}'] == 1
+        assert 'block_in_flight{instance="0"}' not in after
+        for i in "01":
+            assert after[f'block_requests_total{{instance="{i}",status="ok"}}'] == 1
+            assert after[f'block_instance_active{{instance="{i}"}}'] == 1
+        assert after["block_active_instances"] == 2
+        assert after["block_ttft_seconds_count"] == 1  # of an answer that is no stream, the first token is not seen
+        assert after["block_e2e_seconds_count"] == 2
+        for name in ("block_retries_total", "block_predicted_e2e_seconds_count", "block_forecast_seconds_count"):
+            assert name not in after  # there, and 0
+
+    run(main())
