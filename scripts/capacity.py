@@ -16,8 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from block.run import cli, hydra_schema, sweep
-from block.run import execute as experiment
+from block.run import capacity_search, cli, hydra_schema, sweep
 
 hydra_schema.register()
 
@@ -27,13 +26,13 @@ def main(settings: DictConfig) -> object:
     """One search; returns the capacity, or a list of them for several objectives, for the sweeper if there is one."""
     job: Any = HydraConfig.get()
     if job.mode is RunMode.RUN:
-        return cli.run_job(lambda: search(settings, job))
-    return sweep.attempt(lambda: search(settings, job), job)
+        return cli.run_job(lambda: capacities(settings, job))
+    return sweep.attempt(lambda: capacities(settings, job), job)
 
 
-def search(settings: DictConfig, job: DictConfig) -> float | list[float]:
+def capacities(settings: DictConfig, job: DictConfig) -> float | list[float]:
     """The capacity for each objective, alone if there is one."""
-    found = [one["capacity_qps"] for one in experiment.search(settings, job.runtime.choices).values()]
+    found = [one["capacity_qps"] for one in capacity_search.search(settings, job.runtime.choices).values()]
     return found[0] if len(found) == 1 else found
 
 

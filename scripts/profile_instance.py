@@ -18,9 +18,9 @@ from block.backends import live_profile as live
 from block.backends.instance import VLLMInstance
 from block.cluster.instance import InstanceFailed
 from block.core.clock import Clock
+from block.core.files import keep, probe, reason, whole
 from block.run.config_errors import Parser, piped
 from block.run.console import progress
-from block.store.results import keep, probe, reason, whole
 
 
 def main() -> int:

@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
+from block.core.files import reason
 from block.run.config_errors import Parser, piped
-from block.store.results import DEFAULT_ROOT, reason
+from block.store.results import DEFAULT_ROOT
 from block.store.writer import recover
 
 

@@ -34,6 +34,7 @@ from joblib import Parallel, delayed  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from block.core.choices import choose  # noqa: E402
+from block.core.files import probe, reason  # noqa: E402
 from block.run import campaign  # noqa: E402
 from block.run.campaign import Composer, Job  # noqa: E402
 from block.run.cli import NO_ROOM  # noqa: E402
@@ -41,7 +42,7 @@ from block.run.config_errors import Parser, explain, piped  # noqa: E402
 from block.run.console import progress  # noqa: E402
 from block.store import searches  # noqa: E402
 from block.store.provenance import code_hash  # noqa: E402
-from block.store.results import Run, local_time, probe, reason  # noqa: E402
+from block.store.results import Run, local_time  # noqa: E402
 from block.store.wandb import Tracking, log_figures, log_run  # noqa: E402
 from paper_figures import points, readme, report, style, verdicts  # noqa: E402
 from paper_figures.catalogue import FIGURES  # noqa: E402

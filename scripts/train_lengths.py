@@ -17,12 +17,12 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
+from block.core.files import NotStored
 from block.lengths.estimation import train
 from block.lengths.roberta import RoBERTa
 from block.run import cli, config, effects, hydra_schema
 from block.run.config_errors import ConfigError, explain
 from block.run.console import progress
-from block.store.results import NotStored
 from block.store.wandb import curves
 
 hydra_schema.register()

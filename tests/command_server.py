@@ -36,7 +36,7 @@ def prepare() -> None:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             settings = compose("config", [f"engine={engine}", "workload.num_requests=50", "backend=simulated"])
         run = config.build(settings)
-        serve(run, requests_of(run), Outcome())
+        serve(run, requests_of(run)[0], Outcome())
     gc.freeze()
 
 

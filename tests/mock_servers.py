@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import io
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from random import Random as Stream
 from typing import Any
 
 import aiohttp
@@ -224,7 +224,7 @@ async def running_gateway(
         config,
         policy or policies.RoundRobin(),
         DispatchConfig(),
-        Stream(0),
+        random.Random(0),
         constant_latency(),
         lengths if lengths is not None else Oracle(),
     )

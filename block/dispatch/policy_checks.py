@@ -5,37 +5,18 @@ The policies of this package are not asked twice: their tests do that, and a dec
 
 from __future__ import annotations
 
-import inspect
 import math
 import random
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from block.core.snapshot import FIELDS, Snapshot, Snapshots
 from block.core.types import Decision, Forecast, InstanceView, Request, Views
+from block.core.user_code import UserFault, defined, place, told
 from block.dispatch.policies import Needs, Policy
-from block.store import provenance
-
-
-class UserFault(ValueError):
-    """A class of the user's is at fault: one line that tells what it has done, its file and line."""
-
-
-@contextmanager
-def own_code() -> Iterator[None]:
-    """Within, what code of the user's raises becomes a UserFault; errors of this package stay what they are."""
-    try:
-        yield
-    except Exception as error:
-        if where := place(error):
-            raise UserFault(f"{told(error)} ({where})") from error
-        raise
 
 
 def check(policy: Any) -> None:
@@ -155,37 +136,12 @@ def _is_integer(value: Any) -> bool:
 
 def _fault(policy: Any, what: str, method: str | None = None, where: str = "") -> UserFault:
     cls = type(policy)
-    where = where or _defined(getattr(cls, method, cls) if method else cls)
+    where = where or defined(getattr(cls, method, cls) if method else cls)
     return UserFault(f"scheduler._target_={cls.__module__}.{cls.__qualname__}: {what}{where and f' ({where})'}")
 
 
 def _raised(policy: Policy, method: str, error: Exception) -> UserFault:
     return _fault(policy, f"{method} raised {told(error)}", method, place(error))
-
-
-def told(error: BaseException) -> str:
-    """An error in one line: "ZeroDivisionError: division by zero"."""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}{said and f': {said}'}"
-
-
-def place(error: BaseException) -> str:
-    """The last line of the user's code that led to an error, as "mine/freest.py:12"; empty if none did."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{provenance.shown(Path(error.filename))}:{error.lineno}"
-    frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    own = [f"{provenance.shown(path)}:{line}" for path, line in frames if path.exists() and provenance.is_own(path)]
-    return own[-1] if own else ""
-
-
-def _defined(what: Any) -> str:
-    """Where a class or function is defined, as `place` has it; empty if that is not known."""
-    try:
-        what = inspect.unwrap(what)
-        file, line = inspect.getsourcefile(what), inspect.getsourcelines(what)[1]
-    except (TypeError, OSError):
-        return ""
-    return f"{provenance.shown(Path(file))}:{line}" if file else ""
 
 
 def _short(value: Any) -> str:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from block.cluster.instance import LaunchFailed
 from block.core.paths import shipped
-from block.dispatch import policy_checks as answers
+from block.dispatch import policy_checks
 from block.dispatch.policies import Needs
 from block.lengths import Reader
 from block.run import cli, config, effects, hydra_schema
@@ -37,8 +37,8 @@ def serve(settings: DictConfig, policy: str) -> None:
     run = config.build(settings)
     wanted = config.node(settings.gateway)
     effects.refuse(settings, "gateway", run)
-    rehearsed = answers.checked(config.node(settings.scheduler))  # not the one that will serve
-    answers.decide_once(rehearsed, len(wanted.urls))  # and so compiled before a request comes
+    rehearsed = policy_checks.checked(config.node(settings.scheduler))  # not the one that will serve
+    policy_checks.decide_once(rehearsed, len(wanted.urls))  # and so compiled before a request comes
     for key, off in (("forecast_noise", 0), ("dispatchers", 1)):
         if (value := getattr(run.dispatch, key)) != off:
             raise ConfigError(f"dispatch.{key}={value}: for experiments only; a gateway has {off}")

@@ -18,10 +18,10 @@ from block.cluster.instance import one_by_one
 from block.cluster.live import LiveDriver
 from block.core.clock import Clock
 from block.core.types import Request
+from block.core.user_code import UserFault
 from block.dispatch.core import DispatchConfig, Dispatcher, History
 from block.dispatch.correction import Corrected
 from block.dispatch.policies import Needs, Policy
-from block.dispatch.policy_checks import UserFault
 from block.engine.latency import LatencyModel
 from block.gateway.config import GatewayConfig
 from block.gateway.estimates import Estimator

@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as chatter
 
 from block.core.arrays import Ints
+from block.core.files import whole
 from block.lengths import Estimates
 from block.lengths.compact import LONGEST
 from block.lengths.roberta import ADVICE
-from block.store.results import whole
 
 HEAD = "head.pt"
 CHARACTERS = 8

@@ -14,11 +14,11 @@ import numpy as np
 
 from block.core.arrays import Floats, Ints
 from block.core.choices import choose
+from block.core.files import keep, probe, whole, write_json
 from block.lengths import Constant, Estimates, Lengths, Reader
 from block.lengths.compact import Compact
 from block.lengths.errors import measured
 from block.lengths.roberta import ERRORS, RoBERTa
-from block.store.results import keep, probe, whole, write_json
 from block.workload.prompts import Pairs, Split, load
 
 BASELINES = ("mean", "median", "prompt_length")

@@ -25,9 +25,11 @@ from rich.console import Console
 from block.backends.model_files import cache_folder
 from block.core.paths import PACKAGE, shipped
 from block.run import config, hydra_schema
-from block.run import execute as experiment
+from block.run.capacity_search import search_one
 from block.run.config_errors import explain
 from block.run.console import progress
+from block.run.execute import compile_ahead, execute
+from block.run.fingerprints import fingerprints
 from block.run.sweep import end_with
 from block.store import provenance, searches
 from block.store.results import DEFAULT_ROOT, Run, experiment_hash, runs
@@ -162,7 +164,7 @@ def _compose(folder: str, chosen: tuple[str, ...], state: str) -> tuple[dict[str
 
 
 def _fingerprints(settings: str, state: str) -> dict[str, str]:
-    return experiment.fingerprints(config.build(OmegaConf.create(json.loads(settings))))
+    return fingerprints(config.build(OmegaConf.create(json.loads(settings))))
 
 
 def _cache() -> Path | None:
@@ -217,7 +219,7 @@ def do(missing: Sequence[Job], *, at_once: int, fresh: bool = False) -> list[str
     for job in {job.choices.get("scheduler"): job for job in missing}.values():
         with suppress(ValueError):  # one that cannot be built is told with the others
             # Here, since joblib ends a worker that grows as much as compiling makes it grow.
-            experiment.compile_ahead(config.build(OmegaConf.create(job.settings)))
+            compile_ahead(config.build(OmegaConf.create(job.settings)))
     failures = []
     work = (delayed(_one)(job, os.getpid(), fresh) for job in missing)
     with progress(Console(stderr=True), "requests", sum(job.requests for job in missing)) as advance:
@@ -236,10 +238,10 @@ def _one(job: Job, main: int, fresh: bool) -> tuple[int, str]:
     gc.disable()  # what a run leaves goes by itself; a pass over all of it, while it is stored, takes 3 % of the run
     try:
         if job.search:
-            if (trouble := experiment.search_one(settings, job.choices).trouble) is not None:
+            if (trouble := search_one(settings, job.choices).trouble) is not None:
                 raise trouble
         else:
-            experiment.execute(settings, job.choices, quiet=True)
+            execute(settings, job.choices, quiet=True)
     except Exception as error:  # the others go on, and what lacks is told at the end
         return job.requests, f"{job}: {explain(error)}"
     finally:

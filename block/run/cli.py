@@ -17,10 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError  # type: ignore[import-untyped]
 
 from block.cluster.instance import LaunchFailed
-from block.dispatch.policy_checks import UserFault
+from block.core.files import NotStored
+from block.core.user_code import UserFault
 from block.run.config_errors import ConfigError, explain, piped
 from block.run.hydra_schema import CHOICES, GROUPS, kinds
-from block.store.results import NotStored
 
 
 def run_main(main: Callable[[], Any], flags: Mapping[str, str] | None = None) -> int:

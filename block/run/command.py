@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from block.core.paths import shipped
 from block.run import cli, hydra_schema, sweep
-from block.run import execute as experiment
+from block.run.execute import do
 
 hydra_schema.register()
 
@@ -28,8 +28,8 @@ def main(settings: DictConfig) -> object:
     """One job; returns its objective."""
     job: Any = HydraConfig.get()
     if job.mode is RunMode.RUN:
-        return cli.run_job(lambda: experiment.do(settings, job.runtime.choices))
-    return sweep.attempt(lambda: experiment.do(settings, job.runtime.choices, sweep=job), job)
+        return cli.run_job(lambda: do(settings, job.runtime.choices))
+    return sweep.attempt(lambda: do(settings, job.runtime.choices, sweep=job), job)
 
 
 def command() -> int:

@@ -19,6 +19,7 @@ from block.cluster.fleet import RealBackend
 from block.cluster.migration import MigrationConfig
 from block.cluster.provisioner import Elastic, Static
 from block.cluster.spec import ClusterConfig, Mixed, Testbed
+from block.core.user_code import place, told
 from block.dispatch import policies, policy_checks
 from block.dispatch.core import DispatchConfig
 from block.engine.config import EngineConfig
@@ -179,10 +180,10 @@ def node(part: DictConfig) -> Any:
         return instantiate(part, _convert_="all")
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__
-        where = "" if cause is None else policy_checks.place(cause)
+        where = "" if cause is None else place(cause)
         if where and not str(cause).startswith(f"{part._get_full_key(None)}."):  # a class of the user's does not work
             key = part._get_full_key("_target_")
-            raise ConfigError(f"{key}={part['_target_']}: {policy_checks.told(cause or error)} ({where})") from error
+            raise ConfigError(f"{key}={part['_target_']}: {told(cause or error)} ({where})") from error
         try:
             plain(part)
         except OmegaConfBaseException as unresolved:  # which says of what key it is
@@ -204,7 +205,7 @@ def class_of(part: DictConfig) -> type:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{key}={name}: {error}") from error
     except Exception as error:  # importing a module of the user's runs it
-        raise ConfigError(f"{key}={name}: {policy_checks.told(error)} ({policy_checks.place(error)})") from error
+        raise ConfigError(f"{key}={name}: {told(error)} ({place(error)})") from error
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise ConfigError(f"{key}={name}: must be a dataclass, whose fields are the keys of {group}")
     return cls

@@ -93,7 +93,7 @@ class Root:
     provisioner: Any = None
     dispatch: Any = field(default_factory=lambda: schema(DispatchConfig))
     capacity: Any = field(default_factory=lambda: schema(CapacityConfig))  # read by scripts/capacity.py only
-    command: str = "serve"  # what run.py does: a name of experiment.COMMANDS
+    command: str = "serve"  # what run.py does: a name of execute.COMMANDS
     objective: Any = "ttft_p99_s"  # what sweepers that search are told of a run: a number of its summary, or a list
     seed: int = 0
     sample_every_s: float = 1.0

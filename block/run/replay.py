@@ -18,10 +18,11 @@ from block.cluster.instance import LaunchFailed, one_by_one
 from block.cluster.live import LiveDriver
 from block.cluster.provisioner import Elastic
 from block.cluster.scaler import Scaler
-from block.core import jit as compiled
+from block.core import jit
 from block.core.clock import Clock
 from block.core.rng import generator
 from block.core.types import Request, RequestRecord
+from block.core.user_code import own_code
 from block.dispatch.core import Dispatcher, Forecaster, History, Observer, SnapshotMany
 from block.dispatch.correction import Corrected
 from block.dispatch.counterfactual import Counterfactuals, sample
@@ -31,6 +32,7 @@ from block.dispatch.policies import Needs
 from block.engine.predictor import Predictor, Predictors
 from block.lengths import tag
 from block.run.config import RunConfig
+from block.run.config_errors import ConfigError, explain
 from block.workload import spec as workload
 
 PROGRESS_EVERY = 100  # simulated requests between two calls of `finished`
@@ -53,15 +55,17 @@ class Outcome:
     engines: Mapping[str, Any] = field(default_factory=dict)
 
 
-def requests_of(run: RunConfig) -> list[Request]:
-    """The run's requests, tagged with their predicted lengths."""
-    return made_of(run)[0]
+def requests_of(run: RunConfig) -> tuple[list[Request], workload.Facts]:
+    """The run's requests, tagged with their predicted lengths, and what was done to their workload.
 
-
-def made_of(run: RunConfig) -> tuple[list[Request], workload.Facts]:
-    """The same, and what was done to their workload."""
-    requests, facts = workload.make(run.workload, run.seed)
-    return tag(requests, run.lengths, run.seed), facts
+    ConfigError if there is no such trace or estimator, or it is not sound.
+    """
+    try:
+        with own_code():
+            requests, facts = workload.make(run.workload, run.seed)
+            return tag(requests, run.lengths, run.seed), facts
+    except (ValueError, OSError) as error:
+        raise ConfigError(explain(error)) from error
 
 
 def serve(
@@ -77,7 +81,7 @@ def serve(
     finished: is told of each batch of finished ones. note: is told of each record as it is complete. logs: folder for
     what real servers say. Raises what the first request to fail raised.
     """
-    began, compiling = time.perf_counter(), compiled.seconds()
+    began, compiling = time.perf_counter(), jit.seconds()
     try:
         if isinstance(run.backend, Simulated):
             _simulate(run, run.backend, requests, outcome, finished)
@@ -86,7 +90,7 @@ def serve(
     except ExceptionGroup as group:  # of servers that start together, the first to fail says what is wrong
         raise group.exceptions[0] from None
     finally:
-        spent = compiled.seconds() - compiling
+        spent = jit.seconds() - compiling
         outcome.wall_time_s = time.perf_counter() - began - spent
         outcome.compile_s += spent
 

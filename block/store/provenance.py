@@ -11,15 +11,14 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
-import sysconfig
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from block.core.paths import PACKAGE
+from block.core.user_code import shown
 
 PACKAGES = (
     "block-serving",
@@ -93,75 +92,6 @@ class _Undocumented(ast.NodeTransformer):
         return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
 
 
-def own_modules(name: str) -> dict[str, Path]:
-    """The files of a module of the user's and of those that it imports, directly or through others, by their names.
-
-    The user's are those that lie neither in this package nor where Python and what is installed do, and those of the
-    package that the module is of. An import is one that stands in the source, at whatever depth; what a name computed
-    at run time leads to is not found.
-    """
-    root = name.partition(".")[0]
-    found: dict[str, Path] = {}
-    waiting = [name]
-    while waiting:
-        for one in _parents(waiting.pop()):
-            if one in found:
-                continue
-            path = _file_of(one)
-            if path is None:  # a package without an __init__, or no module
-                continue
-            if not is_own(path) and one.partition(".")[0] != root:  # nor is what is below it, to find which imports it
-                break
-            found[one] = path
-            if path.suffix == ".py":
-                package = one if path.name == "__init__.py" else one.rpartition(".")[0]
-                waiting += _imports(ast.parse(path.read_bytes()), package)
-    return dict(sorted(found.items()))
-
-
-def _parents(name: str) -> Iterator[str]:
-    """Of a.b.c: a, a.b and a.b.c, all of which run when it is imported."""
-    parts = name.split(".")
-    return (".".join(parts[: i + 1]) for i in range(len(parts)))
-
-
-def _file_of(module: str) -> Path | None:
-    """The file of a module, imported or not; None if there is none, as of a package without an __init__."""
-    loaded = sys.modules.get(module)
-    if loaded is not None:
-        file = getattr(loaded, "__file__", None)
-    else:
-        try:
-            spec = importlib.util.find_spec(module)
-        except (ImportError, AttributeError, ValueError):  # a class or function of a module, say
-            return None
-        file = spec.origin if spec is not None and spec.has_location else None
-    return Path(file) if file and Path(file).is_file() else None
-
-
-@cache
-def _installed() -> tuple[Path, ...]:
-    names = ("stdlib", "platstdlib", "purelib", "platlib")
-    return (PACKAGE, *(Path(sysconfig.get_path(name)).resolve() for name in names))
-
-
-def is_own(path: Path) -> bool:
-    """Whether a file of code is the user's: neither of this package nor of Python, nor installed."""
-    path = path.resolve()
-    return not any(path.is_relative_to(place) for place in _installed()) and "site-packages" not in path.parts
-
-
-def _imports(tree: ast.AST, package: str) -> Iterator[str]:
-    """Names that may be modules, of all imports in a module of `package`."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            prefix = ".".join([*filter(None, base), *([node.module] if node.module else [])])
-            yield from (f"{prefix}.{alias.name}" if prefix else alias.name for alias in node.names)
-
-
 @cache
 def git(source: Path = PACKAGE.parent) -> dict[str, Any] | None:
     """{"commit", "dirty", "uncommitted"} of the checkout whose top is `source`; None if it is not one (e.g. an
@@ -199,12 +129,6 @@ def uncommitted(files: Iterable[Path]) -> list[str]:
         changed = set(_run(*command, "diff", "--name-only", "--relative", "HEAD", "--", *sorted(names)).splitlines())
         found += [shown(folder / name) for name in sorted(names) if name not in tracked or name in changed]
     return found
-
-
-def shown(path: Path) -> str:
-    """A path as people read it: relative to the current folder if it lies in it."""
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 @cache

@@ -15,14 +15,9 @@ real servers leaves what it had finished (started.json, finished.jsonl): `block.
 
 from __future__ import annotations
 
-import enum
-import errno
 import json
 import logging
-import math
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,10 +25,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from block.core.files import json_value, sync
 from block.store import provenance
 from block.store import summary as metrics
 
@@ -45,7 +40,6 @@ DEFAULT_ROOT = Path("artifacts/runs")  # relative to the current directory
 
 # Keys of a config that do not change what a run does: config_hash leaves them out.
 _NOT_THE_EXPERIMENT = ("command", "objective", "runs_dir", "tracking", "capacity", "gateway", "server", "estimation")
-PROBE = 1 << 18  # bytes that there must be room for before a run begins; one of 10,000 requests takes four times that
 _ABSENT: Any = object()
 _NEVER = object()  # equal to nothing that is asked for
 
@@ -246,126 +240,12 @@ def local_time(created: str) -> str:
         return created
 
 
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write `path` whole or not at all, even if the machine stops. Raises OSError, or ValueError for a NaN."""
-    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-    if _is_device(path):
-        path.write_text(text)
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def _is_device(path: Path) -> bool:
-    """Such as /dev/null, in whose place no file is to be put."""
-    return path.exists() and not path.is_file()
-
-
 def write_table(path: Path, table: pa.Table) -> None:
     """Write `path` to the disk, for certain. OSError if it cannot be, and then it is not there."""
     try:
         pq.write_table(table, path)
-        _sync(path)  # run.json must not reach the disk before what it vouches for
+        sync(path)  # run.json must not reach the disk before what it vouches for
     except OSError:
         with suppress(OSError):
             path.unlink()
         raise
-
-
-class NotStored(OSError):
-    """A result is not where it belongs: one line that says why, and where it lies instead, if anywhere.
-
-    result: what is to be shown of it all the same.
-    """
-
-    result: Any = None
-
-
-def probe(folder: Path) -> None:
-    """OSError if `folder`, or where it is to be made, takes no file of `PROBE` bytes. Nothing of that stays."""
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not there.is_dir():
-        number = errno.EEXIST if there == folder else errno.ENOTDIR
-        raise OSError(number, os.strerror(number), str(there))
-    with tempfile.TemporaryFile(dir=there) as file:
-        file.write(bytes(PROBE))
-
-
-def fallback(name: str) -> Path:
-    """Where a result goes that cannot be written where it belongs: into the temporary folder. OSError without one."""
-    return Path(tempfile.gettempdir()) / f"block-{name}"
-
-
-def keep_json(key: str, path: Path, document: Mapping[str, Any]) -> tuple[Path, NotStored | None]:
-    """`keep` for a document."""
-    return keep(key, path, lambda place: write_json(place, document))
-
-
-def keep(key: str, path: Path, write: Callable[[Path], None]) -> tuple[Path, NotStored | None]:
-    """Have a result written to `path`, which is called `key`, or else into the temporary folder; returns where it is,
-    and what is to be told if that is not `path`.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path)
-    except OSError as error:
-        try:
-            write(where := fallback(path.name))
-        except OSError as again:
-            return path, NotStored(f"{key}: {reason(error)}; nor is it stored elsewhere: {reason(again)}")
-        return where, NotStored(f"{key}: {reason(error)}; it is in {where} instead")
-    return path, None
-
-
-def whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have a file written whole or not at all: beside `path`, and then put there. OSError if that cannot be."""
-    if _is_device(path):
-        write(path)
-        return
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        part.replace(path)
-    except OSError:
-        with suppress(OSError):
-            part.unlink()
-        raise
-
-
-def reason(error: OSError) -> str:
-    """What the system says: No space left on device."""
-    return error.strerror or str(error).rpartition("] ")[2]  # as Arrow puts it: "… Detail: [errno 28] No space …"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def json_value(value: Any) -> Any:
-    """`value` in JSON's types; an infinite or missing number is spelt as in YAML (".inf")."""
-    if isinstance(value, Mapping):
-        return {str(key): json_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_value(item) for item in value]
-    if isinstance(value, enum.Enum):
-        return value.name
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, np.generic | np.ndarray):
-        return json_value(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
-    return value

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from block.core.files import NotStored, keep_json
 from block.store import provenance
-from block.store.results import NotStored, experiment_hash, keep_json, local_time
+from block.store.results import experiment_hash, local_time
 
 DEFAULT_ROOT = Path("artifacts/capacity")  # relative to the current directory
 

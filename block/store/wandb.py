@@ -30,8 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from block.core.choices import choose
+from block.core.files import write_json
 from block.store import summary as metrics
-from block.store.results import Run, read_run, write_json
+from block.store.results import Run, read_run
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -18,22 +18,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike
 
+from block.core.files import NotStored, fallback, json_value, reason, write_json
 from block.core.types import Decision, Forecast, Request, RequestRecord
 from block.store import provenance, tables
 from block.store import summary as metrics
-from block.store.results import (
-    DEFAULT_ROOT,
-    SCHEMA_VERSION,
-    NotStored,
-    Run,
-    experiment_hash,
-    fallback,
-    json_value,
-    read_run,
-    reason,
-    write_json,
-    write_table,
-)
+from block.store.results import DEFAULT_ROOT, SCHEMA_VERSION, Run, experiment_hash, read_run, write_table
 
 STARTED, FINISHED = "started.json", "finished.jsonl"  # of a run on real servers, until it ends
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from block.core.types import Decision, InstanceView, Request, Views
+from block.core.user_code import UserFault
 from block.dispatch.policies import Needs, RoundRobin, least
-from block.dispatch.policy_checks import UserFault, check, checked, rehearse
+from block.dispatch.policy_checks import check, checked, rehearse
 
 REQUEST = Request(7, 0.0, 10, 5, 5)
 VIEWS = Views([2, 0], [[], []], [0, 0], [0, 0], None, None)

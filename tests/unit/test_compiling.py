@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 from mock_servers import STREAMED, PluginMock, stream
 
-from block.core import jit as compiled
+from block.core import jit
 from block.core.jit import _Stopwatch
 from block.store.results import runs
 
@@ -38,7 +38,7 @@ def test_compiling_is_said_only_where_it_takes_long(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch = _Stopwatch()
-    monkeypatch.setattr(compiled, "LONG_S", 0.05)
+    monkeypatch.setattr(jit, "LONG_S", 0.05)
     for spent in (0.0, 0.2, 0.2):
         watch.on_start(None)
         time.sleep(spent)

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from testbed import request
 
+from block.core.files import NotStored
 from block.lengths import Constant, Estimates, Lengths, Noisy, Oracle, Reader, tag
 from block.lengths import compact as c
 from block.lengths.compact import Compact, Model, load
@@ -27,7 +28,6 @@ from block.lengths.compact_fit import fit
 from block.lengths.errors import BINS, measured, resampled
 from block.lengths.estimation import EstimationConfig, baseline, calibration, evaluate, scores, train
 from block.lengths.roberta import RoBERTa
-from block.store.results import NotStored
 from block.workload.prompts import Pairs, is_pairs, pieces
 from block.workload.prompts import load as load_pairs
 from block.workload.spec import Workload, generate, make

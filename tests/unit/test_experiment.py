@@ -23,16 +23,20 @@ from hydra import compose, initialize_config_dir
 from joblib import parallel_config
 from omegaconf import DictConfig, OmegaConf
 
+from block.core import files
+from block.core.files import NotStored
 from block.core.types import Decision, Forecast, InstanceView, Request
+from block.core.user_code import UserFault
 from block.dispatch import policies
-from block.dispatch.policy_checks import UserFault
 from block.engine.predictor import Predictor
-from block.run import config, hydra_schema
-from block.run import execute as experiment
+from block.run import capacity_search, config, hydra_schema
+from block.run import execute as execution
+from block.run.capacity_search import search
 from block.run.config_errors import ConfigError
-from block.run.execute import do, execute, search
-from block.store import results, writer
-from block.store.results import NotStored, Run, experiment_hash, runs
+from block.run.execute import do, execute
+from block.run.fingerprints import fingerprints as fingerprints_of
+from block.store import provenance, writer
+from block.store.results import Run, experiment_hash, runs
 
 CONF = Path(__file__).parents[2] / "conf"
 TINY = ["workload.num_requests=60", "workload.qps=6", "cluster.num_gpus=3", "tracking=none"]
@@ -182,7 +186,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fix
 
 
 def fingerprints(*overrides: str) -> dict[str, str]:
-    return experiment.fingerprints(config.build(composed(*overrides)))
+    return fingerprints_of(config.build(composed(*overrides)))
 
 
 def test_hashes_change_with_a_policy_of_one_s_own_and_what_it_imports(package: str) -> None:
@@ -382,13 +386,13 @@ def test_a_search_is_done_once_for_each_seed_until_what_it_depends_on_changes(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served: list[int] = []
-    serve = experiment.serve
+    serve = capacity_search.serve
 
     def counted(run: config.RunConfig, *arguments: Any) -> None:
         served.append(run.seed)
         serve(run, *arguments)
 
-    monkeypatch.setattr(experiment, "serve", counted)
+    monkeypatch.setattr(capacity_search, "serve", counted)
     first = searched("capacity.seeds=2")
     assert set(served) == {0, 1}
     served.clear()
@@ -400,7 +404,7 @@ def test_a_search_is_done_once_for_each_seed_until_what_it_depends_on_changes(
     searched("capacity.slo_s=[0.9]")
     assert set(served) == {0}
     served.clear()
-    monkeypatch.setattr(experiment.provenance, "code_hash", lambda: "another")
+    monkeypatch.setattr(provenance, "code_hash", lambda: "another")
     assert searched("capacity.seeds=2") == first
     assert set(served) == {0, 1}
     assert len(stored(folder)) == 4
@@ -485,9 +489,9 @@ def test_a_search_that_cannot_be_stored_is_printed_and_then_told(
 ) -> None:
     (folder / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder / "temporary"))
-    write = results.write_json
+    write = files.write_json
     monkeypatch.setattr(
-        results, "write_json", lambda path, what: (full if "capacity" in path.parts else write)(path, what)
+        files, "write_json", lambda path, what: (full if "capacity" in path.parts else write)(path, what)
     )
     with pytest.raises(NotStored) as told:
         searched()
@@ -499,7 +503,7 @@ def test_a_search_that_cannot_be_stored_is_printed_and_then_told(
 
 def test_a_place_that_takes_nothing_is_told_before_the_search(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "artifacts").write_text("in the way")
-    monkeypatch.setattr(experiment, "serve", None)
+    monkeypatch.setattr(capacity_search, "serve", None)
     with pytest.raises(ConfigError, match=r"^artifacts/capacity: Not a directory$"):
         searched()
 
@@ -580,10 +584,8 @@ def test_scores_that_cannot_be_written_are_printed_and_then_told(
 ) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    write = results.write_json
-    monkeypatch.setattr(
-        results, "write_json", lambda path, what: (full if "scores" in path.parts else write)(path, what)
-    )
+    write = files.write_json
+    monkeypatch.setattr(files, "write_json", lambda path, what: (full if "scores" in path.parts else write)(path, what))
     with pytest.raises(NotStored, match=r"^estimation\.scores=.*: No space left on device; it is in .*/block-mine"):
         do(of_pairs(tmp_path), CHOICES)
     (place,) = (tmp_path / "temporary").iterdir()
@@ -602,7 +604,7 @@ def test_serving_is_what_is_done_unless_something_else_is_said(tmp_path: Path) -
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a peak of memory")
 def test_the_memory_of_a_run_is_its_own_not_that_of_what_the_process_did_before(tmp_path: Path) -> None:
     much = np.ones(100_000_000)
-    before = experiment._peak_mib()
+    before = execution._peak_mib()
     del much
     peak = executed(tmp_path).summary["peak_memory_mib"]
     assert peak is not None

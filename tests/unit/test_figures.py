@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
-from block.run import execute as experiment
 from block.run import hydra_schema
+from block.run.execute import execute
 from block.store.results import Run
 from block.store.searches import Search
 from paper_figures import points, readme, report, settings, style, verdicts
@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         settings = compose(
             "config", ["workload.num_requests=80", "tracking=none", "replay_share=0.5", f"runs_dir={folder}"]
         )
-    return experiment.execute(settings, {"scheduler": "block"}, quiet=True)
+    return execute(settings, {"scheduler": "block"}, quiet=True)
 
 
 def searched(point: points.GridPoint) -> Search:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from block.core.paths import PACKAGE
-from block.store.provenance import code_hash, own_modules
+from block.core.user_code import own_modules
+from block.store.provenance import code_hash
 
 CODE = '"""Doc."""\n\ndef f(x):\n    """More."""\n    return x + 1  # why\n'
 

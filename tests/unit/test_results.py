@@ -22,10 +22,11 @@ import pyarrow.parquet as pq
 import pytest
 from stored import CONFIG, DECISIONS, INSTANCES, RECORDS, store, warnings
 
+from block.core.files import NotStored, probe, whole, write_json
 from block.run.hydra_schema import Root
 from block.store import provenance
 from block.store import writer as writing
-from block.store.results import KEYS, NotStored, frame, probe, read_run, runs, whole, write_json
+from block.store.results import KEYS, frame, read_run, runs
 from block.store.writer import RunWriter, recover
 
 # ------------------------------------------------------------------------------------------------------- round trip

@@ -13,9 +13,9 @@ import pytest
 from block.backends.simulated import Simulated
 from block.cluster.spec import ClusterConfig, Mixed, Pool
 from block.core.types import Decision, InstanceView, Request
+from block.core.user_code import UserFault
 from block.dispatch import policies
 from block.dispatch.core import DispatchConfig
-from block.dispatch.policy_checks import UserFault
 from block.engine.config import EngineConfig
 from block.hardware.catalogue import Model
 from block.lengths import Noisy, Oracle
@@ -45,7 +45,7 @@ def run(**changes: Any) -> RunConfig:
 
 def served(settings: RunConfig, finished: Callable[[int], None] = lambda count: None) -> Outcome:
     outcome = Outcome()
-    serve(settings, requests_of(settings), outcome, finished)
+    serve(settings, requests_of(settings)[0], outcome, finished)
     return outcome
 
 
@@ -96,21 +96,23 @@ class Stopping:
 
 
 def test_an_oracle_predicts_the_truth_and_noise_does_not() -> None:
-    assert all(request.predicted_output_tokens == request.output_tokens for request in requests_of(run()))
-    noisy = requests_of(run(lengths=Noisy(spread=0.5)))
+    assert all(request.predicted_output_tokens == request.output_tokens for request in requests_of(run())[0])
+    noisy = requests_of(run(lengths=Noisy(spread=0.5)))[0]
     assert any(request.predicted_output_tokens != request.output_tokens for request in noisy)
 
 
 def test_what_arrives_depends_on_the_seed_and_on_nothing_about_the_servers() -> None:
-    requests = requests_of(run())
+    requests = requests_of(run())[0]
     others = run(policy=policies.Block(), cluster=ClusterConfig("h100", 5), backend=Simulated(step_noise=0.5))
-    assert requests_of(others) == requests
-    assert requests_of(run(seed=1)) != requests
+    assert requests_of(others)[0] == requests
+    assert requests_of(run(seed=1))[0] != requests
 
 
 def test_estimates_do_not_move_lengths_or_arrivals() -> None:
-    noisy = requests_of(run(lengths=Noisy()))
-    assert [replace(request, predicted_output_tokens=request.output_tokens) for request in noisy] == requests_of(run())
+    noisy = requests_of(run(lengths=Noisy()))[0]
+    assert [replace(request, predicted_output_tokens=request.output_tokens) for request in noisy] == requests_of(run())[
+        0
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- serving
@@ -120,7 +122,7 @@ def test_every_request_is_replayed_at_its_arrival() -> None:
     outcome = served(run(backend=Simulated(dispatch_delay_s=0.25)))
     assert outcome.history is not None
     records = sorted(outcome.history.records, key=lambda record: record.request.id)
-    assert [record.request for record in records] == requests_of(run())
+    assert [record.request for record in records] == requests_of(run())[0]
     assert [record.dispatched for record in records] == pytest.approx(
         [record.request.arrival + 0.25 for record in records]
     )
@@ -177,11 +179,11 @@ def test_a_run_that_stops_keeps_what_it_has_finished(error: BaseException) -> No
     outcome = Outcome()
     told = UserFault if isinstance(error, Exception) else type(error)
     with pytest.raises(told) as raised:
-        serve(settings, requests_of(settings), outcome)
+        serve(settings, requests_of(settings)[0], outcome)
     assert raised.value.__cause__ is error or not isinstance(error, Exception)
     assert outcome.history is not None
     finished = [record for record in outcome.history.records if record.status == "ok"]
-    stopped_at = requests_of(settings)[30].arrival
+    stopped_at = requests_of(settings)[0][30].arrival
     assert finished
     assert all(record.request.id < 30 and record.finished <= stopped_at for record in finished)
     assert outcome.wall_time_s > 0
