@@ -28,7 +28,7 @@ from block.gateway.estimates import Estimator
 from block.gateway.metrics import CANCELLED, FAILED, OK, REFUSED, Metrics
 from block.gateway.openai import error_response, prompt_text, read, tagged
 from block.gateway.proxy import ProxiedRequest, answer_headers, request_headers
-from block.gateway.transport import TROUBLE
+from block.gateway.transport import TransportError, transport_errors
 from block.gateway.upstreams import PluginInstance, Upstream, make_upstreams, open_session, quickly
 from block.lengths import Lengths, Oracle, Reader
 
@@ -197,15 +197,17 @@ class Gateway:
     async def _models(self, http: web.Request) -> web.Response:
         """The models of the first server that answers; all are taken to serve the same."""
         for i in list(self.dispatcher.active):
+            asked = self._session.get(
+                f"{self.upstreams[i].url}/v1/models",
+                headers=[(name.decode(), value.decode("latin-1")) for name, value in request_headers(http)],
+                allow_redirects=False,
+                timeout=quickly(self._session),
+            )
             try:
-                async with self._session.get(
-                    f"{self.upstreams[i].url}/v1/models",
-                    headers=[(name.decode(), value.decode("latin-1")) for name, value in request_headers(http)],
-                    allow_redirects=False,
-                    timeout=quickly(self._session),
-                ) as answer:
-                    body = await answer.read()
-            except TROUBLE:
+                with transport_errors():
+                    async with asked as answer:
+                        body = await answer.read()
+            except TransportError:
                 continue
             if answer.status < 500:
                 return web.Response(status=answer.status, headers=answer_headers(answer.headers), body=body)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import aiohttp
 from aiohttp import web
-from aiohttp.http import HttpProcessingError
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from block.cluster.instance import InstanceFailed, RequestFailed
@@ -18,7 +16,7 @@ from block.core.clock import Clock
 from block.core.types import RequestRecord
 from block.dispatch.core import Dispatcher
 from block.gateway.openai import ERROR_EVENT, completion_tokens, error_event, error_response
-from block.gateway.transport import TROUBLE, Answer
+from block.gateway.transport import Answer, NotHTTP, ServerSilent, TransportError
 from block.gateway.upstreams import Upstream
 
 TURNED_AWAY = (502, 503)
@@ -80,7 +78,7 @@ class ProxiedRequest:
         http = self._http
         try:
             answer = await upstream.transport.post(http.rel_url.raw_path_qs, request_headers(http), self._body)
-        except TROUBLE as error:
+        except TransportError as error:
             raise self._failure(upstream, error) from error
         try:
             if answer.status == 200 and answer.headers.get("Content-Type", "").startswith("text/event-stream"):
@@ -92,8 +90,8 @@ class ProxiedRequest:
 
     async def _whole(self, upstream: Upstream, answer: Answer, record: RequestRecord) -> None:
         try:
-            body = await answer.content.read()
-        except TROUBLE as error:
+            body = await answer.read()
+        except TransportError as error:
             raise self._failure(upstream, error) from error
         status = answer.status
         self.reply = web.Response(status=status, headers=answer_headers(answer.headers), body=body)
@@ -135,8 +133,8 @@ class ProxiedRequest:
     async def _read(self, upstream: Upstream, answer: Answer) -> bytes:
         """What has come of the body; nothing at its end."""
         try:
-            return await answer.content.readany()
-        except TROUBLE as error:
+            return await answer.read_some()
+        except TransportError as error:
             raise self._failure(upstream, error) from error
 
     async def _suspect(self, upstream: Upstream, said: str, *, turned_away: bool) -> None:
@@ -161,15 +159,15 @@ class ProxiedRequest:
         self.client_gone = True
         return RequestFailed("the client went away")
 
-    def _failure(self, upstream: Upstream, error: Exception) -> InstanceFailed | RequestFailed:
+    def _failure(self, upstream: Upstream, error: TransportError) -> InstanceFailed | RequestFailed:
         """What an error on the way to or from a server means for it and for the request."""
-        text = f"{upstream.url}: {' '.join(str(error).split()) or type(error).__name__}"
-        if isinstance(error, aiohttp.SocketTimeoutError):  # it may be busy, and the next one would be as slow
+        text = f"{upstream.url}: {error}"
+        if isinstance(error, ServerSilent):  # the next one would be as slow
             if self.reply is None or not self.reply.prepared:
                 self.reply = error_response(504, text)
             return RequestFailed(text)
         # What is no HTTP is an error of the server's, but tells nothing of the next request.
-        return InstanceFailed(text, gone=not isinstance(error, HttpProcessingError))
+        return InstanceFailed(text, gone=not isinstance(error, NotHTTP))
 
 
 def request_headers(http: web.BaseRequest) -> list[tuple[bytes, bytes]]:

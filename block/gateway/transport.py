@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import aiohttp
@@ -20,12 +21,43 @@ from aiohttp.streams import StreamReader
 from multidict import CIMultiDictProxy
 from yarl import URL
 
-TROUBLE = (aiohttp.ClientError, HttpProcessingError, TimeoutError, OSError)
-"""What can go wrong between us and a server."""
 STALE_S = 1.0
 """A connection that was kept and fails sooner than this was closed before the request came."""
 READ_BUFFER = 2**16
 """Bytes of an answer that may wait to be read before the server has to."""
+
+
+class TransportError(Exception):
+    """What can go wrong between us and a server; the message says what did."""
+
+
+class ConnectionLost(TransportError):
+    """There is no connection to it, or no longer."""
+
+
+class ServerSilent(TransportError):
+    """It has said nothing for as long as was to be waited. It may be busy."""
+
+
+class NotHTTP(TransportError):
+    """What it says is no HTTP."""
+
+
+@contextmanager
+def transport_errors() -> Iterator[None]:
+    """Within, whatever aiohttp raises is a TransportError: here alone it is told apart."""
+    try:
+        yield
+    except aiohttp.SocketTimeoutError as error:
+        raise ServerSilent(_told(error)) from error
+    except HttpProcessingError as error:
+        raise NotHTTP(_told(error)) from error
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise ConnectionLost(_told(error)) from error
+
+
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class Answer(NamedTuple):
@@ -35,6 +67,16 @@ class Answer(NamedTuple):
     headers: CIMultiDictProxy[str]
     content: StreamReader
     connection: Connection
+
+    async def read(self) -> bytes:
+        """The whole body. TransportError if it does not come."""
+        with transport_errors():
+            return await self.content.read()
+
+    async def read_some(self) -> bytes:
+        """What has come of the body; nothing at its end. TransportError if no more comes."""
+        with transport_errors():
+            return await self.content.readany()
 
     def close(self) -> None:
         """Let go of the connection."""
@@ -56,11 +98,14 @@ class Transport:
         self._host = self._key.headers["Host"].encode()
 
     async def post(self, path: str, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> Answer:
-        """Send a request; returns when the headers of its answer are there. One of TROUBLE if they do not come."""
+        """Send a request; returns when the headers of its answer are there. TransportError if they do not come."""
         lines = [b"POST %s%s HTTP/1.1\r\nHost: %s" % (self._prefix, path.encode(), self._host)]
         lines += [b"%s: %s" % header for header in headers]
         lines.append(b"Content-Length: %d\r\n\r\n" % len(body))
-        request = b"\r\n".join(lines) + body
+        with transport_errors():
+            return await self._send(b"\r\n".join(lines) + body)
+
+    async def _send(self, request: bytes) -> Answer:
         while True:
             connection = await self._connector.connect(self._key, [], self._timeout)
             protocol = connection.protocol

@@ -21,7 +21,7 @@ from block.dispatch.policies import Needs
 from block.engine.config import EngineConfig, EngineSettings
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor, forecast_each
-from block.gateway.transport import TROUBLE, Transport
+from block.gateway.transport import Transport, TransportError, transport_errors
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +89,10 @@ class HTTPInstance:
     async def healthy(self) -> bool:
         """Whether /health says so."""
         try:
-            async with self._session.get(f"{self.url}/health", timeout=quickly(self._session)) as answer:
-                return answer.status == 200
-        except TROUBLE:
+            with transport_errors():
+                async with self._session.get(f"{self.url}/health", timeout=quickly(self._session)) as answer:
+                    return answer.status == 200
+        except TransportError:
             return False
 
 
