@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from testbed import compose_run, serve, warm_up
+from testbed import compose_run, simulate, warm_up
 
 from block.core.snapshot import Snapshot
 from block.core.types import Forecast, Forecasts, Request
@@ -32,7 +32,7 @@ def states(qps: float, every: int = 50) -> list[Asked]:
 
     Predictor.forecasts = spy  # type: ignore[method-assign, assignment]
     try:
-        serve(f"workload.qps={qps}")
+        simulate(f"workload.qps={qps}")
     finally:
         Predictor.forecasts = original  # type: ignore[method-assign]
     return asked

@@ -7,7 +7,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 
 from block.run import config, hydra_schema
-from block.run import replay as serving
+from block.run.replay import Outcome, replay, requests_of
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 
@@ -18,13 +18,13 @@ def compose_run(*overrides: str) -> config.RunConfig:
         return config.build(compose("config", overrides=list(overrides)))
 
 
-def serve(*overrides: str) -> serving.Outcome:
+def simulate(*overrides: str) -> Outcome:
     run = compose_run(*overrides)
-    outcome = serving.Outcome()
-    serving.serve(run, serving.requests_of(run), outcome)
+    outcome = Outcome()
+    replay(run, requests_of(run)[0], outcome)
     return outcome
 
 
 def warm_up() -> None:
     """Load or compile all that is compiled."""
-    serve("workload.num_requests=200")
+    simulate("workload.num_requests=200")

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from block.hardware.catalogue import TRACKED, Model, gpu_named
-from block.hardware.profiling.fit import Fit, Profile, fit
+from block.hardware.profiling.fit import Profile, ProfileFit, fit_profile
 from block.hardware.profiling.transfer import LLAMA2_7B_A30
 from block.run.config_errors import Parser, piped
 
@@ -72,7 +72,7 @@ PAIRS: dict[str, Callable[[Path], Profile]] = {
 }
 
 
-def show(console: Console, pair: str, fitted: Fit) -> None:
+def show(console: Console, pair: str, fitted: ProfileFit) -> None:
     """Print the errors by operator, the notes and every repaired row."""
     errors = Table("operator", "held-out rows", "median error", "P95 error", title=f"{pair}: error on held-out rows")
     for operator, error in fitted.errors.items():
@@ -108,7 +108,7 @@ def main() -> int:
             raise ValueError(f"{taken[0]}: is there already; give another --out, or --force to write over it")
         arguments.out.mkdir(parents=True, exist_ok=True)
         for pair in arguments.pair or PAIRS:
-            fitted = fit(PAIRS[pair](Path(data) / "profiles"))
+            fitted = fit_profile(PAIRS[pair](Path(data) / "profiles"))
             source = {**fitted.model.source, "kv_tokens": KV_TOKENS[pair]}
             replace(fitted.model, source=source).save(arguments.out / f"{pair}.json")
             show(console, pair, fitted)

@@ -56,7 +56,7 @@ def main() -> int:
     return int(trouble is not None)
 
 
-async def _measure(arguments: argparse.Namespace) -> live.Fit:
+async def _measure(arguments: argparse.Namespace) -> live.StepFit:
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
     ) as session:
@@ -75,7 +75,7 @@ async def _measure(arguments: argparse.Namespace) -> live.Fit:
         finally:
             await instance.detach()
         source = {"method": "steps of a live engine under a designed load", "engine": f"vLLM {instance.vllm_version}"}
-        return live.fit(steps, settings, {**source, **settings._asdict()})
+        return live.fit_steps(steps, settings, {**source, **settings._asdict()})
 
 
 if __name__ == "__main__":

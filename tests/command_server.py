@@ -29,14 +29,14 @@ def prepare() -> None:
     import block.run.capacity
     import block.store.wandb  # noqa: F401
     from block.run import config, hydra_schema
-    from block.run.replay import Outcome, requests_of, serve
+    from block.run.replay import Outcome, replay, requests_of
 
     hydra_schema.register()
     for engine in ("vllm_v0", "vllm_v1"):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             settings = compose("config", [f"engine={engine}", "workload.num_requests=50", "backend=simulated"])
         run = config.build(settings)
-        serve(run, requests_of(run)[0], Outcome())
+        replay(run, requests_of(run)[0], Outcome())
     gc.freeze()
 
 

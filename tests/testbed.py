@@ -159,7 +159,7 @@ class Run:
         return [decision.instance_id for _, decision, _ in self.dispatcher.history.decisions]
 
 
-def serve(
+def simulate(
     requests: Sequence[Request],
     policy: Policy,
     *,

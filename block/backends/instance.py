@@ -22,8 +22,8 @@ from block.core.clock import Clock
 from block.core.snapshot import Snapshot
 from block.core.types import Request, RequestRecord
 from block.engine.config import EngineSettings
-from block.vllm_plugin.publisher import TAG_EXPECTED, TAG_ID
 from block.vllm_plugin.state_buffer import STEP, State, StateBuffer, read_dump
+from block.vllm_plugin.tags import TAG_EXPECTED, TAG_ID
 
 POLL_S = 0.01  # wall-clock seconds between two fetches of a remote snapshot
 

@@ -32,7 +32,7 @@ class TooFewSteps(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Fit:
+class StepFit:
     """A latency model and its relative errors on steps that it was not fitted to."""
 
     model: LatencyModel
@@ -123,7 +123,7 @@ async def _mixture(ask: Ask, settings: EngineSettings, rng: np.random.Generator,
     await asyncio.gather(*running)
 
 
-def fit(steps: Floats, settings: EngineSettings, source: dict[str, object], seed: int = 0) -> Fit:
+def fit_steps(steps: Floats, settings: EngineSettings, source: dict[str, object], seed: int = 0) -> StepFit:
     """Fit a LatencyModel to timed steps, float[n, STEP]. TooFewSteps under MIN_STEPS."""
     if len(steps) < MIN_STEPS:
         raise TooFewSteps(f"{len(steps)} timed steps, at least {MIN_STEPS} are needed: drive the engine for longer")
@@ -139,7 +139,7 @@ def fit(steps: Floats, settings: EngineSettings, source: dict[str, object], seed
     predicted = _design(steps[held_out], knots) @ coefficients
     actual = steps[held_out, -1]
     model = _model(coefficients, knots, settings, {**source, "steps": len(steps), "held_out": int(held_out.sum())})
-    return Fit(
+    return StepFit(
         model,
         len(steps),
         relative_error(predicted, actual),

@@ -29,10 +29,10 @@ hydra_schema.register()
 @hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")
 def main(settings: DictConfig) -> None:
     """One server, until it is told to stop."""
-    cli.run_job(lambda: serve(settings, HydraConfig.get().runtime.choices["scheduler"]))
+    cli.run_job(lambda: run_gateway(settings, HydraConfig.get().runtime.choices["scheduler"]))
 
 
-def serve(settings: DictConfig, policy: str) -> None:
+def run_gateway(settings: DictConfig, policy: str) -> None:
     """Serve what `settings` describe. ConfigError if that cannot be; `policy` is what they call it."""
     run = config.build(settings)
     wanted = config.node(settings.gateway)
@@ -63,7 +63,7 @@ def serve(settings: DictConfig, policy: str) -> None:
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(app.serve(gateway, wanted.host, wanted.port, listening))
+            runner.run(app.listen(gateway, wanted.host, wanted.port, listening))
     except OSError as error:
         raise ConfigError(f"gateway.port={wanted.port}: cannot listen on {wanted.host}: {error}") from error
 

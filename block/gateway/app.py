@@ -169,7 +169,7 @@ class Gateway:
         if self._tags:
             body = tagged(body, asked.fields, number, expected)
         request = Request(number, arrived, asked.prompt_tokens, expected, expected)
-        proxied = ProxiedRequest(http, self.upstreams, self.dispatcher, self._clock, body, self._metrics.placed)
+        proxied = ProxiedRequest(http, self.upstreams, self.dispatcher, self._clock, body, self._metrics.attempted)
         try:
             record = await self._driver.submit(self.dispatcher, request, proxied.deliver)
         except asyncio.CancelledError:
@@ -225,7 +225,7 @@ class Gateway:
         return error_response(404, f"no such route: {http.method} {http.path}")
 
 
-async def serve(gateway: Gateway, host: str, port: int, listening: Callable[[str], None]) -> None:
+async def listen(gateway: Gateway, host: str, port: int, listening: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; a second one does not wait for requests. OSError if it cannot listen.
 
     listening: told the address once requests may come.

@@ -36,7 +36,7 @@ _FORECAST = (1e-6, 2.5e-6, 5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 1
 
 
 class Metrics:
-    """Of one gateway. `placed` after each decision, `ended` once for each request."""
+    """Of one gateway. `attempted` after each decision, `ended` once for each request."""
 
     def __init__(self, upstreams: Sequence[Upstream], dispatcher: Dispatcher, needs: Needs) -> None:
         self._registry = registry = CollectorRegistry()
@@ -72,7 +72,7 @@ class Metrics:
             self._predicted[what] = histogram(f"block_predicted_{what}_seconds", f"Predicted t{text}", _SECONDS)
             self._ratio[what] = histogram(f"block_predicted_{what}_ratio", f"Predicted over actual t{text}", _RATIOS)
 
-    def placed(self) -> None:
+    def attempted(self) -> None:
         """The dispatcher has just decided."""
         dispatcher = self._dispatcher
         fallback = dispatcher.history.decisions[-1][1].fallback

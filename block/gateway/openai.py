@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from aiohttp import web
 
-from block.vllm_plugin.publisher import TAG_EXPECTED, TAG_ID
+from block.vllm_plugin.tags import TAG_EXPECTED, TAG_ID
 
 BYTES_PER_TOKEN = 4
 """Length of an average token in UTF-8, for prompts that are text."""

@@ -44,7 +44,7 @@ class ProxiedRequest:
     """The request `http`, whose body goes on as `body`. `deliver` is for the dispatcher; when it is done, `reply` is
     what the client got, or is to get.
 
-    placed: told of each attempt.
+    attempted: told of each attempt.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class ProxiedRequest:
         dispatcher: Dispatcher,
         clock: Clock,
         body: bytes,
-        placed: Callable[[], None],
+        attempted: Callable[[], None],
     ) -> None:
         self._http = http
         self._upstreams = upstreams
         self._dispatcher = dispatcher
         self._clock = clock
         self._body = body
-        self._placed = placed
+        self._attempted = attempted
         self.reply: web.StreamResponse | None = None
         self.record: RequestRecord | None = None
         self.client_gone = False
@@ -72,7 +72,7 @@ class ProxiedRequest:
         InstanceFailed if it did not answer, so that another one may; RequestFailed if it refused, or broke off after
         the first byte.
         """
-        self._placed()
+        self._attempted()
         self.record = record
         upstream = self._upstreams[record.instance_id]
         http = self._http

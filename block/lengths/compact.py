@@ -64,7 +64,7 @@ class Compact:
         return load(self.path).predict(prompts)
 
 
-class Model(NamedTuple):
+class CompactModel(NamedTuple):
     """What the file holds.
 
     weights: float32[FEATURES + SHAPE, 2], for the logarithm of the length and of its spread, times the rarity;
@@ -108,7 +108,7 @@ class Model(NamedTuple):
 
 
 @functools.lru_cache
-def load(path: str) -> Model:
+def load(path: str) -> CompactModel:
     """The model in a file. FileNotFoundError or ValueError, in one line, if there is none, or not one of this kind."""
     found = find(path)
     if not found.is_file():
@@ -116,7 +116,9 @@ def load(path: str) -> Model:
     try:
         with found.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             origin = json.loads(str(file["origin"]))
-            parts = {name: np.asarray(file[name], dtype=np.float64) for name in Model._fields if name != "origin"}
+            parts = {
+                name: np.asarray(file[name], dtype=np.float64) for name in CompactModel._fields if name != "origin"
+            }
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"lengths.path={path}: is not a compact model, or not a whole one; {ADVICE}") from error
     parts["weights"] = parts["weights"].astype(np.float32)
@@ -125,7 +127,7 @@ def load(path: str) -> Model:
     sound = shapes == ((FEATURES + SHAPE, 2), (FEATURES,), (SHAPE,), (2,)) and parts["errors"].ndim == 2
     if not sound or not all(np.isfinite(part).all() for part in parts.values()):
         raise ValueError(f"lengths.path={path}: is not a compact model of this version; {ADVICE}")
-    return Model(**parts, origin=origin)
+    return CompactModel(**parts, origin=origin)
 
 
 def features(prompt: str) -> tuple[Ints, Floats]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from block.core.arrays import Floats
-from block.lengths.compact import FEATURES, SHAPE, Model, features
+from block.lengths.compact import FEATURES, SHAPE, CompactModel, features
 from block.lengths.errors import measured
 from block.workload.prompts import Pairs
 
@@ -18,7 +18,7 @@ SHAPE_SCALE = 0.1
 """Of the shape's columns beside those of words, whose rows have length 1."""
 
 
-def fit(train: Pairs, tune: Pairs, origin: Mapping[str, Any]) -> Model:
+def fit_compact(train: Pairs, tune: Pairs, origin: Mapping[str, Any]) -> CompactModel:
     """The model of the training pairs; its penalty and its spread's level come from those to tune by.
 
     Its `errors` are those on the pairs to tune by, until they are measured on others.
@@ -43,7 +43,7 @@ def fit(train: Pairs, tune: Pairs, origin: Mapping[str, Any]) -> Model:
     both[FEATURES:] *= SHAPE_SCALE
     empty = np.zeros((1, 1))
     origin = {**origin, "penalty": PENALTIES[best]}
-    model = Model(both, rarity, centre, scale, np.array([bias, level]), empty, origin)
+    model = CompactModel(both, rarity, centre, scale, np.array([bias, level]), empty, origin)
     return model._replace(errors=measured(model.predict(tune.prompts).tokens, tune.tokens))
 
 

@@ -191,9 +191,9 @@ def train(
 
 
 def _train_compact(lengths: Compact, split: Split, origin: Mapping[str, Any]) -> Scores:
-    from block.lengths.compact_fit import fit
+    from block.lengths.compact_fit import fit_compact
 
-    model = fit(split.train, split.tune, origin)
+    model = fit_compact(split.train, split.tune, origin)
     said = model.predict(split.test.prompts)
     found = scores(said, split.test.tokens)
     described = {**model.origin, "scores": {name: round(value, 4) for name, value in found._asdict().items()}}

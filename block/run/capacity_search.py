@@ -21,7 +21,7 @@ from block.run.config_errors import ConfigError
 from block.run.console import progress, tell
 from block.run.fingerprints import fingerprints, own_files
 from block.run.hydra_schema import filed, own_choices
-from block.run.replay import Outcome, requests_of, serve
+from block.run.replay import Outcome, replay, requests_of
 from block.run.sweep import end_with
 from block.store import provenance, searches
 from block.store.searches import Search
@@ -106,7 +106,7 @@ def search_one(config: DictConfig, choices: Mapping[str, str], files: Sequence[P
         at_rate = build(settings)
         outcome = Outcome()
         with own_code():
-            serve(at_rate, requests_of(at_rate)[0], outcome)
+            replay(at_rate, requests_of(at_rate)[0], outcome)
         assert outcome.history is not None
         value = summarise(request_columns(outcome.history.records)).get(wanted.metric)
         if value is None:

@@ -31,7 +31,7 @@ from block.run.config_errors import ConfigError
 from block.run.console import announce, progress, report, report_line, report_scores, tell
 from block.run.fingerprints import fingerprints, own_files
 from block.run.hydra_schema import filed, own_choices
-from block.run.replay import Outcome, requests_of, serve
+from block.run.replay import Outcome, replay, requests_of
 from block.run.sweep import searching, standing, varies
 from block.store import provenance
 from block.store.results import Run
@@ -103,7 +103,7 @@ def execute(
             try:
                 with own_code(), progress(console, "requests", len(requests)) as advance:
                     note = None if run.backend.virtual else writer.note
-                    serve(run, requests, outcome, advance, note, writer.path / "instances")
+                    replay(run, requests, outcome, advance, note, writer.path / "instances")
             finally:  # a run that fails or is interrupted keeps what it has finished
                 _store(writer, outcome)
     except NotStored as error:  # which is told after the result

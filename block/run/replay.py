@@ -68,7 +68,7 @@ def requests_of(run: RunConfig) -> tuple[list[Request], workload.Facts]:
         raise ConfigError(explain(error)) from error
 
 
-def serve(
+def replay(
     run: RunConfig,
     requests: Sequence[Request],
     outcome: Outcome,

@@ -36,10 +36,7 @@ from block.engine.config import EngineSettings
 from block.vllm_plugin import state_buffer as b
 from block.vllm_plugin.lifetime import die_with_parent
 from block.vllm_plugin.requirements import require
-
-# Keys of a request's `vllm_xargs`: its number in the run, and the response tokens expected of it.
-TAG_ID = "block_id"
-TAG_EXPECTED = "block_expected"
+from block.vllm_plugin.tags import TAG_EXPECTED, TAG_ID
 
 _ROWS = [
     ID,

@@ -13,7 +13,7 @@ from block.dispatch import policies
 from block.lengths import Oracle
 from block.lengths.compact import Compact
 from block.run.config import RunConfig
-from block.run.replay import Outcome, requests_of, serve
+from block.run.replay import Outcome, replay, requests_of
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "experiment")
 EXPERIMENTS = choices("experiment")
@@ -34,7 +34,7 @@ SCHEDULERS = {
 
 def outcome_of(run: RunConfig) -> Outcome:
     outcome = Outcome()
-    serve(run, requests_of(run), outcome)
+    replay(run, requests_of(run)[0], outcome)
     return outcome
 
 

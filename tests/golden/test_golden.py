@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from testbed import poisson, round_latency, serve
+from testbed import poisson, round_latency, simulate
 
 from block.dispatch.core import DispatchConfig
 from block.dispatch.policies import Block, LeastRequests, LlumnixMinus
@@ -37,7 +37,7 @@ RUNS: dict[str, dict[str, Any]] = {
 def play(name: str) -> list[dict[str, Any]]:
     """What the run called `name` does, a row per request; times to nine significant digits."""
     requests = tag(poisson(80, 8.0, 11, prompt=120, output=60), Noisy(), 11)
-    run = serve(requests, latency=round_latency(), instances=3, total_blocks=48, seed=11, **RUNS[name])
+    run = simulate(requests, latency=round_latency(), instances=3, total_blocks=48, seed=11, **RUNS[name])
     return [
         {
             "id": record.request.id,

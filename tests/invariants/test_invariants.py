@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testbed import Run, engine_config, examples, lone_engine, request, round_latency, serve
+from testbed import Run, engine_config, examples, lone_engine, request, round_latency, simulate
 
 from block.core.snapshot import (
     ID,
@@ -80,8 +80,8 @@ class Case:
     requests: tuple[Request, ...]
     options: dict[str, Any]
 
-    def serve(self, requests: list[Request] | None = None, observers: Sequence[Observer] = ()) -> Run:
-        return serve(
+    def simulate(self, requests: list[Request] | None = None, observers: Sequence[Observer] = ()) -> Run:
+        return simulate(
             list(self.requests) if requests is None else requests,
             self.policy,
             config=self.config,
@@ -171,7 +171,7 @@ some = settings(max_examples=examples(25, 5))  # with a look at every step
 @given(case=cases())
 def test_inv_1_requests_are_conserved(case: Case) -> None:
     """INV-1: every request sent is finished, once, with all of its tokens, on the instance that was chosen for it."""
-    run = case.serve()
+    run = case.simulate()
     assert [record.request for record in run.records] == list(case.requests)
     for record, one in zip(run.records, case.requests, strict=True):
         assert record.status == "ok"
@@ -217,7 +217,7 @@ def test_inv_2_kv_blocks_are_conserved_at_every_step(
 @given(case=cases())
 def test_inv_3_a_life_goes_forward(case: Case) -> None:
     """INV-3: arrival ≤ dispatched < first token ≤ last token; a token takes a step each, and no step is instant."""
-    for record in case.serve().records:
+    for record in case.simulate().records:
         assert record.dispatched == pytest.approx(record.request.arrival + case.options["delay_s"], abs=1e-9)
         assert record.request.arrival <= record.dispatched < record.first_token <= record.finished
         shortest = 0.5 * (0.010 + 0.001)  # half of a step with one token
@@ -275,7 +275,7 @@ def test_inv_6_a_decision_uses_nothing_of_the_future(case: Case, data: st.DataOb
     past = list(case.requests[: i + 1])
     gap = data.draw(st.sampled_from([0.0, 0.01, 1.0]))
     future = [request(1000 + n, 60, 50, past[-1].arrival + gap) for n in range(data.draw(st.integers(0, 5)))]
-    before, after = case.serve(), case.serve(past + future)
+    before, after = case.simulate(), case.simulate(past + future)
     assert list(before.dispatcher.history.decisions)[: i + 1] == list(after.dispatcher.history.decisions)[: i + 1]
     for old, new in zip(before.records[: i + 1], after.records[: i + 1], strict=True):
         assert old.forecast == new.forecast
@@ -287,7 +287,7 @@ def test_inv_6_a_decision_does_not_know_true_lengths(case: Case) -> None:
     """INV-6: the true length of the request itself, and of all that no engine has finished, changes no decision."""
     last = case.requests[-1]
     longer = [*case.requests[:-1], replace(last, output_tokens=last.output_tokens + 40)]
-    before, after = case.serve(), case.serve(longer)
+    before, after = case.simulate(), case.simulate(longer)
     assert before.dispatcher.history.decisions == after.dispatcher.history.decisions
     assert [r.forecast for r in before.records] == [r.forecast for r in after.records]
 
@@ -296,11 +296,11 @@ def test_inv_6_a_decision_does_not_know_true_lengths(case: Case) -> None:
 
 SCRIPT = """
 import sys
-from testbed import engine_config, poisson, round_latency, serve
+from testbed import engine_config, poisson, round_latency, simulate
 from block.dispatch.policies import Block
 from block.store.writer import RunWriter
 config = engine_config("v0", watermark=0.03, max_model_len=512, max_num_batched_tokens=64)
-run = serve(poisson(120, 4.0, 3, prompt=60, output=40), Block(k=2), config=config, latency=round_latency(), instances=3,
+run = simulate(poisson(120, 4.0, 3, prompt=60, output=40), Block(k=2), config=config, latency=round_latency(), instances=3,
             total_blocks=140, seed=7, noise=0.1, delay_s=0.02)
 with RunWriter({"seed": 7}, root=sys.argv[1]) as writer:
     writer.store(run.records, run.dispatcher.history.decisions, {"time": [0.0]})
@@ -312,7 +312,7 @@ print(writer.path)
 @given(case=cases())
 def test_inv_7_the_same_seed_makes_the_same_run(case: Case) -> None:
     """INV-7: two runs of one configuration are equal to the last bit."""
-    first, second = case.serve(), case.serve()
+    first, second = case.simulate(), case.simulate()
     assert first.dispatcher.history.decisions == second.dispatcher.history.decisions
     assert first.records == second.records
 
@@ -340,7 +340,7 @@ def test_inv_7_no_matter_how_python_hashes(tmp_path: Path) -> None:
 @given(case=cases())
 def test_inv_8_the_clock_never_goes_back(case: Case) -> None:
     """INV-8: decisions are made at the arrivals, in their order, and the clock runs on to the last finish."""
-    run = case.serve()
+    run = case.simulate()
     times = [at for at, _, _ in run.dispatcher.history.decisions]
     assert times == sorted(times)
     assert times == [one.arrival for one in case.requests]
@@ -363,7 +363,7 @@ def test_inv_8_events_are_told_in_order_of_time(case: Case) -> None:
         def left(self, dispatcher: Dispatcher, record: RequestRecord, now: float) -> None:
             seen.append(now)
 
-    case.serve(observers=[Watching()])
+    case.simulate(observers=[Watching()])
     assert seen == sorted(seen)
     assert len(seen) == 3 * len(case.requests)
 
@@ -396,7 +396,7 @@ def test_inv_10_no_policy_moves_what_arrives() -> None:
     seen = []
     for policy in POLICIES:
         requests = tag(workload.generate(load, 3), Noisy(), 3)
-        run = serve(requests, policy, config=config, latency=round_latency(), instances=3, total_blocks=300, seed=3)
+        run = simulate(requests, policy, config=config, latency=round_latency(), instances=3, total_blocks=300, seed=3)
         seen.append([record.request for record in run.records])
     assert all(requests == seen[0] for requests in seen)
     assert len(seen[0]) == 200
@@ -415,7 +415,7 @@ def test_inv_10_nor_the_length_estimator_the_arrivals() -> None:
 @given(case=cases())
 def test_inv_11_the_chosen_one_has_the_least_score(case: Case) -> None:
     """INV-11: a decision's instance is a candidate, and none scores lower; no score is infinite without a fallback."""
-    for _, decision, _ in case.serve().dispatcher.history.decisions:
+    for _, decision, _ in case.simulate().dispatcher.history.decisions:
         scores = dict(zip(decision.candidates, decision.scores, strict=True))
         assert scores[decision.instance_id] == min(scores.values())
         assert decision.fallback is None
@@ -426,7 +426,7 @@ def test_inv_11_the_chosen_one_has_the_least_score(case: Case) -> None:
 @given(case=cases())
 def test_inv_12_nothing_is_left_at_the_end(case: Case) -> None:
     """INV-12: when all is done nothing is outstanding and no ledger holds anything."""
-    state = case.serve().dispatcher._state
+    state = case.simulate().dispatcher._state
     assert state.outstanding == [0] * case.instances
     assert state.in_transit == [[]] * case.instances
     assert state.delivered == [set()] * case.instances
@@ -439,5 +439,5 @@ def test_the_cases_are_worth_their_while(kind: str) -> None:
     preemptions = 0
     for seed in range(10):
         case = Case(Block(), config, 1, 34, crowd(seed, 40, 0.1), {})
-        preemptions += sum(record.preemptions for record in case.serve().records)
+        preemptions += sum(record.preemptions for record in case.simulate().records)
     assert preemptions > 50

@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from testbed import constant_latency, engine_config, lone_engine, request, serve
+from testbed import constant_latency, engine_config, lone_engine, request, simulate
 
 from block.core.types import Request
 from block.dispatch.policies import LeastRequests, Policy, Random, RoundRobin
@@ -50,7 +50,7 @@ def one_engine(requests: Sequence[Request], max_num_seqs: int) -> Floats:
 
 def many_engines(requests: Sequence[Request], policy: Policy, instances: int, seed: int = 1) -> Floats:
     """The same for instances that serve one request at a time, behind a dispatcher."""
-    run = serve(
+    run = simulate(
         requests,
         policy,
         config=engine_config("v1", max_num_seqs=1, max_model_len=8192, max_num_batched_tokens=4096),

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from testbed import constant_latency, engine_config, predictor_for, request, round_latency, serve
+from testbed import constant_latency, engine_config, predictor_for, request, round_latency, simulate
 
 from block.core.snapshot import FIELDS, ID, Snapshot
 from block.core.types import Decision, Forecast, InstanceView, Request, RequestRecord, Views
@@ -392,7 +392,7 @@ def test_an_old_snapshot_does_not_change_with_the_engine() -> None:
             return super().choose(request, views, rng)
 
     memory = Memory()
-    serve(
+    simulate(
         [request(i, 10, 20, 0.5 * i) for i in range(9)],
         memory,
         config=engine_config("v1"),
@@ -419,7 +419,7 @@ def test_a_wrong_interval_is_refused(value: float) -> None:
 
 def block_run(requests: Sequence[Request], instances: int, **options: Any) -> Any:
     config = EngineConfig(max_model_len=512, max_num_seqs=8)
-    return serve(
+    return simulate(
         requests, Block(), config=config, latency=round_latency(), instances=instances, total_blocks=200, **options
     )
 

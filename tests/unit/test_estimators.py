@@ -23,8 +23,8 @@ from testbed import request
 from block.core.files import NotStored
 from block.lengths import Constant, Estimates, Lengths, Noisy, Oracle, Reader, tag
 from block.lengths import compact as c
-from block.lengths.compact import Compact, Model, load
-from block.lengths.compact_fit import fit
+from block.lengths.compact import Compact, load
+from block.lengths.compact_fit import fit_compact
 from block.lengths.errors import BINS, measured, resampled
 from block.lengths.estimation import EstimationConfig, baseline, calibration, evaluate, scores, train
 from block.lengths.roberta import RoBERTa
@@ -146,7 +146,7 @@ def test_a_file_that_is_not_there_names_the_way_out() -> None:
 
 
 def test_fitting_finds_what_prompts_tell_and_saves_it(tmp_path: Path) -> None:
-    model = fit(some_pairs(200), some_pairs(60, first=1000), {"data": "rivers"})
+    model = fit_compact(some_pairs(200), some_pairs(60, first=1000), {"data": "rivers"})
     fresh = some_pairs(40, first=5000)
     said = model.predict(fresh.prompts)
     assert np.abs(said.tokens - fresh.tokens).sum() / fresh.tokens.sum() < 0.15
@@ -154,7 +154,7 @@ def test_fitting_finds_what_prompts_tell_and_saves_it(tmp_path: Path) -> None:
     again = load(str(tmp_path / "one.npz"))
     assert again.origin["data"] == "rivers"
     assert np.abs(np.log(again.predict(fresh.prompts).tokens / said.tokens)).max() < 0.1  # half precision
-    assert np.array_equal(fit(some_pairs(200), some_pairs(60, first=1000), {}).weights, model.weights)
+    assert np.array_equal(fit_compact(some_pairs(200), some_pairs(60, first=1000), {}).weights, model.weights)
 
 
 def test_features_are_the_words_and_not_their_order_of_hashing() -> None:

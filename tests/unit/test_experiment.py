@@ -386,13 +386,13 @@ def test_a_search_is_done_once_for_each_seed_until_what_it_depends_on_changes(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served: list[int] = []
-    serve = capacity_search.serve
+    replay = capacity_search.replay
 
     def counted(run: config.RunConfig, *arguments: Any) -> None:
         served.append(run.seed)
-        serve(run, *arguments)
+        replay(run, *arguments)
 
-    monkeypatch.setattr(capacity_search, "serve", counted)
+    monkeypatch.setattr(capacity_search, "replay", counted)
     first = searched("capacity.seeds=2")
     assert set(served) == {0, 1}
     served.clear()
@@ -503,7 +503,7 @@ def test_a_search_that_cannot_be_stored_is_printed_and_then_told(
 
 def test_a_place_that_takes_nothing_is_told_before_the_search(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "artifacts").write_text("in the way")
-    monkeypatch.setattr(capacity_search, "serve", None)
+    monkeypatch.setattr(capacity_search, "replay", None)
     with pytest.raises(ConfigError, match=r"^artifacts/capacity: Not a directory$"):
         searched()
 

@@ -13,7 +13,7 @@ import pytest
 
 from block.engine.latency import LatencyModel, decode_time, linear_time, prefill_time
 from block.hardware.catalogue import Model, gpu_named
-from block.hardware.profiling.fit import Profile, fit
+from block.hardware.profiling.fit import Profile, fit_profile
 from block.hardware.profiling.profiles import EMBEDDING, LAYER
 from block.hardware.profiling.repair import impossible, operator_floor, repair
 
@@ -61,7 +61,7 @@ def truth(tokens: int) -> float:
 
 
 def test_a_clean_profile_is_recovered(tmp_path: Path) -> None:
-    fitted = fit(write_profile(tmp_path))
+    fitted = fit_profile(write_profile(tmp_path))
     packed = fitted.model.pack()
     assert fitted.repairs == []
     assert max(error.p95 for error in fitted.errors.values()) < 0.01
@@ -82,7 +82,7 @@ def test_impossible_rows_are_found_and_repaired(tmp_path: Path) -> None:
         "mlp_down_proj": {72: 0.0, 128: 0.003},
         "add": {64: 9.0, 1024: 0.01},  # no floor: only the neighbours tell
     }
-    fitted = fit(write_profile(tmp_path, **planted))
+    fitted = fit_profile(write_profile(tmp_path, **planted))
     assert {(row.operator, row.tokens) for row in fitted.repairs} == {
         (name, tokens) for name, rows in planted.items() for tokens in rows
     }
@@ -120,7 +120,7 @@ def test_an_attention_profile_that_beats_the_hardware_is_not_believed(tmp_path: 
     rows = pd.read_csv(tmp_path / "attention.csv")
     rows.loc[~rows["is_prefill"], "time_stats.attn_decode.median"] = 0.008  # whatever the KV
     rows.to_csv(tmp_path / "attention.csv", index=False)
-    fitted = fit(profile)
+    fitted = fit_profile(profile)
     assert "none is believed" in fitted.notes[0]
     kv_bytes = 3 * 2 * 8 * 128 * 2
     assert decode_time(fitted.model.pack(), 32, 50_000) > 50_000 * kv_bytes / 933e9
@@ -128,14 +128,14 @@ def test_an_attention_profile_that_beats_the_hardware_is_not_believed(tmp_path: 
 
 def test_a_few_impossible_attention_rows_are_left_out(tmp_path: Path) -> None:
     profile = write_profile(tmp_path)
-    clean = fit(profile).model.pack()
+    clean = fit_profile(profile).model.pack()
     rows = pd.read_csv(tmp_path / "attention.csv")
     rows.loc[rows.index[[4, 40, 90]], ["time_stats.attn_prefill.median", "time_stats.attn_decode.median"]] = [
         0.0,
         np.nan,
     ]
     rows.to_csv(tmp_path / "attention.csv", index=False)
-    fitted = fit(profile)
+    fitted = fit_profile(profile)
     assert "2.0% of the profile's rows are impossible" in fitted.notes[0]  # 3 of 148
     np.testing.assert_allclose(fitted.model.pack(), clean, rtol=1e-3)
 
@@ -156,7 +156,7 @@ def test_bad_profiles_are_refused_in_one_line(tmp_path: Path, change: object, co
     profile = write_profile(tmp_path)
     change(tmp_path)  # type: ignore[operator]
     with pytest.raises(ValueError, match=complaint) as caught:
-        fit(profile)
+        fit_profile(profile)
     assert "\n" not in str(caught.value)
 
 

@@ -36,7 +36,7 @@ def steps(count: int, noise: float, seed: int = 0, outliers: int = 0) -> Floats:
 
 
 def test_the_law_is_found() -> None:
-    found = live.fit(steps(3000, 0.0), LIMITS, {"method": "test"})
+    found = live.fit_steps(steps(3000, 0.0), LIMITS, {"method": "test"})
     assert found.error.median < 1e-3
     assert abs(found.total_error) < 1e-3
     assert found.steps == 3000
@@ -50,7 +50,7 @@ def test_the_law_is_found() -> None:
 
 
 def test_noise_does_not_pull_the_model_down() -> None:
-    found = live.fit(steps(4000, 1.0), LIMITS, {})
+    found = live.fit_steps(steps(4000, 1.0), LIMITS, {})
     assert abs(found.total_error) < 0.02
     assert 0.1 < found.error.median < 0.4  # the noise itself: uniform within ± 50 %
 
@@ -58,7 +58,7 @@ def test_noise_does_not_pull_the_model_down() -> None:
 def test_no_time_is_negative() -> None:
     table = steps(2000, 0.3, seed=3)
     table[:, -1] = 2e-3  # nothing depends on anything
-    found = live.fit(table, LIMITS, {})
+    found = live.fit_steps(table, LIMITS, {})
     packed = found.model.pack()
     assert (packed >= 0).all()
     assert linear_time(packed, 7) + decode_time(packed, 7, 900) == pytest.approx(2e-3, rel=0.01)
@@ -66,11 +66,11 @@ def test_no_time_is_negative() -> None:
 
 def test_too_few_steps_are_refused() -> None:
     with pytest.raises(live.TooFewSteps, match="100 timed steps, at least 200"):
-        live.fit(steps(100, 0.0), LIMITS, {})
+        live.fit_steps(steps(100, 0.0), LIMITS, {})
 
 
 def test_the_source_is_kept_and_the_model_survives_its_file(tmp_path) -> None:
-    found = live.fit(steps(600, 0.0), LIMITS, {"method": "test"})
+    found = live.fit_steps(steps(600, 0.0), LIMITS, {"method": "test"})
     assert found.model.source["method"] == "test"
     assert found.model.source["steps"] == 600
     found.model.save(tmp_path / "fit.json")

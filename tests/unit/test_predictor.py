@@ -19,7 +19,7 @@ from testbed import (
     predictor_for,
     request,
     round_latency,
-    serve,
+    simulate,
 )
 
 from block.core.snapshot import (
@@ -364,7 +364,7 @@ def test_all_decisions_of_a_run_are_the_same(kind: str) -> None:
     config = EngineConfig(max_model_len=1000, max_num_seqs=24, **KINDS[kind])
     requests = poisson(examples(1500, 60), 12.0, 5, prompt=200, output=100)
     runs = [
-        serve(
+        simulate(
             requests,
             Block(),
             config=config,

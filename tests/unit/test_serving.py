@@ -20,7 +20,7 @@ from block.engine.config import EngineConfig
 from block.hardware.catalogue import Model
 from block.lengths import Noisy, Oracle
 from block.run.config import RunConfig
-from block.run.replay import PROGRESS_EVERY, Outcome, requests_of, serve
+from block.run.replay import PROGRESS_EVERY, Outcome, replay, requests_of
 from block.store.wandb import Tracking
 from block.workload.spec import Workload
 
@@ -45,7 +45,7 @@ def run(**changes: Any) -> RunConfig:
 
 def served(settings: RunConfig, finished: Callable[[int], None] = lambda count: None) -> Outcome:
     outcome = Outcome()
-    serve(settings, requests_of(settings)[0], outcome, finished)
+    replay(settings, requests_of(settings)[0], outcome, finished)
     return outcome
 
 
@@ -179,7 +179,7 @@ def test_a_run_that_stops_keeps_what_it_has_finished(error: BaseException) -> No
     outcome = Outcome()
     told = UserFault if isinstance(error, Exception) else type(error)
     with pytest.raises(told) as raised:
-        serve(settings, requests_of(settings)[0], outcome)
+        replay(settings, requests_of(settings)[0], outcome)
     assert raised.value.__cause__ is error or not isinstance(error, Exception)
     assert outcome.history is not None
     finished = [record for record in outcome.history.records if record.status == "ok"]

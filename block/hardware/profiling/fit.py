@@ -41,7 +41,7 @@ class Profile:
 
 
 @dataclass(frozen=True, eq=False)
-class Fit:
+class ProfileFit:
     """A latency model with what was repaired, the errors by operator, and what else a reader must know."""
 
     model: LatencyModel
@@ -50,7 +50,7 @@ class Fit:
     notes: list[str]
 
 
-def fit(profile: Profile) -> Fit:
+def fit_profile(profile: Profile) -> ProfileFit:
     """Fit a latency model to the profile; ValueError in one line if a file is missing or cannot be used."""
     gpu, model = profile.gpu, profile.model
     tokens, operators = read_operators(profile.operators, model.tensor_parallel)
@@ -102,7 +102,7 @@ def fit(profile: Profile) -> Fit:
         "errors": {name: [error.rows, _short(error.median), _short(error.p95)] for name, error in errors.items()},
         "repairs": _by_operator(repairs),
     }
-    return Fit(replace(skeleton, linear=_extended(tokens, total), source=source), repairs, errors, notes)
+    return ProfileFit(replace(skeleton, linear=_extended(tokens, total), source=source), repairs, errors, notes)
 
 
 def _attention(profile: Profile) -> tuple[LayerAttention | None, list[str]]:
