@@ -300,8 +300,8 @@ from testbed import engine_config, poisson, round_latency, simulate
 from block.dispatch.policies import Block
 from block.store.writer import RunWriter
 config = engine_config("v0", watermark=0.03, max_model_len=512, max_num_batched_tokens=64)
-run = simulate(poisson(120, 4.0, 3, prompt=60, output=40), Block(k=2), config=config, latency=round_latency(), instances=3,
-            total_blocks=140, seed=7, noise=0.1, delay_s=0.02)
+run = simulate(poisson(120, 4.0, 3, prompt=60, output=40), Block(k=2), config=config, latency=round_latency(),
+               instances=3, total_blocks=140, seed=7, noise=0.1, delay_s=0.02)
 with RunWriter({"seed": 7}, root=sys.argv[1]) as writer:
     writer.store(run.records, run.dispatcher.history.decisions, {"time": [0.0]})
 print(writer.path)

@@ -23,7 +23,7 @@ from testbed import request
 from block.core.files import NotStored
 from block.lengths import Constant, Estimates, Lengths, Noisy, Oracle, Reader, tag
 from block.lengths import compact as c
-from block.lengths.compact import Compact, load
+from block.lengths.compact import Compact, CompactModel, load
 from block.lengths.compact_fit import fit_compact
 from block.lengths.errors import BINS, measured, resampled
 from block.lengths.estimation import EstimationConfig, baseline, calibration, evaluate, scores, train
@@ -384,14 +384,14 @@ def test_a_model_that_the_disk_does_not_take_is_elsewhere_and_the_one_before_sta
     assert path.read_text() == "the one before"
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    save = Model.save
+    save = CompactModel.save
 
-    def limited(model: Model, path: Path) -> None:
+    def limited(model: CompactModel, path: Path) -> None:
         save(model, path)
         if "models" in path.parts:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Model, "save", limited)
+    monkeypatch.setattr(CompactModel, "save", limited)
     with pytest.raises(NotStored) as told:
         train(Compact(str(path)), config, seed=0)
     place = tmp_path / "temporary" / "block-one.npz"
