@@ -31,7 +31,7 @@ COLUMN = 3.5  # inches
 
 
 def use() -> None:
-    """Set the style."""
+    """Have seaborn draw as all figures do: fonts, grid, sizes for a column of a paper."""
     sns.set_theme(
         context="paper",
         style="whitegrid",

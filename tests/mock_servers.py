@@ -212,7 +212,7 @@ async def running_gateway(
     lengths: Lengths | None = None,
     **keys: Any,
 ) -> AsyncIterator[RunningGateway]:
-    """Whatever happens in it, no request stays in the books and no connection is leaked."""
+    """Whatever happens in it, no request stays with the dispatcher and no connection is leaked."""
     for i, mock in enumerate(mocks):
         if started is None or i in started:
             await mock.start()

@@ -33,7 +33,11 @@ class WithoutPlugin(InstanceFailed):
 
 
 class VLLMInstance:
-    """One server. `attach` first, `detach` at the end."""
+    """One vLLM server with the plugin, as an instance of a fleet. `attach` first, `detach` at the end.
+
+    instance_id: its place in the fleet. url: of the server, http://host:port. session: what it is asked through.
+    clock: the run's, which dates snapshots and tokens. vocabulary: prompts are made of token ids below it.
+    """
 
     def __init__(
         self,

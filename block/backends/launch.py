@@ -193,13 +193,13 @@ class Launcher:
             return server
 
     async def stop(self, server: Server) -> None:
-        """Stop one, for certain."""
+        """Stop a server and all its processes: by SIGTERM, and by SIGKILL if that does not do."""
         for _ in _stopping([server]):
             await asyncio.sleep(STOP_POLL_S)
         self._servers.remove(server)
 
     def stop_all(self) -> None:
-        """Stop what is left, for certain; nothing else happens meanwhile."""
+        """Stop all servers that are left, as `stop` does, without letting the event loop run meanwhile."""
         for _ in _stopping(self._servers):
             time.sleep(STOP_POLL_S)
 

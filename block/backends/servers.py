@@ -33,7 +33,11 @@ async def launched(
     deadline_s: float,
     at_once: int | None = None,
 ) -> AsyncIterator[Fleet]:
-    """A fleet of the servers that `specs` describe, of which the first `testbed.initial` run from the start."""
+    """A fleet of the servers that `specs` describe, of which the first `testbed.initial` run from the start.
+
+    starter: how a process is started, as of `block.backends.launch.launching`. latency: the servers' step times.
+    deadline_s: seconds that a server may take to come up. at_once: servers that start at the same time; None: all.
+    """
     from block.backends.launch import launching
 
     async with launching(starter, deadline_s=deadline_s, at_once=at_once) as launcher:

@@ -39,7 +39,7 @@ class VLLMCPU:
             raise ValueError(f"backend.at_once={self.at_once}: must be at least 1")
 
     def latency(self, testbed: Testbed) -> LatencyModel:
-        """The file's."""
+        """The latency model in the file `latency_model`: no GPU says what a step takes here."""
         return latency_from(self.latency_model)
 
     @asynccontextmanager

@@ -30,7 +30,7 @@ class Servers(Protocol):
         ...
 
     async def stop(self, instance_id: int) -> None:
-        """Stop it, for certain."""
+        """Stop the server of an instance; it has ended when this returns."""
         ...
 
 

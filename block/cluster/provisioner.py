@@ -77,7 +77,7 @@ class Preempt(Elastic):
 
     @property
     def forecasts(self) -> bool:
-        """Always."""
+        """True: it grows by them."""
         return True
 
     def foreseen(self, views: Sequence[InstanceView]) -> str | None:
@@ -86,7 +86,7 @@ class Preempt(Elastic):
         return f"best predicted latency {best:.1f} s" if best > self.threshold_s else None
 
     def measured(self, latency_s: float) -> str | None:
-        """Never: it was foreseen."""
+        """None: what has finished was foreseen."""
         return None
 
 
@@ -97,11 +97,11 @@ class Relief(Elastic):
 
     @property
     def forecasts(self) -> bool:
-        """Only to drain."""
+        """Whether it drains, which goes by forecasts."""
         return self.drain_after_s is not None
 
     def foreseen(self, views: Sequence[InstanceView]) -> str | None:
-        """Never: it waits to see."""
+        """None: it goes by what was measured."""
         return None
 
     def measured(self, latency_s: float) -> str | None:

@@ -51,7 +51,7 @@ class Mixed:
 
     @property
     def num_gpus(self) -> int:
-        """All of them."""
+        """GPUs of all pools together."""
         return sum(pool.num_gpus for pool in self.pools)
 
 

@@ -17,7 +17,7 @@ class Clock:
         self._origin = time.monotonic()
 
     def now(self) -> float:
-        """What it reads."""
+        """The seconds that have passed on it."""
         return self.at(time.monotonic())
 
     def at(self, monotonic: float) -> float:
@@ -25,7 +25,7 @@ class Clock:
         return (monotonic - self._origin) / self._dilation
 
     def restart(self) -> None:
-        """Set it to 0."""
+        """Have it begin again, at 0."""
         self._origin = time.monotonic()
 
     async def sleep(self, seconds: float) -> None:

@@ -81,7 +81,7 @@ class _Stopwatch(event.Listener):  # type: ignore[misc]
                 self._alarm.start()
 
     def on_end(self, event: Any) -> None:
-        """It is, or could not be."""
+        """The function is compiled, or cannot be."""
         self._depth -= 1
         if self._depth == 0:
             self._alarm.cancel()

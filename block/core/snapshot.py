@@ -77,7 +77,7 @@ class Snapshots(Sequence[Snapshot]):
 
     @staticmethod
     def of(snapshots: Sequence[Snapshot]) -> Snapshots:
-        """The same by columns."""
+        """These snapshots by columns; `snapshots` itself if it is so already."""
         if isinstance(snapshots, Snapshots):
             return snapshots
         rows = [
@@ -92,7 +92,7 @@ class Snapshots(Sequence[Snapshot]):
         return Snapshots(snapshots[0].taken_at, pool, meta, np.array([one.step_started for one in snapshots]))
 
     def some(self, places: Sequence[int] | slice) -> Snapshots:
-        """Those at these places."""
+        """The snapshots at these places, without a copy of their sequences."""
         return Snapshots(self.taken_at, self.pool, self.meta[places], self.started[places])
 
     def ids(self, place: int) -> list[int]:

@@ -50,7 +50,7 @@ class Forecasts(Sequence[Forecast]):
 
     @staticmethod
     def of(forecasts: Sequence[Forecast | None]) -> Forecasts:
-        """The same by columns."""
+        """These forecasts by columns; `forecasts` itself if it is so already."""
         if isinstance(forecasts, Forecasts):
             return forecasts
         known = [one or (math.nan, math.nan) for one in forecasts]
@@ -94,7 +94,11 @@ class InstanceView(NamedTuple):
 
 
 class Views(Sequence[InstanceView]):
-    """Views of several instances, by columns: the fields of an `InstanceView`, which is made when it is asked for."""
+    """Views of several instances, by columns: an `InstanceView` is made of them when it is asked for.
+
+    Each column has an entry per instance and is what the field of `InstanceView` of that name is, in the plural.
+    snapshots, forecasts: None if the policy does not need them.
+    """
 
     __slots__ = ("forecasts", "ids", "in_transit", "outstanding", "recent", "snapshots")
 
@@ -116,7 +120,7 @@ class Views(Sequence[InstanceView]):
 
     @staticmethod
     def of(views: Sequence[InstanceView]) -> Views:
-        """The same by columns."""
+        """These views by columns; `views` itself if it is so already."""
         if isinstance(views, Views):
             return views
         ids, in_transit, outstanding, recent, shown, forecasts = map(list, zip(*views, strict=True))

@@ -85,11 +85,9 @@ class Random:
     needs: ClassVar[Needs] = Needs.COUNTS
 
     def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
-        """One at random."""
         return sample(instances, 1, rng)
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
-        """The one candidate."""
         return least(views, [0.0], rng)
 
 
@@ -101,11 +99,9 @@ class RoundRobin:
     needs: ClassVar[Needs] = Needs.COUNTS
 
     def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
-        """The one whose turn it is."""
         return [request_index % instances]
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
-        """The one candidate."""
         return least(views, [0.0], rng)
 
 
@@ -117,7 +113,6 @@ class MinQPM:
     needs: ClassVar[Needs] = Needs.COUNTS
 
     def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
-        """All."""
         return range(instances)
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
@@ -137,7 +132,6 @@ class LeastRequests:
         _check_k(self.k)
 
     def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
-        """All, or `k` at random."""
         return sample(instances, self.k, rng)
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
@@ -153,7 +147,6 @@ class INFaaS:
     needs: ClassVar[Needs] = Needs.SNAPSHOT
 
     def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
-        """All."""
         return range(instances)
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
@@ -172,7 +165,6 @@ class LlumnixMinus:
     needs: ClassVar[Needs] = Needs.SNAPSHOT
 
     def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
-        """All."""
         return range(instances)
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
@@ -235,7 +227,6 @@ class Llumnix:
     needs: ClassVar[Needs] = Needs.SNAPSHOT
 
     def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
-        """All."""
         return range(instances)
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
@@ -252,7 +243,6 @@ class LeastTokens:
     needs: ClassVar[Needs] = Needs.SNAPSHOT
 
     def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
-        """All."""
         return range(instances)
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
@@ -283,7 +273,6 @@ class Block:
         _check_k(self.k)
 
     def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
-        """All, or `k` at random."""
         return sample(instances, self.k, rng)
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:

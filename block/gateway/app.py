@@ -72,7 +72,7 @@ class Gateway:
         self._estimator: Estimator | None = None
         self._clock = Clock()
         self._driver = LiveDriver(self._clock)
-        # Requests of several doors, or of one that was started again, must not share a number on a server.
+        # Requests of several gateways, or of one that was started again, must not share a number on a server.
         self._numbers = itertools.count(secrets.randbits(52))
 
     def application(self) -> web.Application:

@@ -64,7 +64,7 @@ class Estimator:
         return tokens
 
     async def _work(self) -> None:
-        """Until nobody waits."""
+        """Estimate batch after batch of the prompts that wait, until none does."""
         loop = asyncio.get_running_loop()
         while self._waiting:
             batch = [(prompt, answer) for prompt, answer in self._waiting[:BATCH] if not answer.done()]
@@ -83,7 +83,7 @@ class Estimator:
                     answer.set_result(tokens)
 
     def close(self) -> None:
-        """Let the thread end."""
+        """Estimate nothing more; those that wait get no answer."""
         if self._worker is not None:
             self._worker.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -112,7 +112,7 @@ class Metrics:
         self._requests[-1, REFUSED].inc()
 
     def text(self) -> bytes:
-        """All of it."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
@@ -125,14 +125,14 @@ class _Counts(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """The metrics of this moment."""
-        books = self._dispatcher
+        dispatcher = self._dispatcher
         in_flight = GaugeMetricFamily("block_in_flight", "Requests placed and not finished", labels=["instance"])
         active = GaugeMetricFamily("block_instance_active", "Whether requests may go there", labels=["instance"])
         ejections = CounterMetricFamily("block_ejections", "Times an instance was taken out", labels=["instance"])
         for upstream in self._upstreams:
             i, url = upstream.instance_id, upstream.url
-            in_flight.add_metric([url], books.outstanding(i))
-            active.add_metric([url], i in books.active)
-            ejections.add_metric([url], books.ejected(i))
-        count = GaugeMetricFamily("block_active_instances", "Instances that requests may go to", len(books.active))
+            in_flight.add_metric([url], dispatcher.outstanding(i))
+            active.add_metric([url], i in dispatcher.active)
+            ejections.add_metric([url], dispatcher.ejected(i))
+        count = GaugeMetricFamily("block_active_instances", "Instances that requests may go to", len(dispatcher.active))
         return [in_flight, active, ejections, count]

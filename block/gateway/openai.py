@@ -132,10 +132,10 @@ def error_json(status: int, message: str) -> bytes:
 
 
 def error_response(status: int, message: str) -> web.Response:
-    """The same as a response."""
+    """The response with `error_json`."""
     return web.Response(status=status, body=error_json(status, message), content_type="application/json")
 
 
 def error_event(status: int, message: str) -> bytes:
-    """The same as the last event of a stream that breaks off; it ends whatever event was being sent."""
+    """`error_json` as the last event of a stream that breaks off; it ends whatever event was being sent."""
     return b"\n\ndata: " + error_json(status, message) + b"\n\n"

@@ -62,7 +62,8 @@ def make_upstreams(
 ) -> Upstreams:
     """Instances for the servers at `urls` that can show what a policy needs. Nothing is asked of them yet.
 
-    latency: the servers' step times, for forecasts. outrun_share: as of `Predictor`.
+    session: of all connections to them. clock: what snapshots are dated by.
+    needs: of the policy. latency: the servers' step times, for forecasts. outrun_share: as of `Predictor`.
     """
     if needs is Needs.COUNTS:
         return Upstreams([HTTPInstance(i, url, session) for i, url in enumerate(urls)], None)
@@ -83,7 +84,7 @@ class HTTPInstance:
         self._session = session
 
     def snapshot(self) -> Snapshot:
-        """Not to be had."""
+        """NotImplementedError: only the plugin shows them."""
         raise NotImplementedError(f"{self.url} shows no snapshots")
 
     async def healthy(self) -> bool:

@@ -55,6 +55,7 @@ class GPU:
 
 
 def _nvidia(name: str, memory: float, bandwidth: float, tflops: float, link: float, sheet: str) -> GPU:
+    """As `GPU` has them: GiB, GB/s, dense FP16 TFLOP/s, GB/s of the link; and the data sheet that says so."""
     return GPU(name, memory, bandwidth, tflops, link, f"NVIDIA {sheet} data sheet")
 
 
@@ -371,6 +372,7 @@ def kv_blocks(
 ) -> int:
     """KV blocks of `block_size` tokens an instance has: published where a tracked file says so, else from the memory.
 
+    gpu_memory_utilization: the share of the GPU's memory that vLLM takes. tracked: the folder of the tracked files.
     A published count was measured at vLLM's default utilization; for another one the memory gained or lost counts.
     ValueError if the weights leave no room.
     """

@@ -1,4 +1,4 @@
-"""Response lengths: what a scheduler believes of a response that does not exist yet.
+"""Response lengths: what a policy believes of a response that does not exist yet.
 
 An estimator is a frozen dataclass whose fields are its Hydra options. There are two kinds, and one of them is enough:
 
@@ -6,7 +6,7 @@ An estimator is a frozen dataclass whose fields are its Hydra options. There are
   without prompts is tagged: a learned estimator answers with its own measured errors (`errors`);
 - one that *reads* (`Reader`) tells it from prompts, which is how real requests are tagged.
 
-`Oracle` makes the scheduler the paper's Block; any other makes it Block*. `compact` and `roberta` are learned.
+`Oracle` makes the policy the paper's Block; any other makes it Block*. `compact` and `roberta` are learned.
 """
 
 from __future__ import annotations
@@ -81,19 +81,19 @@ def tag(requests: Sequence[Request], lengths: Lengths, seed: int) -> list[Reques
 @final
 @dataclass(frozen=True)
 class Oracle:
-    """The true lengths."""
+    """The true lengths, as in the paper's Block."""
 
     outrun_share: ClassVar[float] = 0.0
 
     def estimate(self, output_tokens: Ints, rng: np.random.Generator) -> Ints:
-        """The truth."""
+        """`output_tokens` themselves."""
         return output_tokens
 
 
 @final
 @dataclass(frozen=True)
 class Constant:
-    """The same length for all: what a scheduler does that knows nothing of its requests.
+    """The same length for all: what is believed where nothing is known of requests.
 
     spread: claimed standard deviation of the length's logarithm.
     """
@@ -109,11 +109,11 @@ class Constant:
             raise ValueError(f"lengths.spread={self.spread}: must be 0 or more")
 
     def estimate(self, output_tokens: Ints, rng: np.random.Generator) -> Ints:
-        """`tokens`, for each."""
+        """`tokens` for each."""
         return np.full(len(output_tokens), self.tokens, dtype=np.int64)
 
     def predict(self, prompts: Sequence[str]) -> Estimates:
-        """`tokens`, for each."""
+        """`tokens` for each."""
         return Estimates(np.full(len(prompts), self.tokens, dtype=np.int64), np.full(len(prompts), self.spread))
 
 

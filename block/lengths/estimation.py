@@ -167,6 +167,7 @@ def train(
 ) -> Scores:
     """Train `lengths`, write it to its `path` with what it errs by on the test side, and return how it did there.
 
+    config: the data and how it is split. seed: of the training.
     log: is told what was measured at a step. progress: a bar for so many steps, told of each as it is done.
     ValueError or OSError, in one line, if the data or the encoder is not to be had, or this kind is not trained, or if
     the place takes no files. NotStored, whose result are the scores, if that turns out afterwards.

@@ -50,6 +50,8 @@ def train(
 ) -> Regressor:
     """The model of the best epoch, by the mean error on `tune` in tokens; it goes on from a checkpoint in its folder.
 
+    config: the encoder and its folder. settings: of the training. pairs: prompts and lengths to train on; tune: those
+    that choose the epoch. seed: of weights and order.
     log: told the step and what was measured. advance: told of steps done, those before a checkpoint at once.
     ValueError if the encoder is not to be had, or a checkpoint is not sound.
     """

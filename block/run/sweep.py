@@ -216,7 +216,7 @@ def _tell_failures() -> None:
 
 
 def _said(error: Exception) -> str:
-    """An error in one line."""
+    """An error's message in one line, or its kind if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

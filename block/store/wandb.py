@@ -412,7 +412,7 @@ def _has_key() -> bool:
 
 
 def _key() -> str | None:
-    """The API key."""
+    """The API key, from the environment or a netrc file, where W&B looks too; None if there is none."""
     if key := os.environ.get("WANDB_API_KEY"):
         return key
     host = urlsplit(_server()).hostname or ""

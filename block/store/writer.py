@@ -261,7 +261,7 @@ class _RunLog(logging.FileHandler):
     """A log that ends where the disk does: that is told by what is stored, and not in the midst of a run."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 — logging's name
-        """Say nothing."""
+        """Nothing: logging would print a traceback."""
 
     def close(self) -> None:
         """As a file is, but what cannot be written any more is lost."""

@@ -30,7 +30,7 @@ class SnapshotView:
         self._buffer = StateBuffer.open(self._path)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One ASGI call."""
+        """As ASGI has it: one connection's request."""
         if scope["type"] != "http" or not scope["path"].startswith("/block/"):
             await self._app(scope, receive, send)
             return

@@ -38,7 +38,7 @@ class Table:
         raise NotImplementedError
 
     def line(self, row: int) -> str:
-        """Where a row stands."""
+        """Where a row stands in the file, for messages: "row 3"."""
         return f"row {row + 1}"
 
 

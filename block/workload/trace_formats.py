@@ -222,7 +222,7 @@ def _number(value: Any) -> float:
 
 
 def _arrivals(table: Table, columns: Columns, form: Format) -> Floats:
-    """Seconds, from any zero."""
+    """When each request arrives, in seconds from any origin, float[rows]."""
     column = columns.time or form.time
     timed = column is not None and (columns.time is not None or table.has(column))
     if form.session is not None and table.has(form.session):

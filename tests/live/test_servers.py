@@ -191,13 +191,13 @@ def test_a_server_that_cannot_start_is_told_in_one_line_with_its_log(mark: str, 
 
 
 def test_a_run_goes_through_the_gateway_to_servers_that_run_already(mark: str, tmp_path: Path) -> None:
-    """Two tiny models started by hand; a door that chooses by forecasts; a run that knows the door only."""
+    """Two tiny models started by hand; a gateway that chooses by forecasts; a run that knows the gateway only."""
     from block.backends.launch import free_ports
     from block.backends.model_files import tiny_model
     from block.hardware.catalogue import Model
 
     model = tiny_model(Model("tiny", "none", 2, 64, 128, 4, 2, 32, 2048, tied_embeddings=True, dtype_bytes=4), 2048)
-    first, second, door = free_ports(3)
+    first, second, gateway = free_ports(3)
     settings = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -237,17 +237,17 @@ def test_a_run_goes_through_the_gateway_to_servers_that_run_already(mark: str, t
         latency = f"backend.latency_model={ROOT}/artifacts/latency/cpu-tiny.json"
         begin(
             *("block.gateway", "scheduler=block", "backend=vllm", "model=tiny", "cluster=cpu2", latency),
-            *(f"gateway.urls={urls}", f"gateway.port={door}", "gateway.host=127.0.0.1"),
-            log="door.log",
+            *(f"gateway.urls={urls}", f"gateway.port={gateway}", "gateway.host=127.0.0.1"),
+            log="gateway.log",
         )
-        assert eventually(lambda: answers(door), 60), (tmp_path / "door.log").read_text()
-        through = [f"backend.urls=[http://127.0.0.1:{door}]", "scheduler=round_robin"]
+        assert eventually(lambda: answers(gateway), 60), (tmp_path / "gateway.log").read_text()
+        through = [f"backend.urls=[http://127.0.0.1:{gateway}]", "scheduler=round_robin"]
         small = ["backend=vllm", "model=tiny", "cluster=cpu2", "workload.num_requests=30", "workload.qps=20"]
         run, _ = finish(start(mark, tmp_path, *small, *through), tmp_path)
         assert run.counts is not None
         assert (run.counts["sent"], run.counts["ok"]) == (30, 30)
         assert sorted(run.requests().output_tokens) == sorted(10 + i % 20 for i in range(30))
-        with urllib.request.urlopen(f"http://127.0.0.1:{door}/metrics", timeout=5) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{gateway}/metrics", timeout=5) as response:
             metrics = response.read().decode()
         assert "block_" in metrics
     finally:

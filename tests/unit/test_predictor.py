@@ -198,7 +198,7 @@ def test_an_estimate_below_one_token_counts_as_one(guess: int) -> None:
     assert predictor.forecasts([idle], [[]], request(9, 4, 9, predicted=guess), 0.0) == [Forecast(1.0, 1.0)]
 
 
-def test_requests_underway_go_first() -> None:
+def test_requests_in_transit_go_first() -> None:
     config = engine_config("v1", max_num_seqs=1)
     predictor = predictor_for(config, constant_latency(1.0), 16)
     idle = lone_engine(config, constant_latency(1.0), 16).snapshot(0, 0.0)
