@@ -160,11 +160,11 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["provisioner=relief", "provisioner.threshold_s=0"], "provisioner.threshold_s=0.0: ", ["greater than 0"]),
     (["provisioner=relief", "provisioner.startup_s=-1"], "provisioner.startup_s=-1.0: ", ["0 or more"]),
     # what does not go together
-    (["provisioner=preempt", "scheduler=llumnix_minus"], "provisioner=preempt: ", ["such as block"]),
+    (["provisioner=preempt", "scheduler=llumnix_minus"], "provisioner=preempt: ", ["such as scheduler=block"]),
     (
         ["provisioner=relief", "scheduler=random", "provisioner.drain_after_s=9"],
         "provisioner=relief: ",
-        ["such as block"],
+        ["such as scheduler=block"],
     ),
     (["provisioner=relief", "replay_share=0.1"], "replay_share=0.1: ", ["provisioner=static"]),
     (["provisioner=relief", "dispatch.dispatchers=2"], "dispatch.dispatchers=2: ", ["provisioner=static"]),

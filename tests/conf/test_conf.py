@@ -60,7 +60,7 @@ def test_every_choice_builds(group: str, choice: str, tmp_path: Path) -> None:
         (tmp_path / "mine.csv").write_text("prompt_tokens,output_tokens,arrival\n5,6,0\n7,8,1\n")
         extra = [f"workload.trace_path={tmp_path / 'mine.csv'}"]
     run = built(f"{group}={choice}", *extra)
-    part = getattr(run, group)
+    part = run.policy if group == "scheduler" else getattr(run, group)
     assert type(part).__module__.startswith("block.")
     if group == "model":
         assert part.name == choice
@@ -116,7 +116,7 @@ def test_a_trace_is_served_in_its_own_time(tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_text("prompt_tokens,output_tokens,arrival\n50,6,0\n70,8,1\n90,3,4\n")
     keys = ["workload=trace", f"workload.trace_path={tmp_path / 'mine.csv'}", "workload.num_requests=3"]
     run = built(*keys, "workload.qps=1", "cluster.num_gpus=2")
-    requests = requests_of(run)
+    requests = requests_of(run)[0]
     assert [(request.prompt_tokens, request.output_tokens) for request in requests] == [(50, 6), (70, 8), (90, 3)]
     first, second, third = (request.arrival for request in requests)
     assert third - second == pytest.approx(3 * (second - first))  # gaps of 1 s and 3 s, stretched to the rate

@@ -26,7 +26,7 @@ IDLE: list[tuple[str, list[str], str]] = [
     ("serve", ["scheduler=random", "dispatch.ledger=false"], "only counts"),
     ("serve", ["scheduler=least_requests", "dispatch.snapshot_interval_s=1"], "only counts"),
     ("serve", ["scheduler=p2c", "dispatch={snapshot_interval_s: 1}"], "only counts"),
-    ("serve", ["scheduler=infaas", "dispatch.ledger=false"], "in_transit"),
+    ("serve", ["scheduler=infaas", "dispatch.ledger=false"], "in transit"),
     ("serve", ["scheduler=llumnix_minus", "dispatch.correction_steps=9"], "no forecasts"),
     ("serve", ["scheduler=least_tokens", "dispatch.forecast_noise=0.1"], "no forecasts"),
     ("serve", ["scheduler=round_robin", "backend.predictor_gpu=t4"], "no forecasts"),

@@ -166,7 +166,7 @@ def test_a_factor_follows_an_instance_that_changes() -> None:
 
 def test_in_a_run_forecasts_are_as_good_as_with_the_right_model() -> None:
     parts = {
-        "scheduler": policies.Block(),
+        "policy": policies.Block(),
         "cluster": ClusterConfig("a30", 3),
         "workload": Workload("synthetic", 300, 6.0, source="synthetic", prompt_mean=200.0, output_mean=150.0),
     }

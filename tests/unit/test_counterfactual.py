@@ -85,7 +85,7 @@ def test_a_request_is_tried_beside_what_is_there_and_what_is_in_transit() -> Non
 
 
 def test_replaying_leaves_the_run_as_it_is() -> None:
-    plain = run(scheduler=policies.Block(), backend=Simulated(dispatch_delay_s=0.2))
+    plain = run(policy=policies.Block(), backend=Simulated(dispatch_delay_s=0.2))
     with_replays = served(replace(plain, replay_share=0.5))
     without = served(plain)
     assert with_replays.history is not None
@@ -96,7 +96,7 @@ def test_replaying_leaves_the_run_as_it_is() -> None:
 
 
 def test_replays_of_a_run_agree_with_what_happened_where_nothing_came_later() -> None:
-    settings = run(scheduler=policies.Block(), backend=Simulated(dispatch_delay_s=0.2), replay_share=1.0)
+    settings = run(policy=policies.Block(), backend=Simulated(dispatch_delay_s=0.2), replay_share=1.0)
     outcome = served(settings)
     assert outcome.history is not None
     assert outcome.counterfactuals is not None
@@ -123,7 +123,7 @@ def test_a_sample_is_a_share_without_repetition() -> None:
 
 
 def test_forecasts_are_of_those_who_were_asked() -> None:
-    outcome = served(run(scheduler=policies.Block(k=1), replay_share=1.0))
+    outcome = served(run(policy=policies.Block(k=1), replay_share=1.0))
     assert outcome.counterfactuals is not None
     columns = outcome.counterfactuals.columns()
     asked = [not math.isnan(forecast) for forecast in columns["forecast_e2e"].tolist()]

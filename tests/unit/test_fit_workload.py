@@ -7,7 +7,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from block.core.rng import stream
+from block.core.rng import generator
 from block.workload.arrivals import RateProfile
 from block.workload.length_sketch import LengthSketch
 from block.workload.trace_formats import Columns, read
@@ -58,7 +58,7 @@ def test_rank_correlation_by_hand() -> None:
 
 
 def dependent_lengths() -> tuple[np.ndarray, np.ndarray]:
-    rng = stream(0, "test.lengths")
+    rng = generator(0, "test.lengths")
     prompt = np.rint(rng.lognormal(5, 1, 5000)).astype(np.int64) + 1
     output = np.rint(rng.lognormal(3, 0.8, 5000) * np.sqrt(prompt) / 5).astype(np.int64) + 1
     return prompt, output
@@ -66,7 +66,7 @@ def dependent_lengths() -> tuple[np.ndarray, np.ndarray]:
 
 def test_a_sketch_keeps_means_marginals_and_dependence() -> None:
     prompt, output = dependent_lengths()
-    sampled = LengthSketch.fit(prompt, output).sample(5000, stream(0, "test"))
+    sampled = LengthSketch.fit(prompt, output).sample(5000, generator(0, "test"))
     assert sampled[0].mean() == pytest.approx(prompt.mean(), rel=1e-3)
     assert sampled[1].mean() == pytest.approx(output.mean(), rel=5e-3)
     for original, drawn in zip((prompt, output), sampled, strict=True):
@@ -80,7 +80,7 @@ def test_a_sketch_keeps_means_marginals_and_dependence() -> None:
 @pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 1000])
 def test_any_number_of_requests_can_be_drawn(count: int) -> None:
     sketch = LengthSketch.fit(*dependent_lengths())
-    prompt, output = sketch.sample(count, stream(1, "test"))
+    prompt, output = sketch.sample(count, generator(1, "test"))
     assert len(prompt) == len(output) == count
     assert min(prompt.min(), output.min()) >= 1
 
@@ -88,14 +88,14 @@ def test_any_number_of_requests_can_be_drawn(count: int) -> None:
 def test_strata_are_each_hit_once() -> None:
     """The prompt's quantile function is the identity on 0..1000: 1000 requests fall one into each unit."""
     sketch = LengthSketch(np.array([0.0, 1000.0]), np.array([[0.0, 500.0], [500.0, 1000.0]]))
-    prompt, output = sketch.sample(1000, stream(0, "test"))
+    prompt, output = sketch.sample(1000, generator(0, "test"))
     assert np.abs(np.sort(prompt) - np.arange(1000) - 0.5).max() <= 1
     assert np.abs(np.sort(output) - np.arange(1000) - 0.5).max() <= 1
     assert ((prompt > 501) <= (output >= 500)).all()
 
 
 def test_a_constant_length_stays_constant() -> None:
-    prompt, output = LengthSketch.fit(np.full(400, 7), np.full(400, 3)).sample(50, stream(0, "test"))
+    prompt, output = LengthSketch.fit(np.full(400, 7), np.full(400, 3)).sample(50, generator(0, "test"))
     assert set(prompt.tolist()) == {7}
     assert set(output.tolist()) == {3}
 
@@ -110,7 +110,7 @@ def test_quantile_functions_increase_even_at_jumps() -> None:
 @pytest.mark.parametrize("requests", [4, 17, 100, 1000])
 def test_short_traces_get_coarser_sketches(requests: int) -> None:
     prompt, output = (lengths[:requests] for lengths in dependent_lengths())
-    sampled = LengthSketch.fit(prompt, output).sample(20_000, stream(0, "test"))
+    sampled = LengthSketch.fit(prompt, output).sample(20_000, generator(0, "test"))
     assert sampled[0].mean() == pytest.approx(prompt.mean(), rel=0.01)
     assert sampled[1].mean() == pytest.approx(output.mean(), rel=0.03)
     with pytest.raises(ValueError, match="3 requests: a sketch needs at least 4"):
@@ -134,7 +134,7 @@ def test_a_sketch_with_times_keeps_when_long_requests_came() -> None:
     prompt = np.tile(np.arange(3200) + 1, 2)
     output = prompt // 8 + 1
     sketch = LengthSketch.fit(prompt, output, np.arange(6400) / 7)
-    for original, drawn in zip((prompt, output), sketch.sample(6400, stream(0, "test")), strict=True):
+    for original, drawn in zip((prompt, output), sketch.sample(6400, generator(0, "test")), strict=True):
         parts = [part.mean() for part in np.array_split(original, 16)]
         assert [part.mean() for part in np.array_split(drawn, 16)] == pytest.approx(parts, rel=0.05)
 
@@ -164,7 +164,7 @@ def test_without_its_trace_burstgpt_is_marked_as_published_means(
     assert fit_workload.main(["--out", str(tmp_path), "burstgpt"]) == 0
     sketch = LengthSketch.load(tmp_path / "burstgpt.json")
     assert "published means only" in sketch.source["note"]
-    prompt, output = sketch.sample(50_000, stream(0, "test"))
+    prompt, output = sketch.sample(50_000, generator(0, "test"))
     assert (prompt.mean(), output.mean()) == pytest.approx((621, 126), rel=2e-3)
 
 
@@ -246,7 +246,7 @@ def test_tracked_sketches_are_what_the_script_derives(name: str, data: Path, tmp
 def test_tracked_sketches_match_their_trace(name: str, data: Path) -> None:
     file = TRACES[name]
     trace = read(data / file.path, Columns(), timed=file.timed)
-    prompt, output = LengthSketch.load(TRACKED / f"{name}.json").sample(len(trace.prompt), stream(1, "test"))
+    prompt, output = LengthSketch.load(TRACKED / f"{name}.json").sample(len(trace.prompt), generator(1, "test"))
     original, drawn = trace.prompt + trace.output, prompt + output
     assert drawn.mean() == pytest.approx(original.mean(), rel=1e-3)
     assert drawn.std() == pytest.approx(original.std(), rel=1e-2)

@@ -46,7 +46,7 @@ def test_factors_are_cut() -> None:
 
 
 def test_noise_of_a_run_moves_choices_but_not_what_arrives() -> None:
-    exact = replace(run(), scheduler=policies.Block())
+    exact = replace(run(), policy=policies.Block())
     erring = replace(exact, dispatch=DispatchConfig(forecast_noise=1.0))
     first, second, third = (served(settings).history for settings in (exact, erring, erring))
     assert first is not None

@@ -110,9 +110,8 @@ def test_what_arrives_depends_on_the_seed_and_on_nothing_about_the_servers() -> 
 
 def test_estimates_do_not_move_lengths_or_arrivals() -> None:
     noisy = requests_of(run(lengths=Noisy()))[0]
-    assert [replace(request, predicted_output_tokens=request.output_tokens) for request in noisy] == requests_of(run())[
-        0
-    ]
+    exact = [replace(request, predicted_output_tokens=request.output_tokens) for request in noisy]
+    assert exact == requests_of(run())[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- serving

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from block.core.rng import stream
+from block.core.rng import generator
 from block.core.types import Request
 from block.workload.arrivals import RateProfile, recorded_gaps
 from block.workload.spec import Facts, Workload, generate, make
@@ -123,7 +123,7 @@ def test_constant_arrivals_are_evenly_spaced() -> None:
 
 def test_a_rate_profile_has_its_requests_in_every_piece() -> None:
     """A lap is 400 requests in 40 s: half in 10 s, at twice the mean rate; half in 30 s, at two thirds of it."""
-    values = RateProfile(400, (10.0, 30.0)).gaps(40_000, stream(0, "test"))
+    values = RateProfile(400, (10.0, 30.0)).gaps(40_000, generator(0, "test"))
     halves = np.cumsum(values)[199::200]
     busy, calm = np.diff(halves)[1::2], np.diff(halves)[::2]
     assert busy == pytest.approx(np.full(len(busy), 100), abs=12)
