@@ -30,7 +30,9 @@ def prepare() -> None:
     import block.store.wandb  # noqa: F401
     from block.run import config, hydra_schema
     from block.run.replay import Outcome, replay, requests_of
+    from block.store.provenance import code_hash
 
+    code_hash()
     hydra_schema.register()
     for engine in ("vllm_v0", "vllm_v1"):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

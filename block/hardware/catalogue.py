@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -409,7 +410,7 @@ def _tracked(gpu: GPU, model: Model, directory: Path) -> LatencyModel | None:
     path = directory / f"{gpu.name}-{model.name}.json"
     if not path.exists() or not _as_tracked(model):
         return None
-    fit = LatencyModel.load(path)
+    fit = _fit(path, path.stat().st_mtime_ns)
     return fit if fit.source.get("tensor_parallel") == model.tensor_parallel else None
 
 
@@ -418,6 +419,17 @@ def _as_tracked(model: Model) -> bool:
     path = MODELS / f"{model.name}.yaml"
     if not path.exists():
         return True
-    values = yaml.safe_load(path.read_text())
-    known = Model(**{key: value for key, value in values.items() if key != "defaults"})
+    known = _known(path, path.stat().st_mtime_ns)
     return replace(known, tensor_parallel=model.tensor_parallel, hf_id=model.hf_id) == model
+
+
+# A run asks for them some thirty times, and each reading takes 2 ms: they are read once, and again once written.
+@cache
+def _fit(path: Path, modified_ns: int) -> LatencyModel:
+    return LatencyModel.load(path)
+
+
+@cache
+def _known(path: Path, modified_ns: int) -> Model:
+    values = yaml.safe_load(path.read_text())
+    return Model(**{key: value for key, value in values.items() if key != "defaults"})
