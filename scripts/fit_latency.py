@@ -16,9 +16,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from block.hardware.catalogue import TRACKED, Model, gpu_named
+from block.hardware.catalogue import Model, gpu_named
 from block.hardware.profiling.fit import Profile, ProfileFit, fit_profile
 from block.hardware.profiling.transfer import LLAMA2_7B_A30
+from block.hardware.tracked import TRACKED
 from block.run.config_errors import Parser, piped
 
 MODELS = Path(__file__).parents[1] / "conf" / "model"

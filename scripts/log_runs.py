@@ -17,7 +17,8 @@ from typing import Any
 
 from block.run.config_errors import Parser, piped
 from block.store.results import DEFAULT_ROOT, runs
-from block.store.wandb import MODES, Tracking, Unavailable, log_run, logged
+from block.store.wandb import MODES, Tracking, log_run, logged
+from block.store.wandb_server import Unavailable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

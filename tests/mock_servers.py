@@ -17,7 +17,8 @@ from testbed import constant_latency
 
 from block.backends.launch import free_ports
 from block.dispatch import policies
-from block.dispatch.core import DispatchConfig, Dispatcher
+from block.dispatch.config import DispatchConfig
+from block.dispatch.core import Dispatcher
 from block.engine.config import EngineSettings
 from block.gateway.app import Gateway
 from block.gateway.config import GatewayConfig

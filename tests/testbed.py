@@ -18,7 +18,8 @@ from block.cluster.simulation import Simulation
 from block.core.arrays import Floats
 from block.core.snapshot import Snapshot
 from block.core.types import Request, RequestRecord
-from block.dispatch.core import DispatchConfig, Dispatcher, Observer
+from block.dispatch.config import DispatchConfig
+from block.dispatch.core import Dispatcher, Observer
 from block.dispatch.policies import Policy
 from block.engine.batch import EngineBatch, EngineSpec, Finished
 from block.engine.config import EngineConfig

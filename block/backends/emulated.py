@@ -19,7 +19,7 @@ from block.cluster.fleet import Fleet
 from block.cluster.spec import Testbed
 from block.core.clock import Clock
 from block.engine.latency import LatencyModel
-from block.hardware.catalogue import latency_model
+from block.hardware.tracked import latency_model
 
 
 @final

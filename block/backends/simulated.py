@@ -15,7 +15,8 @@ from block.core.rng import generator
 from block.engine.batch import EngineBatch, EngineSpec
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor, Predictors
-from block.hardware.catalogue import gpu_named, latency_model
+from block.hardware.catalogue import gpu_named
+from block.hardware.tracked import latency_model
 
 NOISE_STEPS = 4096  # an instance's noise repeats after so many steps
 

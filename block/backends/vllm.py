@@ -16,8 +16,8 @@ from block.cluster.instance import LaunchFailed
 from block.cluster.spec import Testbed
 from block.core.clock import Clock
 from block.engine.latency import LatencyModel
-from block.hardware.catalogue import latency_model
 from block.hardware.devices import visible_gpus
+from block.hardware.tracked import latency_model
 
 
 @final

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from block.cluster.migration import MigrationConfig
 from block.engine.config import EngineConfig, EngineSettings
-from block.hardware.catalogue import Model, gpu_named, kv_blocks
+from block.hardware.catalogue import Model, gpu_named
+from block.hardware.tracked import kv_blocks
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from block.core.snapshot import ID, Snapshot, Snapshots
 from block.core.types import Decision, Forecast, Request, RequestRecord, Views
+from block.dispatch.config import DispatchConfig
 from block.dispatch.policies import Needs, Policy
 from block.dispatch.policy_checks import checked
 
@@ -78,34 +78,6 @@ class Observer:
 
     def instance_down(self, dispatcher: Dispatcher, instance_id: int, reason: str, now: float) -> None:
         """An instance was lost, or did not come up."""
-
-
-@dataclass(frozen=True)
-class DispatchConfig:
-    """How requests get to instances (one Hydra node).
-
-    ledger: count in requests that were placed and are not yet visible in a snapshot.
-    snapshot_interval_s: a snapshot is used again until it is this old; 0 takes a fresh one for every decision.
-    correction_steps: observed steps by which forecasts are corrected (`block.dispatch.correction`); 0: they are not.
-    dispatchers: so many dispatchers, each with a state of its own; a request goes to one of them at random.
-    forecast_noise: standard deviation of the Gaussian factor by which each forecast is off on purpose; 0 for none.
-    """
-
-    ledger: bool = True
-    snapshot_interval_s: float = 0.0
-    correction_steps: int = 0
-    dispatchers: int = 1
-    forecast_noise: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.snapshot_interval_s < float("inf"):
-            raise ValueError(f"dispatch.snapshot_interval_s={self.snapshot_interval_s}: must be 0 or more seconds")
-        if self.correction_steps < 0:
-            raise ValueError(f"dispatch.correction_steps={self.correction_steps}: must be 0 or more")
-        if self.dispatchers < 1:
-            raise ValueError(f"dispatch.dispatchers={self.dispatchers}: must be at least 1")
-        if not 0 <= self.forecast_noise < float("inf"):
-            raise ValueError(f"dispatch.forecast_noise={self.forecast_noise}: must be 0 or more")
 
 
 class History:

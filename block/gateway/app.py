@@ -19,7 +19,8 @@ from block.cluster.live import LiveDriver
 from block.core.clock import Clock
 from block.core.types import Request
 from block.core.user_code import UserFault
-from block.dispatch.core import DispatchConfig, Dispatcher, History
+from block.dispatch.config import DispatchConfig
+from block.dispatch.core import Dispatcher, History
 from block.dispatch.correction import Corrected
 from block.dispatch.policies import Needs, Policy
 from block.engine.latency import LatencyModel

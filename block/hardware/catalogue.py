@@ -1,43 +1,15 @@
-"""GPUs and models by their published numbers, and what follows from them alone: step times by roofline, KV blocks.
-
-A pair of GPU and model that was profiled has a tracked fit under ``artifacts/latency``; `latency_model` prefers it. For
-any other pair `roofline` puts data sheet and Hugging Face config together (docs/latency.md says how well that does).
-"""
+"""GPUs by their data sheets, models by their Hugging Face configs."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import yaml  # type: ignore[import-untyped]
 
 from block.core.arrays import Floats
 from block.core.choices import choose
-from block.core.paths import shipped
-from block.engine.latency import LatencyModel, table
-
-TRACKED = shipped("artifacts", "latency")
-MODELS = shipped("conf", "model")
-
-# Roofline: what a kernel reaches of the data sheet, rounded from the profiles of A30 and A100 (docs/latency.md).
-BANDWIDTH_EFFICIENCY = 0.80  # weights and activations
-COMPUTE_EFFICIENCY = 0.80  # dense matrix products, on top of (not overlapped with) reading the weights
-DECODE_EFFICIENCY = 0.90  # KV reads of decode attention: measured on the A30
-ATTENTION_EFFICIENCY = 0.42  # prefill attention, counting the masked half too: measured on the A30
-LINK_EFFICIENCY = 0.55  # ring all-reduce, of the link's one-way bandwidth: measured on the A100
-LINK_LATENCY = 20e-6  # one all-reduce of a few tokens: measured on the A100
-KERNEL = 7e-6  # the least a memory-bound kernel takes: 3 to 14 µs in the profiles
-EXPERT_KERNELS = 4  # more in a layer with experts: router, top-k, sorting by expert, sum of the experts' outputs
-KERNELS = 6  # such kernels a layer: two norms, rotary embedding, KV save, activation, residual add
-
-# Memory that vLLM gives neither to weights nor to KV (activations, driver; communication buffers), so that the three
-# published block counts are met within an eighth.
-RESERVED_GIB = 1.0
-RESERVED_PARALLEL_GIB = 2.0
-PUBLISHED_UTILIZATION = 0.9  # vLLM's default, at which the published block counts were measured
 
 
 @dataclass(frozen=True)
@@ -285,151 +257,3 @@ class Model:
         if self.kv_lora_rank:
             return float((self.kv_lora_rank + self.qk_rope_head_dim) * size)
         return 2 * max(1.0, self.kv_heads / self.tensor_parallel) * self.head_dim * size
-
-
-def roofline(gpu: GPU, model: Model, max_tokens: int = 8192) -> LatencyModel:
-    """Step times from data sheet and model config, nothing measured: docs/latency.md lists the assumptions."""
-    bandwidth = gpu.bandwidth * 1e9 * BANDWIDTH_EFFICIENCY
-    flops = gpu.tflops * 1e12 * COMPUTE_EFFICIENCY
-    size, shards = model.dtype_bytes, model.tensor_parallel
-    heads = model.heads * model.head_dim
-    values = model.heads * model.v_head_dim if model.kv_lora_rank else heads
-    tokens = np.array([1.0, max_tokens])
-
-    def layer(weights: float, inner: int, copies: int = 0) -> tuple[float, float]:
-        """Fixed time and time per token of a layer of `weights` and an MLP of `inner`, `copies` of a token summed."""
-        # Elements that memory-bound kernels move per token: two norms and the residual add on every GPU, the rest
-        # shared.
-        moved = 7 * model.hidden_size + (3 * inner + heads + values) / shards + 2 * model.kv_bytes / size
-        moved += 2 * copies * model.hidden_size
-        fixed = weights * size / bandwidth + (KERNELS + (EXPERT_KERNELS if copies else 0)) * KERNEL
-        per_token = 2 * weights / flops + moved * size / bandwidth
-        if shards > 1:  # after the attention and after the MLP
-            fixed += 2 * LINK_LATENCY
-            sent = 2 * (shards - 1) / shards * model.hidden_size * size
-            per_token += 2 * sent / (gpu.link * 1e9 * LINK_EFFICIENCY)
-        return fixed, per_token
-
-    head = model.head_weights * size / bandwidth  # logits of the sampled tokens only: the weights' time
-    experts, used = model._expert_layers, model.experts_per_token
-    if experts:
-        tokens = np.arange(1.0, max_tokens + 1)  # the experts hit are a curve
-    fixed, per_token = layer(sum(model.projections.values()), model.intermediate_size)
-    linear = (model.layers - experts) * (fixed + per_token * tokens) + head
-    if experts:
-        fixed, per_token = layer(model._always_weights, used * model.expert_size + model.shared_size, used)
-        fetched = model.experts_hit(tokens) * model._expert_weights * size / bandwidth
-        per_token += 2 * used * model._expert_weights / flops
-        linear = linear + experts * (fixed + fetched + per_token * tokens)
-
-    chunks = np.array([1, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192.0])
-    contexts = np.array([0, 8192.0])
-    attended = contexts + chunks[:, None]
-    attention_flops = gpu.tflops * 1e12 * ATTENTION_EFFICIENCY
-    kv_read = model.kv_bytes / (gpu.bandwidth * 1e9 * DECODE_EFFICIENCY)
-    decode = kv_read
-    prefill = 2 * KERNEL + 2 * chunks[:, None] * attended * (heads + values) / shards / attention_flops
-    prefill = prefill + attended * kv_read
-    if model.kv_lora_rank:
-        # A decode step works on the latent itself, every head on the one that is read; a prompt chunk makes keys and
-        # values of its context anew.
-        latent = 2 * model.kv_lora_rank + model.qk_rope_head_dim
-        decode = max(kv_read, 2 * model.heads / shards * latent / flops)
-        made = model.kv_lora_rank * model.heads * (model.qk_nope_head_dim + model.v_head_dim) / shards
-        prefill = prefill + 2 * contexts * made / flops
-    return LatencyModel(
-        linear=table(tokens, linear),
-        decode_base=model.layers * 2 * KERNEL,
-        decode_per_sequence=0.0,
-        decode_per_kv=model.layers * decode,
-        prefill_chunks=chunks,
-        prefill_contexts=contexts,
-        prefill=model.layers * prefill,
-        source={
-            "gpu": gpu.name,
-            "model": model.name,
-            "tensor_parallel": shards,
-            "method": f"roofline: {gpu.source} and the config of {model.hf_id}",
-        },
-    )
-
-
-def latency_model(gpu_name: str, model: Model, tracked: Path = TRACKED) -> tuple[LatencyModel, bool]:
-    """The step times of `model` on a GPU by its name, and whether they come from a profile (else: roofline).
-
-    ValueError for an unknown GPU and for a tracked file that cannot be read.
-    """
-    gpu = gpu_named(gpu_name)
-    fit = _tracked(gpu, model, tracked)
-    return (fit, True) if fit is not None else (roofline(gpu, model), False)
-
-
-def kv_blocks(
-    gpu: GPU,
-    model: Model,
-    block_size: int = 16,
-    gpu_memory_utilization: float = PUBLISHED_UTILIZATION,
-    tracked: Path = TRACKED,
-) -> int:
-    """KV blocks of `block_size` tokens an instance has: published where a tracked file says so, else from the memory.
-
-    gpu_memory_utilization: the share of the GPU's memory that vLLM takes. tracked: the folder of the tracked files.
-    A published count was measured at vLLM's default utilization; for another one the memory gained or lost counts.
-    ValueError if the weights leave no room.
-    """
-    blocks = _room(gpu, model, block_size, gpu_memory_utilization)
-    fit = _tracked(gpu, model, tracked)
-    if fit is not None and "kv_tokens" in fit.source:
-        published = int(fit.source["kv_tokens"]) // block_size
-        blocks += published - _room(gpu, model, block_size, PUBLISHED_UTILIZATION)
-    if blocks < 1:
-        usable = gpu.memory_gib * gpu_memory_utilization
-        raise ValueError(
-            f"model={model.name} does not fit on gpu={gpu.name}: {model.weight_bytes / 2**30:.1f} GiB of weights per "
-            f"GPU in {usable:.1f} GiB usable; raise model.tensor_parallel={model.tensor_parallel} or choose from "
-            f"{', '.join(GPUS)}"
-        )
-    return blocks
-
-
-def _room(gpu: GPU, model: Model, block_size: int, utilization: float) -> int:
-    """KV blocks that the memory leaves beside the weights and what vLLM keeps for itself; may be negative."""
-    reserved = RESERVED_GIB + (RESERVED_PARALLEL_GIB if model.tensor_parallel > 1 else 0.0)
-    free = (gpu.memory_gib * utilization - reserved) * 2**30 - model.weight_bytes
-    return int(free // (model.layers * model.kv_bytes * block_size))
-
-
-def _tracked(gpu: GPU, model: Model, directory: Path) -> LatencyModel | None:
-    """The tracked fit of this pair at this degree of tensor parallelism, if there is one.
-
-    None, too, for a model of one's own that has the name of one of conf/model, but other numbers. ValueError if there
-    are no fits at all: the package has come without them.
-    """
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: no such folder: the package's fitted step times are missing; install it anew")
-    path = directory / f"{gpu.name}-{model.name}.json"
-    if not path.exists() or not _as_tracked(model):
-        return None
-    fit = _fit(path, path.stat().st_mtime_ns)
-    return fit if fit.source.get("tensor_parallel") == model.tensor_parallel else None
-
-
-def _as_tracked(model: Model) -> bool:
-    """Whether `model` has the numbers of the one of conf/model of that name, if there is one."""
-    path = MODELS / f"{model.name}.yaml"
-    if not path.exists():
-        return True
-    known = _known(path, path.stat().st_mtime_ns)
-    return replace(known, tensor_parallel=model.tensor_parallel, hf_id=model.hf_id) == model
-
-
-# A run asks for them some thirty times, and each reading takes 2 ms: they are read once, and again once written.
-@cache
-def _fit(path: Path, modified_ns: int) -> LatencyModel:
-    return LatencyModel.load(path)
-
-
-@cache
-def _known(path: Path, modified_ns: int) -> Model:
-    values = yaml.safe_load(path.read_text())
-    return Model(**{key: value for key, value in values.items() if key != "defaults"})

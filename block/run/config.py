@@ -21,7 +21,7 @@ from block.cluster.provisioner import Elastic, Static
 from block.cluster.spec import ClusterConfig, Mixed, Testbed
 from block.core.user_code import place, told
 from block.dispatch import policies, policy_checks
-from block.dispatch.core import DispatchConfig
+from block.dispatch.config import DispatchConfig
 from block.engine.config import EngineConfig
 from block.hardware.catalogue import Model
 from block.hardware.devices import visible_gpus

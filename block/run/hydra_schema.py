@@ -29,7 +29,7 @@ from block.cluster.provisioner import Preempt, Relief, Static
 from block.cluster.spec import ClusterConfig, Mixed
 from block.core import paths
 from block.dispatch import policies
-from block.dispatch.core import DispatchConfig
+from block.dispatch.config import DispatchConfig
 from block.engine.config import EngineConfig
 from block.gateway.config import GatewayConfig
 from block.hardware.catalogue import Model

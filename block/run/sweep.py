@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from block.run import effects
 from block.run.cli import run_job
 from block.run.config_errors import ConfigError
-from block.store import wandb as tracking
+from block.store import wandb_server
 
 _SWEEP = "BLOCK_SWEEP"  # environment, which the processes that run the jobs inherit
 _WATCH = "ends with the sweep"  # name of a thread
@@ -107,7 +107,7 @@ class Tally(Callback):
         fixed = [f"{one.get_key_element()}={one.get_value_element_as_str()}" for one in overrides if not _sweeps(one)]
         sweep = _Sweep(_count(hydra, overrides), time.time(), os.getpid(), str(folder), fixed)
         os.environ[_SWEEP] = json.dumps(asdict(sweep))
-        tracking.share_trouble(folder / "wandb-trouble")
+        wandb_server.share_trouble(folder / "wandb-trouble")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra's hook, in the main process."""

@@ -8,23 +8,16 @@ offline, and so are all later ones of the process or sweep (`share_trouble`).
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
-import netrc
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException
 from importlib import import_module
 from pathlib import Path
-from ssl import SSLError
 from typing import TYPE_CHECKING, Any
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,19 +26,17 @@ from block.core.choices import choose
 from block.core.files import write_json
 from block.store import summary as metrics
 from block.store.results import Run, read_run
+from block.store.wandb_server import Unavailable, go_offline, has_key, says_of_server, sign_of_life, told
 
 if TYPE_CHECKING:
     import pandas as pd
 
 MODES = ("auto", "online", "offline", "disabled")
 POINTS = 100  # of a chart's line
-PATIENCE_S = 4.0  # for the server's sign of life
 UPLOAD_S = 30.0  # for W&B to begin a run, and to send the rest of it at its end
-_NOTE = "BLOCK_WANDB_NOTE"  # environment: as of `share_trouble`
 _PROVENANCE = ("choices", "config_hash", "hashes", "git", "hardware", "packages")
 
 log = logging.getLogger(__name__)
-_trouble: str | None = None  # why W&B cannot be had, as this process knows
 
 
 @dataclass(frozen=True)
@@ -75,7 +66,7 @@ class Tracking:
         if self.mode != "auto":
             return self.mode
         wanted = os.environ.get("WANDB_MODE", "auto")
-        return wanted if wanted in MODES[1:] else "online" if _has_key() else "offline"
+        return wanted if wanted in MODES[1:] else "online" if has_key() else "offline"
 
 
 def logged(path: str | Path, mode: str = "offline") -> Path | None:
@@ -110,14 +101,14 @@ def log_run(path: str | Path, tracking: Tracking, *, strict: bool = False) -> Pa
     try:
         if mode == "online":
             try:
-                _sign_of_life()
+                sign_of_life()
                 return _mirrored(run, tracking, mode)
             except Exception as error:
-                if not _of_server(error):
+                if not says_of_server(error):
                     raise
                 if strict:
-                    raise Unavailable(_reason(error)) from error
-                _go_offline(error)
+                    raise Unavailable(told(error)) from error
+                go_offline(error)
                 if before is not None:
                     return before
         return _mirrored(run, tracking, "offline")
@@ -126,86 +117,6 @@ def log_run(path: str | Path, tracking: Tracking, *, strict: bool = False) -> Pa
     except Exception as error:  # no failure of a mirror may cost a run
         log.warning("W&B: %s is stored but was not logged: %s: %s", run.path, type(error).__name__, error)
         return None
-
-
-class Unavailable(Exception):
-    """W&B cannot be had; the message says why and what to do."""
-
-
-def share_trouble(note: Path) -> None:
-    """Let the processes that this one starts, and itself, log offline once one of them has found that W&B cannot be
-    had; that one writes the reason to `note`, which does not exist yet.
-    """
-    os.environ[_NOTE] = str(note)
-
-
-def _go_offline(error: Exception) -> None:
-    """Say, once, why nothing more is logged online. Silent if that is known."""
-    global _trouble
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # which W&B sends to the server, key given, even offline
-    if _trouble is not None or isinstance(error, _Known):
-        return
-    _trouble = _reason(error)
-    if note := os.environ.get(_NOTE):
-        try:
-            with Path(note).open("x", encoding="utf-8") as file:
-                file.write(_trouble)
-        except FileExistsError:  # another process was faster, and has said so
-            return
-        except OSError:
-            pass
-    log.warning("W&B: %s; runs are logged offline, in their folders. Later: python scripts/log_runs.py", _trouble)
-
-
-def _of_server(error: Exception) -> bool:
-    """Whether it says something of W&B at large, and not of one run."""
-    theirs = any(kind.__module__.startswith("wandb.") for kind in type(error).__mro__)
-    return theirs or isinstance(error, (Unavailable, TimeoutError, ConnectionError))
-
-
-def _reason(error: Exception) -> str:
-    told = " ".join(str(error).split()) or type(error).__name__
-    return told if isinstance(error, Unavailable) else f"{type(error).__name__}: {told}"
-
-
-class _Known(Unavailable):
-    """It has been found before, and said."""
-
-
-def _sign_of_life() -> None:
-    """Ask the server who we are. Unavailable if it does not answer within PATIENCE_S, or does not know us."""
-    global _trouble
-    note = os.environ.get(_NOTE)
-    if _trouble is None and note and Path(note).exists():
-        _trouble = Path(note).read_text(encoding="utf-8")
-    if _trouble is not None:
-        raise _Known(_trouble)
-    url = _server()
-    headers = {"Content-Type": "application/json"}
-    if key := _key():
-        headers["Authorization"] = f"Basic {base64.b64encode(f'api:{key}'.encode()).decode()}"
-    question = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
-    refused = Unavailable(f"{url} does not accept the API key: correct WANDB_API_KEY (or netrc)")
-    try:
-        with urlopen(Request(f"{url}/graphql", question, headers), timeout=PATIENCE_S) as answer:
-            told = json.loads(answer.read(1 << 16))
-        if key and told.get("data", {}).get("viewer", True) is None:
-            raise refused
-    except HTTPError as error:
-        error.close()
-        if error.code in (401, 403) and key:
-            raise refused from error
-        if error.code >= 500:
-            raise Unavailable(f"{url} answers {error.code} {error.reason}") from error
-    except TimeoutError as error:
-        raise Unavailable(f"{url} does not answer within {PATIENCE_S:g} s") from error
-    except URLError as error:
-        if isinstance(error.reason, TimeoutError):
-            raise Unavailable(f"{url} does not answer within {PATIENCE_S:g} s") from error
-        if not isinstance(error.reason, SSLError):  # W&B may know certificates that are unknown here
-            raise Unavailable(f"{url} cannot be reached: {error.reason}") from error
-    except (OSError, HTTPException, ValueError, AttributeError) as error:
-        raise Unavailable(f"{url} does not answer as a W&B server: {type(error).__name__}: {error}") from error
 
 
 def _mirrored(run: Run, tracking: Tracking, mode: str) -> Path:
@@ -256,9 +167,9 @@ def _mode(tracking: Tracking) -> str:
     if tracking.resolved_mode != "online":
         return tracking.resolved_mode
     try:
-        _sign_of_life()
+        sign_of_life()
     except Unavailable as error:
-        _go_offline(error)
+        go_offline(error)
         return "offline"
     return "online"
 
@@ -400,28 +311,3 @@ def _data_dir(path: Path) -> Iterator[None]:
         yield
     finally:
         del os.environ["WANDB_DATA_DIR"]
-
-
-def _server() -> str:
-    return (os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").rstrip("/")
-
-
-def _has_key() -> bool:
-    """Whether W&B would find credentials without asking."""
-    return bool(os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _key())
-
-
-def _key() -> str | None:
-    """The API key, from the environment or a netrc file, where W&B looks too; None if there is none."""
-    if key := os.environ.get("WANDB_API_KEY"):
-        return key
-    host = urlsplit(_server()).hostname or ""
-    candidates = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
-    for path in [Path(name).expanduser() for name in candidates if name]:
-        try:
-            if path.exists():
-                hosts = netrc.netrc(path).hosts
-                return hosts[host][2] if host in hosts else None
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return None

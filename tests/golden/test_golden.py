@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from testbed import poisson, round_latency, simulate
 
-from block.dispatch.core import DispatchConfig
+from block.dispatch.config import DispatchConfig
 from block.dispatch.policies import Block, LeastRequests, LlumnixMinus
 from block.engine.config import EngineConfig
 from block.lengths import Noisy, tag

@@ -32,7 +32,8 @@ from block.core.snapshot import (
     Snapshot,
 )
 from block.core.types import Request, RequestRecord, Views
-from block.dispatch.core import DispatchConfig, Dispatcher, Observer
+from block.dispatch.config import DispatchConfig
+from block.dispatch.core import Dispatcher, Observer
 from block.dispatch.policies import (
     Block,
     INFaaS,

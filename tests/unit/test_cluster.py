@@ -15,7 +15,8 @@ from block.backends.simulated import Simulated
 from block.cluster import spec as cluster
 from block.cluster.spec import ClusterConfig, Mixed, Pool
 from block.core.types import RequestRecord
-from block.dispatch.core import DispatchConfig, Dispatcher
+from block.dispatch.config import DispatchConfig
+from block.dispatch.core import Dispatcher
 from block.dispatch.policies import Block, RoundRobin
 from block.engine.config import EngineConfig
 from block.engine.engine import Engine

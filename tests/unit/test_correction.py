@@ -27,7 +27,7 @@ from block.cluster.spec import ClusterConfig
 from block.core.snapshot import Snapshot
 from block.core.types import Forecast, Request
 from block.dispatch import policies
-from block.dispatch.core import DispatchConfig
+from block.dispatch.config import DispatchConfig
 from block.dispatch.correction import Corrected, expected_time
 from block.engine.engine import Engine
 from block.workload.spec import Workload

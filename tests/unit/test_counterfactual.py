@@ -17,7 +17,8 @@ from block.backends.simulated import Simulated
 from block.cluster.simulation import Simulation
 from block.core.types import Decision, InstanceView, Request
 from block.dispatch import policies
-from block.dispatch.core import DispatchConfig, Dispatcher
+from block.dispatch.config import DispatchConfig
+from block.dispatch.core import Dispatcher
 from block.dispatch.counterfactual import Counterfactuals, sample
 from block.engine.batch import EngineBatch, EngineSpec
 

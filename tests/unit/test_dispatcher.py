@@ -16,7 +16,8 @@ from testbed import constant_latency, engine_config, predictor_for, request, rou
 
 from block.core.snapshot import FIELDS, ID, Snapshot
 from block.core.types import Decision, Forecast, InstanceView, Request, RequestRecord, Views
-from block.dispatch.core import DispatchConfig, Dispatcher, History, Observer
+from block.dispatch.config import DispatchConfig
+from block.dispatch.core import Dispatcher, History, Observer
 from block.dispatch.policies import Block, INFaaS, LeastRequests, MinQPM, Needs, Random, RoundRobin
 from block.engine.config import EngineConfig
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from block.hardware.catalogue import GPUS, Model, roofline
+from block.hardware.catalogue import GPUS, Model
+from block.hardware.roofline import roofline
 
 ROOT = Path(__file__).parents[2]
 RECORD = json.loads((ROOT / "artifacts" / "gpu" / "h100-operators.json").read_text())

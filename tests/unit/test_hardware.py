@@ -12,7 +12,9 @@ from omegaconf import OmegaConf
 from block.backends.model_files import emulated_model, tiny_model
 from block.cluster.instance import LaunchFailed
 from block.engine.latency import decode_time, linear_time, prefill_time
-from block.hardware.catalogue import GPUS, TRACKED, Model, gpu_named, kv_blocks, latency_model, roofline
+from block.hardware.catalogue import GPUS, Model, gpu_named
+from block.hardware.roofline import roofline
+from block.hardware.tracked import TRACKED, kv_blocks, latency_model
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))

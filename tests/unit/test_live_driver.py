@@ -14,7 +14,8 @@ from block.cluster.instance import InstanceFailed, LaunchFailed, RequestFailed
 from block.cluster.live import LiveDriver
 from block.core.clock import Clock
 from block.core.types import RequestRecord
-from block.dispatch.core import DispatchConfig, Dispatcher
+from block.dispatch.config import DispatchConfig
+from block.dispatch.core import Dispatcher
 from block.dispatch.policies import RoundRobin
 
 

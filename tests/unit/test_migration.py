@@ -18,7 +18,8 @@ from block.cluster.migration import MigrationConfig, Migrator, candidate, pairs
 from block.cluster.simulation import Simulation
 from block.core.snapshot import ID, NUM_BLOCKS, NUM_COMPUTED_TOKENS, NUM_OUTPUT_TOKENS, NUM_PROMPT_TOKENS
 from block.core.types import Decision, InstanceView, Request, RequestRecord
-from block.dispatch.core import DispatchConfig, Dispatcher
+from block.dispatch.config import DispatchConfig
+from block.dispatch.core import Dispatcher
 from block.dispatch.policies import Llumnix, Needs, RoundRobin, freeness
 from block.engine.batch import EngineBatch, EngineSpec, Finished
 from block.engine.config import EngineConfig

@@ -12,7 +12,7 @@ from test_serving import run, served
 from block.core.snapshot import Snapshot
 from block.core.types import Forecast, Request
 from block.dispatch import policies
-from block.dispatch.core import DispatchConfig
+from block.dispatch.config import DispatchConfig
 from block.dispatch.noise import NoisyForecaster
 
 

@@ -16,7 +16,8 @@ from block.cluster.provisioner import Elastic, Preempt, Relief
 from block.cluster.scaler import Scaler
 from block.cluster.simulation import Simulation
 from block.core.types import Decision, Forecast, InstanceView, Request, RequestRecord
-from block.dispatch.core import DispatchConfig, Dispatcher
+from block.dispatch.config import DispatchConfig
+from block.dispatch.core import Dispatcher
 from block.dispatch.monitor import Monitor
 from block.dispatch.policies import Block, Needs, RoundRobin
 from block.engine.batch import EngineBatch, EngineSpec

@@ -15,7 +15,7 @@ from block.cluster.spec import ClusterConfig, Mixed, Pool
 from block.core.types import Decision, InstanceView, Request
 from block.core.user_code import UserFault
 from block.dispatch import policies
-from block.dispatch.core import DispatchConfig
+from block.dispatch.config import DispatchConfig
 from block.engine.config import EngineConfig
 from block.hardware.catalogue import Model
 from block.lengths import Noisy, Oracle

@@ -10,7 +10,8 @@ from testbed import constant_latency, engine_config, request
 
 from block.cluster.simulation import Simulation, SimulationStalled
 from block.core.types import RequestRecord
-from block.dispatch.core import DispatchConfig, Dispatcher
+from block.dispatch.config import DispatchConfig
+from block.dispatch.core import Dispatcher
 from block.dispatch.policies import RoundRobin
 from block.engine.batch import EngineBatch, EngineSpec
 from block.engine.state import FREE_BLOCKS

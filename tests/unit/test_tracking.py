@@ -18,7 +18,7 @@ import pytest
 from stored import CONFIG, record, store, warnings
 from wandb_server import serving
 
-from block.store import wandb as tracking
+from block.store import wandb_server
 from block.store.results import runs
 from block.store.wandb import Tracking, log_figures, log_run, logged
 from block.store.writer import RunWriter
@@ -37,7 +37,7 @@ def nobody(monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(home / "netrc"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(home / "cache"))
     monkeypatch.delenv("BLOCK_WANDB_NOTE", raising=False)
-    monkeypatch.setattr(tracking, "_trouble", None)
+    monkeypatch.setattr(wandb_server, "_trouble", None)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "")
     monkeypatch.delenv("WANDB_ERROR_REPORTING")  # what is set meanwhile ends with the test
     return home
@@ -276,7 +276,7 @@ REASONS = {
 
 @pytest.mark.parametrize("mood", REASONS)
 def test_what_cannot_go_online_is_logged_offline_and_said_once(mood, tmp_path, wandb, caplog, monkeypatch):
-    monkeypatch.setattr(tracking, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(wandb_server, "PATIENCE_S", 0.5)
     paths = [store(tmp_path / "runs") for _ in range(3)]
     with server(mood, monkeypatch) as url:
         for path in paths:
@@ -312,11 +312,11 @@ def test_what_w_and_b_itself_cannot_do_online_is_logged_offline(tmp_path, wandb,
 
 def test_processes_that_share_their_trouble_say_it_once(tmp_path, wandb, caplog, monkeypatch):
     monkeypatch.setenv("BLOCK_WANDB_NOTE", "")
-    tracking.share_trouble(tmp_path / "note")
+    wandb_server.share_trouble(tmp_path / "note")
     with server("500", monkeypatch):
         log_run(store(tmp_path / "runs"), Tracking())
         for _ in range(2):
-            monkeypatch.setattr(tracking, "_trouble", None)  # as another process begins
+            monkeypatch.setattr(wandb_server, "_trouble", None)  # as another process begins
             log_run(store(tmp_path / "runs"), Tracking())
     assert [started["mode"] for started in wandb.inits] == ["offline"] * 3
     assert len(warnings(caplog)) == 1

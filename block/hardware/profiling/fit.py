@@ -9,12 +9,13 @@ import numpy as np
 
 from block.core.arrays import Floats
 from block.engine.latency import LatencyModel, table
-from block.hardware.catalogue import BANDWIDTH_EFFICIENCY, GPU, KERNEL, Model, roofline
+from block.hardware.catalogue import GPU, Model
 from block.hardware.profiling.attention import LayerAttention, fit_attention, possible_rows
 from block.hardware.profiling.errors import Error, held_out, relative_error
 from block.hardware.profiling.profiles import EMBEDDING, LAYER, read_all_reduce, read_attention, read_operators
 from block.hardware.profiling.repair import Repair, impossible, operator_floor, repair
 from block.hardware.profiling.transfer import Points, transfer
+from block.hardware.roofline import BANDWIDTH_EFFICIENCY, KERNEL, roofline
 
 BEYOND = 2  # the table goes this many times as far as the profile
 MOST_IMPOSSIBLE = 0.1  # of an attention profile's rows: with more of them, the others are not believed either
