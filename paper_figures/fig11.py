@@ -20,7 +20,7 @@ SIMULATED_ONLY = True
 QPS = 32
 SLO_S = 10.0
 SHAPES = (0.25, 0.5, 1.0, 2.0)
-SCHEDULERS = ("round_robin", "infaas", "llumnix_minus", "block", "block_star")
+POLICIES = ("round_robin", "infaas", "llumnix_minus", "block", "block_star")
 SHAPE = "workload.burst_shape"
 
 
@@ -32,7 +32,7 @@ def _gaps(shape: float) -> points.GridPoint:
 RUNS = [
     {**point, **_gaps(shape)}
     for shape in SHAPES
-    for point in points.grid(scheduler=SCHEDULERS, workload__qps=(QPS,), seed=settings.SEEDS)
+    for point in points.grid(scheduler=POLICIES, workload__qps=(QPS,), seed=settings.SEEDS)
 ]
 SEARCHES = [
     point if shape == 1 else {**point, **_gaps(shape), "capacity.slo_s": [SLO_S]}

@@ -20,8 +20,8 @@ TITLE = "Prediction error, latency of the chosen instance among all, and its tru
 PAPER = "v2 Fig 5, camera-ready Fig 5"
 SIMULATED_ONLY = True
 QPS = (20, 24, 28, 32, 36)
-SCHEDULERS = ("block", "block_star")
-RUNS = points.grid(scheduler=SCHEDULERS, workload__qps=QPS, replay_share=(0.01,), seed=settings.SEEDS)
+POLICIES = ("block", "block_star")
+RUNS = points.grid(scheduler=POLICIES, workload__qps=QPS, replay_share=(0.01,), seed=settings.SEEDS)
 LATENCIES = {"best": "best", "chosen": "chosen", "average": "average", "worst": "worst"}
 INSTANCES = 12
 
@@ -69,7 +69,7 @@ def draw(table: pd.DataFrame) -> Any:
     shares = table.melt(["scheduler"], columns, "rank", "share")
     shares["rank"] = shares["rank"].str.removeprefix("ranked_").astype(int)
     shares["share"] *= 100
-    style.bars(shares, axes[2], "rank", "share", SCHEDULERS)
+    style.bars(shares, axes[2], "rank", "share", POLICIES)
     axes[2].set(title="true rank of the chosen (% of requests)", xlabel=f"rank among {INSTANCES}")
     sns.despine(figure)
     return figure

@@ -18,7 +18,7 @@ from paper_figures.verdicts import PUBLISHED, Claim, above, order, value
 TITLE = "Llumnix with live migration against Block, on A100 and A30"
 PAPER = "camera-ready Fig 8"
 SIMULATED_ONLY = True
-SCHEDULERS = ("llumnix_minus", "llumnix", "block", "block_star")
+POLICIES = ("llumnix_minus", "llumnix", "block", "block_star")
 UNCHUNKED = "vllm_v0_unchunked"
 QPS = (16, 24, 32, 36)
 TESTBEDS: dict[str, tuple[dict[str, tuple[Any, ...]], tuple[float, ...]]] = {
@@ -33,10 +33,8 @@ TESTBEDS: dict[str, tuple[dict[str, tuple[Any, ...]], tuple[float, ...]]] = {
 RUNS = [
     point
     for testbed, rates in TESTBEDS.values()
-    for schedulers, engine in ((SCHEDULERS, "vllm_v0"), (("llumnix",), UNCHUNKED))
-    for point in points.grid(
-        scheduler=schedulers, engine=(engine,), **testbed, workload__qps=rates, seed=settings.SEEDS
-    )
+    for policies, engine in ((POLICIES, "vllm_v0"), (("llumnix",), UNCHUNKED))
+    for point in points.grid(scheduler=policies, engine=(engine,), **testbed, workload__qps=rates, seed=settings.SEEDS)
 ]
 PANELS = {"e2e_mean_s": "mean request latency (s)", "token_throughput_tps": "throughput (tokens/s)"}
 OTHERS = ("e2e_p99_s", "ttft_p99_s", "preemptions")
@@ -64,11 +62,11 @@ def draw(table: pd.DataFrame) -> Any:
         for axis, (metric, label) in zip(column, PANELS.items(), strict=True):
             style.lines(runs[runs["engine"] != UNCHUNKED], axis, "workload.qps", metric)
             mean = whole[metric].mean()
-            axis.plot(mean.index, mean, "--", color=style.SCHEDULERS["llumnix"][1], label="Llumnix, whole prompts")
+            axis.plot(mean.index, mean, "--", color=style.POLICIES["llumnix"][1], label="Llumnix, whole prompts")
             axis.set(title=f"{testbed}\n{label}" if metric == "e2e_mean_s" else label, xlabel="requests/s")
             if testbed == next(iter(TESTBEDS)):
                 for scheduler, numbers in published.items():
-                    name, colour, marker = style.SCHEDULERS[scheduler]
+                    name, colour, marker = style.POLICIES[scheduler]
                     look = {"color": colour, "fillstyle": "none", "markersize": 7, "label": f"{name}, paper"}
                     axis.plot(36, numbers[metric], marker, **look)
             axis.set_ylim(bottom=0)

@@ -1,7 +1,7 @@
 """The paper's headline claims, "+16.7 % capacity" and "-49.5 % P99": in which setting, and against whom, they hold
 here.
 
-Gains are paired: each seed's workload is served by both schedulers, and the interval is that of the seeds' own gains.
+Gains are paired: each seed's workload is served by both policies, and the interval is that of the seeds' own gains.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SEARCHES = table2.SEARCHES
 
 
 def table(stored: points.Stored) -> pd.DataFrame:
-    """A row per scheduler, baseline and setting (with slo_s) or rate (workload.qps): gain_percent, its half_width,
+    """A row per policy, baseline and setting (with slo_s) or rate (workload.qps): gain_percent, its half_width,
     by_seed.
     """
     searched = stored.capacities(SEARCHES, settings.SLO_S).set_index(["setting", "slo_s", "scheduler", "seed"])

@@ -13,9 +13,9 @@ from paper_figures import points, style, verdicts
 
 TITLE = "Instances of different speed and memory in one cluster"
 PAPER = "beyond the paper"
-SCHEDULERS = ("round_robin", "infaas", "llumnix_minus", "block", "block_star")
+POLICIES = ("round_robin", "infaas", "llumnix_minus", "block", "block_star")
 QPS = (28, 32, 36)
-RUNS = points.grid(cluster=("mixed",), scheduler=SCHEDULERS, workload__qps=QPS, seed=(0, 1, 2))
+RUNS = points.grid(cluster=("mixed",), scheduler=POLICIES, workload__qps=QPS, seed=(0, 1, 2))
 PANELS = {"ttft_p99_s": "P99 TTFT (s)", "e2e_p99_s": "P99 latency (s)", "e2e_mean_s": "mean latency (s)"}
 
 
@@ -47,7 +47,7 @@ def claims(table: pd.DataFrame) -> list[verdicts.Claim]:
             if metric == "ttft_p99_s":
                 what = f"Block has a lower P99 TTFT than Llumnix- at {qps} requests/s"
                 found.append(verdicts.order(what, (runs["block"] < runs["llumnix_minus"]).tolist()))
-            for scheduler in SCHEDULERS:
+            for scheduler in POLICIES:
                 what = f"{PANELS[metric].removesuffix(' (s)')} at {qps} requests/s, {style.NAMES[scheduler]}"
                 found.append(verdicts.value(what, None, runs[scheduler].tolist(), "s"))
     return found

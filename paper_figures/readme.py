@@ -11,7 +11,7 @@ from block.store.summary import interval
 from paper_figures import settings, style
 from paper_figures.verdicts import PUBLISHED
 
-SCHEDULERS = ("block", "block_star", "llumnix_minus", "infaas", "min_qpm", "round_robin", "random")
+POLICIES = ("block", "block_star", "llumnix_minus", "infaas", "min_qpm", "round_robin", "random")
 BASELINES = ("llumnix_minus", "infaas", "round_robin")
 
 
@@ -38,26 +38,26 @@ def update(path: Path, folder: Path) -> None:
 
 
 def table(fig6: pd.DataFrame) -> str:
-    """Capacities of all schedulers at both objectives, ours and published, and what Block gains, paired by seed."""
+    """Capacities of all policies at both objectives, ours and published, and what Block gains, paired by seed."""
     found = fig6[fig6["capacity_qps"].notna()].set_index(["slo_s", "scheduler"])["capacity_qps"].sort_index()
-    names = [style.NAMES[scheduler].replace("*", "\\*") for scheduler in SCHEDULERS]
+    names = [style.NAMES[scheduler].replace("*", "\\*") for scheduler in POLICIES]
     lines = ["| P99 TTFT at most | | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     gains = []
     for slo in reversed(settings.SLO_S):
-        ours = [interval(found[slo, scheduler].tolist()) for scheduler in SCHEDULERS]
+        ours = [interval(found[slo, scheduler].tolist()) for scheduler in POLICIES]
         published = PUBLISHED["capacity_qps"]["base"][slo]
         cells = [f"{mean:.1f} ± {half or 0:.1f}" for mean, half in ours]
         lines.append(f"| {slo:g} s | ours | " + " | ".join(cells) + " |")
-        lines.append(f"| {slo:g} s | paper | " + " | ".join(f"{published.get(s, '–')}" for s in SCHEDULERS) + " |")
+        lines.append(f"| {slo:g} s | paper | " + " | ".join(f"{published.get(s, '–')}" for s in POLICIES) + " |")
         each = []
-        for scheduler, name in zip(SCHEDULERS[:2], names, strict=False):
+        for scheduler, name in zip(POLICIES[:2], names, strict=False):
             apart = (found[slo, scheduler].to_numpy() - found[slo, "llumnix_minus"].to_numpy()).tolist()
             mean, half = interval(apart)
             each.append(f"{name} {mean:+.2f} ± {half or 0:.2f}")
         gains.append(f"{' and '.join(each)} at {slo:g} s")
     lines += [
         "",
-        "± is half of the 95 % interval over 3 seeds. What a seed does to one scheduler it does to all,",
+        "± is half of the 95 % interval over 3 seeds. What a seed does to one policy it does to all,",
         f"so compare within seeds: over Llumnix-, {gains[0]};",
         f"{gains[1]}.",
     ]
@@ -98,7 +98,7 @@ def claims(headline: pd.DataFrame) -> str:
 
 def _both(gains: Any, claimed: float) -> str:
     """Block's gain and, in brackets, Block*'s."""
-    block, star = (_gain(gains.loc[scheduler], claimed) for scheduler in SCHEDULERS[:2])
+    block, star = (_gain(gains.loc[scheduler], claimed) for scheduler in POLICIES[:2])
     return f"{block} ({star})"
 
 

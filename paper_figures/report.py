@@ -87,7 +87,7 @@ def _section(name: str, folder: Path, summary: pd.DataFrame) -> str:
 
 
 def _picture(path: Path, title: str) -> str:
-    """The picture, in all its colours: with fewer, two schedulers may look alike."""
+    """The picture, in all its colours: with fewer, two policies may look alike."""
     with Image.open(path) as picture:
         smaller = picture.convert("RGB")
         if smaller.width > WIDTH:

@@ -36,12 +36,12 @@ and, where latency falls again with the rate as that of heuristics does, which o
 """
 
 
-def searches(setting: str, schedulers: Sequence[str], variant: str | None = None) -> list[dict[str, Any]]:
-    """The points of the capacity searches of a setting; they begin where BEGINNINGS has those of a scheduler, or of a
+def searches(setting: str, policies: Sequence[str], variant: str | None = None) -> list[dict[str, Any]]:
+    """The points of the capacity searches of a setting; they begin where BEGINNINGS has those of a policy, or of a
     variant of it.
     """
     one = SETTINGS[setting]
-    beginnings = {name: BEGINNINGS[setting][f"{name}, {variant}" if variant else name] for name in schedulers}
+    beginnings = {name: BEGINNINGS[setting][f"{name}, {variant}" if variant else name] for name in policies}
     return [
         {
             "scheduler": scheduler,

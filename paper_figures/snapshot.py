@@ -10,10 +10,10 @@ from paper_figures import points, settings, style, verdicts
 TITLE = "Latencies of each scheduler at 30 requests/s, beside the published ones"
 PAPER = "camera-ready Table 2"
 QPS = 30
-SCHEDULERS = (*style.COMPARED, "po2")
+POLICIES = (*style.COMPARED, "po2")
 RUNS = [
     {**point, **({"lengths": "compact"} if point["scheduler"] == "po2" else {})}
-    for point in points.grid(scheduler=SCHEDULERS, workload__qps=(QPS,), seed=settings.SEEDS)
+    for point in points.grid(scheduler=POLICIES, workload__qps=(QPS,), seed=settings.SEEDS)
 ]
 METRICS = {
     "e2e_mean_s": "mean E2E (s)",
@@ -33,7 +33,7 @@ def table(stored: points.Stored) -> pd.DataFrame:
 def markdown(table: pd.DataFrame) -> str:
     """A row per scheduler: mean over seeds, half of its 95 % interval, and the published value if there is one."""
     lines = ["| scheduler | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
-    for scheduler in SCHEDULERS:
+    for scheduler in POLICIES:
         part = table[table["scheduler"] == scheduler]
         shown = style.NAMES[scheduler].replace("*", "\\*")
         texts = []

@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 
 # Names as the paper writes them, in its order; colours of Okabe and Ito, which the colour-blind can tell apart.
-SCHEDULERS = {
+POLICIES = {
     "random": ("random", "#999999", "X"),
     "round_robin": ("round robin", "#56B4E9", "v"),
     "min_qpm": ("min-QPM", "#F0E442", "P"),
@@ -22,11 +22,10 @@ SCHEDULERS = {
     "po2": ("Po2", "#CC79A7", "h"),
     "llumnix": ("Llumnix", "#000000", "d"),
 }
-NAMES = {key: name for key, (name, _, _) in SCHEDULERS.items()}
-COLOURS = {name: colour for name, colour, _ in SCHEDULERS.values()}
-MARKERS = {name: marker for name, _, marker in SCHEDULERS.values()}
+NAMES = {key: name for key, (name, _, _) in POLICIES.items()}
+COLOURS = {name: colour for name, colour, _ in POLICIES.values()}
+MARKERS = {name: marker for name, _, marker in POLICIES.values()}
 COMPARED = ("random", "round_robin", "min_qpm", "infaas", "llumnix_minus", "block", "block_star")  # in Figs 6, 7, CDFs
-HEURISTICS = ("random", "round_robin", "min_qpm", "infaas", "llumnix_minus")
 COLUMN = 3.5  # inches
 
 
@@ -51,7 +50,7 @@ def use() -> None:
 
 
 def named(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with its schedulers by the paper's names."""
+    """The table with its policies by the paper's names."""
     return table.assign(scheduler=table["scheduler"].map(NAMES))
 
 
@@ -75,7 +74,7 @@ def lines(table: pd.DataFrame, axis: Any, x: str, y: str) -> None:
 
 
 def bars(table: pd.DataFrame, axis: Any, x: str, y: str, order: Sequence[str]) -> None:
-    """Bars from the keys `order` of SCHEDULERS, grouped by x: the mean over seeds, whiskers from least to greatest."""
+    """Bars from the keys `order` of POLICIES, grouped by x: the mean over seeds, whiskers from least to greatest."""
     names = [NAMES[key] for key in order]
     sns.barplot(
         named(table),

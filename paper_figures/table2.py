@@ -11,10 +11,10 @@ from paper_figures.verdicts import CAPACITY_QPS, PUBLISHED, Claim, above, order,
 TITLE = "Capacity (requests/s) when the model, the workload, the batch or the chunk changes"
 PAPER = "v2 Table 2, camera-ready Table 3"
 SIMULATED_ONLY = True
-SCHEDULERS = ("round_robin", "infaas", "llumnix_minus", "block", "block_star")
+POLICIES = ("round_robin", "infaas", "llumnix_minus", "block", "block_star")
 RUNS: list[points.GridPoint] = []
 SEARCHES = [
-    {"setting": setting, **point} for setting in settings.SETTINGS for point in settings.searches(setting, SCHEDULERS)
+    {"setting": setting, **point} for setting in settings.SETTINGS for point in settings.searches(setting, POLICIES)
 ]
 
 
@@ -25,13 +25,13 @@ def table(stored: points.Stored) -> pd.DataFrame:
 
 def markdown(table: pd.DataFrame) -> str:
     """A row per setting and objective: mean over seeds ± half of its 95 % interval, and the published value."""
-    names = [style.NAMES[scheduler].replace("*", "\\*") for scheduler in SCHEDULERS]
+    names = [style.NAMES[scheduler].replace("*", "\\*") for scheduler in POLICIES]
     lines = ["| setting | P99 TTFT | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     by = table.set_index(["setting", "slo_s", "scheduler", "seed"])["capacity_qps"].sort_index()
     for setting, one in settings.SETTINGS.items():
         for slo in settings.SLO_S:
             texts = []
-            for scheduler in SCHEDULERS:
+            for scheduler in POLICIES:
                 text = shown(*interval(by[setting, slo, scheduler].tolist()))
                 published = _published(setting, slo).get(scheduler)
                 texts.append(text if published is None else f"{text} (published {published:g})")

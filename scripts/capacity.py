@@ -27,7 +27,7 @@ def main(settings: DictConfig) -> object:
     job: Any = HydraConfig.get()
     if job.mode is RunMode.RUN:
         return cli.run_job(lambda: capacities(settings, job))
-    return sweep.attempt(lambda: capacities(settings, job), job)
+    return sweep.try_job(lambda: capacities(settings, job), job)
 
 
 def capacities(settings: DictConfig, job: DictConfig) -> float | list[float]:
@@ -38,4 +38,4 @@ def capacities(settings: DictConfig, job: DictConfig) -> float | list[float]:
 
 if __name__ == "__main__":
     flags = {"--fresh": "capacity.fresh=true"}
-    sys.exit(cli.run_main(lambda: sweep.whole(main, "capacity"), flags) or (1 if sweep.Tally.failed else 0))
+    sys.exit(cli.run_main(lambda: sweep.run_sweep(main, "capacity"), flags) or (1 if sweep.Tally.failed else 0))

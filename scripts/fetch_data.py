@@ -23,9 +23,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from block.core.choices import choose
+from block.core.choices import did_you_mean
+from block.core.paths import data_folders
 from block.run.config_errors import Parser, piped
-from block.workload.traces import TRACES, data_dirs
+from block.workload.traces import TRACES
 
 CHUNK = 1 << 16
 TIMEOUT_S = 30
@@ -157,9 +158,9 @@ def main(arguments: list[str] | None = None, remotes: Mapping[str, Remote] = REM
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in remotes]
     if unknown:
-        print(f"error: name={unknown[0]!r}: {choose(unknown[0], list(remotes))}", file=sys.stderr)
+        print(f"error: name={unknown[0]!r}: {did_you_mean(unknown[0], list(remotes))}", file=sys.stderr)
         return 2
-    directory = data_dirs()[0]
+    directory = data_folders()[0]
     console = Console(stderr=True)
     failures = []
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())

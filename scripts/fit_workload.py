@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from block.core.arrays import Floats, Ints
-from block.core.choices import choose
+from block.core.choices import did_you_mean
 from block.core.rng import generator
 from block.run.config_errors import Parser, piped
 from block.workload.length_sketch import LengthSketch
@@ -191,7 +191,7 @@ def _chosen(options: argparse.Namespace) -> Iterator[tuple[str, tuple[Path, bool
             raise ValueError(f"--{key.replace('_', '-')} {getattr(options, key)}: has no effect without --csv")
     for name in options.names or TRACES:
         if name not in TRACES:
-            raise ValueError(f"name={name!r}: {choose(name, list(TRACES))}, or give --csv FILE.csv")
+            raise ValueError(f"name={name!r}: {did_you_mean(name, list(TRACES))}, or give --csv FILE.csv")
         try:
             path = find_data(TRACES[name].path, f"`python scripts/fetch_data.py {name}` gets it")
         except FileNotFoundError as missing:

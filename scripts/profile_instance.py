@@ -18,7 +18,7 @@ from block.backends import live_profile as live
 from block.backends.instance import VLLMInstance
 from block.cluster.instance import InstanceFailed
 from block.core.clock import Clock
-from block.core.files import keep, probe, reason, whole
+from block.core.files import check_writable, reason, write_or_divert, write_whole
 from block.run.config_errors import Parser, piped
 from block.run.console import progress
 
@@ -37,7 +37,7 @@ def main() -> int:
     if arguments.out.exists() and not arguments.force:
         parser.error(f"--out={arguments.out}: is there already; give another, or --force to write over it")
     try:
-        probe(arguments.out.parent)
+        check_writable(arguments.out.parent)
     except OSError as error:
         parser.error(f"--out={arguments.out}: {reason(error)}")
     if arguments.seconds <= 0:
@@ -47,7 +47,9 @@ def main() -> int:
     except (InstanceFailed, live.TooFewSteps) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    path, trouble = keep(f"--out={arguments.out}", arguments.out, lambda path: whole(path, found.model.save))
+    path, trouble = write_or_divert(
+        f"--out={arguments.out}", arguments.out, lambda path: write_whole(path, found.model.save)
+    )
     print(f"{found.steps:,} steps timed, {found.error.rows:,} of them held out; errors on those:")
     print(f"median {found.error.median:.1%}, P95 {found.error.p95:.1%}, of their sum {found.total_error:+.1%}")
     print(path)

@@ -33,8 +33,8 @@ sys.path.insert(0, str(ROOT))
 from joblib import Parallel, delayed  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from block.core.choices import choose  # noqa: E402
-from block.core.files import probe, reason  # noqa: E402
+from block.core.choices import did_you_mean  # noqa: E402
+from block.core.files import check_writable, reason  # noqa: E402
 from block.run import campaign  # noqa: E402
 from block.run.campaign import Composer, Job  # noqa: E402
 from block.run.cli import NO_ROOM  # noqa: E402
@@ -62,7 +62,7 @@ def main() -> int:
         _list(figures, jobs, options)
         return 0
     try:
-        probe(options.out)
+        check_writable(options.out)
     except OSError as error:
         print(f"error: --out={options.out}: {reason(error)}", file=sys.stderr)
         return 2
@@ -70,9 +70,9 @@ def main() -> int:
     missing = [job for job in every if job.stored is None or options.fresh]
     if len(missing) < len(every):
         print(f"{len(every) - len(missing)} of {len(every)} results: stored {_when(jobs)}; --fresh makes them anew")
-    failures = campaign.do(missing, at_once=-1 if options.backend == "simulated" else 1, fresh=options.fresh)
+    failures = campaign.run_jobs(missing, at_once=-1 if options.backend == "simulated" else 1, fresh=options.fresh)
     if missing:
-        campaign.find(jobs.values())
+        campaign.attach_stored(jobs.values())
     stored = points.Stored(
         {key[1]: job.stored for key, job in jobs.items() if isinstance(job.stored, Run)},
         {key[1]: job.stored for key, job in jobs.items() if isinstance(job.stored, searches.Search)},
@@ -106,7 +106,7 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     for name in options.figures:
         if name not in FIGURES:
-            parser.error(f"{name}: {choose(name, list(FIGURES))}")
+            parser.error(f"{name}: {did_you_mean(name, list(FIGURES))}")
         if options.backend != "simulated" and not _real(name):
             parser.error(
                 f"{name}: needs --backend simulated; of real engines there are {', '.join(filter(_real, FIGURES))}"
@@ -146,7 +146,7 @@ def _jobs(figures: Mapping[str, Any], options: argparse.Namespace) -> Jobs:
     composer = Composer(ROOT / "conf", always)
     made = composer.jobs([(search, point) for (search, _), point in wanted.items()])
     jobs = dict(zip(wanted, made, strict=True))
-    campaign.find(jobs.values())
+    campaign.attach_stored(jobs.values())
     return jobs
 
 

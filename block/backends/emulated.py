@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, final
 
-from block.backends.servers import launched
+from block.backends.servers import launched_fleet
 from block.backends.settings import OFFLINE, QUIET, check_latency, check_servers, engine_arguments, require
 from block.cluster.fleet import Fleet
 from block.cluster.spec import Testbed
 from block.core.clock import Clock
+from block.engine.config import blocks_kept
 from block.engine.latency import LatencyModel
 from block.hardware.tracked import latency_model
 
@@ -51,8 +52,7 @@ class Emulated:
 
     def latency(self, testbed: Testbed) -> LatencyModel:
         """The profile of the GPU and model (or their roofline), calibrated: the emulated GPU's, and the predictor's."""
-        model, _ = latency_model(testbed.gpu, testbed.model)
-        return model.scaled(self.step_time_factor, self.step_overhead_s)
+        return latency_model(testbed.gpu, testbed.model).scaled(self.step_time_factor, self.step_overhead_s)
 
     @asynccontextmanager
     async def start(self, testbed: Testbed, clock: Clock, logs: Path) -> AsyncIterator[Fleet]:
@@ -65,7 +65,7 @@ class Emulated:
         logs.mkdir(parents=True, exist_ok=True)
         latency.save(logs / "latency.json")
         arguments = [
-            *engine_arguments(testbed, testbed.total_blocks + 1),
+            *engine_arguments(testbed, testbed.total_blocks + blocks_kept(is_v1=True)),
             f"--model={emulated_model(testbed.model, testbed.engine.max_model_len)}",
             f"--stream-interval={self.stream_interval}",
             "--distributed-executor-backend=block.vllm_plugin.executor.EmulatedExecutor",
@@ -82,5 +82,5 @@ class Emulated:
         }
         specs = [ServerSpec(arguments, logs / f"instance-{i}.log") for i in range(testbed.instances)]
         zygote = Zygote(logs / "zygote.log", environment, self.ready_timeout_s)
-        async with launched(specs, zygote, latency, testbed, clock, self.ready_timeout_s) as fleet:
+        async with launched_fleet(specs, zygote, latency, testbed, clock, self.ready_timeout_s) as fleet:
             yield fleet

@@ -15,10 +15,10 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from block.backends.launch import answers
 from block.cluster.instance import FirstToken, InstanceFailed, RequestFailed
 from block.core.arrays import Floats
 from block.core.clock import Clock
+from block.core.errors import message
 from block.core.snapshot import Snapshot
 from block.core.types import Request, RequestRecord
 from block.engine.config import EngineSettings
@@ -79,7 +79,7 @@ class VLLMInstance:
                 await self._fetch()
                 self._poll = asyncio.create_task(self._keep_fetching())
         except (aiohttp.ClientError, TimeoutError, KeyError, ValueError) as error:
-            raise InstanceFailed(f"{self.url}: {_reason(error)}") from error
+            raise InstanceFailed(f"{self.url}: {message(error)}") from error
         return self._read().settings
 
     @property
@@ -127,10 +127,6 @@ class VLLMInstance:
                 await self._fetch()  # `generate` will notice a server that is gone
             await asyncio.sleep(max(POLL_S - (time.monotonic() - began), 0.0))
 
-    async def healthy(self) -> bool:
-        """Whether /health says so."""
-        return await answers(self._session, self.url)
-
     async def generate(self, record: RequestRecord, first_token: FirstToken) -> None:
         """Stream the response, noting when each token came."""
         request = record.request
@@ -141,7 +137,7 @@ class VLLMInstance:
                     raise (InstanceFailed if response.status >= 500 else RequestFailed)(text)
                 await self._stream(response, record, first_token)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise InstanceFailed(f"{self.url}: {_reason(error)}") from error
+            raise InstanceFailed(f"{self.url}: {message(error)}") from error
         preemptions = self._buffer.preemptions_of(request.id) if self._buffer is not None else None
         record.preemptions = preemptions or 0
 
@@ -189,7 +185,3 @@ async def _message(response: aiohttp.ClientResponse) -> str:
     with suppress(ValueError, KeyError, TypeError):
         text = str(json.loads(text)["error"]["message"])
     return " ".join(text.split())[:300]
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

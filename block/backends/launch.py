@@ -45,7 +45,7 @@ class ServerSpec:
 
 
 @dataclass(frozen=True)
-class Server:
+class ServerProcess:
     """A server that was started. `ended` returns its exit status, or None while it runs."""
 
     url: str
@@ -174,16 +174,16 @@ class Launcher:
         self._deadline_s = deadline_s
         self._slots = asyncio.Semaphore(at_once or 1_000_000)
         self._ports: set[int] = set()
-        self._servers: list[Server] = []
+        self._servers: list[ServerProcess] = []
 
-    async def start(self, spec: ServerSpec) -> Server:
+    async def start(self, spec: ServerSpec) -> ServerProcess:
         """A server that answers ``/health``. LaunchFailed if it does not come up; it is stopped then."""
         deadline = time.monotonic() + self._deadline_s
         async with self._slots:
             port = self._port()
             address = ["--host=127.0.0.1", f"--port={port}"]
             pid, ended = self._method.start(ServerSpec([*spec.arguments, *address], spec.log, spec.environment))
-            server = Server(f"http://127.0.0.1:{port}", pid, spec.log, ended)
+            server = ServerProcess(f"http://127.0.0.1:{port}", pid, spec.log, ended)
             self._servers.append(server)
             try:
                 await _healthy(self._session, server, deadline)
@@ -192,7 +192,7 @@ class Launcher:
                 raise
             return server
 
-    async def stop(self, server: Server) -> None:
+    async def stop(self, server: ServerProcess) -> None:
         """Stop a server and all its processes: by SIGTERM, and by SIGKILL if that does not do."""
         for _ in _stopping([server]):
             await asyncio.sleep(STOP_POLL_S)
@@ -212,7 +212,7 @@ class Launcher:
 
 
 @asynccontextmanager
-async def launching(
+async def launcher_for(
     starter: AbstractContextManager[_Starter], *, deadline_s: float, at_once: int | None = None
 ) -> AsyncIterator[Launcher]:
     """A launcher; all its servers are stopped when the context ends, however it ends."""
@@ -224,19 +224,19 @@ async def launching(
             yield launcher
 
 
-async def _healthy(session: aiohttp.ClientSession, server: Server, deadline: float) -> None:
+async def _healthy(session: aiohttp.ClientSession, server: ServerProcess, deadline: float) -> None:
     while True:
         status = server.ended()
         if status is not None:
             raise LaunchFailed(f"a server ended with status {status} as it started; {_last_words(server.log)}")
-        if await answers(session, server.url):
+        if await is_healthy(session, server.url):
             return
         if time.monotonic() > deadline:
             raise LaunchFailed(f"a server was not ready in time (backend.ready_timeout_s); {_last_words(server.log)}")
         await asyncio.sleep(POLL_S)
 
 
-async def answers(session: aiohttp.ClientSession, url: str) -> bool:
+async def is_healthy(session: aiohttp.ClientSession, url: str) -> bool:
     """Whether a server's ``/health`` says it is well."""
     try:
         async with session.get(f"{url}/health", timeout=aiohttp.ClientTimeout(total=5)) as response:
@@ -261,7 +261,7 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _stopping(servers: Sequence[Server]) -> Iterator[None]:
+def _stopping(servers: Sequence[ServerProcess]) -> Iterator[None]:
     """SIGTERM to the process groups, GRACE_S to end, SIGKILL to what is left of them; yields while there is to wait."""
 
     def over() -> bool:

@@ -20,7 +20,7 @@ from block.core.clock import Clock
 from block.core.types import Request, RequestRecord
 from block.engine.config import EngineSettings
 from block.engine.latency import LatencyModel, table
-from block.hardware.profiling.errors import Error, relative_error
+from block.hardware.profiling.errors import RelativeError, relative_error
 from block.vllm_plugin.state_buffer import StepTime
 
 HELD_OUT = 0.2
@@ -37,7 +37,7 @@ class StepFit:
 
     model: LatencyModel
     steps: int
-    error: Error
+    error: RelativeError
     total_error: float  # of the sum of all held-out durations, signed
 
 

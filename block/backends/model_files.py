@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,16 +16,11 @@ from typing import Any
 import numpy as np
 
 from block.cluster.instance import LaunchFailed
-from block.core import paths
+from block.core.paths import PACKAGE, cache_folder
 from block.hardware.catalogue import Model
 
 VOCABULARY = 2048
 SPECIAL = ("<unk>", "<s>", "</s>")
-
-
-def cache_folder() -> Path:
-    """Where what can be made again is kept: $BLOCK_CACHE, else ~/.cache/block."""
-    return Path(os.environ.get("BLOCK_CACHE") or Path.home() / ".cache" / "block")
 
 
 def tiny_model(model: Model, max_model_len: int) -> Path:
@@ -89,7 +83,7 @@ def _config(model: Model, max_model_len: int) -> dict[str, Any]:
 def _tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    package = paths.PACKAGE
+    package = PACKAGE
     texts = [*sorted(package.glob("**/*.py")), *sorted(package.parent.glob("docs/*.md"))]
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

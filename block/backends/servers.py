@@ -18,13 +18,13 @@ from block.engine.predictor import Predictor
 
 if TYPE_CHECKING:
     from block.backends.instance import VLLMInstance
-    from block.backends.launch import Launcher, Server, ServerSpec
+    from block.backends.launch import Launcher, ServerProcess, ServerSpec
 
 log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def launched(
+async def launched_fleet(
     specs: Sequence[ServerSpec],
     starter: Any,
     latency: LatencyModel,
@@ -38,14 +38,14 @@ async def launched(
     starter: how a process is started, as of `block.backends.launch.launching`. latency: the servers' step times.
     deadline_s: seconds that a server may take to come up. at_once: servers that start at the same time; None: all.
     """
-    from block.backends.launch import launching
+    from block.backends.launch import launcher_for
 
-    async with launching(starter, deadline_s=deadline_s, at_once=at_once) as launcher:
+    async with launcher_for(starter, deadline_s=deadline_s, at_once=at_once) as launcher:
         async with asyncio.TaskGroup() as group:
             starting = [group.create_task(launcher.start(spec)) for spec in specs[: testbed.initial]]
         servers = {i: task.result() for i, task in enumerate(starting)}
         urls = [servers[i].url if i in servers else "" for i in range(len(specs))]
-        async with attached(urls, latency, testbed, clock) as fleet:
+        async with attached_fleet(urls, latency, testbed, clock) as fleet:
             yield fleet._replace(servers=_Servers(launcher, specs, servers, fleet))
 
 
@@ -53,7 +53,7 @@ class _Servers:
     """The servers of a fleet, by instance id."""
 
     def __init__(
-        self, launcher: Launcher, specs: Sequence[ServerSpec], running: dict[int, Server], fleet: Fleet
+        self, launcher: Launcher, specs: Sequence[ServerSpec], running: dict[int, ServerProcess], fleet: Fleet
     ) -> None:
         self._launcher = launcher
         self._specs = specs
@@ -86,7 +86,9 @@ def _said(instance: VLLMInstance, settings: EngineSettings) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def attached(urls: Sequence[str], latency: LatencyModel, testbed: Testbed, clock: Clock) -> AsyncIterator[Fleet]:
+async def attached_fleet(
+    urls: Sequence[str], latency: LatencyModel, testbed: Testbed, clock: Clock
+) -> AsyncIterator[Fleet]:
     """Instances for running servers ("": one that does not run yet), and a predictor for the settings they report."""
     import aiohttp
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from block.backends.settings import check_latency
 from block.cluster.fleet import SimulatedFleet
 from block.cluster.migration import Migrator
 from block.cluster.simulation import Simulation
@@ -44,8 +45,7 @@ class Simulated:
     virtual: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.step_time_factor < math.inf:
-            raise ValueError(f"backend.step_time_factor={self.step_time_factor}: must be greater than 0")
+        check_latency(self)
         if not 0 <= self.step_noise <= 1:
             raise ValueError(f"backend.step_noise={self.step_noise}: must be between 0 and 1")
         object.__setattr__(self, "slowdown", tuple(self.slowdown))  # Hydra passes a list
@@ -53,18 +53,15 @@ class Simulated:
             raise ValueError(f"backend.slowdown={list(self.slowdown)}: must be greater than 0")
         if self.predictor_gpu is not None:
             gpu_named(self.predictor_gpu, "backend.predictor_gpu")
-        for key in ("step_overhead_s", "dispatch_delay_s"):
-            value = getattr(self, key)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"backend.{key}={value}: must be 0 or more seconds")
+        if not 0 <= self.dispatch_delay_s < math.inf:
+            raise ValueError(f"backend.dispatch_delay_s={self.dispatch_delay_s}: must be 0 or more seconds")
 
     def latency(self, testbed: Testbed) -> LatencyModel:
         """The profile of the GPU and model (or their roofline), calibrated."""
         return self._latency(self.predictor_gpu or testbed.gpu, testbed)
 
     def _latency(self, gpu: str, testbed: Testbed) -> LatencyModel:
-        model, _ = latency_model(gpu, testbed.model)
-        return model.scaled(self.step_time_factor, self.step_overhead_s)
+        return latency_model(gpu, testbed.model).scaled(self.step_time_factor, self.step_overhead_s)
 
     def simulate(self, testbed: Testbed) -> SimulatedFleet:
         """A simulation of the testbed, in which nothing has happened yet."""

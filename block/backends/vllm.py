@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, final
 
-from block.backends.servers import attached, launched
+from block.backends.servers import attached_fleet, launched_fleet
 from block.backends.settings import QUIET, check_latency, check_servers, engine_arguments, latency_from, require
 from block.cluster.fleet import Fleet
 from block.cluster.instance import LaunchFailed
@@ -51,8 +51,7 @@ class VLLM:
         """The file's, or the GPU's."""
         if self.latency_model is not None:
             return latency_from(self.latency_model)
-        model, _ = latency_model(testbed.gpu, testbed.model)
-        return model.scaled(self.step_time_factor, self.step_overhead_s)
+        return latency_model(testbed.gpu, testbed.model).scaled(self.step_time_factor, self.step_overhead_s)
 
     @asynccontextmanager
     async def start(self, testbed: Testbed, clock: Clock, logs: Path) -> AsyncIterator[Fleet]:
@@ -63,7 +62,7 @@ class VLLM:
         require("aiohttp")
         latency = self.latency(testbed)
         if self.urls:
-            async with attached(self.urls, latency, testbed, clock) as fleet:
+            async with attached_fleet(self.urls, latency, testbed, clock) as fleet:
                 yield fleet
             return
         require("vllm")
@@ -82,7 +81,7 @@ class VLLM:
             ServerSpec(arguments, logs / f"instance-{i}.log", {**QUIET, "CUDA_VISIBLE_DEVICES": ",".join(mine)})
             for i, mine in enumerate(devices)
         ]
-        async with launched(specs, Subprocesses(), latency, testbed, clock, self.ready_timeout_s) as fleet:
+        async with launched_fleet(specs, Subprocesses(), latency, testbed, clock, self.ready_timeout_s) as fleet:
             yield fleet
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, final
 
-from block.backends.servers import launched
+from block.backends.servers import launched_fleet
 from block.backends.settings import OFFLINE, QUIET, check_servers, engine_arguments, latency_from, require
 from block.cluster.fleet import Fleet
 from block.cluster.spec import Testbed
@@ -62,5 +62,7 @@ class VLLMCPU:
         environment = {**QUIET, **OFFLINE, "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         specs = [ServerSpec(arguments, logs / f"instance-{i}.log", environment) for i in range(testbed.instances)]
         latency, patience = self.latency(testbed), self.ready_timeout_s
-        async with launched(specs, Subprocesses(), latency, testbed, clock, patience, at_once=self.at_once) as fleet:
+        async with launched_fleet(
+            specs, Subprocesses(), latency, testbed, clock, patience, at_once=self.at_once
+        ) as fleet:
             yield fleet

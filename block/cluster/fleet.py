@@ -7,8 +7,8 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from block.cluster.instance import Server
-from block.cluster.live import Servers
+from block.cluster.instance import ReplayInstance
+from block.cluster.live import ServerProcesses
 from block.cluster.migration import Migrator
 from block.cluster.simulation import Simulation
 from block.cluster.spec import Testbed
@@ -24,10 +24,10 @@ class Fleet(NamedTuple):
     servers: starts and stops single ones; None: all are there already.
     """
 
-    instances: Sequence[Server]
+    instances: Sequence[ReplayInstance]
     predictor: Predictor | Predictors | None
     engines: Mapping[str, Any]
-    servers: Servers | None = None
+    servers: ServerProcesses | None = None
 
 
 class SimulatedFleet(NamedTuple):

@@ -41,17 +41,13 @@ class Instance(Protocol):
         """The state its scheduler last published. Does not wait: it is there already, in memory."""
         ...
 
-    async def healthy(self) -> bool:
-        """Whether it would serve a request now: asked of an instance that failed one."""
-        ...
-
 
 def one_by_one(instances: Sequence[Instance]) -> SnapshotMany:
     """What takes the snapshots of some of these instances, by their ids, each in turn."""
     return lambda ids, now: [instances[i].snapshot() for i in ids]
 
 
-class Server(Instance, Protocol):
+class ReplayInstance(Instance, Protocol):
     """One that is asked for the responses to requests whose lengths are known, as a replay does."""
 
     async def generate(self, record: RequestRecord, first_token: FirstToken) -> None:

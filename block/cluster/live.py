@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from block.cluster.instance import InstanceFailed, LaunchFailed, RequestFailed
+from block.cluster.instance import FirstToken, InstanceFailed, LaunchFailed, ReplayInstance, RequestFailed
 from block.core.clock import Clock
 from block.core.types import Request, RequestRecord
 from block.dispatch.core import Dispatcher
@@ -22,7 +22,16 @@ Deliver = Callable[[RequestRecord], Awaitable[None]]
 """Has the instance `record.instance_id` serve the record's request; raises InstanceFailed or RequestFailed."""
 
 
-class Servers(Protocol):
+def generating(instances: Sequence[ReplayInstance], first_token: FirstToken) -> Deliver:
+    """Has the instance of each record, by its id, generate the response. first_token: as of `Dispatcher`."""
+
+    async def deliver(record: RequestRecord) -> None:
+        await instances[record.instance_id].generate(record, first_token)
+
+    return deliver
+
+
+class ServerProcesses(Protocol):
     """The processes behind a fleet's instances."""
 
     async def start(self, instance_id: int) -> None:
@@ -40,7 +49,7 @@ class LiveDriver:
     servers: None if there is nothing to start or stop, as where all servers run already.
     """
 
-    def __init__(self, clock: Clock, servers: Servers | None = None) -> None:
+    def __init__(self, clock: Clock, servers: ServerProcesses | None = None) -> None:
         self.clock = clock
         self._servers = servers
         self._tasks: list[asyncio.Task[None]] = []

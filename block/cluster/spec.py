@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from block.cluster.migration import MigrationConfig
-from block.engine.config import EngineConfig, EngineSettings
+from block.engine.config import EngineConfig, EngineSettings, blocks_kept
 from block.hardware.catalogue import Model, gpu_named
 from block.hardware.tracked import kv_blocks
 
@@ -107,9 +107,9 @@ class Testbed:
 
     @property
     def total_blocks(self) -> int:
-        """Usable KV blocks of each of the instances, which are alike; vLLM V1 keeps one for itself."""
+        """Usable KV blocks of each of the instances, which are alike."""
         engine = self.engine
         blocks = engine.num_gpu_blocks
         if blocks is None:
             blocks = kv_blocks(gpu_named(self.gpu), self.model, engine.block_size, engine.gpu_memory_utilization)
-        return blocks - (engine.version == "v1")
+        return blocks - blocks_kept(engine.version == "v1")

@@ -1,1 +1,1 @@
-"""What everything else stands on: requests and snapshots, time, random streams, compiling, paths."""
+"""What everything else stands on: requests and snapshots, time, random generators, compiling, files, paths."""

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 MOST_HINTS = 4  # more are no hint
 
 
-def choose(given: str, choices: Sequence[str]) -> str:
+def did_you_mean(given: str, choices: Sequence[str]) -> str:
     """The advice for a name that is none of the `choices`: those that are spelt like it, if any, and all of them.
 
     Spelt like it are those that begin with it, letter case and punctuation aside (``A100``: a100-40gb or a100-80gb);

@@ -27,7 +27,7 @@ class NotStored(OSError):
     result: Any = None
 
 
-def probe(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """OSError if `folder`, or where it is to be made, takes no file of `PROBE` bytes. Nothing of that stays."""
     there = next(place for place in (folder, *folder.parents) if place.exists())
     if not there.is_dir():
@@ -40,38 +40,30 @@ def probe(folder: Path) -> None:
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write `path` whole or not at all, even if the machine stops. Raises OSError, or ValueError for a NaN."""
     text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-    if _is_device(path):
-        path.write_text(text)
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    write_whole(path, lambda place: place.write_text(text, encoding="utf-8"))
 
 
-def whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have a file written whole or not at all: beside `path`, and then put there. OSError if that cannot be."""
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have a file written whole or not at all, even if the machine stops. OSError if that cannot be.
+
+    write: is given the place to write to, which lies beside `path`.
+    """
     if _is_device(path):
         write(path)
         return
     part = path.with_name(f".{path.name}.part")
     try:
         write(part)
+        sync(part)  # else the new name might reach the disk before what it names
         part.replace(path)
     except OSError:
         with suppress(OSError):
             part.unlink()
         raise
+    sync(path.parent)
 
 
-def keep(key: str, path: Path, write: Callable[[Path], None]) -> tuple[Path, NotStored | None]:
+def write_or_divert(key: str, path: Path, write: Callable[[Path], None]) -> tuple[Path, NotStored | None]:
     """Have a result written to `path`, which is called `key`, or else into the temporary folder; returns where it is,
     and what is to be told if that is not `path`.
     """
@@ -80,19 +72,19 @@ def keep(key: str, path: Path, write: Callable[[Path], None]) -> tuple[Path, Not
         write(path)
     except OSError as error:
         try:
-            write(where := fallback(path.name))
+            write(where := diverted(path.name))
         except OSError as again:
             return path, NotStored(f"{key}: {reason(error)}; nor is it stored elsewhere: {reason(again)}")
         return where, NotStored(f"{key}: {reason(error)}; it is in {where} instead")
     return path, None
 
 
-def keep_json(key: str, path: Path, document: Mapping[str, Any]) -> tuple[Path, NotStored | None]:
+def write_json_or_divert(key: str, path: Path, document: Mapping[str, Any]) -> tuple[Path, NotStored | None]:
     """`keep` for a document."""
-    return keep(key, path, lambda place: write_json(place, document))
+    return write_or_divert(key, path, lambda place: write_json(place, document))
 
 
-def fallback(name: str) -> Path:
+def diverted(name: str) -> Path:
     """Where a result goes that cannot be written where it belongs: into the temporary folder. OSError without one."""
     return Path(tempfile.gettempdir()) / f"block-{name}"
 

@@ -41,7 +41,7 @@ _PREFIX = "compiled-"
 
 
 def _sources() -> str:
-    """Hash of the modules that define compiled functions and of the constants in `types` that are compiled in."""
+    """Hash of the modules that define compiled functions and of the constants in `snapshot` that are compiled in."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         text = path.read_bytes()

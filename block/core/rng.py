@@ -1,4 +1,4 @@
-"""Named random streams: one seed for a run, one independent generator for each subsystem.
+"""Named generators of random numbers: one seed for a run, one independent generator for each subsystem.
 
 What one subsystem draws never moves what another one draws: a policy cannot shift the arrivals of a run.
 """
@@ -13,8 +13,8 @@ import numpy as np
 def generator(seed: int, name: str) -> np.random.Generator:
     """The generator called `name` of the run seeded with `seed`.
 
-    The same pair gives the same stream in every process and on every platform: the name is hashed with SHA-256, not
-    with Python's salted `hash`. Different names or seeds give independent streams. ValueError if the seed is negative.
+    The same pair gives the same numbers in every process and on every platform: the name is hashed with SHA-256, not
+    with Python's salted `hash`. Other names or seeds give independent ones. ValueError if the seed is negative.
     """
     if seed < 0:
         raise ValueError(f"seed={seed}: must be >= 0")

@@ -45,7 +45,7 @@ class Snapshot(NamedTuple):
     """What one instance publishes at the end of its scheduler's `schedule()`.
 
     `seqs` is int64[FIELDS, n], its first `running` columns the running sequences; it may be a view of a live engine,
-    valid until the next await. TARGET is not for policies to read, nor MAX_TOKENS, which gives it away in a replay.
+    valid until the engine changes. TARGET is not for policies to read, nor MAX_TOKENS, which gives it away in a replay.
     `step_started` is when the step in flight began, NaN when the engine is idle. `stale` running-then-preempted
     sequences, the first of the waiting ones, still have a token in flight.
     """

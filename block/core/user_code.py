@@ -1,4 +1,4 @@
-"""Code of the user's, such as a policy: which files are its, and what it raised, in one line that names its place."""
+"""Code that the user wrote, such as a policy: which files are theirs, and an error of it in a line with its place."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from block.core.errors import one_line
 from block.core.paths import PACKAGE
 
 
@@ -22,45 +23,44 @@ class UserFault(ValueError):
 
 
 @contextmanager
-def own_code() -> Iterator[None]:
+def user_errors() -> Iterator[None]:
     """Within, what code of the user's raises becomes a UserFault; errors of this package stay what they are."""
     try:
         yield
     except Exception as error:
-        if where := place(error):
-            raise UserFault(f"{told(error)} ({where})") from error
+        if where := location(error):
+            raise UserFault(f"{one_line(error)} ({where})") from error
         raise
 
 
-def told(error: BaseException) -> str:
-    """An error in one line: "ZeroDivisionError: division by zero"."""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}{said and f': {said}'}"
-
-
-def place(error: BaseException) -> str:
+def location(error: BaseException) -> str:
     """The last line of the user's code that led to an error, as "mine/freest.py:12"; empty if none did."""
     if isinstance(error, SyntaxError) and error.filename:
-        return f"{shown(Path(error.filename))}:{error.lineno}"
+        return f"{display_path(Path(error.filename))}:{error.lineno}"
     frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    own = [f"{shown(path)}:{line}" for path, line in frames if path.exists() and is_own(path)]
+    own = [f"{display_path(path)}:{line}" for path, line in frames if path.exists() and is_own(path)]
     return own[-1] if own else ""
 
 
-def defined(what: Any) -> str:
+def defined_at(what: Any) -> str:
     """Where a class or function is defined, as `place` has it; empty if that is not known."""
     try:
         what = inspect.unwrap(what)
         file, line = inspect.getsourcefile(what), inspect.getsourcelines(what)[1]
     except (TypeError, OSError):
         return ""
-    return f"{shown(Path(file))}:{line}" if file else ""
+    return f"{display_path(Path(file))}:{line}" if file else ""
 
 
-def shown(path: Path) -> str:
+def display_path(path: Path) -> str:
     """A path as people read it: relative to the current folder if it lies in it."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def is_ours(module: str) -> bool:
+    """Whether a module, by its dotted name, or a class in it, is of this package, and so not the user's."""
+    return module.partition(".")[0] == PACKAGE.name
 
 
 def is_own(path: Path) -> bool:

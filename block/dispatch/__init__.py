@@ -1,1 +1,1 @@
-"""Which instance takes a request: the dispatcher, its policies, and what makes forecasts for them."""
+"""Which instance takes a request: the dispatcher, its policies, and what is done to forecasts for them."""

@@ -28,7 +28,7 @@ from block.core.snapshot import ID, Snapshot, Snapshots
 from block.core.types import Decision, Forecast, Request, RequestRecord, Views
 from block.dispatch.config import DispatchConfig
 from block.dispatch.policies import Needs, Policy
-from block.dispatch.policy_checks import checked
+from block.dispatch.policy_checks import with_checks
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ RECENT_S = 60.0
 """Window of `InstanceView.recent`."""
 
 MAX_RETRIES = 3
-"""Instances that a request may lose before it fails."""
+"""Times that a request may begin anew, each on an instance that has not failed it; then it fails."""
 
 SnapshotMany = Callable[[Sequence[int], float], Sequence[Snapshot]]
 """Snapshots of the instances with these ids at this time. They are in memory already: nothing is waited for."""
@@ -77,7 +77,7 @@ class Observer:
         """An instance takes requests, again or for the first time."""
 
     def instance_down(self, dispatcher: Dispatcher, instance_id: int, reason: str, now: float) -> None:
-        """An instance was lost, or did not come up."""
+        """An instance takes no more requests: lost (then it is ejected, if active), not come up, or drained."""
 
 
 class History:
@@ -178,7 +178,7 @@ class Dispatcher:
             raise ValueError(f"policy {type(policy).__name__} needs a forecaster")
         if policy.needs is not Needs.COUNTS and snapshot_many is None:
             raise ValueError(f"policy {type(policy).__name__} needs snapshots")
-        self._policy = checked(policy)
+        self._policy = with_checks(policy)
         self._forecaster = forecaster
         self._config = config
         self._rng = rng
@@ -289,7 +289,7 @@ class Dispatcher:
             observer.instance_up(self, instance_id, now)
 
     def instance_down(self, instance_id: int, reason: str, now: float) -> None:
-        """An instance was lost, or did not come up: nothing more goes there. Does nothing if it was out already."""
+        """An instance takes no more requests: lost (then it is ejected, if active), not come up, or drained."""
         if instance_id in self._active:
             self.retire(instance_id)
             self._state.ejected[instance_id] += 1

@@ -46,7 +46,7 @@ class _Watch:
         self.expected += expected - self.expected / steps
 
 
-class Corrected:
+class CorrectedForecaster:
     """The forecasts of another forecaster, stretched by what the steps of each instance take against what they should.
 
     latency: the model that those forecasts are made with. steps: observed steps of an instance that are remembered.

@@ -1,8 +1,8 @@
 """Policies: which of the instances should take this request?
 
-A policy is a small frozen dataclass whose fields are its Hydra options. It is pure: views and a generator in, a
-Decision out; what it may look at is declared by `needs`, so that no policy pays for probes that it does not use. Lower
-scores are better, and ties are broken at random.
+A policy is a small frozen dataclass whose fields are its Hydra options. Views and a generator go in, a Decision comes
+out; those of this package keep no state. What a policy may look at is declared by `needs`, so that none pays for
+snapshots or forecasts that it does not use. Lower scores are better, and ties are broken at random.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a policy of the user's answers, checked before anything follows from it; a fault is one line with its place.
 
-The policies of this package are not asked twice: their tests do that, and a decision of theirs takes a microsecond.
+The package's own policies are not checked as they run: their tests do that, and a decision takes a microsecond.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from block.core.errors import one_line
 from block.core.snapshot import FIELDS, Snapshot, Snapshots
 from block.core.types import Decision, Forecast, InstanceView, Request, Views
-from block.core.user_code import UserFault, defined, place, told
+from block.core.user_code import UserFault, defined_at, is_ours, location
 from block.dispatch.policies import Needs, Policy
 
 
-def check(policy: Any) -> None:
+def check_policy(policy: Any) -> None:
     """UserFault if it is no `Policy`."""
     for method in ("candidates", "choose"):
         if not callable(getattr(policy, method, None)):
@@ -32,18 +33,12 @@ def check(policy: Any) -> None:
         )
 
 
-def checked(policy: Policy) -> Policy:
+def with_checks(policy: Policy) -> Policy:
     """The policy itself if it is of this package, else one that answers the same and raises UserFault if it errs."""
-    return policy if type(policy).__module__ == Policy.__module__ else _Checked(policy)  # type: ignore[return-value]  # its `needs` is the policy's
+    return policy if is_ours(type(policy).__module__) else _Checked(policy)  # type: ignore[return-value]  # its `needs` is the policy's
 
 
-def rehearse(policy: Policy, instances: int) -> None:
-    """Have a policy of the user's decide once, among idle instances. UserFault if it errs."""
-    if (tried := checked(policy)) is not policy:
-        decide_once(tried, instances)
-
-
-def decide_once(policy: Policy, instances: int) -> None:
+def try_once(policy: Policy, instances: int) -> None:
     """Have a policy decide among idle instances, which loads what it has compiled."""
     rng = random.Random(0)
     ids = policy.candidates(instances, 0, rng)
@@ -136,12 +131,12 @@ def _is_integer(value: Any) -> bool:
 
 def _fault(policy: Any, what: str, method: str | None = None, where: str = "") -> UserFault:
     cls = type(policy)
-    where = where or defined(getattr(cls, method, cls) if method else cls)
+    where = where or defined_at(getattr(cls, method, cls) if method else cls)
     return UserFault(f"scheduler._target_={cls.__module__}.{cls.__qualname__}: {what}{where and f' ({where})'}")
 
 
 def _raised(policy: Policy, method: str, error: Exception) -> UserFault:
-    return _fault(policy, f"{method} raised {told(error)}", method, place(error))
+    return _fault(policy, f"{method} raised {one_line(error)}", method, location(error))
 
 
 def _short(value: Any) -> str:

@@ -68,7 +68,7 @@ class EngineConfig:
     def settings(self, total_blocks: int) -> EngineSettings:
         """Those of an engine with `total_blocks` usable KV blocks; ValueError if the longest sequence needs more.
 
-        V1 keeps a block for itself, so that `total_blocks` is one less than its `num_gpu_blocks`.
+        `total_blocks` is its `num_gpu_blocks` without those `blocks_kept`.
         """
         is_v1 = self.version == "v1"
         settings = EngineSettings(
@@ -78,7 +78,7 @@ class EngineConfig:
             max_model_len=self.max_model_len,
             block_size=self.block_size,
             total_blocks=total_blocks,
-            watermark_blocks=int(self.watermark * (total_blocks + is_v1)),  # a share of all, the one kept included
+            watermark_blocks=int(self.watermark * (total_blocks + blocks_kept(is_v1))),  # a share of all
             async_scheduling=self.async_scheduling,
             long_prefill_token_threshold=self.long_prefill_token_threshold,
             scheduler_reserve_full_isl=self.scheduler_reserve_full_isl,
@@ -86,6 +86,11 @@ class EngineConfig:
         )
         settings.check()
         return settings
+
+
+def blocks_kept(is_v1: bool) -> int:
+    """KV blocks of `num_gpu_blocks` that an engine keeps for itself: V1's ``BlockPool`` keeps its null block."""
+    return 1 if is_v1 else 0
 
 
 class EngineSettings(NamedTuple):

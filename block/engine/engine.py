@@ -78,7 +78,7 @@ class Engine:
 
     @property
     def next_event(self) -> float:
-        """As `EngineBatch.next_event`, of this engine."""
+        """When the next step that does more than decode ends; inf when the engine is idle."""
         return float(self.batch.arrays.times[self.row, EVENT])
 
     @property

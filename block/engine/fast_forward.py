@@ -54,7 +54,7 @@ from block.engine.state import (
 )
 
 # Outcomes of `fast_forward`.
-ARRIVED = 0  # the sequence asked for has finished, at times[STEP_ENDS]
+TARGET_FINISHED = 0  # the sequence asked for has finished, at times[STEP_ENDS]
 STOPPED = 1  # the step in flight has ended and its output is applied; the next must be begun by the scheduler
 UNFIT = 2  # nothing done: the state is not of the kind that can be fast-forwarded
 
@@ -142,7 +142,7 @@ def fast_forward(engine: EngineState, scratch: Scratch, sequence: int) -> int:
         return UNFIT
     while True:
         if _end_step(engine, scratch):
-            return ARRIVED
+            return TARGET_FINISHED
         if _decode_run(engine, scratch):
             continue
         if not _schedule(engine, scratch):

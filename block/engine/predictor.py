@@ -1,9 +1,10 @@
 """Predictor: "if this request went to that instance, when would it finish?"
 
 A forecast copies the instance's snapshot, adds the requests that are in transit there and the candidate, and runs the
-scheduler twin forward with the instance's latency model until the candidate's last token. Between two events (a finish,
-an admission, a prefill chunk, exhaustion of blocks) nothing but decoding happens, and such runs of steps are skipped in
-closed form; ``compressed=False`` steps through them one by one and is the oracle for the tests.
+scheduler twin forward with the instance's latency model until the candidate's last token. Between two events (a
+finish, an admission, a prefill chunk, exhaustion of blocks) nothing but decoding happens. Such runs of steps cost an
+addition a step (`block.engine.fast_forward`), or have a closed form (`skip_decode_run`). ``compressed=False`` schedules
+each of them, and is the oracle for the tests.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from block.core.snapshot import (
 from block.core.types import Forecasts, Request
 from block.engine.config import EngineSettings
 from block.engine.decode_runs import skip_decode_run
-from block.engine.fast_forward import ARRIVED, STOPPED, Scratch, fast_forward, scratch_for
+from block.engine.fast_forward import STOPPED, TARGET_FINISHED, Scratch, fast_forward, scratch_for
 from block.engine.latency import LatencyModel
 from block.engine.scheduler import begin_step, complete_step, step_time
 from block.engine.state import (
@@ -73,7 +74,7 @@ _ARRIVAL = 4  # numbers of an arrival: instance, id, prompt, expected
 class Predictor:
     """Forecasts for instances that share engine settings and latency model.
 
-    compressed: skip runs of decode steps in closed form; the forecasts are the same up to rounding.
+    compressed: pass runs of decode-only steps without scheduling each; the forecasts are the same up to rounding.
     outrun_share: a response that has outrun its estimate is expected to go on for this share of what it has, if that is
         more than OUTRUN_MARGIN tokens.
     """
@@ -285,7 +286,7 @@ def _run(engine: EngineState, scratch: Scratch, compressed: bool) -> tuple[float
     while times[STEP_ENDS] < np.inf:
         if compressed:
             outcome = fast_forward(engine, scratch, _CANDIDATE)
-            if outcome == ARRIVED:
+            if outcome == TARGET_FINISHED:
                 return float(engine.first_token_time[engine.counters[BEGIN]]), float(times[STEP_ENDS])
             if outcome == STOPPED:
                 begin_step(engine, times[STEP_ENDS])

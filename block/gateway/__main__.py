@@ -28,7 +28,7 @@ hydra_schema.register()
 
 @hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")
 def main(settings: DictConfig) -> None:
-    """One server, until it is told to stop."""
+    """Run the gateway until SIGTERM or SIGINT."""
     cli.run_job(lambda: run_gateway(settings, HydraConfig.get().runtime.choices["scheduler"]))
 
 
@@ -37,8 +37,8 @@ def run_gateway(settings: DictConfig, policy: str) -> None:
     run = config.build(settings)
     wanted = config.node(settings.gateway)
     effects.refuse(settings, "gateway", run)
-    rehearsed = policy_checks.checked(config.node(settings.scheduler))  # not the one that will serve
-    policy_checks.decide_once(rehearsed, len(wanted.urls))  # and so compiled before a request comes
+    rehearsed = policy_checks.with_checks(config.node(settings.scheduler))  # not the one that will serve
+    policy_checks.try_once(rehearsed, len(wanted.urls))  # and so compiled before a request comes
     for key, off in (("forecast_noise", 0), ("dispatchers", 1)):
         if (value := getattr(run.dispatch, key)) != off:
             raise ConfigError(f"dispatch.{key}={value}: for experiments only; a gateway has {off}")

@@ -21,7 +21,7 @@ from block.core.types import Request
 from block.core.user_code import UserFault
 from block.dispatch.config import DispatchConfig
 from block.dispatch.core import Dispatcher, History
-from block.dispatch.correction import Corrected
+from block.dispatch.correction import CorrectedForecaster
 from block.dispatch.policies import Needs, Policy
 from block.engine.latency import LatencyModel
 from block.gateway.config import GatewayConfig
@@ -30,7 +30,7 @@ from block.gateway.metrics import CANCELLED, FAILED, OK, REFUSED, Metrics
 from block.gateway.openai import error_response, prompt_text, read, tagged
 from block.gateway.proxy import ProxiedRequest, answer_headers, request_headers
 from block.gateway.transport import TransportError, transport_errors
-from block.gateway.upstreams import PluginInstance, Upstream, make_upstreams, open_session, quickly
+from block.gateway.upstreams import PluginInstance, Upstream, make_upstreams, open_session, short_timeout
 from block.lengths import Lengths, Oracle, Reader
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class Gateway:
                 self._outrun_share,
             )
             if forecaster is not None and self._latency is not None and self._dispatch.correction_steps > 0:
-                forecaster = Corrected(forecaster, self._latency, self._dispatch.correction_steps)
+                forecaster = CorrectedForecaster(forecaster, self._latency, self._dispatch.correction_steps)
             self.dispatcher = Dispatcher(
                 len(self.upstreams),
                 self._policy,
@@ -159,10 +159,10 @@ class Gateway:
             body = await http.read()
             asked = read(body)
         except web.HTTPRequestEntityTooLarge:
-            self._metrics.turned_away()
+            self._metrics.refused_unplaced()
             return error_response(413, f"the body exceeds gateway.max_body_mib={self._config.max_body_mib}")
         except (ValueError, web.RequestPayloadError) as error:
-            self._metrics.turned_away()
+            self._metrics.refused_unplaced()
             return error_response(400, str(error))
         number, arrived = next(self._numbers), self._clock.now()
         estimate = await self._estimator.tokens(prompt_text(asked.fields)) if self._estimator is not None else None
@@ -202,7 +202,7 @@ class Gateway:
                 f"{self.upstreams[i].url}/v1/models",
                 headers=[(name.decode(), value.decode("latin-1")) for name, value in request_headers(http)],
                 allow_redirects=False,
-                timeout=quickly(self._session),
+                timeout=short_timeout(self._session),
             )
             try:
                 with transport_errors():

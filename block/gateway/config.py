@@ -14,7 +14,7 @@ class GatewayConfig:
     urls: the model servers. host, port: where to listen.
     expected_output_tokens: response length that policies assume where none is estimated. A request's own limit caps
         both. estimate_timeout_s: how long a request waits for its estimate before it goes by that.
-    probe_interval_s: how often a server that was taken out is asked whether it is well again.
+    probe_interval_s: how often a server that was ejected is asked whether it is well again.
     connect_timeout_s: a server that takes longer to accept a connection is gone.
     read_timeout_s: longest silence of a server before its request fails.
     grace_s: how long requests may go on after SIGTERM. max_body_mib: largest request body.

@@ -107,7 +107,7 @@ class Metrics:
                 self._predicted[what].observe(predicted)
                 self._ratio[what].observe(predicted / max(actual, 1e-3))
 
-    def turned_away(self) -> None:
+    def refused_unplaced(self) -> None:
         """A request was refused before any instance was chosen."""
         self._requests[-1, REFUSED].inc()
 
@@ -128,7 +128,7 @@ class _Counts(Collector):
         dispatcher = self._dispatcher
         in_flight = GaugeMetricFamily("block_in_flight", "Requests placed and not finished", labels=["instance"])
         active = GaugeMetricFamily("block_instance_active", "Whether requests may go there", labels=["instance"])
-        ejections = CounterMetricFamily("block_ejections", "Times an instance was taken out", labels=["instance"])
+        ejections = CounterMetricFamily("block_ejections", "Times an instance was ejected", labels=["instance"])
         for upstream in self._upstreams:
             i, url = upstream.instance_id, upstream.url
             in_flight.add_metric([url], dispatcher.outstanding(i))

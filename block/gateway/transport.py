@@ -21,6 +21,8 @@ from aiohttp.streams import StreamReader
 from multidict import CIMultiDictProxy
 from yarl import URL
 
+from block.core.errors import message
+
 STALE_S = 1.0
 """A connection that was kept and fails sooner than this was closed before the request came."""
 READ_BUFFER = 2**16
@@ -49,15 +51,11 @@ def transport_errors() -> Iterator[None]:
     try:
         yield
     except aiohttp.SocketTimeoutError as error:
-        raise ServerSilent(_told(error)) from error
+        raise ServerSilent(message(error)) from error
     except HttpProcessingError as error:
-        raise NotHTTP(_told(error)) from error
+        raise NotHTTP(message(error)) from error
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise ConnectionLost(_told(error)) from error
-
-
-def _told(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise ConnectionLost(message(error)) from error
 
 
 class Answer(NamedTuple):
@@ -114,7 +112,7 @@ class Transport:
             self._used.add(protocol)
             sent = time.monotonic()
             try:
-                message, content = await self._ask(protocol, request)
+                head, content = await self._ask(protocol, request)
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
                 connection.close()
                 if not (kept and time.monotonic() - sent < STALE_S):
@@ -124,7 +122,7 @@ class Transport:
                 connection.close()
                 raise
             content.on_eof(connection.release)
-            return Answer(message.code, message.headers, content, connection)
+            return Answer(head.code, head.headers, content, connection)
 
     async def _ask(self, protocol: ResponseHandler, request: bytes) -> tuple[RawResponseMessage, StreamReader]:
         protocol.set_response_params(
@@ -137,6 +135,6 @@ class Transport:
         protocol.transport.write(request)
         protocol.start_timeout()
         while True:
-            message, content = await protocol.read()
-            if message.code >= 200:  # others only announce it
-                return message, content
+            head, content = await protocol.read()
+            if head.code >= 200:  # others only announce it
+                return head, content

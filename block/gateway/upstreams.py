@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 HEALTH_S = 5.0
 """How long an answer to /health may take."""
 PEER_DEAD_S = 20
-"""Of silence on the network, which a busy server does not keep but a lost host does."""
+"""Seconds without a sign of TCP's after which a host counts as lost; a busy server's host still gives one."""
 
-_KEEN = {
+_KEEPALIVE = {
     "TCP_KEEPIDLE": PEER_DEAD_S // 4,
     "TCP_KEEPINTVL": PEER_DEAD_S // 4,
     "TCP_KEEPCNT": 3,
@@ -43,6 +43,10 @@ class Upstream(Instance, Protocol):
 
     url: str
     transport: Transport
+
+    async def healthy(self) -> bool:
+        """Whether it would serve a request now."""
+        ...
 
 
 class Upstreams(NamedTuple):
@@ -91,7 +95,7 @@ class HTTPInstance:
         """Whether /health says so."""
         try:
             with transport_errors():
-                async with self._session.get(f"{self.url}/health", timeout=quickly(self._session)) as answer:
+                async with self._session.get(f"{self.url}/health", timeout=short_timeout(self._session)) as answer:
                     return answer.status == 200
         except TransportError:
             return False
@@ -175,7 +179,7 @@ def _fitting(request: Request, settings: EngineSettings) -> Request:
     return request if request.prompt_tokens <= longest else replace(request, prompt_tokens=longest)
 
 
-def quickly(session: aiohttp.ClientSession) -> aiohttp.ClientTimeout:
+def short_timeout(session: aiohttp.ClientSession) -> aiohttp.ClientTimeout:
     """The patience for questions that any server answers at once."""
     return aiohttp.ClientTimeout(total=HEALTH_S, sock_connect=session.timeout.sock_connect)
 
@@ -183,17 +187,17 @@ def quickly(session: aiohttp.ClientSession) -> aiohttp.ClientTimeout:
 def open_session(connect_timeout_s: float, read_timeout_s: float) -> aiohttp.ClientSession:
     """Connections to the servers: as many as there are requests, adding and changing nothing."""
 
-    def keen(address: Any) -> socket.socket:
+    def keepalive_socket(address: Any) -> socket.socket:
         """A socket that finds out when the host at the other end is gone, also while it waits for an answer."""
         one = socket.socket(address[0], address[1], address[2])
         one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEN.items():
+        for option, value in _KEEPALIVE.items():
             if hasattr(socket, option):  # else not Linux
                 one.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         return one
 
     # vLLM closes connections that are idle for 5 s; who sends into the closing loses the request.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0, socket_factory=keen)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0, socket_factory=keepalive_socket)
     return aiohttp.ClientSession(
         connector=connector,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=read_timeout_s),

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml  # type: ignore[import-untyped]
 
 from block.core.arrays import Floats
-from block.core.choices import choose
+from block.core.choices import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def gpu_named(name: str, key: str = "cluster.gpu") -> GPU:
     if name.endswith(".yaml"):
         return _data_sheet(name, key)
     if name not in GPUS:
-        raise ValueError(f"{key}={name}: {choose(name, list(GPUS))}, or give a data sheet, FILE.yaml")
+        raise ValueError(f"{key}={name}: {did_you_mean(name, list(GPUS))}, or give a data sheet, FILE.yaml")
     return GPUS[name]
 
 

@@ -27,14 +27,14 @@ RESERVED_PARALLEL_GIB = 2.0
 PUBLISHED_UTILIZATION = 0.9  # vLLM's default, at which the published block counts were measured
 
 
-def latency_model(gpu_name: str, model: Model, tracked: Path = TRACKED) -> tuple[LatencyModel, bool]:
-    """The step times of `model` on a GPU by its name, and whether they come from a profile (else: roofline).
+def latency_model(gpu_name: str, model: Model, tracked: Path = TRACKED) -> LatencyModel:
+    """The step times of `model` on a GPU by its name: the tracked fit, or else the roofline; its `source` says which.
 
     ValueError for an unknown GPU and for a tracked file that cannot be read.
     """
     gpu = gpu_named(gpu_name)
     fit = _tracked(gpu, model, tracked)
-    return (fit, True) if fit is not None else (roofline(gpu, model), False)
+    return roofline(gpu, model) if fit is None else fit
 
 
 def kv_blocks(

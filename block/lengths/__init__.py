@@ -62,7 +62,7 @@ class Reader(Lengths, Protocol):
 def tag(requests: Sequence[Request], lengths: Lengths, seed: int) -> list[Request]:
     """The requests, each with its predicted_output_tokens set: from their prompts, if they have any and it reads.
 
-    What is drawn comes from a stream of its own, "lengths".
+    What is drawn comes from a generator of its own, "lengths".
     """
     prompts = [request.prompt for request in requests if request.prompt is not None]
     if isinstance(lengths, Reader) and len(prompts) == len(requests):

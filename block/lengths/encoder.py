@@ -15,12 +15,11 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as chatter
 
 from block.core.arrays import Ints
-from block.core.files import whole
+from block.core.files import write_whole
 from block.lengths import Estimates
 from block.lengths.compact import LONGEST
-from block.lengths.roberta import ADVICE
+from block.lengths.roberta import ADVICE, HEAD
 
-HEAD = "head.pt"
 CHARACTERS = 8
 """Of a prompt per token at most that are shown to the tokenizer, half of them from its end."""
 
@@ -111,4 +110,4 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write `path` whole or not at all. OSError if the disk is full, where torch's own writer raises RuntimeError."""
     packed = io.BytesIO()
     torch.save(content, packed)
-    whole(path, lambda part: part.write_bytes(packed.getbuffer()))
+    write_whole(path, lambda part: part.write_bytes(packed.getbuffer()))

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from block.core.arrays import Floats, Ints
-from block.core.choices import choose
-from block.core.files import keep, probe, whole, write_json
+from block.core.choices import did_you_mean
+from block.core.files import check_writable, write_json, write_or_divert, write_whole
 from block.lengths import Constant, Estimates, Lengths, Reader
 from block.lengths.compact import Compact
 from block.lengths.errors import measured
@@ -73,7 +73,7 @@ class EstimationConfig:
             object.__setattr__(self, key, tuple(getattr(self, key)))  # Hydra passes a list
         for name in self.estimators:
             if name not in (*BASELINES, *LEARNED):
-                raise ValueError(f"estimation.estimators={name}: {choose(name, (*BASELINES, *LEARNED))}")
+                raise ValueError(f"estimation.estimators={name}: {did_you_mean(name, (*BASELINES, *LEARNED))}")
 
 
 class Scores(NamedTuple):
@@ -176,7 +176,7 @@ def train(
         raise ValueError(f"lengths={type(lengths).__name__.lower()}: is not trained; choose from {', '.join(LEARNED)}")
     if isinstance(lengths, Compact) and Path(lengths.path).exists() and not config.force:
         raise ValueError(f"lengths.path={lengths.path}: is there already; give another, or --force to write over it")
-    probe(Path(lengths.path).parent)
+    check_writable(Path(lengths.path).parent)
     split = load(config.data, config.tokenizer, config.train, config.test)
     if not split.train.prompts or not split.tune.prompts or not split.test.prompts:
         raise ValueError(f"estimation.data={config.data}: too few pairs to train, tune and test")
@@ -199,13 +199,13 @@ def _train_compact(lengths: Compact, split: Split, origin: Mapping[str, Any]) ->
     found = scores(said, split.test.tokens)
     described = {**model.origin, "scores": {name: round(value, 4) for name, value in found._asdict().items()}}
     model = model._replace(errors=measured(said.tokens, split.test.tokens), origin=described)
-    _keep(lengths.path, lambda path: whole(path, model.save), found)
+    _keep(lengths.path, lambda path: write_whole(path, model.save), found)
     return found
 
 
 def _keep(path: str, write: Callable[[Path], None], found: Scores) -> None:
     """Write a model. NotStored, with its scores, if it is in the temporary folder."""
-    _, trouble = keep(f"lengths.path={path}", Path(path), write)
+    _, trouble = write_or_divert(f"lengths.path={path}", Path(path), write)
     if trouble is not None:
         trouble.result = found
         raise trouble

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 ERRORS = "errors.json"
 ADVICE = "train one by `python scripts/train_lengths.py lengths=roberta`, or take lengths=compact, which needs none"
 
+HEAD = "head.pt"  # what was trained, in the folder of a model
+
 
 @final
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class RoBERTa:
 def folder(path: str) -> Path:
     """Where the trained model is. FileNotFoundError if there is none."""
     found = find(path)
-    if not (found / "head.pt").is_file():
+    if not (found / HEAD).is_file():
         raise FileNotFoundError(f"lengths.path={path}: no trained model there; {ADVICE}")
     return found
 

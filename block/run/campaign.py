@@ -22,15 +22,15 @@ from joblib import Memory, Parallel, delayed
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from block.backends.model_files import cache_folder
-from block.core.paths import PACKAGE, shipped
+from block.core.paths import PACKAGE, cache_folder, shipped
+from block.core.user_code import is_ours
 from block.run import config, hydra_schema
 from block.run.capacity_search import search_one
 from block.run.config_errors import explain
 from block.run.console import progress
 from block.run.execute import compile_ahead, execute
 from block.run.fingerprints import fingerprints
-from block.run.sweep import end_with
+from block.run.sweep import exit_with_parent
 from block.store import provenance, searches
 from block.store.results import DEFAULT_ROOT, Run, experiment_hash, runs
 
@@ -124,7 +124,7 @@ def _groups(point: Mapping[str, Any]) -> list[str]:
 
 
 def _same(usual: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """What fingerprints depend on: it is the same at every rate, and for every scheduler of the package."""
+    """What fingerprints depend on: it is the same at every rate, and for every policy of the package."""
     same = {key: settings[key] for key in (*_FINGERPRINTED, "seed")}
     same |= {key: part for key, part in settings.items() if _own_classes(part)}
     rate = None if settings["workload"]["qps"] is None else 1.0
@@ -134,7 +134,7 @@ def _same(usual: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 def _own_classes(part: Any) -> bool:
     """Whether a node of a config is of a class of the user's."""
-    return isinstance(part, dict) and not str(part.get("_target_", "block.")).startswith("block.")
+    return isinstance(part, dict) and not is_ours(str(part.get("_target_", "block")))
 
 
 def _reads(arguments: str) -> bool:
@@ -194,7 +194,7 @@ def _set(settings: dict[str, Any], key: str, value: Any) -> None:
     node[last] = float(value) if isinstance(node[last], float) else value
 
 
-def find(jobs: Iterable[Job]) -> None:
+def attach_stored(jobs: Iterable[Job]) -> None:
     """Give each job what is stored of it."""
     stored: dict[str, list[Run]] = defaultdict(list)
     for run in runs(root=DEFAULT_ROOT):
@@ -209,7 +209,7 @@ def distinct(jobs: Iterable[Job]) -> list[Job]:
     return sorted(once, key=lambda job: (job.requests, job.settings["cluster"].get("num_gpus", 0)), reverse=True)
 
 
-def do(missing: Sequence[Job], *, at_once: int, fresh: bool = False) -> list[str]:
+def run_jobs(missing: Sequence[Job], *, at_once: int, fresh: bool = False) -> list[str]:
     """Do the jobs, `at_once` in parallel (-1: one a core); returns what went wrong, a line for each that did.
 
     fresh: search even what is stored; runs always are made.
@@ -232,7 +232,7 @@ def do(missing: Sequence[Job], *, at_once: int, fresh: bool = False) -> list[str
 
 def _one(job: Job, main: int, fresh: bool) -> tuple[int, str]:
     """A job, in a process of its own; returns its requests and what went wrong."""
-    end_with(main)
+    exit_with_parent(main)
     settings = OmegaConf.create(job.settings)
     settings.capacity.fresh = fresh
     gc.disable()  # what a run leaves goes by itself; a pass over all of it, while it is stored, takes 3 % of the run

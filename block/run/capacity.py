@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from block.core.choices import choose
+from block.core.choices import did_you_mean
 
 FAR = 16  # steps of the grid: when so long a reach is not enough, the far end is tried at once
 
@@ -42,7 +42,7 @@ class CapacityConfig:
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
-            raise ValueError(f"capacity.metric={self.metric}: {choose(self.metric, METRICS)}")
+            raise ValueError(f"capacity.metric={self.metric}: {did_you_mean(self.metric, METRICS)}")
         object.__setattr__(self, "slo_s", tuple(self.slo_s))  # Hydra passes a list
         if not self.slo_s or not all(0 < slo < math.inf for slo in self.slo_s):
             raise ValueError(f"capacity.slo_s={list(self.slo_s)}: must be seconds greater than 0, such as [3,10]")

@@ -12,17 +12,17 @@ from joblib import Parallel, delayed
 from omegaconf import DictConfig
 from rich.console import Console
 
-from block.core.files import NotStored, probe, reason
-from block.core.user_code import own_code
+from block.core.files import NotStored, check_writable, reason
+from block.core.user_code import user_errors
 from block.run import effects
 from block.run.capacity import crossings
 from block.run.config import build, node, plain
 from block.run.config_errors import ConfigError
 from block.run.console import progress, tell
 from block.run.fingerprints import fingerprints, own_files
-from block.run.hydra_schema import filed, own_choices
+from block.run.hydra_schema import filed_choices, own_choices
 from block.run.replay import Outcome, replay, requests_of
-from block.run.sweep import end_with
+from block.run.sweep import exit_with_parent
 from block.store import provenance, searches
 from block.store.searches import Search
 from block.store.summary import interval, summarise
@@ -42,7 +42,7 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     effects.refuse(config, "capacity", run)
     if run.workload.source == "trace":
         tell(requests_of(run)[1], Console(stderr=True), searched=True)
-    choices = filed(config, choices)
+    choices = filed_choices(config, choices)
     seeds = range(config.seed, config.seed + wanted.seeds)
     console = Console()
     found = []
@@ -77,7 +77,7 @@ def search(config: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _search(config: DictConfig, choices: Mapping[str, str], files: Sequence[Path], seed: int, main: int) -> Search:
-    end_with(main)
+    exit_with_parent(main)
     seeded = config.copy()
     seeded.seed = seed
     return search_one(seeded, choices, files)
@@ -96,7 +96,7 @@ def search_one(config: DictConfig, choices: Mapping[str, str], files: Sequence[P
     if not wanted.fresh and (stored := searches.find(settings, hashes)) is not None:
         return stored
     try:
-        probe(searches.DEFAULT_ROOT)
+        check_writable(searches.DEFAULT_ROOT)
     except OSError as error:
         raise ConfigError(f"{searches.DEFAULT_ROOT}: {reason(error)}") from error
 
@@ -105,7 +105,7 @@ def search_one(config: DictConfig, choices: Mapping[str, str], files: Sequence[P
         settings.workload.qps = qps
         at_rate = build(settings)
         outcome = Outcome()
-        with own_code():
+        with user_errors():
             replay(at_rate, requests_of(at_rate)[0], outcome)
         assert outcome.history is not None
         value = summarise(request_columns(outcome.history.records)).get(wanted.metric)
@@ -116,7 +116,9 @@ def search_one(config: DictConfig, choices: Mapping[str, str], files: Sequence[P
     found = crossings(latency, wanted)
     document = {
         "created": datetime.now(UTC).isoformat(),
-        "choices": {key: value for key, value in filed(config, choices).items() if not key.startswith("hydra/")},
+        "choices": {
+            key: value for key, value in filed_choices(config, choices).items() if not key.startswith("hydra/")
+        },
         "config": settings,
         "hashes": hashes,
         "git": provenance.origin([*own_files(run), *files]),

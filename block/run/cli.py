@@ -20,7 +20,7 @@ from block.cluster.instance import LaunchFailed
 from block.core.files import NotStored
 from block.core.user_code import UserFault
 from block.run.config_errors import ConfigError, explain, piped
-from block.run.hydra_schema import CHOICES, GROUPS, kinds
+from block.run.hydra_schema import CHOICES, GROUPS, hint_for
 
 
 def run_main(main: Callable[[], Any], flags: Mapping[str, str] | None = None) -> int:
@@ -104,7 +104,7 @@ def _check_arguments(arguments: Sequence[str]) -> None:
             raise ConfigError(f"{given}: no such group; keys have dots: {group.replace('/', '.')}={value}")
         if group in GROUPS or group in CHOICES:
             if value == "null" or re.fullmatch(r"[-+.\d]+", value):
-                raise ConfigError(f"{given}: {kinds(group)}")
+                raise ConfigError(f"{given}: {hint_for(group)}")
             if re.search(r"\.yaml\b", value):
                 raise ConfigError(f"{given}: files are named without .yaml")
 

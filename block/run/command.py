@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from block.core.paths import shipped
 from block.run import cli, hydra_schema, sweep
-from block.run.execute import do
+from block.run.execute import run_command
 
 hydra_schema.register()
 
@@ -28,10 +28,10 @@ def main(settings: DictConfig) -> object:
     """One job; returns its objective."""
     job: Any = HydraConfig.get()
     if job.mode is RunMode.RUN:
-        return cli.run_job(lambda: do(settings, job.runtime.choices))
-    return sweep.attempt(lambda: do(settings, job.runtime.choices, sweep=job), job)
+        return cli.run_job(lambda: run_command(settings, job.runtime.choices))
+    return sweep.try_job(lambda: run_command(settings, job.runtime.choices, sweep=job), job)
 
 
 def command() -> int:
     """What the command line says; returns the exit code."""
-    return cli.run_main(lambda: sweep.whole(main)) or (1 if sweep.Tally.failed else 0)
+    return cli.run_main(lambda: sweep.run_sweep(main)) or (1 if sweep.Tally.failed else 0)

@@ -19,7 +19,8 @@ from block.cluster.fleet import RealBackend
 from block.cluster.migration import MigrationConfig
 from block.cluster.provisioner import Elastic, Static
 from block.cluster.spec import ClusterConfig, Mixed, Testbed
-from block.core.user_code import place, told
+from block.core.errors import one_line
+from block.core.user_code import location
 from block.dispatch import policies, policy_checks
 from block.dispatch.config import DispatchConfig
 from block.engine.config import EngineConfig
@@ -27,7 +28,7 @@ from block.hardware.catalogue import Model
 from block.hardware.devices import visible_gpus
 from block.lengths import Lengths
 from block.run.config_errors import ConfigError, explain, no_such_key
-from block.run.hydra_schema import CHOICES, GROUPS, Root, kinds
+from block.run.hydra_schema import CHOICES, GROUPS, Root, hint_for
 from block.store.wandb import Tracking
 from block.workload.spec import Workload
 
@@ -39,7 +40,7 @@ class RunConfig:
     policy: what the key `scheduler` chooses. It may have a state: a RunConfig is built for each run.
     peers: policies of the dispatchers beside the first, each with a state of its own; where there are too few, these
         share `policy`.
-    seed: of every random stream of the run. sample_every_s: interval of the instances' time series.
+    seed: of every random generator of the run. sample_every_s: interval of the instances' time series.
     replay_share: share of the requests that are tried on copies of all instances (`block.dispatch.counterfactual`).
     """
 
@@ -60,7 +61,7 @@ class RunConfig:
     peers: tuple[policies.Policy, ...] = ()
 
     def __post_init__(self) -> None:
-        policy_checks.check(self.policy)
+        policy_checks.check_policy(self.policy)
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must be 0 or more")
         if not 0 < self.sample_every_s < float("inf"):
@@ -135,7 +136,7 @@ def build(config: DictConfig) -> RunConfig:
         parts = {key: config[key] for key in keys}
         for key in (*GROUPS, *CHOICES, "dispatch"):
             if not isinstance(parts[key], DictConfig):
-                raise ConfigError(f"{key}={'null' if parts[key] is None else parts[key]}: {kinds(key)}")
+                raise ConfigError(f"{key}={'null' if parts[key] is None else parts[key]}: {hint_for(key)}")
         groups = {key: node(part) for key, part in parts.items() if isinstance(part, DictConfig)}
         peers = tuple(node(parts["scheduler"]) for _ in range(1, groups["dispatch"].dispatchers))
         values = {**parts, **groups, "peers": peers}
@@ -180,10 +181,10 @@ def node(part: DictConfig) -> Any:
         return instantiate(part, _convert_="all")
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__
-        where = "" if cause is None else place(cause)
+        where = "" if cause is None else location(cause)
         if where and not str(cause).startswith(f"{part._get_full_key(None)}."):  # a class of the user's does not work
             key = part._get_full_key("_target_")
-            raise ConfigError(f"{key}={part['_target_']}: {told(cause or error)} ({where})") from error
+            raise ConfigError(f"{key}={part['_target_']}: {one_line(cause or error)} ({where})") from error
         try:
             plain(part)
         except OmegaConfBaseException as unresolved:  # which says of what key it is
@@ -205,7 +206,7 @@ def class_of(part: DictConfig) -> type:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{key}={name}: {error}") from error
     except Exception as error:  # importing a module of the user's runs it
-        raise ConfigError(f"{key}={name}: {told(error)} ({place(error)})") from error
+        raise ConfigError(f"{key}={name}: {one_line(error)} ({location(error)})") from error
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise ConfigError(f"{key}={name}: must be a dataclass, whose fields are the keys of {group}")
     return cls

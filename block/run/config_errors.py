@@ -18,7 +18,7 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf import DictConfig
 from yaml import MarkedYAMLError  # type: ignore[import-untyped]
 
-from block.core.choices import choose
+from block.core.choices import did_you_mean
 
 
 class ConfigError(ValueError):
@@ -40,7 +40,7 @@ def explain(error: BaseException) -> str:
         )
         if missing:
             group, value, choices = missing.groups()
-            return f"{group}={value}: {choose(value, choices.split())}"
+            return f"{group}={value}: {did_you_mean(value, choices.split())}"
         primary = re.match(r"Cannot find primary config '(.+?)'", text)
         if primary:
             return f"--config-name={primary.group(1)}: there is no such file in conf/ or a --config-dir; leave it away"
@@ -87,7 +87,7 @@ def _unparsed(override: str, text: str) -> str:
     if evaluated and not (unknown := re.match(r"Unknown function '(\w+)' Available: (\S+)", evaluated.group(1))):
         return f"{override}: {evaluated.group(1)}"
     if evaluated and unknown:
-        near = choose(str(unknown.group(1)), str(unknown.group(2)).split(","))
+        near = did_you_mean(str(unknown.group(1)), str(unknown.group(2)).split(","))
         return f"{override}: no such function; {near}{f'; or, as a text, type {typed}' if typed else ''}"
     if typed is None:
         return f"{override}: not of the form key=value, without spaces around the ="

@@ -26,6 +26,7 @@ from block.backends.simulated import Simulated
 from block.backends.vllm import VLLM
 from block.backends.vllm_cpu import VLLMCPU
 from block.cluster.spec import Mixed
+from block.core.user_code import is_ours
 from block.dispatch import policies
 from block.dispatch.policies import Needs
 from block.lengths import Constant, Oracle, Reader
@@ -60,7 +61,7 @@ def _forecasts(run: RunConfig) -> bool:
 
 
 def _ours(run: RunConfig) -> bool:
-    return type(run.policy).__module__ == policies.__name__
+    return is_ours(type(run.policy).__module__)
 
 
 def _reads_lengths(run: RunConfig) -> bool:
@@ -135,7 +136,7 @@ RULES = (
     Rule(
         ("lengths.spread",),
         lambda run: isinstance(run.lengths, Constant),
-        "no scheduler looks at what an estimate claims to be off by",
+        "no policy looks at what an estimate claims to be off by",
         (*RUNS, "gateway"),
     ),
     Rule(

@@ -18,9 +18,9 @@ from rich.console import Console
 
 from block.backends.simulated import Simulated
 from block.core import jit
-from block.core.choices import choose
-from block.core.files import NotStored, keep_json, probe, reason
-from block.core.user_code import own_code
+from block.core.choices import did_you_mean
+from block.core.files import NotStored, check_writable, reason, write_json_or_divert
+from block.core.user_code import user_errors
 from block.dispatch.policies import Needs
 from block.engine.batch import EngineSpec, warm_up
 from block.engine.predictor import Predictor
@@ -30,9 +30,9 @@ from block.run.config import RunConfig, build, node, plain
 from block.run.config_errors import ConfigError
 from block.run.console import announce, progress, report, report_line, report_scores, tell
 from block.run.fingerprints import fingerprints, own_files
-from block.run.hydra_schema import filed, own_choices
+from block.run.hydra_schema import filed_choices, own_choices
 from block.run.replay import Outcome, replay, requests_of
-from block.run.sweep import searching, standing, varies
+from block.run.sweep import job_label, searching, varies
 from block.store import provenance
 from block.store.results import Run
 from block.store.summary import summarise
@@ -41,7 +41,7 @@ from block.store.wandb import log_run
 from block.store.writer import RunWriter
 
 
-def do(
+def run_command(
     config: DictConfig, choices: Mapping[str, str], *, sweep: DictConfig | None = None
 ) -> float | list[float] | None:
     """What `config.command`, a name of COMMANDS, stands for. ConfigError if it is none. sweep: as of `execute`.
@@ -49,13 +49,13 @@ def do(
     Returns what `config.objective` names of a run's summary, a number or a list; None where there is no run.
     """
     if config.command not in COMMANDS:
-        raise ConfigError(f"command={config.command}: {choose(str(config.command), list(COMMANDS))}")
+        raise ConfigError(f"command={config.command}: {did_you_mean(str(config.command), list(COMMANDS))}")
     wanted = config.objective
     names = list(wanted or []) if isinstance(wanted, Sequence | None) and not isinstance(wanted, str) else [wanted]
     known = [*summarise(request_columns([])), "instance_seconds"]
     for name in names:
         if name not in known:
-            raise ConfigError(f"objective={name}: {choose(str(name), known)}")
+            raise ConfigError(f"objective={name}: {did_you_mean(str(name), known)}")
     made = COMMANDS[config.command](config, choices, sweep=sweep)
     if not isinstance(made, Run) or not names:
         return None
@@ -77,7 +77,7 @@ def execute(
     effects.refuse(config, "serve", run)
     requests, facts = requests_of(run)
     try:
-        probe(Path(config.runs_dir))
+        check_writable(Path(config.runs_dir))
     except OSError as error:
         raise ConfigError(f"runs_dir={config.runs_dir}: {reason(error)}") from error
     console = Console(stderr=True, quiet=quiet or sweep is not None)
@@ -94,14 +94,14 @@ def execute(
     origin = provenance.origin([*own_files(run), *own_choices()])
     told = {"workload": asdict(facts)}
     writer = RunWriter(
-        plain(config), filed(config, choices), hashes=hashes, git=origin, facts=told, root=config.runs_dir
+        plain(config), filed_choices(config, choices), hashes=hashes, git=origin, facts=told, root=config.runs_dir
     )
     trouble = None
     try:
         with writer:
             outcome = Outcome(compile_s=warm_up_s)
             try:
-                with own_code(), progress(console, "requests", len(requests)) as advance:
+                with user_errors(), progress(console, "requests", len(requests)) as advance:
                     note = None if run.backend.virtual else writer.note
                     replay(run, requests, outcome, advance, note, writer.path / "instances")
             finally:  # a run that fails or is interrupted keeps what it has finished
@@ -111,7 +111,7 @@ def execute(
     wandb = log_run(writer.path, run.tracking) if trouble is None else None
     stored = writer.run
     if sweep is not None and not quiet:
-        report_line(stored, standing(sweep), Console())
+        report_line(stored, job_label(sweep), Console())
     elif not quiet:
         report(stored, wandb, Console())
     if trouble is not None:
@@ -179,7 +179,7 @@ def evaluate_lengths(
     effects.refuse(config, "evaluate_lengths")
     path = Path(wanted.scores)
     try:
-        probe(path.parent)
+        check_writable(path.parent)
     except OSError as error:
         raise ConfigError(f"estimation.scores={path}: {reason(error)}") from error
     rows = evaluate(wanted)
@@ -188,7 +188,7 @@ def evaluate_lengths(
         raise ConfigError("; ".join(dict.fromkeys(row["missing"] for row in rows)))
     missing = [[row["data"], row["estimator"]] for row in rows if "missing" in row]
     document = {"config": plain(config.estimation), "rows": measured, "missing": missing}
-    where, trouble = keep_json(f"estimation.scores={path}", path, document)
+    where, trouble = write_json_or_divert(f"estimation.scores={path}", path, document)
     report_scores(rows, where, Console())
     if trouble is not None:
         raise trouble

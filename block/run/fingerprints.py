@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from block.backends.simulated import Simulated
 from block.core.files import json_value
 from block.core.types import Request
-from block.core.user_code import is_own, own_modules
+from block.core.user_code import is_ours, is_own, own_modules
 from block.run.config import RunConfig
 from block.run.replay import requests_of
 from block.store import provenance
@@ -70,14 +70,14 @@ def _modules(run: RunConfig) -> dict[str, Path]:
     """The modules of the user's that the run's objects are of, and those that these import, by name."""
     found: dict[str, Path] = {}
     for name in {type(part).__module__ for part in _parts(run)}:
-        found |= {} if _is_ours(name) else own_modules(name)
+        found |= {} if is_ours(name) else own_modules(name)
     return dict(sorted(found.items()))
 
 
 def _loose_classes(run: RunConfig) -> dict[str, str]:
     """Hashes of the user's classes that no file holds, as in a notebook; what nothing tells is never the same again."""
     found = {}
-    for cls in {type(part) for part in _parts(run) if not _is_ours(type(part).__module__)}:
+    for cls in {type(part) for part in _parts(run) if not is_ours(type(part).__module__)}:
         if cls.__module__ not in own_modules(cls.__module__):
             try:
                 text = inspect.getsource(cls)
@@ -89,7 +89,7 @@ def _loose_classes(run: RunConfig) -> dict[str, str]:
 
 def _named_files(run: RunConfig) -> list[Path]:
     """The files, and those in the folders, that the fields of objects of the user's classes name."""
-    named = [Path(value) for part in _parts(run) if not _is_ours(type(part).__module__) for value in _texts(part)]
+    named = [Path(value) for part in _parts(run) if not is_ours(type(part).__module__) for value in _texts(part)]
     found = {file for path in named for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
     return sorted(found)
 
@@ -99,10 +99,6 @@ def own_files(run: RunConfig) -> list[Path]:
     sheets = [Path(value) for part in _parts(run) for value in _texts(part) if value.endswith(".yaml")]
     modules = filter(is_own, _modules(run).values())
     return [*modules, *(path for path in sheets if path.is_file())]
-
-
-def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] == "block"
 
 
 def _parts(value: Any) -> Iterator[Any]:

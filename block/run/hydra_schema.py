@@ -143,14 +143,14 @@ def schemas() -> dict[str, type]:
     return {**GROUPS, "cluster/mixed": Mixed, **choices}
 
 
-def kinds(key: str) -> str:
+def hint_for(key: str) -> str:
     """What the node `key` may be, for one that is not there."""
     if key in CHOICES:
         return f"choose from {', '.join(CHOICES[key])}, or another file of conf/{key}"
     return f"choose a file of conf/{key}" if key in GROUPS else f"set a key of it, such as {key}.ledger"
 
 
-def filed(config: DictConfig, choices: Mapping[str, str]) -> dict[str, str]:
+def filed_choices(config: DictConfig, choices: Mapping[str, str]) -> dict[str, str]:
     """What a result is filed under: the choices, except that a node which was given another class than its file names
     goes by that class, such as "mine.freest.Freest".
     """

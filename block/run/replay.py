@@ -15,16 +15,16 @@ from typing import Any
 from block.backends.simulated import Simulated
 from block.cluster.fleet import RealBackend
 from block.cluster.instance import LaunchFailed, one_by_one
-from block.cluster.live import LiveDriver
+from block.cluster.live import LiveDriver, generating
 from block.cluster.provisioner import Elastic
 from block.cluster.scaler import Scaler
 from block.core import jit
 from block.core.clock import Clock
 from block.core.rng import generator
 from block.core.types import Request, RequestRecord
-from block.core.user_code import own_code
+from block.core.user_code import user_errors
 from block.dispatch.core import Dispatcher, Forecaster, History, Observer, SnapshotMany
-from block.dispatch.correction import Corrected
+from block.dispatch.correction import CorrectedForecaster
 from block.dispatch.counterfactual import Counterfactuals, sample
 from block.dispatch.monitor import Monitor
 from block.dispatch.noise import NoisyForecaster
@@ -35,7 +35,7 @@ from block.run.config import RunConfig
 from block.run.config_errors import ConfigError, explain
 from block.workload import spec as workload
 
-PROGRESS_EVERY = 100  # simulated requests between two calls of `finished`
+PROGRESS_EVERY = 100  # simulated requests between two calls of `advance`
 
 
 @dataclass
@@ -61,7 +61,7 @@ def requests_of(run: RunConfig) -> tuple[list[Request], workload.Facts]:
     ConfigError if there is no such trace or estimator, or it is not sound.
     """
     try:
-        with own_code():
+        with user_errors():
             requests, facts = workload.make(run.workload, run.seed)
             return tag(requests, run.lengths, run.seed), facts
     except (ValueError, OSError) as error:
@@ -72,21 +72,21 @@ def replay(
     run: RunConfig,
     requests: Sequence[Request],
     outcome: Outcome,
-    finished: Callable[[int], None] = lambda count: None,
+    advance: Callable[[int], None] = lambda count: None,
     note: Callable[[RequestRecord], None] | None = None,
     logs: Path = Path("logs"),
 ) -> None:
     """Replay `requests` on the run's testbed, filling `outcome`.
 
-    finished: is told of each batch of finished ones. note: is told of each record as it is complete. logs: folder for
+    advance: is told of how many more have finished. note: is told of each record as it is complete. logs: folder for
     what real servers say. Raises what the first request to fail raised.
     """
     began, compiling = time.perf_counter(), jit.seconds()
     try:
         if isinstance(run.backend, Simulated):
-            _simulate(run, run.backend, requests, outcome, finished)
+            _simulate(run, run.backend, requests, outcome, advance)
         else:
-            asyncio.run(_replay(run, run.backend, requests, outcome, finished, note, logs))
+            asyncio.run(_replay(run, run.backend, requests, outcome, advance, note, logs))
     except ExceptionGroup as group:  # of servers that start together, the first to fail says what is wrong
         raise group.exceptions[0] from None
     finally:
@@ -100,7 +100,7 @@ def _simulate(
     backend: Simulated,
     requests: Sequence[Request],
     outcome: Outcome,
-    finished: Callable[[int], None],
+    advance: Callable[[int], None],
 ) -> None:
     """Replay on virtual time."""
     simulation, predictor, migrator = backend.simulate(run.testbed)
@@ -122,7 +122,7 @@ def _simulate(
         nonlocal done
         done += 1
         if done % PROGRESS_EVERY == 0:
-            finished(PROGRESS_EVERY)
+            advance(PROGRESS_EVERY)
 
     collecting = gc.isenabled()
     gc.disable()  # which searches all records again and again, and a simulation makes no cycles
@@ -132,7 +132,7 @@ def _simulate(
         if collecting:
             gc.enable()
         outcome.ended_at = simulation.now
-    finished(done % PROGRESS_EVERY)
+    advance(done % PROGRESS_EVERY)
 
 
 async def _replay(
@@ -140,7 +140,7 @@ async def _replay(
     backend: RealBackend,
     requests: Sequence[Request],
     outcome: Outcome,
-    finished: Callable[[int], None],
+    advance: Callable[[int], None],
     note: Callable[[RequestRecord], None] | None,
     logs: Path,
 ) -> None:
@@ -164,13 +164,11 @@ async def _replay(
             snapshot_many, lambda: dispatchers[0].active if shown else (), run.sample_every_s
         )
 
-        async def deliver(record: RequestRecord) -> None:
-            server = fleet.instances[record.instance_id]
-            await server.generate(record, dispatchers[0].first_token)
+        deliver = generating(fleet.instances, dispatchers[0].first_token)
 
         async def one(request: Request, dispatcher: Dispatcher) -> None:
             record = await driver.submit(dispatcher, request, deliver)
-            finished(1)
+            advance(1)
             if note is not None:
                 note(record)
 
@@ -236,7 +234,7 @@ def _forecaster(run: RunConfig, predictor: Predictor | Predictors | None) -> For
         return None
     forecaster: Forecaster = predictor.with_outrun_share(run.lengths.outrun_share)
     if run.dispatch.correction_steps > 0:
-        forecaster = Corrected(forecaster, run.backend.latency(run.testbed), run.dispatch.correction_steps)
+        forecaster = CorrectedForecaster(forecaster, run.backend.latency(run.testbed), run.dispatch.correction_steps)
     if run.dispatch.forecast_noise > 0:
         forecaster = NoisyForecaster(forecaster, run.dispatch.forecast_noise, generator(run.seed, "forecast_noise"))
     return forecaster

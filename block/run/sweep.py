@@ -27,6 +27,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from block.core.errors import message
+from block.core.files import write_json
 from block.run import effects
 from block.run.cli import run_job
 from block.run.config_errors import ConfigError
@@ -63,9 +65,7 @@ class _Sweep:
         """Keep what became of a job. A disk that is full costs the note, not the job."""
         path = Path(self.folder, str(number))
         try:
-            new = path.with_name(f".{number}")
-            new.write_text(json.dumps({"job": job, "outcome": outcome}))
-            new.replace(path)
+            write_json(path, {"job": job, "outcome": outcome})
         except OSError as error:
             print(f"failed: {path}: {error.strerror}: what became of this job is not counted", file=sys.stderr)
 
@@ -114,7 +114,7 @@ class Tally(Callback):
         _tell_failures()
 
 
-def whole(main: Callable[[], object], command: str = "serve") -> None:
+def run_sweep(main: Callable[[], object], command: str = "serve") -> None:
     """Run `main`, of Hydra; if it is a sweep that something ends early, say which jobs failed before that.
 
     command: what its jobs do, a key of `effects.READ`.
@@ -127,12 +127,12 @@ def whole(main: Callable[[], object], command: str = "serve") -> None:
         sweep = _Sweep.running()
         if sweep is None or not sweep.outcomes():
             raise
-        print(f"the sweep ended early: {_said(error)}", file=sys.stderr)
+        print(f"the sweep ended early: {message(error)}", file=sys.stderr)
         _tell_failures()
         Tally.failed = max(Tally.failed, 1)
 
 
-def attempt(work: Callable[[], Any], hydra: DictConfig) -> Any:
+def try_job(work: Callable[[], Any], hydra: DictConfig) -> Any:
     """Do the `work` of one job and return what it returns; if it fails, say so, return None and let the others go on.
 
     hydra: the job's Hydra config.
@@ -140,19 +140,19 @@ def attempt(work: Callable[[], Any], hydra: DictConfig) -> Any:
     sweep = _Sweep.running()
     if sweep is None:
         return work()
-    end_with(sweep.main)
+    exit_with_parent(sweep.main)
     number, job = hydra.job.num, " ".join(hydra.overrides.task)
     sweep.note(number, job, None)
     try:
         result, outcome = work(), "ok"
     except Exception as error:
-        result, outcome = None, _said(error)
+        result, outcome = None, message(error)
         print(f"failed: {job}: {outcome}", file=sys.stderr)
     sweep.note(number, job, outcome)
     return result
 
 
-def end_with(main: int) -> None:
+def exit_with_parent(main: int) -> None:
     """In a worker of the process `main`: end soon after it does, even if it was killed. Elsewhere: do nothing."""
     if os.getppid() != main or any(thread.name == _WATCH for thread in threading.enumerate()):
         return
@@ -165,7 +165,7 @@ def end_with(main: int) -> None:
     threading.Thread(target=watch, name=_WATCH, daemon=True).start()
 
 
-def standing(hydra: DictConfig) -> str:
+def job_label(hydra: DictConfig) -> str:
     """What a job that has just finished is called: how far the sweep is, and the overrides that the sweep varies.
 
     "[37/119, 1:10 left] scheduler=block seed=4"; "[37 done] …" where a sweeper decides how many there will be.
@@ -213,11 +213,6 @@ def _tell_failures() -> None:
         print(f"  {number}: {what}", file=sys.stderr)
     if absent:
         print(f"  {', '.join(map(str, absent))}: did not begin", file=sys.stderr)
-
-
-def _said(error: Exception) -> str:
-    """An error's message in one line, or its kind if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _overrides(hydra: DictConfig) -> list[Override]:

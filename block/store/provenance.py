@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from block.core.paths import PACKAGE
-from block.core.user_code import shown
+from block.core.user_code import display_path
 
 PACKAGES = (
     "block-serving",
@@ -127,7 +127,7 @@ def uncommitted(files: Iterable[Path]) -> list[str]:
         command = ("git", "-C", str(folder))
         tracked = set(_run(*command, "ls-files", "--", *sorted(names)).splitlines())
         changed = set(_run(*command, "diff", "--name-only", "--relative", "HEAD", "--", *sorted(names)).splitlines())
-        found += [shown(folder / name) for name in sorted(names) if name not in tracked or name in changed]
+        found += [display_path(folder / name) for name in sorted(names) if name not in tracked or name in changed]
     return found
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from block.core.files import NotStored, keep_json
+from block.core.files import NotStored, write_json_or_divert
 from block.store import provenance
 from block.store.results import experiment_hash, local_time
 
@@ -69,5 +69,5 @@ def find(config: Mapping[str, Any], hashes: Mapping[str, str], root: Path = DEFA
 
 def store(document: Mapping[str, Any], root: Path = DEFAULT_ROOT) -> Search:
     """Write a search, over an outdated one if there is one; into the temporary folder if it cannot be written there."""
-    path, trouble = keep_json(str(root), path_of(document["config"], root), document)
+    path, trouble = write_json_or_divert(str(root), path_of(document["config"], root), document)
     return Search(path, document, trouble=trouble)

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from block.core.choices import choose
+from block.core.choices import did_you_mean
 from block.core.files import write_json
 from block.store import summary as metrics
 from block.store.results import Run, read_run
-from block.store.wandb_server import Unavailable, go_offline, has_key, says_of_server, sign_of_life, told
+from block.store.wandb_server import Unavailable, check_reachable, go_offline, has_key, is_server_trouble, told
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,7 +55,7 @@ class Tracking:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"tracking.mode={self.mode!r}: {choose(self.mode, MODES)}")
+            raise ValueError(f"tracking.mode={self.mode!r}: {did_you_mean(self.mode, MODES)}")
         if self.table_rows < 0:
             raise ValueError(f"tracking.table_rows={self.table_rows}: must be 0 or more")
         object.__setattr__(self, "tags", tuple(self.tags))  # Hydra passes a list
@@ -101,10 +101,10 @@ def log_run(path: str | Path, tracking: Tracking, *, strict: bool = False) -> Pa
     try:
         if mode == "online":
             try:
-                sign_of_life()
+                check_reachable()
                 return _mirrored(run, tracking, mode)
             except Exception as error:
-                if not says_of_server(error):
+                if not is_server_trouble(error):
                     raise
                 if strict:
                     raise Unavailable(told(error)) from error
@@ -167,7 +167,7 @@ def _mode(tracking: Tracking) -> str:
     if tracking.resolved_mode != "online":
         return tracking.resolved_mode
     try:
-        sign_of_life()
+        check_reachable()
     except Unavailable as error:
         go_offline(error)
         return "offline"

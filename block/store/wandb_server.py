@@ -17,6 +17,8 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+from block.core.errors import message, one_line
+
 PATIENCE_S = 4.0  # for the server's sign of life
 _NOTE = "BLOCK_WANDB_NOTE"  # environment: as of `share_trouble`
 
@@ -39,7 +41,7 @@ def go_offline(error: Exception) -> None:
     """Say, once, why nothing more is logged online. Silent if that is known."""
     global _trouble
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # which W&B sends to the server, key given, even offline
-    if _trouble is not None or isinstance(error, _Known):
+    if _trouble is not None or isinstance(error, _AlreadySaid):
         return
     _trouble = told(error)
     if note := os.environ.get(_NOTE):
@@ -53,7 +55,7 @@ def go_offline(error: Exception) -> None:
     log.warning("W&B: %s; runs are logged offline, in their folders. Later: python scripts/log_runs.py", _trouble)
 
 
-def says_of_server(error: Exception) -> bool:
+def is_server_trouble(error: Exception) -> bool:
     """Whether it says something of W&B at large, and not of one run."""
     theirs = any(kind.__module__.startswith("wandb.") for kind in type(error).__mro__)
     return theirs or isinstance(error, (Unavailable, TimeoutError, ConnectionError))
@@ -61,22 +63,21 @@ def says_of_server(error: Exception) -> bool:
 
 def told(error: Exception) -> str:
     """An error in one line, with its kind unless it is `Unavailable`."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said if isinstance(error, Unavailable) else f"{type(error).__name__}: {said}"
+    return message(error) if isinstance(error, Unavailable) else one_line(error)
 
 
-class _Known(Unavailable):
+class _AlreadySaid(Unavailable):
     """It has been found before, and said."""
 
 
-def sign_of_life() -> None:
+def check_reachable() -> None:
     """Ask the server who we are. Unavailable if it does not answer within PATIENCE_S, or does not know us."""
     global _trouble
     note = os.environ.get(_NOTE)
     if _trouble is None and note and Path(note).exists():
         _trouble = Path(note).read_text(encoding="utf-8")
     if _trouble is not None:
-        raise _Known(_trouble)
+        raise _AlreadySaid(_trouble)
     url = _server()
     headers = {"Content-Type": "application/json"}
     if key := _key():

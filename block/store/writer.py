@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike
 
-from block.core.files import NotStored, fallback, json_value, reason, write_json
+from block.core.files import NotStored, diverted, json_value, reason, write_json
 from block.core.types import Decision, Forecast, Request, RequestRecord
 from block.store import provenance, tables
 from block.store import summary as metrics
@@ -228,7 +228,7 @@ class RunWriter:
         """Store the run in the temporary folder; returns what is to be told."""
         key, own = f"runs_dir={self._root}: {reason(trouble)}", self.path
         try:
-            self.path = fallback(self.id)
+            self.path = diverted(self.id)
             self.path.mkdir()
             with suppress(OSError):
                 shutil.copy(own / "run.log", self.path)

@@ -32,7 +32,7 @@ from block.core.snapshot import (
     NUM_SCHEDULED_TOKENS,
     TARGET,
 )
-from block.engine.config import EngineSettings
+from block.engine.config import EngineSettings, blocks_kept
 from block.vllm_plugin import state_buffer as b
 from block.vllm_plugin.lifetime import die_with_parent
 from block.vllm_plugin.requirements import require
@@ -116,7 +116,7 @@ class Publishing:
         scheduler, cache = config.scheduler_config, config.cache_config
         settings = EngineSettings(
             is_v1=True,
-            total_blocks=cache.num_gpu_blocks - 1,  # vLLM keeps one block for itself
+            total_blocks=cache.num_gpu_blocks - blocks_kept(is_v1=True),
             block_size=self.block_size,  # type: ignore[attr-defined]
             max_num_seqs=scheduler.max_num_seqs,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,

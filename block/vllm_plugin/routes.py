@@ -1,7 +1,7 @@
 """The HTTP view of the state buffer, for those who ask from another host; an ASGI middleware of vLLM's API server.
 
 GET /block/info       JSON: versions, the state buffer's path and nonce, the engine's settings
-GET /block/snapshot   the state buffer's bytes (`buffer.read_dump`)
+GET /block/snapshot   the state buffer's bytes (`state_buffer.read_dump`)
 GET /block/steps?since=n    JSON: how many steps were timed, and those after the first n
 """
 

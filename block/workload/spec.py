@@ -1,6 +1,6 @@
 """Workloads: who asks for how much, and when. Seeded and open-loop: nothing a server does moves an arrival.
 
-`generate` draws lengths and arrivals from separate streams, so that the arrival process never moves a length, and a
+`generate` draws lengths and arrivals from separate generators, so that the arrival process never moves a length, and a
 rate only stretches the arrivals of its seed (see `arrivals`). What it makes of a trace beside replaying it, `Facts`
 tell.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from block.core.arrays import Floats, Ints
-from block.core.choices import choose
+from block.core.choices import did_you_mean
 from block.core.paths import shipped
 from block.core.rng import generator
 from block.core.types import Request
@@ -378,7 +378,7 @@ def _sketch(name: str) -> LengthSketch:
 
 def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"workload.{key}={value!r}: {choose(value, choices)}")
+        raise ValueError(f"workload.{key}={value!r}: {did_you_mean(value, choices)}")
 
 
 def _at_least(key: str, value: int, least: int) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from block.core.arrays import Floats, Ints
-from block.core.choices import choose
+from block.core.choices import did_you_mean
 from block.workload.prompts import pieces
 from block.workload.records import Table, open_table
 from block.workload.traces import Trace
@@ -98,7 +98,7 @@ class Columns:
     def __post_init__(self) -> None:
         for key, value, choices in (("format", self.format, FORMATS), ("time_unit", self.unit, UNITS)):
             if value is not None and value not in choices:
-                raise ValueError(f"workload.{key}={value}: {choose(value, list(choices))}")
+                raise ValueError(f"workload.{key}={value}: {did_you_mean(value, list(choices))}")
 
 
 class UnknownFormat(ValueError):
@@ -171,7 +171,9 @@ def _format(table: Table, columns: Columns, path: Path) -> tuple[str, Format]:
 
 def _column(table: Table, column: str, key: str) -> Any:
     if not table.has(column):
-        raise ValueError(f"{table.path}: has no column {column!r} for workload.{key}: {choose(column, table.names)}")
+        raise ValueError(
+            f"{table.path}: has no column {column!r} for workload.{key}: {did_you_mean(column, table.names)}"
+        )
     return table.values(column)
 
 

@@ -5,12 +5,12 @@ No trace is part of the project. `scripts/fetch_data.py` puts them into $BLOCK_D
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from block.core.arrays import Floats, Ints
+from block.core.paths import data_folders
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,12 @@ class Trace:
     rate: float | None = None
 
 
-def data_dirs() -> list[Path]:
-    """Where data files are looked for, in this order: $BLOCK_DATA (if set), ~/.cache/block."""
-    named = os.environ.get("BLOCK_DATA")
-    return ([Path(named)] if named else []) + [Path.home() / ".cache" / "block"]
-
-
 def find_data(path: str, advice: str) -> Path:
     """The file `path` below the first data directory that has it.
 
     FileNotFoundError names every place that was searched and ends with `advice`: how to get the file.
     """
-    places = [directory / path for directory in data_dirs()]
+    places = [directory / path for directory in data_folders()]
     for place in places:
         if place.is_file():
             return place

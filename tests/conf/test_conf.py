@@ -20,7 +20,7 @@ EXPERIMENTS = choices("experiment")
 SERVED = [one for one in EXPERIMENTS if one != "length_estimation"]
 
 # What a name stands for: README and the paper promise these, whatever else lies in conf/scheduler.
-SCHEDULERS = {
+POLICIES = {
     "random": (policies.Random, Oracle),
     "round_robin": (policies.RoundRobin, Oracle),
     "min_qpm": (policies.MinQPM, Oracle),
@@ -87,14 +87,14 @@ def test_defaults_are_the_paper_s_testbed() -> None:
     assert run.seed == 0
 
 
-@pytest.mark.parametrize("choice", SCHEDULERS)
+@pytest.mark.parametrize("choice", POLICIES)
 def test_a_scheduler_is_what_its_name_says(choice: str) -> None:
     run = built(f"scheduler={choice}")
-    assert (type(run.policy), type(run.lengths)) == SCHEDULERS[choice]
+    assert (type(run.policy), type(run.lengths)) == POLICIES[choice]
 
 
 def test_only_llumnix_migrates_by_itself() -> None:
-    assert [choice for choice in SCHEDULERS if built(f"scheduler={choice}").migration.interval_s > 0] == ["llumnix"]
+    assert [choice for choice in POLICIES if built(f"scheduler={choice}").migration.interval_s > 0] == ["llumnix"]
     assert built("scheduler=llumnix", "migration=none").migration.interval_s == 0
     assert built("scheduler=block", "migration=llumnix").migration == built("scheduler=llumnix").migration
 
@@ -200,5 +200,5 @@ def test_every_other_experiment_says_what_it_does() -> None:
 
 def test_the_main_sweep_is_the_paper_s() -> None:
     swept = grid("main_sweep")
-    assert set(swept["scheduler"]) == set(SCHEDULERS) - {"llumnix"}
+    assert set(swept["scheduler"]) == set(POLICIES) - {"llumnix"}
     assert [float(qps) for qps in swept["workload.qps"]] == list(range(20, 37))

@@ -84,7 +84,7 @@ WALKS = re.findall(r"^\*\*(One .+?)\*\*\n(.*?)(?=^\*\*|^##|\Z)", ARCHITECTURE, f
 
 
 @pytest.mark.parametrize(("name", "walk"), WALKS)
-def test_a_walk_opens_four_files_at_most_and_is_true(name: str, walk: str) -> None:
+def test_a_walk_opens_four_files_at_most_and_names_what_is_there(name: str, walk: str) -> None:
     rows = re.findall(r"^\| [^|`]+ \| (`.+`) \| `([\w./]+)` \|$", walk, flags=re.MULTILINE)
     assert rows
     assert len({path for _, path in rows}) <= 4

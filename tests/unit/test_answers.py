@@ -14,7 +14,7 @@ import pytest
 from block.core.types import Decision, InstanceView, Request, Views
 from block.core.user_code import UserFault
 from block.dispatch.policies import Needs, RoundRobin, least
-from block.dispatch.policy_checks import check, checked, rehearse
+from block.dispatch.policy_checks import check_policy, try_once, with_checks
 
 REQUEST = Request(7, 0.0, 10, 5, 5)
 VIEWS = Views([2, 0], [[], []], [0, 0], [0, 0], None, None)
@@ -44,7 +44,7 @@ PLACES = {
 
 @pytest.mark.parametrize("candidates", [[0], (2, 1), range(3), [np.int64(1)], range(2, -1, -1)])
 def test_any_sequence_of_some_of_the_instances_will_do(candidates: Sequence[int]) -> None:
-    assert checked(Answering(candidates)).candidates(3, 0, random.Random(0)) is candidates
+    assert with_checks(Answering(candidates)).candidates(3, 0, random.Random(0)) is candidates
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_any_sequence_of_some_of_the_instances_will_do(candidates: Sequence[int]
 )
 def test_candidates_that_are_none_are_told(candidates: Any, told: str) -> None:
     with pytest.raises(UserFault) as fault:
-        checked(Answering(candidates)).candidates(3, 5, random.Random(0))
+        with_checks(Answering(candidates)).candidates(3, 5, random.Random(0))
     assert str(fault.value).startswith(f"{NAME}candidates, for request 5 of 3 instances, {told}")
     assert str(fault.value).endswith(PLACES["candidates"])
 
@@ -80,7 +80,7 @@ def test_candidates_that_are_none_are_told(candidates: Any, told: str) -> None:
     ],
 )
 def test_a_decision_for_one_of_the_candidates_will_do(decision: Decision) -> None:
-    assert checked(Answering([2, 0], decision)).choose(REQUEST, VIEWS, random.Random(0)) is decision
+    assert with_checks(Answering([2, 0], decision)).choose(REQUEST, VIEWS, random.Random(0)) is decision
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_decision_for_one_of_the_candidates_will_do(decision: Decision) -> Non
 )
 def test_a_decision_that_is_none_is_told(decision: Any, told: str) -> None:
     with pytest.raises(UserFault) as fault:
-        checked(Answering([2, 0], decision)).choose(REQUEST, VIEWS, random.Random(0))
+        with_checks(Answering([2, 0], decision)).choose(REQUEST, VIEWS, random.Random(0))
     assert str(fault.value).startswith(f"{NAME}choose, for request 7, {told}")
     assert str(fault.value).endswith(PLACES["choose"])
     assert "\n" not in str(fault.value)
@@ -127,7 +127,7 @@ class Misplaced(Answering):
 )
 def test_an_error_of_a_policy_is_placed_at_the_policy_s_own_line(policy: type[Answering], told: str) -> None:
     with pytest.raises(UserFault) as fault:
-        checked(policy([2, 0])).choose(REQUEST, VIEWS, random.Random(0))
+        with_checks(policy([2, 0])).choose(REQUEST, VIEWS, random.Random(0))
     line = inspect.getsourcelines(policy.choose)[1] + 1
     assert str(fault.value) == (
         f"scheduler._target_={__name__}.{policy.__name__}: {told} (tests/unit/test_answers.py:{line})"
@@ -140,12 +140,12 @@ def test_a_method_that_takes_something_else_is_placed_where_it_is_defined() -> N
             return [0]
 
     with pytest.raises(UserFault, match=r"takes 1 positional argument but 4 were given \(tests/unit/test_answers"):
-        checked(Short()).candidates(3, 0, random.Random(0))
+        with_checks(Short()).candidates(3, 0, random.Random(0))
 
 
 def test_the_package_s_own_policies_are_not_looked_at() -> None:
     policy = RoundRobin()
-    assert checked(policy) is policy
+    assert with_checks(policy) is policy
 
 
 def test_what_is_no_policy_is_told() -> None:
@@ -155,11 +155,11 @@ def test_what_is_no_policy_is_told() -> None:
     class Needy(Answering):
         needs = "counts"  # type: ignore[assignment]
 
-    check(Answering())
+    check_policy(Answering())
     with pytest.raises(UserFault, match=r"Lacking: has no method candidates \(tests/unit/test_answers\.py:"):
-        check(Lacking())
+        check_policy(Lacking())
     with pytest.raises(UserFault, match=r"needs='counts': choose from Needs\.COUNTS, Needs\.SNAPSHOT, Needs\.FOREC"):
-        check(Needy())
+        check_policy(Needy())
 
 
 class Looking(Answering):
@@ -177,8 +177,7 @@ class Looking(Answering):
 
 def test_a_rehearsal_shows_a_policy_all_that_it_needs() -> None:
     policy = Looking(range(4))
-    rehearse(policy, 4)
+    try_once(with_checks(policy), 4)
     assert policy.asked == 1
     with pytest.raises(UserFault, match="1 is not between 0 and 0"):
-        rehearse(policy, 1)
-    rehearse(RoundRobin(), 0)  # of the package: not asked
+        try_once(with_checks(policy), 1)

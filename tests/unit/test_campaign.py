@@ -104,8 +104,8 @@ def test_many_are_composed_in_parallel_and_are_the_same(
     if not cached:
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("BLOCK_CACHE", str(tmp_path / "file"))
-    schedulers = ("block", "random", "infaas")
-    points = [(False, {"scheduler": scheduler, "seed": seed}) for scheduler in schedulers for seed in range(4)]
+    policies = ("block", "random", "infaas")
+    points = [(False, {"scheduler": scheduler, "seed": seed}) for scheduler in policies for seed in range(4)]
     together = Composer(CONF, ALWAYS).jobs(points)
     monkeypatch.setattr(campaign, "FEW", 1000)
     assert together == Composer(CONF, ALWAYS).jobs(points)
@@ -128,7 +128,7 @@ def test_of_the_runs_of_a_job_the_latest_that_is_current_is_found(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     wanted = job(Composer(CONF, ALWAYS), {"scheduler": "random"})
-    campaign.find([wanted])
+    campaign.attach_stored([wanted])
     assert wanted.stored is None
     folders = []
     for hashes in (wanted.hashes, wanted.hashes, {**wanted.hashes, "code": "another"}, {}):
@@ -139,7 +139,7 @@ def test_of_the_runs_of_a_job_the_latest_that_is_current_is_found(
     document = json.loads(old.read_text())
     del document["hashes"], document["config_hash"]
     old.write_text(json.dumps(document))
-    campaign.find([wanted])
+    campaign.attach_stored([wanted])
     assert isinstance(wanted.stored, Run)
     assert wanted.stored.path == folders[1]
 

@@ -28,7 +28,7 @@ from block.core.snapshot import Snapshot
 from block.core.types import Forecast, Request
 from block.dispatch import policies
 from block.dispatch.config import DispatchConfig
-from block.dispatch.correction import Corrected, expected_time
+from block.dispatch.correction import CorrectedForecaster, expected_time
 from block.engine.engine import Engine
 from block.workload.spec import Workload
 
@@ -107,10 +107,10 @@ def test_expected_and_actual_agree_in_any_engine_without_noise() -> None:
         assert told > 50
 
 
-def slow_and_exact(steps: int) -> tuple[Corrected, Fixed]:
+def slow_and_exact(steps: int) -> tuple[CorrectedForecaster, Fixed]:
     """Asked of instance 0, 1.5 times as slow as its model, 1, which is as it says, and 2, which is never used."""
     inner = Fixed()
-    corrected = Corrected(inner, round_latency(), steps)
+    corrected = CorrectedForecaster(inner, round_latency(), steps)
     engines = [lone_engine(CONFIG, round_latency().scaled(factor), 1000) for factor in (1.5, 1.0)]
     for engine in engines:
         engine.add(request(0, 20, 200), 0.0)
@@ -137,7 +137,7 @@ def test_a_slow_instance_is_found_out() -> None:
 def test_stretched_forecasts_are_those_of_the_model_that_is_right() -> None:
     slow = round_latency().scaled(1.5)
     engine = lone_engine(CONFIG, slow, 1000)
-    corrected = Corrected(predictor_for(CONFIG, round_latency(), 1000), round_latency(), 50)
+    corrected = CorrectedForecaster(predictor_for(CONFIG, round_latency(), 1000), round_latency(), 50)
     knowing = predictor_for(CONFIG, slow, 1000)
     for i in range(5):
         engine.add(request(i, 20 + i, 60 + i), 0.0)
@@ -150,7 +150,7 @@ def test_stretched_forecasts_are_those_of_the_model_that_is_right() -> None:
 
 
 def test_a_factor_follows_an_instance_that_changes() -> None:
-    corrected = Corrected(Fixed(), round_latency(), 20)
+    corrected = CorrectedForecaster(Fixed(), round_latency(), 20)
     now = 0.0
     for factor in (1.0, 2.0, 1.0):
         engine = lone_engine(CONFIG, round_latency().scaled(factor), 1000)

@@ -153,7 +153,7 @@ def test_a_request_fails_when_no_instance_is_left() -> None:
     assert math.isnan(lost.finished)
 
 
-def test_a_request_is_lost_on_three_instances_at_most_and_then_fails() -> None:
+def test_a_request_is_begins_anew_three_times_at_most_and_then_fails() -> None:
     (record,) = play(dispatcher_for(6, RoundRobin()), arrivals(0.0), [1.0] * 6, fails=range(6))
     assert (record.status, record.retries, record.error) == ("failed", 3, "instance 3 went away")
 

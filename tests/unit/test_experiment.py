@@ -33,7 +33,7 @@ from block.run import capacity_search, config, hydra_schema
 from block.run import execute as execution
 from block.run.capacity_search import search
 from block.run.config_errors import ConfigError
-from block.run.execute import do, execute
+from block.run.execute import execute, run_command
 from block.run.fingerprints import fingerprints as fingerprints_of
 from block.store import provenance, writer
 from block.store.results import Run, experiment_hash, runs
@@ -464,7 +464,7 @@ def test_another_policy_is_another_search_and_what_is_stored_is_called_so(
 )
 def test_a_run_is_filed_under_what_it_was(overrides: list[str], name: str) -> None:
     choices = {"scheduler": overrides[0].partition("=")[2], "backend": "auto", "cluster": "a30x12"}
-    assert hydra_schema.filed(composed(*overrides), choices) == {**choices, "scheduler": name}
+    assert hydra_schema.filed_choices(composed(*overrides), choices) == {**choices, "scheduler": name}
 
 
 def test_a_point_of_a_search_is_the_latency_of_that_run(folder: Path) -> None:
@@ -544,7 +544,7 @@ def of_pairs(folder: Path, *overrides: str) -> DictConfig:
 def test_length_estimation_measures_prints_and_writes_and_serves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    do(of_pairs(tmp_path), CHOICES)
+    run_command(of_pairs(tmp_path), CHOICES)
     written = json.loads((tmp_path / "scores" / "mine.json").read_text())
     data = str(tmp_path / "mine.jsonl")
     assert [(row["data"], row["estimator"]) for row in written["rows"]] == [(data, "mean"), (data, "median")]
@@ -573,7 +573,7 @@ def test_length_estimation_that_cannot_be_is_told_in_one_line_and_writes_nothing
     override: str, begins: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as told:
-        do(of_pairs(tmp_path, override), CHOICES)
+        run_command(of_pairs(tmp_path, override), CHOICES)
     assert str(told.value).startswith(begins)
     assert "\n" not in str(told.value)
     assert not (tmp_path / "scores").exists()
@@ -587,14 +587,14 @@ def test_scores_that_cannot_be_written_are_printed_and_then_told(
     write = files.write_json
     monkeypatch.setattr(files, "write_json", lambda path, what: (full if "scores" in path.parts else write)(path, what))
     with pytest.raises(NotStored, match=r"^estimation\.scores=.*: No space left on device; it is in .*/block-mine"):
-        do(of_pairs(tmp_path), CHOICES)
+        run_command(of_pairs(tmp_path), CHOICES)
     (place,) = (tmp_path / "temporary").iterdir()
     rows = json.loads(place.read_text())["rows"]
     assert f"{rows[0]['error_rate']:.1%}" in capsys.readouterr().out
 
 
 def test_serving_is_what_is_done_unless_something_else_is_said(tmp_path: Path) -> None:
-    do(composed(f"runs_dir={tmp_path}"), CHOICES)
+    run_command(composed(f"runs_dir={tmp_path}"), CHOICES)
     (run,) = runs(root=tmp_path)
     assert run.config["command"] == "serve"
     without = {key: value for key, value in run.config.items() if key != "command"}

@@ -156,7 +156,7 @@ def test_every_figure_is_in_the_catalogue() -> None:
 
 
 def test_every_scheduler_has_a_colour_and_a_marker_of_its_own() -> None:
-    assert len(set(style.COLOURS.values())) == len(style.SCHEDULERS) == len(set(style.MARKERS.values()))
+    assert len(set(style.COLOURS.values())) == len(style.POLICIES) == len(set(style.MARKERS.values()))
 
 
 def test_a_grid_is_every_combination() -> None:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from block.backends.model_files import emulated_model, tiny_model
 from block.cluster.instance import LaunchFailed
-from block.engine.latency import decode_time, linear_time, prefill_time
+from block.engine.latency import LatencyModel, decode_time, linear_time, prefill_time
 from block.hardware.catalogue import GPUS, Model, gpu_named
 from block.hardware.roofline import roofline
 from block.hardware.tracked import TRACKED, kv_blocks, latency_model
@@ -19,6 +19,11 @@ from block.hardware.tracked import TRACKED, kv_blocks, latency_model
 CONF = Path(__file__).parents[2] / "conf" / "model"
 NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
 NO_FITS = CONF  # a folder without any
+
+
+def is_tracked(model: LatencyModel) -> bool:
+    """Whether it is a fit to a profile, and not a roofline."""
+    return not model.source["method"].startswith("roofline")
 
 
 def model(name: str) -> Model:
@@ -32,7 +37,7 @@ def test_every_model_has_the_name_of_its_file_and_a_step_time_on_some_gpu(name: 
     chosen = model(name)
     assert chosen.name == name
     assert kv_blocks(gpu_named("b200"), chosen) > 1000
-    times, _ = latency_model("h100", chosen)
+    times = latency_model("h100", chosen)
     assert 0 < linear_time(times.pack(), 1) < linear_time(times.pack(), 512) < 1.0
 
 
@@ -146,9 +151,9 @@ def test_experts_and_latent_attention_come_whole(name: str, change: dict[str, in
 
 def test_a_fit_is_not_that_of_another_model_of_the_same_name() -> None:
     mine = replace(model("llama2-7b"), layers=16)
-    assert not latency_model("a30", mine)[1]
+    assert not is_tracked(latency_model("a30", mine))
     assert kv_blocks(gpu_named("a30"), mine) == kv_blocks(gpu_named("a30"), mine, tracked=NO_FITS)
-    assert latency_model("a30", replace(model("llama2-7b"), hf_id="/models/llama2"))[1]
+    assert is_tracked(latency_model("a30", replace(model("llama2-7b"), hf_id="/models/llama2")))
 
 
 @pytest.mark.parametrize(
@@ -224,7 +229,8 @@ def test_a_data_sheet_of_one_s_own(tmp_path: Path) -> None:
     path.write_text("memory_gib: 24\nbandwidth: 933.0\ntflops: 165\nlink: 100\n")
     gpu = gpu_named(str(path))
     assert replace(gpu, name="a30", source=a30.source) == a30
-    times, profiled = latency_model(str(path), model("llama2-7b"))
+    times = latency_model(str(path), model("llama2-7b"))
+    profiled = is_tracked(times)
     assert not profiled  # the profile of the A30 is that of the A30, not of a file of that name
     assert times.source["gpu"] == str(path)
     assert (times.pack() == roofline(a30, model("llama2-7b")).pack()).all()
@@ -266,11 +272,11 @@ def test_a_model_is_validated(change: dict[str, int], complaint: str) -> None:
 
 
 def test_a_tracked_fit_is_preferred_if_it_has_the_same_parallelism() -> None:
-    assert latency_model("a30", model("llama2-7b"))[1]
-    assert not latency_model("a30", model("tiny-llama"))[1]
-    assert not latency_model("a30", model("llama2-7b"), tracked=NO_FITS)[1]
-    assert latency_model("a100-40gb", model("llama2-70b"))[1]
-    assert not latency_model("a100-40gb", replace(model("llama2-70b"), tensor_parallel=8))[1]
+    assert is_tracked(latency_model("a30", model("llama2-7b")))
+    assert not is_tracked(latency_model("a30", model("tiny-llama")))
+    assert not is_tracked(latency_model("a30", model("llama2-7b"), tracked=NO_FITS))
+    assert is_tracked(latency_model("a100-40gb", model("llama2-70b")))
+    assert not is_tracked(latency_model("a100-40gb", replace(model("llama2-70b"), tensor_parallel=8)))
 
 
 def test_a_damaged_tracked_file_is_not_passed_over(tmp_path: Path) -> None:
@@ -295,7 +301,8 @@ def test_no_roofline_beats_the_hardware(gpu: str, name: str) -> None:
 @pytest.mark.parametrize(("gpu", "name"), [("a30", "llama2-7b"), ("a30", "qwen2-7b"), ("a100-40gb", "llama2-70b")])
 def test_the_roofline_is_near_the_profiles(gpu: str, name: str) -> None:
     chosen = model(name)
-    fitted, is_fit = latency_model(gpu, chosen)
+    fitted = latency_model(gpu, chosen)
+    is_fit = is_tracked(fitted)
     assert is_fit
     measured, guessed = fitted.pack(), roofline(gpu_named(gpu), chosen).pack()
     for tokens in (1, 16, 48, 128, 512, 1024, 2048, 4096):
@@ -305,7 +312,7 @@ def test_the_roofline_is_near_the_profiles(gpu: str, name: str) -> None:
 
 
 def test_a_small_step_of_llama2_on_the_a30_reads_its_weights() -> None:
-    packed = latency_model("a30", model("llama2-7b"))[0].pack()
+    packed = latency_model("a30", model("llama2-7b")).pack()
     assert 13.2e9 / 933e9 < linear_time(packed, 1) < 1.6 * 13.2e9 / 933e9
     # 16,000 KV tokens of 512 KiB at 90 % of 933 GB/s.
     assert decode_time(packed, 48, 16_000) == pytest.approx(16_000 * 524_288 / (0.9 * 933e9), rel=0.06)

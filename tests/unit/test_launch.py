@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from block.backends import launch
-from block.backends.launch import ServerSpec, free_ports, launching
+from block.backends.launch import ServerSpec, free_ports, launcher_for
 from block.cluster.instance import LaunchFailed
 
 SERVER = textwrap.dedent(
@@ -55,9 +55,9 @@ class Scripts(AbstractContextManager["Scripts"]):
 
 
 @asynccontextmanager
-async def running(specs: list[ServerSpec], starter: Scripts, **how: Any) -> AsyncIterator[list[launch.Server]]:
+async def running(specs: list[ServerSpec], starter: Scripts, **how: Any) -> AsyncIterator[list[launch.ServerProcess]]:
     """The servers of a launcher that has started them all at once."""
-    async with launching(starter, **how) as launcher:
+    async with launcher_for(starter, **how) as launcher:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(launcher.start(spec)) for spec in specs]
         yield [task.result() for task in tasks]
@@ -79,7 +79,7 @@ def gone(pid: int) -> bool:
 
 
 def test_servers_answer_in_the_context_and_are_gone_after_it(tmp_path: Path) -> None:
-    async def main() -> list[launch.Server]:
+    async def main() -> list[launch.ServerProcess]:
         async with running(specs(tmp_path, "well", "well"), Scripts(), deadline_s=30) as servers:
             assert len({server.url for server in servers}) == 2
             assert [server.log.name for server in servers] == ["0.log", "1.log"]
@@ -109,7 +109,7 @@ def test_a_server_that_does_not_listen_to_sigterm_is_killed_with_all_its_childre
 ) -> None:
     monkeypatch.setattr(launch, "GRACE_S", 0.3)
 
-    async def main() -> list[launch.Server]:
+    async def main() -> list[launch.ServerProcess]:
         async with running(specs(tmp_path, "deaf"), Scripts(), deadline_s=30) as servers:
             return servers
 
@@ -157,7 +157,7 @@ def test_as_many_start_at_once_as_may(tmp_path: Path) -> None:
 
 def test_one_server_of_several_can_be_stopped_and_another_started(tmp_path: Path) -> None:
     async def main() -> None:
-        async with launching(Scripts(), deadline_s=30) as launcher:
+        async with launcher_for(Scripts(), deadline_s=30) as launcher:
             first, second = [await launcher.start(spec) for spec in specs(tmp_path, "well", "well")]
             await launcher.stop(first)
             assert gone(first.pid)
@@ -174,7 +174,7 @@ def test_one_server_of_several_can_be_stopped_and_another_started(tmp_path: Path
 
 def test_a_server_that_does_not_come_up_later_is_stopped_and_the_others_run_on(tmp_path: Path) -> None:
     async def main() -> None:
-        async with launching(Scripts(), deadline_s=1.0) as launcher:
+        async with launcher_for(Scripts(), deadline_s=1.0) as launcher:
             well = await launcher.start(specs(tmp_path, "well")[0])
             with pytest.raises(LaunchFailed, match="ready_timeout_s"):
                 await launcher.start(specs(tmp_path, "sick")[0])

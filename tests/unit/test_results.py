@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from stored import CONFIG, DECISIONS, INSTANCES, RECORDS, store, warnings
 
-from block.core.files import NotStored, probe, whole, write_json
+from block.core.files import NotStored, check_writable, write_json, write_whole
 from block.run.hydra_schema import Root
 from block.store import provenance
 from block.store import writer as writing
@@ -451,13 +451,13 @@ def test_what_a_killed_run_had_finished_waits_for_a_disk_that_takes_it(tmp_path,
 
 
 def test_a_place_is_probed_and_left_as_it_was(tmp_path):
-    probe(tmp_path / "a" / "b")
+    check_writable(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="File exists"):
-        probe(tmp_path / "file")
+        check_writable(tmp_path / "file")
     with pytest.raises(OSError, match="Not a directory"):
-        probe(tmp_path / "file" / "deeper")
+        check_writable(tmp_path / "file" / "deeper")
 
 
 FULL = """
@@ -513,7 +513,7 @@ def test_write_json_replaces_whole_files_only(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1}
 
 
-@pytest.mark.parametrize("write", [lambda path: write_json(path, {"a": 1}), lambda path: whole(path, Path.touch)])
+@pytest.mark.parametrize("write", [lambda path: write_json(path, {"a": 1}), lambda path: write_whole(path, Path.touch)])
 def test_no_file_is_put_in_the_place_of_a_device(tmp_path, write):
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)

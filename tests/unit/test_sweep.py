@@ -14,7 +14,7 @@ import pytest
 from commands import command, new_process
 from omegaconf import DictConfig, OmegaConf
 
-from block.run.sweep import Tally, attempt, standing
+from block.run.sweep import Tally, job_label, try_job
 
 
 @pytest.fixture(autouse=True)
@@ -83,14 +83,14 @@ def test_jobs_are_the_product_of_what_is_swept(
     task: list[str], params: dict[str, str] | None, jobs: int, tmp_path: Path
 ) -> None:
     begin(tmp_path, *task, params=params)
-    assert standing(hydra(tmp_path)).startswith(f"[1/{jobs}, ")
+    assert job_label(hydra(tmp_path)).startswith(f"[1/{jobs}, ")
 
 
 def test_standing_counts_the_jobs_that_left_an_outcome(tmp_path: Path) -> None:
     begin(tmp_path, "seed=range(4)")
-    attempt(lambda: None, hydra(tmp_path, "seed=0", job=0))
-    attempt(lambda: None, hydra(tmp_path, "seed=1", job=1))
-    assert standing(hydra(tmp_path, job=2)).startswith("[3/4, ")
+    try_job(lambda: None, hydra(tmp_path, "seed=0", job=0))
+    try_job(lambda: None, hydra(tmp_path, "seed=1", job=1))
+    assert job_label(hydra(tmp_path, job=2)).startswith("[3/4, ")
 
 
 def test_standing_estimates_from_the_pace_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,21 +99,21 @@ def test_standing_estimates_from_the_pace_so_far(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv(
         "BLOCK_SWEEP", json.dumps({**told, "began": time.time() - 20})
     )  # the first two jobs took 20 s: 80 s for eight more
-    attempt(lambda: None, hydra(tmp_path, job=0))
-    assert standing(hydra(tmp_path, job=1)) in ("[2/10, 1:20 left] ", "[2/10, 1:21 left] ")
+    try_job(lambda: None, hydra(tmp_path, job=0))
+    assert job_label(hydra(tmp_path, job=1)) in ("[2/10, 1:20 left] ", "[2/10, 1:21 left] ")
 
 
 def test_without_a_sweep_a_job_is_called_by_all_its_overrides(tmp_path: Path) -> None:
-    assert standing(hydra(tmp_path, "seed=1", "scheduler=block")) == "seed=1 scheduler=block"
+    assert job_label(hydra(tmp_path, "seed=1", "scheduler=block")) == "seed=1 scheduler=block"
 
 
 def test_an_earlier_sweep_into_the_same_folder_does_not_count(tmp_path: Path) -> None:
     begin(tmp_path, "seed=range(3)")
-    attempt(lambda: fail("no"), hydra(tmp_path, job=2))
+    try_job(lambda: fail("no"), hydra(tmp_path, job=2))
     begin(tmp_path, "seed=1,2")
-    assert standing(hydra(tmp_path)).startswith("[1/2, ")
+    assert job_label(hydra(tmp_path)).startswith("[1/2, ")
     for job in range(2):
-        attempt(lambda: None, hydra(tmp_path, job=job))
+        try_job(lambda: None, hydra(tmp_path, job=job))
     assert end(tmp_path) == 0
 
 
@@ -124,7 +124,7 @@ def test_failed_jobs_are_told_at_once_and_at_the_end(tmp_path: Path, capsys: pyt
     begin(tmp_path, "seed=range(11)")
     for job in range(11):
         work = (lambda: fail("two\nlines")) if job in (2, 10) else (lambda: None)
-        attempt(work, hydra(tmp_path, f"seed={job}", job=job))
+        try_job(work, hydra(tmp_path, f"seed={job}", job=job))
     told = capsys.readouterr().err.splitlines()
     assert told == ["failed: seed=2: two lines", "failed: seed=10: two lines"]
     assert end(tmp_path) == 2
@@ -137,14 +137,14 @@ def test_an_error_without_words_is_told_by_its_kind(tmp_path: Path, capsys: pyte
         raise ZeroDivisionError
 
     begin(tmp_path, "seed=1,2")
-    attempt(work, hydra(tmp_path, "seed=1"))
+    try_job(work, hydra(tmp_path, "seed=1"))
     assert capsys.readouterr().err == "failed: seed=1: ZeroDivisionError\n"
 
 
 def test_a_sweep_without_failures_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin(tmp_path, "seed=1,2")
     for job in range(2):
-        attempt(lambda: None, hydra(tmp_path, job=job))
+        try_job(lambda: None, hydra(tmp_path, job=job))
     assert end(tmp_path) == 0
     assert capsys.readouterr().err == ""
 
@@ -154,9 +154,9 @@ def test_what_did_not_finish_or_begin_has_failed(tmp_path: Path, capsys: pytest.
         raise KeyboardInterrupt
 
     begin(tmp_path, "seed=range(5)")
-    attempt(lambda: None, hydra(tmp_path, "seed=0", job=0))
+    try_job(lambda: None, hydra(tmp_path, "seed=0", job=0))
     with pytest.raises(KeyboardInterrupt):
-        attempt(interrupted, hydra(tmp_path, "seed=1", job=1))
+        try_job(interrupted, hydra(tmp_path, "seed=1", job=1))
     assert end(tmp_path) == 4
     told = capsys.readouterr().err.splitlines()
     assert told == ["4 of 5 jobs failed:", "  1: seed=1: did not finish", "  2, 3, 4: did not begin"]
@@ -164,14 +164,14 @@ def test_what_did_not_finish_or_begin_has_failed(tmp_path: Path, capsys: pytest.
 
 def test_a_job_gives_the_sweeper_what_it_returns(tmp_path: Path) -> None:
     begin(tmp_path, "seed=1,2")
-    assert attempt(lambda: [1.5, 2], hydra(tmp_path)) == [1.5, 2]
-    assert attempt(lambda: fail("no"), hydra(tmp_path, job=1)) is None
+    assert try_job(lambda: [1.5, 2], hydra(tmp_path)) == [1.5, 2]
+    assert try_job(lambda: fail("no"), hydra(tmp_path, job=1)) is None
 
 
 def test_a_note_that_cannot_be_written_costs_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin(tmp_path, "seed=1,2")
     (tmp_path / ".outcomes").rmdir()
-    assert attempt(lambda: 7, hydra(tmp_path)) == 7
+    assert try_job(lambda: 7, hydra(tmp_path)) == 7
     assert "outcomes/0: No such file or directory" in capsys.readouterr().err
 
 
@@ -189,17 +189,17 @@ def test_a_job_is_called_by_what_the_sweep_varies(tmp_path: Path) -> None:
     given = ["tracking=none", "cluster.num_gpus=4,8", "capacity.slo_s=[3, 10]", "engine.max_num_seqs=range(24,26)"]
     begin(tmp_path, *given, params={"seed": "1,2", "scheduler": "block"})
     job = ["scheduler=block", "seed=2", "tracking=none", "cluster.num_gpus=8", "capacity.slo_s=[3,10]"]
-    name = standing(hydra(tmp_path, *job, "engine.max_num_seqs=24")).split("] ")[1]
+    name = job_label(hydra(tmp_path, *job, "engine.max_num_seqs=24")).split("] ")[1]
     assert name == "seed=2 cluster.num_gpus=8 engine.max_num_seqs=24"
 
 
 def test_how_many_jobs_a_search_has_is_unknown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin(tmp_path, "workload.qps=interval(20,40)", "seed=3", params={"scheduler": "choice(a,b)"}, sweeper="x.Optuna")
     job = ["workload.qps=31.5", "scheduler=b", "seed=3"]
-    assert standing(hydra(tmp_path, *job)) == "[1 done] workload.qps=31.5 scheduler=b"
-    attempt(lambda: None, hydra(tmp_path, *job))
-    attempt(lambda: fail("no"), hydra(tmp_path, "seed=3", job=7))
-    assert standing(hydra(tmp_path, *job)).startswith("[3 done]")
+    assert job_label(hydra(tmp_path, *job)) == "[1 done] workload.qps=31.5 scheduler=b"
+    try_job(lambda: None, hydra(tmp_path, *job))
+    try_job(lambda: fail("no"), hydra(tmp_path, "seed=3", job=7))
+    assert job_label(hydra(tmp_path, *job)).startswith("[3 done]")
     assert end(tmp_path) == 1
     assert capsys.readouterr().err.splitlines()[1:] == ["1 of 2 jobs failed:", "  7: seed=3: no"]
 
@@ -314,9 +314,8 @@ def test_a_search_for_what_a_run_does_not_have_ends_in_words(tmp_path: Path) -> 
 
 
 def test_a_worker_ends_soon_after_the_process_that_started_it() -> None:
-    worker = (
-        "import os, time; from block.run.sweep import end_with; end_with(os.getppid()); print(os.getpid(), flush=True)"
-    )
+    worker = "import os, time; from block.run.sweep import exit_with_parent; exit_with_parent(os.getppid())"
+    worker += "; print(os.getpid(), flush=True)"
     main = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker + '; time.sleep(60)'!r}])"
     with subprocess.Popen([sys.executable, "-c", main], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -330,7 +329,8 @@ def test_a_worker_ends_soon_after_the_process_that_started_it() -> None:
 
 @pytest.mark.slow
 def test_only_a_worker_ends_with_its_parent() -> None:
-    lines = "import os, time; from block.run.sweep import end_with; end_with({}); time.sleep(1.2); print('alive')"
+    lines = "import os, time; from block.run.sweep import exit_with_parent; exit_with_parent({})"
+    lines += "; time.sleep(1.2); print('alive')"
     for main in ("os.getpid()", "1 if os.getppid() != 1 else 2"):  # the main process itself; a stranger
         done = subprocess.run(
             [sys.executable, "-c", lines.format(main)], capture_output=True, text=True, timeout=60, env=dict(os.environ)

@@ -9,7 +9,7 @@ import numpy as np
 from block.core.arrays import Floats, Ints
 from block.engine.latency import LatencyModel, decode_time, prefill_time
 from block.hardware.catalogue import GPU, Model
-from block.hardware.profiling.errors import Error, held_out, relative_error
+from block.hardware.profiling.errors import RelativeError, held_out, relative_error
 from block.hardware.profiling.profiles import Attention
 
 CHUNKS = np.concatenate(
@@ -31,7 +31,7 @@ class LayerAttention:
     decode: tuple[float, float, float]
     waves: Floats
     save: tuple[float, float]
-    errors: dict[str, Error] = field(default_factory=dict)
+    errors: dict[str, RelativeError] = field(default_factory=dict)
 
     def model(self, linear: Floats, layers: int = 1) -> LatencyModel:
         """A latency model of `layers` such layers around the given `linear` table."""

@@ -11,7 +11,7 @@ from block.core.arrays import Floats, Ints
 EVERY = 5  # one row in five is held out
 
 
-class Error(NamedTuple):
+class RelativeError(NamedTuple):
     """Relative errors on held-out rows: how many, their median and 95th percentile as fractions."""
 
     rows: int
@@ -26,7 +26,7 @@ def held_out(rows: int) -> tuple[Ints, Ints]:
     return index[~test], index[test]
 
 
-def relative_error(predicted: Floats, measured: Floats) -> Error:
+def relative_error(predicted: Floats, measured: Floats) -> RelativeError:
     """Summary of |predicted / measured − 1|."""
     errors = np.abs(predicted / measured - 1)
-    return Error(len(errors), float(np.median(errors)), float(np.percentile(errors, 95)))
+    return RelativeError(len(errors), float(np.median(errors)), float(np.percentile(errors, 95)))

@@ -11,7 +11,7 @@ from block.core.arrays import Floats
 from block.engine.latency import LatencyModel, table
 from block.hardware.catalogue import GPU, Model
 from block.hardware.profiling.attention import LayerAttention, fit_attention, possible_rows
-from block.hardware.profiling.errors import Error, held_out, relative_error
+from block.hardware.profiling.errors import RelativeError, held_out, relative_error
 from block.hardware.profiling.profiles import EMBEDDING, LAYER, read_all_reduce, read_attention, read_operators
 from block.hardware.profiling.repair import Repair, impossible, operator_floor, repair
 from block.hardware.profiling.transfer import Points, transfer
@@ -47,7 +47,7 @@ class ProfileFit:
 
     model: LatencyModel
     repairs: list[Repair]
-    errors: dict[str, Error]
+    errors: dict[str, RelativeError]
     notes: list[str]
 
 
@@ -56,7 +56,7 @@ def fit_profile(profile: Profile) -> ProfileFit:
     gpu, model = profile.gpu, profile.model
     tokens, operators = read_operators(profile.operators, model.tensor_parallel)
     repairs: list[Repair] = []
-    errors: dict[str, Error] = {}
+    errors: dict[str, RelativeError] = {}
     notes: list[str] = []
     layer = np.zeros_like(tokens)
     for name in LAYER:
@@ -125,7 +125,7 @@ def _attention(profile: Profile) -> tuple[LayerAttention | None, list[str]]:
     return transfer(kin, profile.kin, model, profile.points), [said, f"points: {profile.points.source}"]
 
 
-def _interpolation_error(tokens: Floats, seconds: Floats, floor: Floats) -> Error:
+def _interpolation_error(tokens: Floats, seconds: Floats, floor: Floats) -> RelativeError:
     """Error at possible rows that are held out, of the line between the others."""
     good = np.array(sorted(set(range(len(tokens))) - set(impossible(seconds, floor))))
     train, test = held_out(len(good))
