@@ -21,6 +21,7 @@ from block.core.clock import Clock
 from block.engine.config import blocks_kept
 from block.engine.latency import LatencyModel
 from block.hardware.tracked import latency_model
+from block.vllm_plugin.environment import DILATION, EMULATED, LATENCY
 
 
 @final
@@ -74,9 +75,9 @@ class Emulated:
         environment = {
             **QUIET,
             **OFFLINE,
-            "BLOCK_EMULATED": "1",
-            "BLOCK_LATENCY": str((logs / "latency.json").resolve()),
-            "BLOCK_DILATION": str(self.time_dilation),
+            EMULATED: "1",
+            LATENCY: str((logs / "latency.json").resolve()),
+            DILATION: str(self.time_dilation),
             "OMP_NUM_THREADS": "1",
             "VLLM_WORKER_MULTIPROC_METHOD": "fork",  # an engine core needs what its server has imported already
         }

@@ -26,7 +26,7 @@ from typing import Any, Protocol, Self
 import aiohttp
 
 from block.cluster.instance import LaunchFailed
-from block.vllm_plugin.serve import PARENT
+from block.vllm_plugin.environment import PARENT
 
 GRACE_S = 5.0
 """From SIGTERM to SIGKILL."""

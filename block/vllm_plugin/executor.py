@@ -24,9 +24,8 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from block.core.arrays import Floats
 from block.engine.latency import LatencyModel, decode_time, linear_time, prefill_time
+from block.vllm_plugin.environment import DILATION, LATENCY
 
-LATENCY = "BLOCK_LATENCY"
-DILATION = "BLOCK_DILATION"
 TOKEN = 68  # what every response consists of
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-EMULATED = "BLOCK_EMULATED"
+from block.vllm_plugin.environment import EMULATED
 
 
 def emulated() -> str | None:

@@ -34,6 +34,7 @@ from block.core.snapshot import (
 )
 from block.engine.config import EngineSettings, blocks_kept
 from block.vllm_plugin import state_buffer as b
+from block.vllm_plugin.environment import RECORD, STATE_BUFFER
 from block.vllm_plugin.lifetime import die_with_parent
 from block.vllm_plugin.requirements import require
 from block.vllm_plugin.tags import TAG_EXPECTED, TAG_ID
@@ -73,7 +74,7 @@ class Publishing:
         super().__init__(*args, **kwargs)
         pool = "kv_cache_manager.block_pool.get_num_free_blocks"
         require(self, "running", "waiting", "requests", pool, "_free_request", "block_size", "vllm_config")
-        self._buffer = b.StateBuffer.open(os.environ["BLOCK_STATE_BUFFER"])
+        self._buffer = b.StateBuffer.open(os.environ[STATE_BUFFER])
         self._steps: deque[dict[str, tuple[int, bool]]] = deque()  # in flight: tokens, and whether it samples
         self._features: deque[tuple[float, ...]] = deque()  # what of them goes into StepTime
         self._tags: dict[str, tuple[int, ...]] = {}
@@ -83,7 +84,7 @@ class Publishing:
         self._started = float("nan")  # when the step in flight began
         self._timing: tuple[float, tuple[float, ...]] | None = None  # the ended step that waits for its successor
         self._write_settings()
-        record = os.environ.get("BLOCK_RECORD")
+        record = os.environ.get(RECORD)
         self._record = Path(record).open("a", buffering=1) if record else None  # noqa: SIM115 — as long as this
 
     def add_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import parse_qs
 
+from block.vllm_plugin.environment import STATE_BUFFER
 from block.vllm_plugin.requirements import vllm_version
 from block.vllm_plugin.state_buffer import NONCE, StateBuffer
 
@@ -26,7 +27,7 @@ class SnapshotView:
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         self._app = app
-        self._path = os.environ["BLOCK_STATE_BUFFER"]
+        self._path = os.environ[STATE_BUFFER]
         self._buffer = StateBuffer.open(self._path)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

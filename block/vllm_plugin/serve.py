@@ -14,13 +14,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from block.vllm_plugin.environment import PARENT, STATE_BUFFER
 from block.vllm_plugin.lifetime import die_with_parent
 from block.vllm_plugin.requirements import Incompatible, check_version
 from block.vllm_plugin.state_buffer import StateBuffer
 
 API_SERVER = "vllm.entrypoints.openai.api_server"
-PARENT = "BLOCK_PARENT"
-"""Environment: the process that this server must not outlive."""
 
 HOOKS = [
     "--scheduler-cls=block.vllm_plugin.publisher.publishing",
@@ -34,7 +33,7 @@ def serve(arguments: Sequence[str]) -> None:
     if PARENT in os.environ:
         die_with_parent(int(os.environ[PARENT]))
     buffer, path = StateBuffer.create()
-    os.environ["BLOCK_STATE_BUFFER"] = path
+    os.environ[STATE_BUFFER] = path
     sys.argv = ["vllm serve", *HOOKS, *arguments]
     with warnings.catch_warnings():
         # `python -m` works in all versions; `vllm serve` fails where the distribution has another name.

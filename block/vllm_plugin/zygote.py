@@ -22,7 +22,8 @@ from typing import Any
 
 from block.engine.latency import LatencyModel
 from block.vllm_plugin import serve
-from block.vllm_plugin.executor import LATENCY, step_seconds
+from block.vllm_plugin.environment import LATENCY, PARENT
+from block.vllm_plugin.executor import step_seconds
 from block.vllm_plugin.lifetime import die_with_parent
 
 PRELOADED = (
@@ -38,8 +39,8 @@ PRELOADED = (
 
 def main() -> None:
     """Serve until the input ends."""
-    if serve.PARENT in os.environ:
-        die_with_parent(int(os.environ[serve.PARENT]))
+    if PARENT in os.environ:
+        die_with_parent(int(os.environ[PARENT]))
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what vLLM prints while it is imported is no answer
     for module in PRELOADED:
@@ -93,7 +94,7 @@ def _fork(request: dict[str, Any]) -> int:
         for source, target in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
         os.environ.update(request["environment"])
-        os.environ[serve.PARENT] = str(parent)
+        os.environ[PARENT] = str(parent)
         serve.serve(request["arguments"])
     except SystemExit as end:
         sys.stderr.flush()

@@ -13,6 +13,7 @@ from testbed import engine_config, request
 
 from block.core.snapshot import EXPECTED, ID, MAX_TOKENS, NUM_PROMPT_TOKENS, NUM_SCHEDULED_TOKENS, Snapshot
 from block.core.types import Request
+from block.vllm_plugin.environment import STATE_BUFFER
 from block.vllm_plugin.state_buffer import STARTED, TIMED, StateBuffer, read_dump
 
 
@@ -22,7 +23,7 @@ def buffer(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> StateBuffer:
     from block.vllm_plugin import publisher as scheduler
 
     made, path = StateBuffer.create()
-    monkeypatch.setenv("BLOCK_STATE_BUFFER", path)
+    monkeypatch.setenv(STATE_BUFFER, path)
     monkeypatch.setattr(scheduler, "die_with_parent", lambda: None)
     for name in ("Scheduler", "AsyncScheduler"):
         monkeypatch.setattr(vllm, name, scheduler.publishing)

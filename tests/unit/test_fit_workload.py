@@ -1,11 +1,9 @@
-import importlib.util
 import os
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+from commands import load_script
 
 from block.core.rng import generator
 from block.workload.arrivals import RateProfile
@@ -16,16 +14,6 @@ from block.workload.traces import TRACES
 ROOT = Path(__file__).parents[2]
 TRACKED = ROOT / "artifacts" / "workloads"
 MEASURED = ("sharegpt", "arxiv", "azure_conv", "azure_code")
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 fit_workload = load_script("fit_workload")

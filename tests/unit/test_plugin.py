@@ -13,6 +13,7 @@ import pytest
 
 from block.vllm_plugin import platform, requirements
 from block.vllm_plugin import state_buffer as b
+from block.vllm_plugin.environment import EMULATED, STATE_BUFFER
 from block.vllm_plugin.requirements import Incompatible, check_version, require
 from block.vllm_plugin.routes import SnapshotView
 from block.vllm_plugin.state_buffer import StateBuffer, read_dump
@@ -51,9 +52,9 @@ def test_a_hook_that_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_platform_is_found_and_applies_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     (entry,) = [e for e in entry_points(group="vllm.platform_plugins") if e.name == "block_emulated"]
     assert entry.load() is platform.emulated
-    monkeypatch.delenv(platform.EMULATED, raising=False)
+    monkeypatch.delenv(EMULATED, raising=False)
     assert platform.emulated() is None
-    monkeypatch.setenv(platform.EMULATED, "1")
+    monkeypatch.setenv(EMULATED, "1")
     assert platform.emulated() == "block.vllm_plugin.emulated_platform.EmulatedPlatform"
 
 
@@ -74,7 +75,7 @@ def ask(view: SnapshotView, path: str, query: bytes = b"") -> tuple[int, dict[by
 @pytest.fixture
 def buffer(monkeypatch: pytest.MonkeyPatch) -> StateBuffer:
     made, path = StateBuffer.create()
-    monkeypatch.setenv("BLOCK_STATE_BUFFER", path)
+    monkeypatch.setenv(STATE_BUFFER, path)
     return made
 
 
