@@ -22,20 +22,20 @@ EXAMPLES = dict(re.findall(r"^### (Your own .+?)\n(.*?)(?=^###|\Z)", OUTSIDE, fl
 STEPS = re.compile(r"^(?:`([^`\n]+)`\n\n)?```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
-def test_one_s_own_trace(tmp_path: Path) -> None:
+def test_a_trace_of_one_s_own_runs(tmp_path: Path) -> None:
     (run,) = worked(EXAMPLES["Your own trace"], tmp_path)
     requests = run.requests()
     assert requests["prompt_tokens"].tolist()[:4] == [512, 64, 1800, 512]
     assert requests["output_tokens"].tolist()[:4] == [120, 300, 25, 120]
 
 
-def test_one_s_own_model(tmp_path: Path) -> None:
+def test_a_model_of_one_s_own_runs(tmp_path: Path) -> None:
     (run,) = worked(EXAMPLES["Your own model"], tmp_path)
     assert run.choices["model"] == run.config["model"]["name"] == "phi3-mini"
     assert run.config["model"]["head_dim"] == 96
 
 
-def test_one_s_own_gpu(tmp_path: Path) -> None:
+def test_a_gpu_of_one_s_own_runs(tmp_path: Path) -> None:
     (run,) = worked(EXAMPLES["Your own GPU"], tmp_path)
     assert run.config["cluster"]["gpu"] == "mine/rtx4090.yaml"
     assert set(run.instances()["instance_id"]) == {0, 1, 2, 3}

@@ -153,11 +153,11 @@ def test_the_map_names_every_package() -> None:
     assert [name for name in set(named) - packages if not (ROOT / name).exists()] == []
 
 
-def test_it_is_short() -> None:
+def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 200
 
 
-def test_there_are_commands() -> None:
+def test_the_readme_has_commands() -> None:
     assert lines("python run.py")
 
 

@@ -170,7 +170,7 @@ some = settings(max_examples=examples(25, 5))  # with a look at every step
 
 @many
 @given(case=cases())
-def test_inv_1_requests_are_conserved(case: Case) -> None:
+def test_requests_are_conserved(case: Case) -> None:
     """INV-1: every request sent is finished, once, with all of its tokens, on the instance that was chosen for it."""
     run = case.simulate()
     assert [record.request for record in run.records] == list(case.requests)
@@ -188,9 +188,7 @@ def test_inv_1_requests_are_conserved(case: Case) -> None:
 
 @some
 @given(config=engines(), total=st.sampled_from([34, 50]), requests=workloads(most=16))
-def test_inv_2_kv_blocks_are_conserved_at_every_step(
-    config: EngineConfig, total: int, requests: tuple[Request, ...]
-) -> None:
+def test_kv_blocks_are_conserved_at_every_step(config: EngineConfig, total: int, requests: tuple[Request, ...]) -> None:
     """INV-2: free and held blocks add up to all; a sequence holds what its tokens fill, and who waits holds none."""
 
     def see(snapshot: Snapshot, received: list[Request], finished: list[int]) -> None:
@@ -216,7 +214,7 @@ def test_inv_2_kv_blocks_are_conserved_at_every_step(
 
 @many
 @given(case=cases())
-def test_inv_3_a_life_goes_forward(case: Case) -> None:
+def test_a_life_goes_forward(case: Case) -> None:
     """INV-3: arrival ≤ dispatched < first token ≤ last token; a token takes a step each, and no step is instant."""
     for record in case.simulate().records:
         assert record.dispatched == pytest.approx(record.request.arrival + case.options["delay_s"], abs=1e-9)
@@ -227,9 +225,7 @@ def test_inv_3_a_life_goes_forward(case: Case) -> None:
 
 @some
 @given(config=engines(), total=st.sampled_from([34, 50]), requests=workloads(most=16))
-def test_inv_4_nothing_is_negative_or_over_its_limit(
-    config: EngineConfig, total: int, requests: tuple[Request, ...]
-) -> None:
+def test_nothing_is_negative_or_over_its_limit(config: EngineConfig, total: int, requests: tuple[Request, ...]) -> None:
     """INV-4: no count is negative; steps, batches and sequences stay within the engine's limits."""
 
     def see(snapshot: Snapshot, received: list[Request], finished: list[int]) -> None:
@@ -254,7 +250,7 @@ def test_inv_4_nothing_is_negative_or_over_its_limit(
 
 @some
 @given(config=engines(), total=st.sampled_from([34, 50]), requests=workloads(most=16))
-def test_inv_5_work_is_conserved(config: EngineConfig, total: int, requests: tuple[Request, ...]) -> None:
+def test_work_is_conserved(config: EngineConfig, total: int, requests: tuple[Request, ...]) -> None:
     """INV-5: an engine with an unfinished request is in a step, with a token in it; one without has none."""
 
     def see(snapshot: Snapshot, received: list[Request], finished: list[int]) -> None:
@@ -270,7 +266,7 @@ def test_inv_5_work_is_conserved(config: EngineConfig, total: int, requests: tup
 
 @many
 @given(case=cases(), data=st.data())
-def test_inv_6_a_decision_uses_nothing_of_the_future(case: Case, data: st.DataObject) -> None:
+def test_a_decision_uses_nothing_of_the_future(case: Case, data: st.DataObject) -> None:
     """INV-6: other requests after the i-th leave decisions, scores and forecasts up to the i-th as they were."""
     i = data.draw(st.integers(0, len(case.requests) - 1))
     past = list(case.requests[: i + 1])
@@ -284,7 +280,7 @@ def test_inv_6_a_decision_uses_nothing_of_the_future(case: Case, data: st.DataOb
 
 @many
 @given(case=cases())
-def test_inv_6_a_decision_does_not_know_true_lengths(case: Case) -> None:
+def test_a_decision_does_not_know_true_lengths(case: Case) -> None:
     """INV-6: the true length of the request itself, and of all that no engine has finished, changes no decision."""
     last = case.requests[-1]
     longer = [*case.requests[:-1], replace(last, output_tokens=last.output_tokens + 40)]
@@ -311,14 +307,14 @@ print(writer.path)
 
 @many
 @given(case=cases())
-def test_inv_7_the_same_seed_makes_the_same_run(case: Case) -> None:
+def test_the_same_seed_makes_the_same_run(case: Case) -> None:
     """INV-7: two runs of one configuration are equal to the last bit."""
     first, second = case.simulate(), case.simulate()
     assert first.dispatcher.history.decisions == second.dispatcher.history.decisions
     assert first.records == second.records
 
 
-def test_inv_7_no_matter_how_python_hashes(tmp_path: Path) -> None:
+def test_the_same_seed_makes_the_same_run_however_python_hashes(tmp_path: Path) -> None:
     """INV-7: another process with another hash seed stores the same requests and the same decisions."""
     folders = []
     for hash_seed in ("1", "2"):
@@ -339,7 +335,7 @@ def test_inv_7_no_matter_how_python_hashes(tmp_path: Path) -> None:
 
 @many
 @given(case=cases())
-def test_inv_8_the_clock_never_goes_back(case: Case) -> None:
+def test_the_clock_never_goes_back(case: Case) -> None:
     """INV-8: decisions are made at the arrivals, in their order, and the clock runs on to the last finish."""
     run = case.simulate()
     times = [at for at, _, _ in run.dispatcher.history.decisions]
@@ -350,7 +346,7 @@ def test_inv_8_the_clock_never_goes_back(case: Case) -> None:
 
 @many
 @given(case=cases())
-def test_inv_8_events_are_told_in_order_of_time(case: Case) -> None:
+def test_events_are_told_in_order_of_time(case: Case) -> None:
     """INV-8: whoever is told of events is never told of an earlier one later."""
     seen: list[float] = []
 
@@ -371,9 +367,7 @@ def test_inv_8_events_are_told_in_order_of_time(case: Case) -> None:
 
 @some
 @given(config=engines(), total=st.sampled_from([34, 50]), requests=workloads(most=16))
-def test_inv_9_admission_is_first_come_first_served(
-    config: EngineConfig, total: int, requests: tuple[Request, ...]
-) -> None:
+def test_admission_is_first_come_first_served(config: EngineConfig, total: int, requests: tuple[Request, ...]) -> None:
     """INV-9: an instance admits requests for the first time in the order in which they came."""
     admitted: list[int] = []
 
@@ -390,7 +384,7 @@ def test_inv_9_admission_is_first_come_first_served(
 # ---------------------------------------------------------------------------------------------------- independence
 
 
-def test_inv_10_no_policy_moves_what_arrives() -> None:
+def test_no_policy_moves_what_arrives() -> None:
     """INV-10: arrivals, lengths and estimates are the same whatever policy serves them, and whatever it draws."""
     load = workload.Workload(num_requests=200, qps=5.0, max_total_tokens=1000)
     config = EngineConfig(max_model_len=1000)
@@ -403,8 +397,8 @@ def test_inv_10_no_policy_moves_what_arrives() -> None:
     assert len(seen[0]) == 200
 
 
-def test_inv_10_nor_the_length_estimator_the_arrivals() -> None:
-    """INV-10: estimates draw from their own stream: prompts, responses and arrivals do not notice."""
+def test_no_length_estimator_moves_what_arrives() -> None:
+    """INV-10: estimates draw from a generator of their own: prompts, responses and arrivals do not notice."""
     load = workload.Workload(num_requests=200)
     plain = workload.generate(load, 3)
     tagged = tag(workload.generate(load, 3), Noisy(spread=0.5), 3)
@@ -414,7 +408,7 @@ def test_inv_10_nor_the_length_estimator_the_arrivals() -> None:
 
 @many
 @given(case=cases())
-def test_inv_11_the_chosen_one_has_the_least_score(case: Case) -> None:
+def test_the_chosen_instance_has_the_least_score(case: Case) -> None:
     """INV-11: a decision's instance is a candidate, and none scores lower; no score is infinite without a fallback."""
     for _, decision, _ in case.simulate().dispatcher.history.decisions:
         scores = dict(zip(decision.candidates, decision.scores, strict=True))
@@ -425,7 +419,7 @@ def test_inv_11_the_chosen_one_has_the_least_score(case: Case) -> None:
 
 @many
 @given(case=cases())
-def test_inv_12_nothing_is_left_at_the_end(case: Case) -> None:
+def test_nothing_is_left_at_the_end(case: Case) -> None:
     """INV-12: when all is done nothing is outstanding and no ledger holds anything."""
     state = case.simulate().dispatcher._state
     assert state.outstanding == [0] * case.instances

@@ -172,7 +172,9 @@ def workloads(draw: st.DrawFn, asynchronous: bool) -> Workload:
 @MODES
 @settings(max_examples=200)
 @given(data=st.data())
-def test_any_workload(make_real: MakeReal, asynchronous: bool, data: st.DataObject) -> None:
+def test_the_twin_does_what_vllm_does_for_any_workload(
+    make_real: MakeReal, asynchronous: bool, data: st.DataObject
+) -> None:
     Pair(make_real, data.draw(workloads(asynchronous)), Counter()).run()
 
 
@@ -211,7 +213,7 @@ def crowd(seed: int, asynchronous: bool) -> Workload:
 
 
 @MODES
-def test_crowds(make_real: MakeReal, asynchronous: bool) -> None:
+def test_the_twin_does_what_vllm_does_for_crowds(make_real: MakeReal, asynchronous: bool) -> None:
     seen: Counter[str] = Counter()
     for seed in range(40):
         Pair(make_real, crowd(seed, asynchronous), seen).run()

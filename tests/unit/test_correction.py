@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_serving import run, served
+from test_replay import run, served
 from testbed import (
     DECODE,
     FIXED,

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from test_serving import run, served
+from test_replay import run, served
 from testbed import constant_latency, engine_config, request
 
 from block.backends.simulated import Simulated

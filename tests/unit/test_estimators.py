@@ -47,7 +47,7 @@ def some_pairs(count: int, first: int = 0) -> Pairs:
 # ------------------------------------------------------------------------------------------------------------ kinds
 
 
-def test_who_reads() -> None:
+def test_learned_estimators_and_constants_read_prompts() -> None:
     readers: list[Lengths] = [Constant(), Compact(), RoBERTa()]
     assert all(isinstance(one, Reader) for one in readers)
     assert not any(isinstance(one, Reader) for one in (Oracle(), Noisy()))
@@ -59,7 +59,7 @@ def test_a_share_below_nothing_is_refused(kind: Any) -> None:
         kind(outrun_share=-0.1)
 
 
-def test_a_constant_is_one() -> None:
+def test_a_constant_estimates_one_length_for_all() -> None:
     assert Constant(7).estimate(np.array([1, 500]), np.random.default_rng(0)).tolist() == [7, 7]
     assert Constant(7).predict(["a", "b" * 99]).tokens.tolist() == [7, 7]
     with pytest.raises(ValueError, match=r"lengths.tokens=0: must be at least 1"):

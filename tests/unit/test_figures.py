@@ -183,7 +183,7 @@ def test_a_grid_is_every_combination() -> None:
         (order("a", [True, False]), "not"),
     ],
 )
-def test_a_verdict(claim: Claim, verdict: str) -> None:
+def test_the_verdict_of_a_claim(claim: Claim, verdict: str) -> None:
     assert claim.verdict == verdict
 
 

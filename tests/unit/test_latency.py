@@ -80,7 +80,7 @@ def test_prefill_is_exact_at_knots_and_bilinear_between() -> None:
         )
 
 
-def test_prefill_outside_the_grid() -> None:
+def test_prefill_time_outside_the_grid_goes_on_by_the_last_slope() -> None:
     packed = model().pack()
     assert prefill_time(packed, 1, 0) == pytest.approx(1e-3)  # below the first chunk: its time
     assert prefill_time(packed, 16, 2200) == pytest.approx(7e-3 + 1200 * 3e-3 / 600)  # the last cell's slope

@@ -97,7 +97,7 @@ def test_an_engine_holds_no_more_than_admission_would_give() -> None:
     assert engine.snapshot(0, 4.0).running == 2
 
 
-def test_who_comes_decodes_before_a_prompt_goes_on() -> None:
+def test_a_sequence_that_comes_decodes_before_a_prompt_goes_on() -> None:
     one, other = (lone_engine(engine_config("v0"), constant_latency(), 20) for _ in range(2))
     one.add(request(0, 6, 5), 0.0)
     one.halt()
@@ -284,7 +284,7 @@ def test_a_migration_by_hand() -> None:
     assert (records[1].first_token, records[1].finished) == (2.0, 7.0)
 
 
-def test_it_decodes_on_while_full_blocks_are_copied() -> None:
+def test_a_sequence_decodes_on_while_full_blocks_are_copied() -> None:
     # From t = 1 on: 5 full blocks of 0's take 0.5 s; then 1 is left, and 0 stops at t = 2 for 0.5 + 0.1 s.
     records, migrator, moved = moves(
         {"last_stage_blocks": 1}, [request(0, 20, 9), request(1, 14, 6)], [], max_num_batched_tokens=40
@@ -294,7 +294,7 @@ def test_it_decodes_on_while_full_blocks_are_copied() -> None:
     assert records[0].finished == pytest.approx(2.6 + 7)
 
 
-def test_it_is_given_up_if_the_request_finishes_meanwhile() -> None:
+def test_a_migration_is_given_up_if_the_request_finishes_meanwhile() -> None:
     records, migrator, moved = moves(
         {"last_stage_blocks": 1, "bandwidth": 0.1}, [request(0, 20, 4), request(1, 28, 3)], []
     )
@@ -303,7 +303,7 @@ def test_it_is_given_up_if_the_request_finishes_meanwhile() -> None:
     assert [record.output_tokens for record in records] == [4, 3]
 
 
-def test_it_is_given_up_if_the_target_has_no_room() -> None:
+def test_a_migration_is_given_up_if_the_target_has_no_room() -> None:
     # 2 leaves the target a freeness of 6, above the threshold, and 0 wants 10 blocks and more.
     _, migrator, moved = moves(
         {}, [request(0, 40, 9), request(1, 15, 2)], [request(2, 38, 12)], max_num_batched_tokens=60
@@ -312,7 +312,7 @@ def test_it_is_given_up_if_the_target_has_no_room() -> None:
     assert migrator.counts["no_room"] >= 1
 
 
-def test_it_is_given_up_if_decoding_is_faster_than_copying() -> None:
+def test_a_migration_is_given_up_if_decoding_is_faster_than_copying() -> None:
     # A block of 4 tokens takes five seconds to copy, in which five tokens come.
     options = {"last_stage_blocks": 1, "bandwidth": 0.02, "out_below": 30.0, "in_above": 30.0}
     _, migrator, moved = moves(options, [request(0, 9, 50), request(1, 9, 50), request(2, 9, 50)], [], total=60)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_serving import run, served
+from test_replay import run, served
 
 from block.core.snapshot import Snapshot
 from block.core.types import Forecast, Request

@@ -264,7 +264,7 @@ def test_with_true_lengths_a_forecast_is_what_then_happens(
 
 
 @pytest.mark.parametrize("compressed", [True, False])
-def test_so_it_is_when_v0_preempts_a_prompt_with_one_token_left(compressed: bool) -> None:
+def test_a_forecast_is_exact_when_v0_preempts_a_prompt_with_one_token_left(compressed: bool) -> None:
     """A corner that random states seldom hit; what happens there is in the tests of the scheduler."""
     config = engine_config("v0", max_num_batched_tokens=4, max_model_len=8)
     engine = lone_engine(config, LATENCY, 3)
@@ -314,7 +314,7 @@ def test_compressed_and_step_by_step_forecasts_are_the_same(
 
 
 @pytest.mark.parametrize("kind", ["v0", "v1", "v1-async"])
-def test_they_are_the_same_under_preemption_with_long_sequences(kind: str) -> None:
+def test_forecasts_are_the_same_under_preemption_with_long_sequences(kind: str) -> None:
     config = EngineConfig(max_model_len=2000, max_num_seqs=24, **KINDS[kind])
     latency = round_latency()
     fast, slow = (predictor_for(config, latency, 180, compressed=compressed) for compressed in (True, False))

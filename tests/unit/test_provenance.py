@@ -69,5 +69,5 @@ def test_the_modules_of_one_s_own_are_found_by_what_they_import(
     assert list(own_modules("plugin.one")) == ["plugin", "plugin.one", "plugin.two"]
 
 
-def test_the_package_has_one(tmp_path: Path) -> None:
+def test_the_package_has_a_code_hash(tmp_path: Path) -> None:
     assert len(code_hash(PACKAGE)) == 16

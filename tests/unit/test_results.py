@@ -545,7 +545,7 @@ def test_config_hash_is_of_the_values():
     assert provenance.config_hash({"b": {"d": None, "c": [1, 2]}, "a": 2}) != expected
 
 
-def test_file_hash(tmp_path):
+def test_the_hash_of_a_file_is_its_sha256(tmp_path):
     (tmp_path / "f").write_bytes(b"abc")
     assert provenance.file_hash(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 

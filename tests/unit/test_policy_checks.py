@@ -37,7 +37,7 @@ class Answering:
 
 NAME = f"scheduler._target_={__name__}.Answering: "
 PLACES = {
-    method: f"tests/unit/test_answers.py:{inspect.getsourcelines(getattr(Answering, method))[1]})"
+    method: f"tests/unit/test_policy_checks.py:{inspect.getsourcelines(getattr(Answering, method))[1]})"
     for method in ("candidates", "choose")
 }
 
@@ -130,7 +130,7 @@ def test_an_error_of_a_policy_is_placed_at_the_policy_s_own_line(policy: type[An
         with_checks(policy([2, 0])).choose(REQUEST, VIEWS, random.Random(0))
     line = inspect.getsourcelines(policy.choose)[1] + 1
     assert str(fault.value) == (
-        f"scheduler._target_={__name__}.{policy.__name__}: {told} (tests/unit/test_answers.py:{line})"
+        f"scheduler._target_={__name__}.{policy.__name__}: {told} (tests/unit/test_policy_checks.py:{line})"
     )
 
 
@@ -139,7 +139,9 @@ def test_a_method_that_takes_something_else_is_placed_where_it_is_defined() -> N
         def candidates(self) -> Sequence[int]:  # type: ignore[override]
             return [0]
 
-    with pytest.raises(UserFault, match=r"takes 1 positional argument but 4 were given \(tests/unit/test_answers"):
+    with pytest.raises(
+        UserFault, match=r"takes 1 positional argument but 4 were given \(tests/unit/test_policy_checks"
+    ):
         with_checks(Short()).candidates(3, 0, random.Random(0))
 
 
@@ -156,7 +158,7 @@ def test_what_is_no_policy_is_told() -> None:
         needs = "counts"  # type: ignore[assignment]
 
     check_policy(Answering())
-    with pytest.raises(UserFault, match=r"Lacking: has no method candidates \(tests/unit/test_answers\.py:"):
+    with pytest.raises(UserFault, match=r"Lacking: has no method candidates \(tests/unit/test_policy_checks\.py:"):
         check_policy(Lacking())
     with pytest.raises(UserFault, match=r"needs='counts': choose from Needs\.COUNTS, Needs\.SNAPSHOT, Needs\.FOREC"):
         check_policy(Needy())

@@ -33,7 +33,7 @@ THREE = [
 ]
 
 
-def test_hand_worked():
+def test_a_summary_is_what_was_worked_out_by_hand():
     got = summarise(columns(THREE), dispatch_overhead_s=[0.1, 0.3], forecast_us=[5, 7, 100], wall_time_s=2, compile_s=5)
     # Three sorted values a ≤ b ≤ c have P99 = b + 0.98 (c − b); two have a + 0.99 (b − a).
     assert got == pytest.approx(
@@ -116,7 +116,7 @@ rows = st.tuples(
 
 
 @given(st.lists(st.tuples(rows, st.sampled_from(["ok", "failed"])), max_size=30))
-def test_agrees_with_the_standard_library(drawn):
+def test_percentiles_agree_with_the_standard_library(drawn):
     # Gaps, not instants, are drawn: arrival, then first token, then the last.
     table = [(a, a + f, a + f + g, p, o, n, x, status) for (a, f, g, p, o, n, x), status in drawn]
     got = summarise(columns(table))
