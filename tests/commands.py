@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -152,3 +153,13 @@ def load_script(name: str) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def covering(config: pytest.Config) -> list[str]:
+    """What stands between `python` and a script or -m module so that its coverage is measured if that of the tests is.
+
+    What it finds out lies beside the workers' data in the folder COVERAGE_FILE names, and is combined with it.
+    """
+    if not config.getoption("cov_source"):
+        return []
+    return ["-m", "coverage", "run", "--parallel-mode", "--source=block"]
