@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,12 @@ settings.load_profile("fixed")
 # A shell's background job ignores Ctrl-C, and so would every command that it starts and that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LIVE = Path(__file__).parent / "live"
+TESTS = Path(__file__).parent
+LIVE = TESTS / "live"
+
+# Coverage is measured in unit tests, in live ones, and in two of tests/conf: its tracer makes others twice as slow.
+UNTRACED = (TESTS / "conf", TESTS / "invariants", TESTS / "golden", TESTS / "unit" / "test_figures.py")
+TRACED = ("test_one_line_names_key_value_and_choices", "test_a_key_without_effect_is_named_with_the_reason")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,6 +34,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if LIVE in item.path.parents:
             item.add_marker("live")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """pytest-cov's own marker for it, no_cover, does nothing in the workers of pytest-xdist."""
+    slow = any(item.path.is_relative_to(place) for place in UNTRACED)
+    tracer = sys.gettrace() if slow and getattr(item, "originalname", None) not in TRACED else None
+    if tracer is not None:
+        sys.settrace(None)
+    yield
+    if tracer is not None:
+        sys.settrace(tracer)
 
 
 @pytest.hookimpl(optionalhook=True)
