@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from block.store import summary as metrics
+from block.store.summary import e2e_error, only_ok
 from paper_figures import points, settings, style
 from paper_figures.verdicts import PUBLISHED, Claim, order, value
 
@@ -32,7 +32,7 @@ def table(stored: points.Stored) -> pd.DataFrame:
     """
     rows = []
     for point, run in stored.run(RUNS):
-        requests = metrics.only_ok({str(k): v.to_numpy() for k, v in run.requests().items()})
+        requests = only_ok({str(k): v.to_numpy() for k, v in run.requests().items()})
         replayed = run.counterfactuals()
         by_request = replayed.groupby("request_id")["replayed_e2e"]
         chosen = replayed["chosen"]
@@ -40,7 +40,7 @@ def table(stored: points.Stored) -> pd.DataFrame:
         rows.append(
             {
                 **point,
-                "error_percent": 100 * metrics.e2e_error(requests).mean(),
+                "error_percent": 100 * e2e_error(requests).mean(),
                 "chosen": replayed.loc[chosen, "replayed_e2e"].mean(),
                 "best": by_request.min().mean(),
                 "average": by_request.mean().mean(),

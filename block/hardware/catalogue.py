@@ -204,16 +204,17 @@ class Model:
         }
 
     @property
-    def _expert_layers(self) -> int:
+    def expert_layers(self) -> int:
+        """Layers that have experts in place of one feed-forward part."""
         return self.layers - self.dense_layers if self.experts else 0
 
     @property
-    def _expert_weights(self) -> float:
+    def expert_weights(self) -> float:
         """Weights (elements) of one expert per layer and GPU: each is split over the GPUs, as vLLM does by default."""
         return 3 * self.hidden_size * self.expert_size / self.tensor_parallel
 
     @property
-    def _always_weights(self) -> float:
+    def always_weights(self) -> float:
         """Weights (elements) per expert layer and GPU that all tokens go through: attention, router, shared expert."""
         attention = self.projections["attn_pre_proj"] + self.projections["attn_post_proj"]
         shared = 3 * self.hidden_size * self.shared_size / self.tensor_parallel
@@ -242,10 +243,10 @@ class Model:
         """Weights (elements) per GPU, with `experts` in each layer that has some."""
         embeddings = self.head_weights * (1 if self.tied_embeddings else 2)
         norms = (2 * self.layers + 1) * self.hidden_size
-        dense = (self.layers - self._expert_layers) * sum(self.projections.values()) + embeddings + norms
+        dense = (self.layers - self.expert_layers) * sum(self.projections.values()) + embeddings + norms
         if not self.experts:
             return dense
-        return dense + self._expert_layers * (self._always_weights + experts * self._expert_weights)
+        return dense + self.expert_layers * (self.always_weights + experts * self.expert_weights)
 
     @property
     def kv_bytes(self) -> float:

@@ -43,15 +43,15 @@ def roofline(gpu: GPU, model: Model, max_tokens: int = 8192) -> LatencyModel:
         return fixed, per_token
 
     head = model.head_weights * size / bandwidth  # logits of the sampled tokens only: the weights' time
-    experts, used = model._expert_layers, model.experts_per_token
+    experts, used = model.expert_layers, model.experts_per_token
     if experts:
         tokens = np.arange(1.0, max_tokens + 1)  # the experts hit are a curve
     fixed, per_token = layer(sum(model.projections.values()), model.intermediate_size)
     linear = (model.layers - experts) * (fixed + per_token * tokens) + head
     if experts:
-        fixed, per_token = layer(model._always_weights, used * model.expert_size + model.shared_size, used)
-        fetched = model.experts_hit(tokens) * model._expert_weights * size / bandwidth
-        per_token += 2 * used * model._expert_weights / flops
+        fixed, per_token = layer(model.always_weights, used * model.expert_size + model.shared_size, used)
+        fetched = model.experts_hit(tokens) * model.expert_weights * size / bandwidth
+        per_token += 2 * used * model.expert_weights / flops
         linear = linear + experts * (fixed + fetched + per_token * tokens)
 
     chunks = np.array([1, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192.0])

@@ -34,7 +34,7 @@ from block.lengths.roberta import RoBERTa
 from block.run.config import RunConfig, build, check_keys, class_of
 from block.run.config_errors import ConfigError
 from block.run.hydra_schema import CHOICES, CONF, GROUPS
-from block.workload import prompts as pairs
+from block.workload import prompts
 
 RUNS = ("serve", "capacity")
 
@@ -79,7 +79,7 @@ def _from_file(run: RunConfig) -> bool:
 
 def _prompts(run: RunConfig) -> bool:
     path = run.workload.trace_path
-    return run.workload.source == "trace" and path is not None and pairs.is_pairs(path)
+    return run.workload.source == "trace" and path is not None and prompts.is_pairs(path)
 
 
 _FORECASTING = "this policy makes no forecasts; take one that does, such as scheduler=block"

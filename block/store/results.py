@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from block.core.files import json_value, sync
 from block.store import provenance
-from block.store import summary as metrics
+from block.store.summary import Summary
 
 if TYPE_CHECKING:  # pandas costs a third of a second, and only readers need it
     import pandas as pd
@@ -104,8 +104,8 @@ class Run:
         return self.document["choices"]  # type: ignore[no-any-return]
 
     @property
-    def summary(self) -> metrics.Summary:
-        """The summary metrics (`metrics.summarise`); empty for a run that failed before its end."""
+    def summary(self) -> Summary:
+        """The summary metrics (`block.store.summary.summarise`); empty for a run that failed before its end."""
         return self.document["summary"]  # type: ignore[no-any-return]
 
     @property

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from block.core.choices import did_you_mean
 from block.core.files import write_json
-from block.store import summary as metrics
 from block.store.results import Run, read_run
+from block.store.summary import e2e, only_ok, ttft
 from block.store.wandb_server import Unavailable, check_reachable, go_offline, has_key, is_server_trouble, told
 
 if TYPE_CHECKING:
@@ -247,12 +247,12 @@ def _log(run: Run, tracking: Tracking, mode: str) -> Path:
 
 def _log_tables(wandb: Any, mirror: Any, run: Run, table_rows: int) -> None:
     requests = run.requests()
-    ok = metrics.only_ok({str(name): column.to_numpy() for name, column in requests.items()})
+    ok = only_ok({str(name): column.to_numpy() for name, column in requests.items()})
     mirror.define_metric("time_s")
     mirror.define_metric("*", step_metric="time_s")
     for row in _over_time(ok, run.instances()):
         mirror.log(row)
-    for name, values in (("ttft", metrics.ttft(ok)), ("e2e", metrics.e2e(ok))):
+    for name, values in (("ttft", ttft(ok)), ("e2e", e2e(ok))):
         if values.size:
             share = np.linspace(0, 1, POINTS + 1)
             points = wandb.Table(
@@ -277,8 +277,8 @@ def _table(wandb: Any, frame: pd.DataFrame, limit: int) -> Any:
 def _over_time(ok: dict[str, NDArray[Any]], instances: pd.DataFrame) -> Iterator[dict[str, float]]:
     """A row per interval: mean latency of the requests that arrived in it, mean state of each instance during it."""
     lines: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {
-        "ttft_mean_s": (ok["arrival"], metrics.ttft(ok)),
-        "e2e_mean_s": (ok["arrival"], metrics.e2e(ok)),
+        "ttft_mean_s": (ok["arrival"], ttft(ok)),
+        "e2e_mean_s": (ok["arrival"], e2e(ok)),
     }
     if {"time", "instance_id"} <= set(instances.columns):
         for instance, rows in instances.groupby("instance_id"):

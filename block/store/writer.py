@@ -21,8 +21,8 @@ from numpy.typing import ArrayLike
 from block.core.files import NotStored, diverted, json_value, reason, write_json
 from block.core.types import Decision, Forecast, Request, RequestRecord
 from block.store import provenance, tables
-from block.store import summary as metrics
 from block.store.results import DEFAULT_ROOT, SCHEMA_VERSION, Run, experiment_hash, read_run, write_table
+from block.store.summary import Summary, summarise
 
 STARTED, FINISHED = "started.json", "finished.jsonl"  # of a run on real servers, until it ends
 
@@ -115,7 +115,7 @@ class RunWriter:
         return Run(self.path, self._document)
 
     @property
-    def summary(self) -> metrics.Summary:
+    def summary(self) -> Summary:
         """The summary metrics; empty before `store`."""
         return dict(self._document["summary"])
 
@@ -140,8 +140,8 @@ class RunWriter:
         counterfactuals: Mapping[str, ArrayLike] | None = None,
         changes: Sequence[tuple[float, int, str, str]] = (),
         instance_seconds: float | None = None,
-    ) -> metrics.Summary:
-        """Write the tables, and return the summary that goes into run.json (see `metrics.summarise`).
+    ) -> Summary:
+        """Write the tables, and return the summary that goes into run.json (see `block.store.summary.summarise`).
 
         `decisions` are (time, decision, request id); `instances` maps a column's name to an array, all of one length.
         counterfactuals: columns of a table, like `instances`.
@@ -167,7 +167,7 @@ class RunWriter:
             "preempted": int(np.count_nonzero(columns["preemptions"])),
             "failed_over": int(np.count_nonzero(columns["retries"])),
         }
-        self._document["summary"] = metrics.summarise(
+        self._document["summary"] = summarise(
             columns,
             dispatch_overhead_s=dispatch_overhead_s,
             forecast_us=forecast_us,

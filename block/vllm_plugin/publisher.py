@@ -33,7 +33,7 @@ from block.core.snapshot import (
     TARGET,
 )
 from block.engine.config import EngineSettings, blocks_kept
-from block.vllm_plugin import state_buffer as b
+from block.vllm_plugin import state_buffer
 from block.vllm_plugin.environment import RECORD, STATE_BUFFER
 from block.vllm_plugin.lifetime import die_with_parent
 from block.vllm_plugin.requirements import require
@@ -74,7 +74,7 @@ class Publishing:
         super().__init__(*args, **kwargs)
         pool = "kv_cache_manager.block_pool.get_num_free_blocks"
         require(self, "running", "waiting", "requests", pool, "_free_request", "block_size", "vllm_config")
-        self._buffer = b.StateBuffer.open(os.environ[STATE_BUFFER])
+        self._buffer = state_buffer.StateBuffer.open(os.environ[STATE_BUFFER])
         self._steps: deque[dict[str, tuple[int, bool]]] = deque()  # in flight: tokens, and whether it samples
         self._features: deque[tuple[float, ...]] = deque()  # what of them goes into StepTime
         self._tags: dict[str, tuple[int, ...]] = {}
@@ -129,8 +129,8 @@ class Publishing:
             enable_prefix_caching=bool(cache.enable_prefix_caching),
         )
         self._buffer.begin()
-        self._buffer.header[b.SETTINGS : b.SETTINGS + len(settings)] = settings
-        self._buffer.header[b.FREE] = settings.total_blocks
+        self._buffer.header[state_buffer.SETTINGS : state_buffer.SETTINGS + len(settings)] = settings
+        self._buffer.header[state_buffer.FREE] = settings.total_blocks
         self._buffer.end()
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
@@ -182,21 +182,21 @@ class Publishing:
         if self._timing is not None:
             started, features = self._timing
             buffer = self._buffer
-            timed = int(buffer.header[b.TIMED])
-            buffer.steps[timed % b.RING] = (*features, now - started)
-            buffer.header[b.TIMED] = timed + 1
+            timed = int(buffer.header[state_buffer.TIMED])
+            buffer.steps[timed % state_buffer.RING] = (*features, now - started)
+            buffer.header[state_buffer.TIMED] = timed + 1
             self._timing = None
         self._started = now
 
     def _publish(self) -> None:
         running = self.running  # type: ignore[attr-defined]
         waiting = list(chain.from_iterable(getattr(self, queue) for queue in self._queues))
-        hidden = max(len(running) + len(waiting) - b.CAPACITY, 0)
+        hidden = max(len(running) + len(waiting) - state_buffer.CAPACITY, 0)
         first = self._steps[0] if self._steps else {}
         second = self._steps[1] if len(self._steps) > 1 else {}
         none = (0, False)
         rows = []
-        for request in chain(running, waiting[: b.CAPACITY - len(running)]):
+        for request in chain(running, waiting[: state_buffer.CAPACITY - len(running)]):
             id_ = request.request_id
             tokens, samples = first.get(id_, none)
             more, samples_too = second.get(id_, none)
@@ -220,16 +220,16 @@ class Publishing:
         header, seqs, count = buffer.header, buffer.seqs, columns.shape[1]
         seqs[_ROWS, :count] = columns
         seqs[NUM_BLOCKS, :count] = -(-columns[_COMPUTED] // self.block_size)  # type: ignore[attr-defined]
-        header[b.COLUMNS : b.HIDDEN + 1] = (
+        header[state_buffer.COLUMNS : state_buffer.HIDDEN + 1] = (
             count,
             len(running),
             stale,
             free,
             self._preempted + int(columns[_PREEMPTED].sum()),
-            header[b.STEPS] + 1,
+            header[state_buffer.STEPS] + 1,
             hidden,
         )
-        buffer.times[b.STARTED] = self._started if any(self._steps) else np.nan
+        buffer.times[state_buffer.STARTED] = self._started if any(self._steps) else np.nan
         buffer.end()
 
     def _tag(self, request: Any) -> tuple[int, ...]:
@@ -255,7 +255,7 @@ class Publishing:
         self._preempted += request.num_preemptions
         if tag is not None:
             buffer = self._buffer
-            finished = int(buffer.header[b.FINISHED])
-            buffer.gone[finished % b.GONE] = tag[0], request.num_preemptions
-            buffer.header[b.FINISHED] = finished + 1
+            finished = int(buffer.header[state_buffer.FINISHED])
+            buffer.gone[finished % state_buffer.GONE] = tag[0], request.num_preemptions
+            buffer.header[state_buffer.FINISHED] = finished + 1
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]

@@ -22,7 +22,7 @@ from block.core.choices import did_you_mean
 from block.core.paths import shipped
 from block.core.rng import generator
 from block.core.types import Request
-from block.workload import prompts as pairs
+from block.workload import prompts
 from block.workload.arrivals import constant_gaps, gamma_gaps, recorded_gaps
 from block.workload.length_sketch import LengthSketch
 from block.workload.trace_formats import Columns, UnknownFormat, read
@@ -130,7 +130,7 @@ class Workload:
             for key in keys:
                 if not holds and getattr(self, key) is not None:
                     raise ValueError(f"workload.{key}={getattr(self, key)}: has no effect without workload.{wanted}")
-        if self.trace_path in pairs.SETS:
+        if self.trace_path in prompts.SETS:
             for key in own[1:]:
                 if getattr(self, key) is not None:
                     raise ValueError(f"workload.{key}={getattr(self, key)}: has no effect on {self.trace_path}")
@@ -150,7 +150,7 @@ class Workload:
         if self.source == "sketch":
             return _sketch(self.name).profile is not None
         if self.trace_path is not None:
-            return self.source == "trace" and self.trace_path not in pairs.SETS
+            return self.source == "trace" and self.trace_path not in prompts.SETS
         return self.source == "trace" and (TRACES[self.name].timed or self.time_column is not None)
 
     def _columns(self) -> Columns:
@@ -323,7 +323,7 @@ def _read(workload: Workload) -> Trace:
     if workload.trace_path is None:
         advice = f"`python scripts/fetch_data.py {workload.name}` gets it, workload.source=sketch goes without"
         return _recorded(find_data(TRACES[workload.name].path, advice), workload._columns(), timed)
-    if workload.trace_path in pairs.SETS:
+    if workload.trace_path in prompts.SETS:
         return _held_out(workload)
     path = Path(workload.trace_path).expanduser()
     if not path.exists():
@@ -331,11 +331,11 @@ def _read(workload: Workload) -> Trace:
     try:
         return _recorded(path, workload._columns(), timed)
     except UnknownFormat as unknown:
-        if not pairs.is_pairs(str(path)):
+        if not prompts.is_pairs(str(path)):
             raise
         try:
             held_out = _held_out(workload)
-        except pairs.NoPairs:
+        except prompts.NoPairs:
             raise unknown from None
     if timed:
         raise ValueError(f"{path}: prompts and responses have no times; take workload.arrivals=poisson")
@@ -356,13 +356,13 @@ def _kept(path: Path, columns: Columns, timed: bool, state: tuple[int, ...]) -> 
 def _held_out(workload: Workload) -> Trace:
     """The held-out side of pairs of prompts and responses."""
     assert workload.trace_path is not None
-    split = pairs.load(workload.trace_path)
+    split = prompts.load(workload.trace_path)
     held_out = split.test
     if not held_out.prompts:
         raise ValueError(
             f"workload.trace_path={workload.trace_path}: none of its {split.pairs} pairs is held out; give more"
         )
-    prompt = np.array([max(pairs.pieces(text), 1) for text in held_out.prompts], dtype=np.int64)
+    prompt = np.array([max(prompts.pieces(text), 1) for text in held_out.prompts], dtype=np.int64)
     left_out = {
         "no prompt and response, or the prompt of another": split.rows - split.pairs,
         "not of the held-out side": split.pairs - len(prompt),
