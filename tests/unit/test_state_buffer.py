@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -155,13 +156,16 @@ def test_preemptions_of_requests_that_are_gone() -> None:
     assert buffer.preemptions_of(17) == 2
 
 
-def test_reading_takes_microseconds() -> None:
+def test_reading_takes_little_longer_than_copying() -> None:
     buffer, _ = StateBuffer.create()
     write(buffer, 148, 3, running=48)
-    took = []
-    for _ in range(300):
+
+    def seconds(work: Callable[[], object]) -> float:
         began = time.perf_counter()
-        buffer.read()
-        took.append(time.perf_counter() - began)
-    assert np.min(took) < 50e-6  # other work only ever adds
+        work()
+        return time.perf_counter() - began
+
+    rounds = [(seconds(buffer.seqs[:, :148].copy), seconds(buffer.read)) for _ in range(300)]
+    copying, reading = (min(times) for times in zip(*rounds, strict=True))  # other work only ever adds
+    assert reading < 20 * copying  # 1.5 µs against 1.2; with coverage measured some 5
     assert (buffer.read().seqs[[ID, NUM_PROMPT_TOKENS]] == 3).all()
