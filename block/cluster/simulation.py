@@ -40,14 +40,15 @@ class Simulation:
         """Requests at instances, or between two of them, by their ids."""
         self._delay_s = delay_s
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self._set = 0  # events so far
-        self._open = 0  # requests that have arrived and not ended
+        self._count = 0  # of events so far, which orders those of one time
+        self._unfinished = 0  # requests that have arrived and not ended
+        self._ended: Callable[[RequestRecord], None] = lambda record: None  # as of `run`
         self._held: dict[int, list[tuple[RequestRecord, Dispatcher]]] = defaultdict(list)  # until their instance is up
 
     def at(self, when: float, event: Callable[..., None], *arguments: Any) -> None:
         """Have `event(*arguments)` happen at a time that is not past."""
-        self._set += 1
-        heappush(self._heap, (when, self._set, event, arguments))
+        self._count += 1
+        heappush(self._heap, (when, self._count, event, arguments))
 
     def start(self, process: Process) -> None:
         """Run a process until it waits, again when it is time, and so on to its end."""
@@ -81,12 +82,12 @@ class Simulation:
 
         def next_arrival() -> None:
             for request, dispatcher in arrivals:
-                self._open += 1
+                self._unfinished += 1
                 self.at(max(request.arrival, self.now), arrive, request, dispatcher)
                 return
 
         next_arrival()
-        while self._open > 0:
+        while self._unfinished > 0:
             when = heap[0][0] if heap else math.inf
             if engines.next_event <= when:
                 if engines.next_event == math.inf:
@@ -127,7 +128,7 @@ class Simulation:
         self._end(record)
 
     def _end(self, record: RequestRecord) -> None:
-        self._open -= 1
+        self._unfinished -= 1
         self._ended(record)
 
     # ---- what a `block.cluster.scaler.Scaler` asks for
