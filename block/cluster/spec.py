@@ -22,6 +22,8 @@ class ClusterConfig:
         gpu_named(self.gpu)
         if self.num_gpus < 1:
             raise ValueError(f"cluster.num_gpus={self.num_gpus}: must be at least 1")
+        if self.num_gpus > 1_000_000:
+            raise ValueError(f"cluster.num_gpus={self.num_gpus}: must be at most 1000000")
 
 
 @dataclass(frozen=True)

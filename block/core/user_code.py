@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,8 @@ def own_modules(name: str) -> dict[str, Path]:
             found[one] = path
             if path.suffix == ".py":
                 package = one if path.name == "__init__.py" else one.rpartition(".")[0]
-                waiting += _imports(ast.parse(path.read_bytes()), package)
+                with suppress(SyntaxError, ValueError):  # such a module cannot be imported, and so imports nothing
+                    waiting += _imports(ast.parse(path.read_bytes()), package)
     return dict(sorted(found.items()))
 
 

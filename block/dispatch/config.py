@@ -29,5 +29,7 @@ class DispatchConfig:
             raise ValueError(f"dispatch.correction_steps={self.correction_steps}: must be 0 or more")
         if self.dispatchers < 1:
             raise ValueError(f"dispatch.dispatchers={self.dispatchers}: must be at least 1")
+        if self.dispatchers > 10_000:
+            raise ValueError(f"dispatch.dispatchers={self.dispatchers}: must be at most 10000")
         if not 0 <= self.forecast_noise < float("inf"):
             raise ValueError(f"dispatch.forecast_noise={self.forecast_noise}: must be 0 or more")

@@ -164,6 +164,9 @@ class LlumnixMinus:
     block_size: int = 16
     needs: ClassVar[Needs] = Needs.SNAPSHOT
 
+    def __post_init__(self) -> None:
+        _check_block_size(self.block_size)
+
     def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         return range(instances)
 
@@ -226,6 +229,9 @@ class Llumnix:
     block_size: int = 16
     needs: ClassVar[Needs] = Needs.SNAPSHOT
 
+    def __post_init__(self) -> None:
+        _check_block_size(self.block_size)
+
     def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         return range(instances)
 
@@ -287,6 +293,11 @@ def _snapshots(views: Sequence[InstanceView]) -> Snapshots:
     snapshots = Views.of(views).snapshots
     assert snapshots is not None, "the dispatcher shows snapshots to a policy that needs them"
     return snapshots
+
+
+def _check_block_size(block_size: int) -> None:
+    if block_size < 1:
+        raise ValueError(f"scheduler.block_size={block_size}: must be at least 1")
 
 
 def _check_k(k: int | None) -> None:

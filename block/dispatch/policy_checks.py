@@ -118,11 +118,23 @@ def _wrong_decision(decision: Any, ids: Sequence[int]) -> str:
     for one, score in zip(candidates, scores, strict=True):
         if type(score) is not float and (not isinstance(score, Real) or isinstance(score, bool)):
             return f"gave instance {one} the score {_short(score)}: must be a number"
+        if type(score) is not float and not _fits_a_float(score):
+            return f"gave instance {one} the score {_short(score)}: is too large for a float"
         if score != score:
             return f"gave instance {one} the score NaN: must be a number, infinite at most"
     if fallback is not None and not isinstance(fallback, str):
         return f"returned the fallback {_short(fallback)}: must be a string, or None"
+    if fallback is not None and not fallback.isprintable():
+        return f"returned the fallback {_short(fallback)}: must be of characters that can be printed"
     return ""
+
+
+def _fits_a_float(score: Any) -> bool:
+    try:
+        float(score)
+    except OverflowError:
+        return False
+    return True
 
 
 def _is_integer(value: Any) -> bool:

@@ -49,10 +49,12 @@ class CapacityConfig:
         for key in ("tolerance", "low"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"capacity.{key}={getattr(self, key)}: must be greater than 0")
-        if self.high <= self.low:
+        if not self.low < self.high < math.inf:
             raise ValueError(f"capacity.high={self.high}: must be greater than capacity.low={self.low}")
         if self.seeds < 1:
             raise ValueError(f"capacity.seeds={self.seeds}: must be at least 1")
+        if self.seeds > 1000:
+            raise ValueError(f"capacity.seeds={self.seeds}: must be at most 1000")
 
 
 class Point(NamedTuple):

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError  # type: ignore[import-untyped]
 
 from block.cluster.instance import LaunchFailed
+from block.cluster.simulation import SimulationStalled
 from block.core.files import NotStored
 from block.core.user_code import UserFault
 from block.run.config_errors import ConfigError, explain, piped
@@ -133,7 +134,7 @@ class _Told(BaseException):
 
 _WRONG = (
     *(ConfigError, HydraException, OmegaConfBaseException, FileNotFoundError, MarkedYAMLError, LaunchFailed),
-    *(UserFault, NotStored),
+    *(UserFault, NotStored, SimulationStalled),
 )
 _NO_FOLDER = "is not available"  # Hydra's warning of a search path
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR)
@@ -143,4 +144,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, e
 def _tell(error: Exception) -> int:
     """Say what is wrong; returns the exit code."""
     print(f"error: {explain(error)}", file=sys.stderr)
-    return 1 if isinstance(error, LaunchFailed | NotStored) or getattr(error, "errno", None) in NO_ROOM else 2
+    return (
+        1
+        if isinstance(error, LaunchFailed | NotStored | SimulationStalled) or getattr(error, "errno", None) in NO_ROOM
+        else 2
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -10,7 +11,7 @@ from typing import Any
 
 from hydra.errors import HydraException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from block.backends.simulated import Simulated
@@ -131,6 +132,7 @@ class RunConfig:
 def build(config: DictConfig) -> RunConfig:
     """Construct what `config` describes; ConfigError if it cannot be."""
     check_keys(config)
+    _check_numbers(config)
     keys = ["scheduler", *(f.name for f in dataclasses.fields(RunConfig) if f.name not in ("policy", "peers"))]
     try:
         parts = {key: config[key] for key in keys}
@@ -151,6 +153,25 @@ def build(config: DictConfig) -> RunConfig:
 def check_keys(config: DictConfig) -> None:
     """ConfigError if the root of `config` has a key that there is not."""
     _refuse_unknown(config, [f.name for f in dataclasses.fields(Root)])
+
+
+def _check_numbers(part: DictConfig) -> None:
+    """ConfigError for a number that no arithmetic would survive, whatever it stands for."""
+    for key in part:
+        value = part._get_node(key)  # not resolved
+        if isinstance(value, DictConfig):
+            _check_numbers(value)
+            continue
+        given = OmegaConf.to_container(value) if isinstance(value, ListConfig) else [value._value() if value else None]
+        for number in given if isinstance(given, list) else ():
+            if isinstance(number, int | float) and not isinstance(number, bool) and _is_beyond(number):
+                raise ConfigError(f"{part._get_full_key(key)}={number}: must be between ±1e-12 and ±1e12, or 0")
+
+
+def _is_beyond(number: float) -> bool:
+    if isinstance(number, int):
+        return abs(number) >= 1 << 53
+    return math.isfinite(number) and number != 0 and not 1e-12 <= abs(number) <= 1e12
 
 
 def _on_real_gpus(run: RunConfig) -> RunConfig:

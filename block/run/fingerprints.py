@@ -101,15 +101,18 @@ def own_files(run: RunConfig) -> list[Path]:
     return [*modules, *(path for path in sheets if path.is_file())]
 
 
-def _parts(value: Any) -> Iterator[Any]:
-    """The dataclasses that a value is made of, itself among them."""
+def _parts(value: Any, within: tuple[int, ...] = ()) -> Iterator[Any]:
+    """The dataclasses that a value is made of, itself among them; `within` these, by their ids."""
+    if id(value) in within:  # one of the user's may hold itself
+        return
+    within = (*within, id(value))
     if is_dataclass(value):
         yield value
         for field in fields(value):
-            yield from _parts(getattr(value, field.name, None))
+            yield from _parts(getattr(value, field.name, None), within)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _parts(item)
+            yield from _parts(item, within)
 
 
 def _texts(part: Any) -> Iterator[str]:

@@ -77,7 +77,10 @@ def code_hash(package: Path = PACKAGE) -> str:
 
 def source_hash(path: Path) -> str:
     """16 hex digits of one module: as of `code_hash`, or of its bytes if it is none in Python."""
-    code = _code(path).encode() if path.suffix == ".py" else path.read_bytes()
+    try:
+        code = _code(path).encode() if path.suffix == ".py" else path.read_bytes()
+    except (SyntaxError, ValueError):  # no Python after all
+        code = path.read_bytes()
     return hashlib.sha256(code).hexdigest()[:16]
 
 

@@ -57,6 +57,17 @@ LINES: dict[str, str] = {
         hydra.searchpath=[file://nowhere]
         hydra.searchpath=nowhere
         hydra.callbacks.x._target_=nope.Nope
+        scheduler=llumnix_minus scheduler.block_size=0
+        scheduler=llumnix scheduler.block_size=0
+        cluster.num_gpus=9999999
+        cluster.num_gpus=99999999999999999999
+        engine.max_num_seqs=99999999999999999999
+        scheduler=block lengths=constant lengths.tokens=99999999999999999999
+        dispatch.dispatchers=10001
+        workload.qps=1e-308
+        workload=synthetic workload.prompt_cv=1e308
+        backend=simulated backend.step_overhead_s=1e308
+        migration=llumnix migration.interval_s=1e-308
         scheduler=null
         model=3
         =3
@@ -221,6 +232,8 @@ LINES: dict[str, str] = {
         -m scheduler=block.yaml,random
     """,
     "scripts/capacity.py": r"""
+        capacity.high=nan
+        capacity.seeds=1001
         capacity.slo_s=[0]
         capacity.slo_s=3
         capacity.slo_s=3,10

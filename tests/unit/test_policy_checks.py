@@ -98,6 +98,8 @@ def test_a_decision_for_one_of_the_candidates_will_do(decision: Decision) -> Non
         (Decision(2, [2, 0], [1.0, math.nan]), "gave instance 0 the score NaN"),
         (Decision(2, [2, 0], [1.0, "a"]), "gave instance 0 the score 'a': must be a number"),  # type: ignore[list-item]
         (Decision(2, [2, 0], [1.0, 2.0], 3), "returned the fallback 3: must be a string"),  # type: ignore[arg-type]
+        (Decision(2, [2, 0], [1.0, 2.0], "\ud800"), "returned the fallback '\\ud800': must be of characters that"),
+        (Decision(2, [2, 0], [1.0, 10**400]), "gave instance 0 the score 1000"),
     ],
 )
 def test_a_decision_that_is_none_is_told(decision: Any, told: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from block.core.paths import PACKAGE
 from block.core.user_code import own_modules
-from block.store.provenance import code_hash
+from block.store.provenance import code_hash, source_hash
 
 CODE = '"""Doc."""\n\ndef f(x):\n    """More."""\n    return x + 1  # why\n'
 
@@ -71,3 +71,15 @@ def test_the_modules_of_one_s_own_are_found_by_what_they_import(
 
 def test_the_package_has_a_code_hash(tmp_path: Path) -> None:
     assert len(code_hash(PACKAGE)) == 16
+
+
+def test_a_module_that_is_no_python_is_hashed_by_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the user's may try to import another that is broken, and go on without it."""
+    (tmp_path / "tries_broken.py").write_text("try:\n    import broken_module\nexcept SyntaxError:\n    pass\n")
+    (tmp_path / "broken_module.py").write_text("def broken(:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = own_modules("tries_broken")
+    assert set(found) == {"tries_broken", "broken_module"}
+    before = source_hash(found["broken_module"])
+    found["broken_module"].write_text("def broken(::\n")
+    assert source_hash(found["broken_module"]) != before
