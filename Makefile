@@ -52,7 +52,8 @@ docs: .venv/.dev
 
 # What numba compiles once, by a run: else both workers of the tests would wait for it.
 compiled: .venv/.dev
-	$(BIN)/python run.py workload.num_requests=1 tracking=none runs_dir=$$(mktemp --directory) >/dev/null
+	@runs=$$(mktemp --directory) && $(BIN)/python run.py workload.num_requests=1 tracking=none runs_dir=$$runs >/dev/null; \
+		status=$$?; rm -r "$$runs"; exit $$status
 
 fmt: .venv/.dev
 	$(BIN)/ruff check --fix .

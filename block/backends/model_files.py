@@ -83,8 +83,7 @@ def _config(model: Model, max_model_len: int) -> dict[str, Any]:
 def _tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    package = PACKAGE
-    texts = [*sorted(package.glob("**/*.py")), *sorted(package.parent.glob("docs/*.md"))]
+    texts = [*sorted(PACKAGE.glob("**/*.py")), *sorted(PACKAGE.parent.glob("docs/*.md"))]
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -35,7 +35,7 @@ async def launched_fleet(
 ) -> AsyncIterator[Fleet]:
     """A fleet of the servers that `specs` describe, of which the first `testbed.initial` run from the start.
 
-    starter: how a process is started, as of `block.backends.launch.launching`. latency: the servers' step times.
+    starter: how a process is started, as of `block.backends.launch.launcher_for`. latency: the servers' step times.
     deadline_s: seconds that a server may take to come up. at_once: servers that start at the same time; None: all.
     """
     from block.backends.launch import launcher_for

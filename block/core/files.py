@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import secrets
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -40,27 +41,29 @@ def check_writable(folder: Path) -> None:
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write `path` whole or not at all, even if the machine stops. Raises OSError, or ValueError for a NaN."""
     text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-    write_whole(path, lambda place: place.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda place: place.write_text(text, encoding="utf-8"), durable=True)
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have a file written whole or not at all, even if the machine stops. OSError if that cannot be.
+def write_whole(path: Path, write: Callable[[Path], object], *, durable: bool = False) -> None:
+    """Have a file written whole or not at all, whoever else writes it meanwhile. OSError if that cannot be.
 
-    write: is given the place to write to, which lies beside `path`.
+    write: is given the place to write to, which lies beside `path`. durable: it is so even if the machine stops.
     """
     if _is_device(path):
         write(path)
         return
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         write(part)
-        sync(part)  # else the new name might reach the disk before what it names
+        if durable:  # else the new name might reach the disk before what it names
+            sync(part)
         part.replace(path)
     except OSError:
         with suppress(OSError):
             part.unlink()
         raise
-    sync(path.parent)
+    if durable:
+        sync(path.parent)
 
 
 def write_or_divert(key: str, path: Path, write: Callable[[Path], None]) -> tuple[Path, NotStored | None]:
@@ -80,7 +83,7 @@ def write_or_divert(key: str, path: Path, write: Callable[[Path], None]) -> tupl
 
 
 def write_json_or_divert(key: str, path: Path, document: Mapping[str, Any]) -> tuple[Path, NotStored | None]:
-    """`keep` for a document."""
+    """`write_or_divert` for a document."""
     return write_or_divert(key, path, lambda place: write_json(place, document))
 
 
@@ -101,6 +104,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_state(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written or replaced; empty if there is none. What was read of it is kept by that."""
+    if not path.exists():
+        return ()
+    state = path.stat()
+    return state.st_dev, state.st_ino, state.st_mtime_ns, state.st_size
 
 
 def _is_device(path: Path) -> bool:

@@ -43,7 +43,7 @@ def location(error: BaseException) -> str:
 
 
 def defined_at(what: Any) -> str:
-    """Where a class or function is defined, as `place` has it; empty if that is not known."""
+    """Where a class or function is defined, as `location` has it; empty if that is not known."""
     try:
         what = inspect.unwrap(what)
         file, line = inspect.getsourcefile(what), inspect.getsourcelines(what)[1]

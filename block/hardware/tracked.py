@@ -11,13 +11,13 @@ from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
+from block.core.files import file_state
 from block.core.paths import shipped
 from block.engine.latency import LatencyModel
 from block.hardware.catalogue import GPU, GPUS, Model, gpu_named
 from block.hardware.roofline import roofline
 
 TRACKED = shipped("artifacts", "latency")
-
 MODELS = shipped("conf", "model")
 
 # Memory that vLLM gives neither to weights nor to KV (activations, driver; communication buffers), so that the three
@@ -83,7 +83,7 @@ def _tracked(gpu: GPU, model: Model, directory: Path) -> LatencyModel | None:
     path = directory / f"{gpu.name}-{model.name}.json"
     if not path.exists() or not _as_tracked(model):
         return None
-    fit = _fit(path, path.stat().st_mtime_ns)
+    fit = _fit(path, file_state(path))
     return fit if fit.source.get("tensor_parallel") == model.tensor_parallel else None
 
 
@@ -92,17 +92,17 @@ def _as_tracked(model: Model) -> bool:
     path = MODELS / f"{model.name}.yaml"
     if not path.exists():
         return True
-    known = _known(path, path.stat().st_mtime_ns)
+    known = _known(path, file_state(path))
     return replace(known, tensor_parallel=model.tensor_parallel, hf_id=model.hf_id) == model
 
 
 # A run asks for them some thirty times, and each reading takes 2 ms: they are read once, and again once written.
 @cache
-def _fit(path: Path, modified_ns: int) -> LatencyModel:
+def _fit(path: Path, state: tuple[int, ...]) -> LatencyModel:
     return LatencyModel.load(path)
 
 
 @cache
-def _known(path: Path, modified_ns: int) -> Model:
+def _known(path: Path, state: tuple[int, ...]) -> Model:
     values = yaml.safe_load(path.read_text())
     return Model(**{key: value for key, value in values.items() if key != "defaults"})

@@ -144,8 +144,5 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, e
 def _tell(error: Exception) -> int:
     """Say what is wrong; returns the exit code."""
     print(f"error: {explain(error)}", file=sys.stderr)
-    return (
-        1
-        if isinstance(error, LaunchFailed | NotStored | SimulationStalled) or getattr(error, "errno", None) in NO_ROOM
-        else 2
-    )
+    of_the_run = isinstance(error, LaunchFailed | NotStored | SimulationStalled)
+    return 1 if of_the_run or getattr(error, "errno", None) in NO_ROOM else 2

@@ -11,7 +11,7 @@ from typing import Any
 
 from hydra.errors import HydraException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from block.backends.simulated import Simulated
@@ -21,7 +21,7 @@ from block.cluster.migration import MigrationConfig
 from block.cluster.provisioner import Elastic, Static
 from block.cluster.spec import ClusterConfig, Mixed, Testbed
 from block.core.errors import one_line
-from block.core.user_code import location
+from block.core.user_code import is_ours, location
 from block.dispatch import policies, policy_checks
 from block.dispatch.config import DispatchConfig
 from block.engine.config import EngineConfig
@@ -132,7 +132,7 @@ class RunConfig:
 def build(config: DictConfig) -> RunConfig:
     """Construct what `config` describes; ConfigError if it cannot be."""
     check_keys(config)
-    _check_numbers(config)
+    _check_numbers(OmegaConf.to_container(config))
     keys = ["scheduler", *(f.name for f in dataclasses.fields(RunConfig) if f.name not in ("policy", "peers"))]
     try:
         parts = {key: config[key] for key in keys}
@@ -155,17 +155,20 @@ def check_keys(config: DictConfig) -> None:
     _refuse_unknown(config, [f.name for f in dataclasses.fields(Root)])
 
 
-def _check_numbers(part: DictConfig) -> None:
-    """ConfigError for a number that no arithmetic would survive, whatever it stands for."""
-    for key in part:
-        value = part._get_node(key)  # not resolved
-        if isinstance(value, DictConfig):
-            _check_numbers(value)
-            continue
-        given = OmegaConf.to_container(value) if isinstance(value, ListConfig) else [value._value() if value else None]
-        for number in given if isinstance(given, list) else ():
-            if isinstance(number, int | float) and not isinstance(number, bool) and _is_beyond(number):
-                raise ConfigError(f"{part._get_full_key(key)}={number}: must be between ±1e-12 and ±1e12, or 0")
+def _check_numbers(part: Any, key: str = "") -> None:
+    """ConfigError for a number that no arithmetic of this package's would survive, whatever it stands for.
+
+    part: a node of a config in plain containers, called `key`. What is of a class of the user's is theirs to check.
+    """
+    if isinstance(part, dict):
+        if is_ours(str(part.get("_target_", "block"))):
+            for name, value in part.items():
+                _check_numbers(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(part, list):
+        for value in part:
+            _check_numbers(value, key)
+    elif isinstance(part, int | float) and _is_beyond(part):
+        raise ConfigError(f"{key}={part}: must be between ±1e-12 and ±1e12, or 0")
 
 
 def _is_beyond(number: float) -> bool:

@@ -28,7 +28,7 @@ from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from block.core.errors import message
-from block.core.files import write_json
+from block.core.files import write_whole
 from block.run import effects
 from block.run.cli import run_job
 from block.run.config_errors import ConfigError
@@ -65,7 +65,7 @@ class _Sweep:
         """Keep what became of a job. A disk that is full costs the note, not the job."""
         path = Path(self.folder, str(number))
         try:
-            write_json(path, {"job": job, "outcome": outcome})
+            write_whole(path, lambda place: place.write_text(json.dumps({"job": job, "outcome": outcome})))
         except OSError as error:
             print(f"failed: {path}: {error.strerror}: what became of this job is not counted", file=sys.stderr)
 

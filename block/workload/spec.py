@@ -19,6 +19,7 @@ import numpy as np
 
 from block.core.arrays import Floats, Ints
 from block.core.choices import did_you_mean
+from block.core.files import file_state
 from block.core.paths import shipped
 from block.core.rng import generator
 from block.core.types import Request
@@ -344,8 +345,7 @@ def _read(workload: Workload) -> Trace:
 
 def _recorded(path: Path, columns: Columns, timed: bool) -> Trace:
     """What the file holds; a search asks for it at each rate, and it is read once until it changes."""
-    state = path.stat()
-    return _kept(path, columns, timed, (state.st_dev, state.st_ino, state.st_mtime_ns, state.st_size))
+    return _kept(path, columns, timed, file_state(path))
 
 
 @lru_cache(maxsize=1)
@@ -371,9 +371,14 @@ def _held_out(workload: Workload) -> Trace:
     return Trace(prompt, held_out.tokens, None, held_out.prompts, "pairs of texts", split.rows, dropped)
 
 
-@lru_cache
 def _sketch(name: str) -> LengthSketch:
-    return LengthSketch.load(SKETCHES / f"{name}.json")
+    path = SKETCHES / f"{name}.json"
+    return _kept_sketch(path, file_state(path))
+
+
+@lru_cache
+def _kept_sketch(path: Path, state: tuple[int, ...]) -> LengthSketch:
+    return LengthSketch.load(path)
 
 
 def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:

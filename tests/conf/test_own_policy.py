@@ -53,6 +53,15 @@ class Guess:
 
     def estimate(self, output_tokens, rng):
         return output_tokens[None]["mean"]
+
+
+@dataclass(frozen=True)
+class Salted(Late):
+    salt: int = 0
+    least: float = 0.0
+
+    def candidates(self, instances, request_index, rng):
+        return [(request_index + self.salt) % instances]
 """
 LATE = (
     "scheduler._target_=mine.faulty.Late: candidates, for request 90 of 3 instances, returned [3]: "
@@ -156,3 +165,10 @@ def test_a_search_is_made_anew_if_asked_for_or_if_the_policy_has_changed(folder:
     changed = searched()
     assert changed[0] != first[0]
     assert not changed[1]
+
+
+def test_numbers_of_a_policy_s_own_may_be_of_any_size(folder: Path) -> None:
+    """The package refuses such numbers for its own keys only."""
+    typed = ["scheduler=random", "scheduler._target_=mine.faulty.Salted", "+scheduler.salt=12345678901234567890"]
+    done = command("run.py", *typed, "+scheduler.least=1e-300", *SMALL, folder=folder)
+    assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -326,3 +327,15 @@ def test_tracked_files_are_small() -> None:
 def test_a_package_without_its_fits_is_told_and_no_roofline_takes_their_place(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none: no such folder: the package's fitted step times are missing"):
         latency_model("a30", model("llama2-7b"), tracked=tmp_path / "none")
+
+
+def test_a_fit_that_is_replaced_is_read_anew_though_its_time_is_the_same(tmp_path: Path) -> None:
+    source = TRACKED / "a30-llama2-7b.json"
+    path = tmp_path / source.name
+    path.write_text(source.read_text())
+    before = latency_model("a30", model("llama2-7b"), tracked=tmp_path)
+    time = path.stat()
+    path.write_text(source.read_text().replace('"base": ', '"base": 1'))
+    os.utime(path, ns=(time.st_atime_ns, time.st_mtime_ns))
+    after = latency_model("a30", model("llama2-7b"), tracked=tmp_path)
+    assert after.decode_base > before.decode_base

@@ -600,3 +600,16 @@ def test_git_knows_its_checkout_and_no_other(tmp_path, monkeypatch):
 def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance.git.__wrapped__() is None
+
+
+def test_a_file_that_two_write_at_once_is_one_of_theirs(tmp_path):
+    """Each finds the other's file in the way: between writing its own and putting it there."""
+    path = tmp_path / "both.txt"
+
+    def interrupted(place):
+        place.write_text("outer")
+        write_whole(path, lambda other: other.write_text("inner"))
+
+    write_whole(path, interrupted)
+    assert path.read_text() == "outer"
+    assert [one.name for one in tmp_path.iterdir()] == ["both.txt"]
