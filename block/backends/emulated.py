@@ -58,7 +58,7 @@ class Emulated:
     @asynccontextmanager
     async def start(self, testbed: Testbed, clock: Clock, logs: Path) -> AsyncIterator[Fleet]:
         """Fork the servers from one process that has imported vLLM."""
-        require("aiohttp", "vllm")
+        require("vllm")
         from block.backends.launch import ServerSpec, Zygote
         from block.backends.model_files import emulated_model
 

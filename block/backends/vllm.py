@@ -59,7 +59,6 @@ class VLLM:
 
         Servers of `urls` run whether they are needed or not: a provisioner decides whether requests go there.
         """
-        require("aiohttp")
         latency = self.latency(testbed)
         if self.urls:
             async with attached_fleet(self.urls, latency, testbed, clock) as fleet:

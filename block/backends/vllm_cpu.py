@@ -45,7 +45,7 @@ class VLLMCPU:
     @asynccontextmanager
     async def start(self, testbed: Testbed, clock: Clock, logs: Path) -> AsyncIterator[Fleet]:
         """Start the servers, each a process of its own."""
-        require("aiohttp", "vllm")
+        require("vllm")
         from block.backends.launch import ServerSpec, Subprocesses
         from block.backends.model_files import tiny_model
 

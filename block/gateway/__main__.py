@@ -6,7 +6,6 @@ reads prompts), `dispatch`, `seed` and, for policies that forecast, what the lat
 """
 
 import asyncio
-import importlib.util
 import logging
 import random
 import sys
@@ -15,7 +14,6 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from block.cluster.instance import LaunchFailed
 from block.core.paths import shipped
 from block.dispatch import policy_checks
 from block.dispatch.policies import Needs
@@ -42,9 +40,6 @@ def run_gateway(settings: DictConfig, policy: str) -> None:
     for key, off in (("forecast_noise", 0), ("dispatchers", 1)):
         if (value := getattr(run.dispatch, key)) != off:
             raise ConfigError(f"dispatch.{key}={value}: for experiments only; a gateway has {off}")
-    for module in ("aiohttp", "prometheus_client", "uvloop"):
-        if importlib.util.find_spec(module) is None:
-            raise LaunchFailed(f"{module} is not installed: pip install -e '.[serve]'")
     import uvloop
 
     from block.gateway import app

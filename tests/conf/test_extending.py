@@ -49,14 +49,10 @@ def test_every_own_example_is_tried() -> None:
 
 
 def edited(text: str, diff: str) -> str:
-    """`text` with a diff of the page, whose context stands once in it: what is added follows it, or precedes a def."""
-    kept = [line[1:] for line in diff.splitlines() if not line.startswith("+")]
-    added = [line[1:] for line in diff.splitlines() if line.startswith("+")]
-    context = "\n".join(kept) + "\n"
+    """`text` with a diff of the page, applied as it stands; its context stands once in the text."""
+    context = "".join(f"{line[1:]}\n" for line in diff.splitlines() if not line.startswith("+"))
     assert text.count(context) == 1, f"stands {text.count(context)} times: {context}"
-    new = "\n".join(added) + "\n"
-    before = kept[0].startswith("def ")
-    return text.replace(context, new + context if before else context + new)
+    return text.replace(context, "".join(f"{line[1:]}\n" for line in diff.splitlines()))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,13 @@ def test_a_wheel_has_what_code_reads_and_nothing_else_of_the_repository(wheel: P
     fits = {f"block/shipped/artifacts/{path.parent.name}/{path.name}" for path in ROOT.glob("artifacts/l*/*.*[nz]")}
     assert conf | fits | {"block/py.typed"} <= names
     assert not [name for name in names if not name.startswith(("block/", "paper_figures/", "block_serving-"))]
+
+
+def test_what_both_commands_import_is_installed_with_them(wheel: Path) -> None:
+    """The environment of `commands` has everything, and so would not tell."""
+    (metadata,) = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA")]
+    required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", zipfile.ZipFile(wheel).read(metadata).decode(), re.M)
+    assert {"aiohttp", "prometheus-client", "uvloop", "hydra-core", "numba"} <= set(required)
 
 
 def test_block_run_serves_a_workload_in_an_empty_folder(commands: Path, tmp_path: Path) -> None:
