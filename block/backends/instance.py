@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import aiohttp
@@ -18,7 +19,7 @@ import numpy as np
 from block.cluster.instance import FirstToken, InstanceFailed, RequestFailed
 from block.core.arrays import Floats
 from block.core.clock import Clock
-from block.core.errors import message
+from block.core.errors import message, one_line
 from block.core.snapshot import Snapshot
 from block.core.types import Request, RequestRecord
 from block.engine.config import EngineSettings
@@ -26,6 +27,10 @@ from block.vllm_plugin.state_buffer import STEP, State, StateBuffer, read_dump
 from block.vllm_plugin.tags import TAG_EXPECTED, TAG_ID
 
 POLL_S = 0.01  # wall-clock seconds between two fetches of a remote snapshot
+
+
+# What comes of reading an answer that is not as vLLM gives: no JSON, not these keys, not these types.
+_ODD = (ValueError, LookupError, TypeError, AttributeError)
 
 
 class WithoutPlugin(InstanceFailed):
@@ -65,20 +70,22 @@ class VLLMInstance:
         """
         try:
             async with self._session.get(f"{self.url}/v1/models") as response:
-                self._model = (await response.json())["data"][0]["id"]
+                with self._as_vllm():
+                    self._model = (await response.json())["data"][0]["id"]
             async with self._session.get(f"{self.url}/block/info") as response:
                 if response.status != 200:
                     raise WithoutPlugin(
                         f"{self.url}: runs without this package's plugin; start it by python -m block.vllm_plugin.serve"
                     )
-                info = await response.json()
-            self.vllm_version = info["vllm"]
+                with self._as_vllm():
+                    info = await response.json()
+                    self.vllm_version, path, nonce = info["vllm"], str(info["buffer"]), int(info["nonce"])
             try:
-                self._buffer = StateBuffer.open(info["buffer"], info["nonce"])
+                self._buffer = StateBuffer.open(path, nonce)
             except (OSError, ValueError):  # another host, or another container of this one
                 await self._fetch()
                 self._poll = asyncio.create_task(self._keep_fetching())
-        except (aiohttp.ClientError, TimeoutError, KeyError, ValueError) as error:
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise InstanceFailed(f"{self.url}: {message(error)}") from error
         return self._read().settings
 
@@ -118,12 +125,13 @@ class VLLMInstance:
 
     async def _fetch(self) -> None:
         async with self._session.get(f"{self.url}/block/snapshot") as response:
-            self._state = read_dump(await response.read())
+            with self._as_vllm():
+                self._state = read_dump(await response.read())
 
     async def _keep_fetching(self) -> None:
         while True:
             began = time.monotonic()
-            with suppress(aiohttp.ClientError, TimeoutError, ValueError):
+            with suppress(aiohttp.ClientError, TimeoutError, InstanceFailed):
                 await self._fetch()  # `generate` will notice a server that is gone
             await asyncio.sleep(max(POLL_S - (time.monotonic() - began), 0.0))
 
@@ -160,16 +168,16 @@ class VLLMInstance:
         """Read server-sent events to [DONE]; the last one before it carries the token counts."""
         last = b""
         times = record.token_times = []
-        async for line in response.content:
+        while line := await self._line(response):
             if not line.startswith(b"data: "):
                 continue
             now = self._clock.now()
             if line.startswith(b"data: [DONE]"):
-                usage = json.loads(last).get("usage") or {}
-                record.output_tokens = int(usage.get("completion_tokens", 0))
+                with self._as_vllm():
+                    record.output_tokens = int((json.loads(last).get("usage") or {}).get("completion_tokens", 0))
                 return
             if line.startswith(b'data: {"error"'):
-                raise InstanceFailed(f"{self.url}: {line[6:].decode().strip()}")
+                raise InstanceFailed(f"{self.url}: {line[6:].decode(errors='replace').strip()}")
             if b'"choices":[]' not in line:
                 if record.first_token != record.first_token:  # NaN
                     first_token(record, now)
@@ -178,10 +186,22 @@ class VLLMInstance:
             last = line[6:]
         raise InstanceFailed(f"{self.url}: the stream ended before its end")
 
+    async def _line(self, response: aiohttp.ClientResponse) -> bytes:
+        with self._as_vllm():  # a line may be longer than any of vLLM's
+            return await response.content.readline()
+
+    @contextmanager
+    def _as_vllm(self) -> Iterator[None]:
+        """Within, what is not as vLLM answers (no JSON, not its keys, not its types) is an InstanceFailed."""
+        try:
+            yield
+        except _ODD as error:
+            raise InstanceFailed(f"{self.url}: does not answer as vLLM: {one_line(error)}") from error
+
 
 async def _message(response: aiohttp.ClientResponse) -> str:
     """What an error response says, in one line."""
-    text = await response.text()
-    with suppress(ValueError, KeyError, TypeError):
+    text = await response.text(errors="replace")
+    with suppress(*_ODD):
         text = str(json.loads(text)["error"]["message"])
     return " ".join(text.split())[:300]

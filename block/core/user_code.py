@@ -27,7 +27,7 @@ def user_errors() -> Iterator[None]:
     """Within, what code of the user's raises becomes a UserFault; errors of this package stay what they are."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # by sys.exit() a run would end as if all were done
         if where := location(error):
             raise UserFault(f"{one_line(error)} ({where})") from error
         raise

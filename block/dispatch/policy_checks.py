@@ -62,7 +62,7 @@ class _Checked:
         """The policy's."""
         try:
             found = self._policy.candidates(instances, request_index, rng)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _raised(self._policy, "candidates", error) from error
         if wrong := _wrong_candidates(found, instances):
             raise _fault(
@@ -74,7 +74,7 @@ class _Checked:
         """The policy's."""
         try:
             decision = self._policy.choose(request, views, rng)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _raised(self._policy, "choose", error) from error
         if wrong := _wrong_decision(decision, Views.of(views).ids):
             raise _fault(self._policy, f"choose, for request {request.id}, {wrong}", "choose")
@@ -147,7 +147,7 @@ def _fault(policy: Any, what: str, method: str | None = None, where: str = "") -
     return UserFault(f"scheduler._target_={cls.__module__}.{cls.__qualname__}: {what}{where and f' ({where})'}")
 
 
-def _raised(policy: Policy, method: str, error: Exception) -> UserFault:
+def _raised(policy: Policy, method: str, error: BaseException) -> UserFault:
     return _fault(policy, f"{method} raised {one_line(error)}", method, location(error))
 
 

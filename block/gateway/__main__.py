@@ -54,7 +54,8 @@ def run_gateway(settings: DictConfig, policy: str) -> None:
     gateway = app.Gateway(wanted, run.policy, run.dispatch, random.Random(run.seed), latency, run.lengths)
 
     def listening(address: str) -> None:
-        print(f"{address}: {policy} over {len(wanted.urls)} servers: {', '.join(wanted.urls)}", flush=True)
+        servers = f"{len(wanted.urls)} server{'s' * (len(wanted.urls) != 1)}"
+        print(f"{address}: {policy} over {servers}: {', '.join(wanted.urls)}", flush=True)
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

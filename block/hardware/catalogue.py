@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
@@ -160,6 +160,11 @@ class Model:
             raise ValueError(f"model.dense_layers={self.dense_layers}: leaves no layer of {self.layers} to the experts")
         if self.kv_lora_rank and self.head_dim != self.qk_nope_head_dim + self.qk_rope_head_dim:
             raise ValueError(f"model.head_dim={self.head_dim}: want qk_nope_head_dim + qk_rope_head_dim")
+
+    @property
+    def numbers(self) -> dict[str, int | bool | None]:
+        """All fields but its names and how many GPUs share it: a fit holds for a model that has the same."""
+        return {key: value for key, value in asdict(self).items() if key not in ("name", "hf_id", "tensor_parallel")}
 
     def _whole(self, needed: tuple[str, ...], more: tuple[str, ...], what: str) -> None:
         """ValueError unless all of `needed` are given, or none of them and none of `more`."""

@@ -5,11 +5,8 @@ A pair that was profiled has its fit in ``artifacts/latency``; it also says how 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
-
-import yaml  # type: ignore[import-untyped]
 
 from block.core.files import file_state
 from block.core.paths import shipped
@@ -18,7 +15,6 @@ from block.hardware.catalogue import GPU, GPUS, Model, gpu_named
 from block.hardware.roofline import roofline
 
 TRACKED = shipped("artifacts", "latency")
-MODELS = shipped("conf", "model")
 
 # Memory that vLLM gives neither to weights nor to KV (activations, driver; communication buffers), so that the three
 # published block counts are met within an eighth.
@@ -73,36 +69,22 @@ def _room(gpu: GPU, model: Model, block_size: int, utilization: float) -> int:
 
 
 def _tracked(gpu: GPU, model: Model, directory: Path) -> LatencyModel | None:
-    """The tracked fit of this pair at this degree of tensor parallelism, if there is one.
+    """The tracked fit of this pair, if there is one for a model of these numbers at this degree of tensor parallelism.
 
-    None, too, for a model of one's own that has the name of one of conf/model, but other numbers. ValueError if there
-    are no fits at all: the package has come without them.
+    ValueError if there are no fits at all: the package has come without them.
     """
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such folder: the package's fitted step times are missing; install it anew")
     path = directory / f"{gpu.name}-{model.name}.json"
-    if not path.exists() or not _as_tracked(model):
+    if not path.exists():
         return None
     fit = _fit(path, file_state(path))
-    return fit if fit.source.get("tensor_parallel") == model.tensor_parallel else None
+    # Not by the name alone: a model of one's own, or a changed file of conf/model, may have it too.
+    of_it = fit.source.get("model_numbers") == model.numbers
+    return fit if of_it and fit.source.get("tensor_parallel") == model.tensor_parallel else None
 
 
-def _as_tracked(model: Model) -> bool:
-    """Whether `model` has the numbers of the one of conf/model of that name, if there is one."""
-    path = MODELS / f"{model.name}.yaml"
-    if not path.exists():
-        return True
-    known = _known(path, file_state(path))
-    return replace(known, tensor_parallel=model.tensor_parallel, hf_id=model.hf_id) == model
-
-
-# A run asks for them some thirty times, and each reading takes 2 ms: they are read once, and again once written.
+# A run asks for it some thirty times, and each reading takes 2 ms: it is read once, and again once written.
 @cache
 def _fit(path: Path, state: tuple[int, ...]) -> LatencyModel:
     return LatencyModel.load(path)
-
-
-@cache
-def _known(path: Path, state: tuple[int, ...]) -> Model:
-    values = yaml.safe_load(path.read_text())
-    return Model(**{key: value for key, value in values.items() if key != "defaults"})

@@ -227,10 +227,9 @@ def class_of(part: DictConfig) -> type:
         raise ConfigError(f"{key}={name}: not of the form module.Class")
     try:
         cls = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{key}={name}: {error}") from error
-    except Exception as error:  # importing a module of the user's runs it
-        raise ConfigError(f"{key}={name}: {one_line(error)} ({location(error)})") from error
+    except (Exception, SystemExit) as error:  # importing a module of the user's runs it
+        where = location(error)
+        raise ConfigError(f"{key}={name}: {f'{one_line(error)} ({where})' if where else error}") from error
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise ConfigError(f"{key}={name}: must be a dataclass, whose fields are the keys of {group}")
     return cls

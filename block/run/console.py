@@ -37,9 +37,8 @@ def announce(testbed: Testbed, backend: Backend, console: Console) -> None:
         console.print(f"[dim]{why}: running the simulated testbed[/dim]", soft_wrap=True)
     elif not backend.virtual:
         urls = getattr(backend, "urls", ())
-        what = (
-            f"attaching to {len(urls)} servers" if urls else "starting vLLM servers; their logs are in the run's folder"
-        )
+        servers = f"{len(urls)} server{'s' * (len(urls) != 1)}"
+        what = f"attaching to {servers}" if urls else "starting vLLM servers; their logs are in the run's folder"
         console.print(f"[dim]{what}[/dim]", soft_wrap=True)
         if urls:
             return

@@ -7,6 +7,7 @@ import inspect
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
+from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from block.run.config import RunConfig
 from block.run.replay import requests_of
 from block.store import provenance
 from block.workload import spec as workload
+
+MOST_FILES = 1000
+"""Files that a folder named by an object of the user's may hold for a run to be found again."""
 
 
 def fingerprints(run: RunConfig, requests: Sequence[Request] | None = None) -> dict[str, str]:
@@ -52,7 +56,7 @@ def fingerprints(run: RunConfig, requests: Sequence[Request] | None = None) -> d
         "estimates": _hash(_column(requests, "predicted_output_tokens", np.int64)),
     }
     sources = {name: provenance.source_hash(path) for name, path in _modules(run).items()} | _loose_classes(run)
-    return hashes | sources | {str(path): provenance.file_hash(path)[:16] for path in _named_files(run)}
+    return hashes | sources | _named_files(run)
 
 
 def _column(requests: Sequence[Request], field: str, kind: type[np.generic]) -> NDArray[Any]:
@@ -87,11 +91,31 @@ def _loose_classes(run: RunConfig) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _named_files(run: RunConfig) -> list[Path]:
-    """The files, and those in the folders, that the fields of objects of the user's classes name."""
-    named = [Path(value) for part in _parts(run) if not is_ours(type(part).__module__) for value in _texts(part)]
-    found = {file for path in named for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
-    return sorted(found)
+def _named_files(run: RunConfig) -> dict[str, str]:
+    """Hashes of the files, and of those in the folders, that the fields of objects of the user's classes name.
+
+    What cannot be read, and a folder of more than MOST_FILES, is never the same again.
+    """
+    texts = {text for part in _parts(run) if not is_ours(type(part).__module__) for text in _texts(part)}
+    found = {}
+    for text in sorted(texts):
+        try:
+            path = Path(text)
+            files = list(islice(filter(Path.is_file, [path] if path.is_file() else path.rglob("*")), MOST_FILES + 1))
+        except (OSError, ValueError):  # a text that is no path, such as a long one
+            continue
+        if len(files) > MOST_FILES:
+            found[text] = secrets.token_hex(8)
+        else:
+            found |= {str(file): _file_hash(file) for file in sorted(files)}
+    return found
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        return provenance.file_hash(path)[:16]
+    except OSError:
+        return secrets.token_hex(8)
 
 
 def own_files(run: RunConfig) -> list[Path]:

@@ -196,7 +196,7 @@ class Facts:
         if self.unused:
             said.append(f"not replayed: the last {self.unused:,} rows (workload.num_requests=null takes all)")
         if self.rounds > 1:
-            said.append(f"replayed {self.rounds:.3g} times, for {self.requests:,} requests")
+            said.append(f"replayed {self.rounds:,.1f} times, for {self.requests:,} requests")
         if self.native_qps is not None and searched:
             said.append(f"recorded at {self.native_qps:.3g} requests/s, replayed at each rate that the search tries")
         elif self.native_qps is not None and self.qps is not None:

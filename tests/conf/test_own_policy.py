@@ -11,6 +11,7 @@ from commands import SMALL, TINY, command
 from block.store.results import runs
 
 FAULTY = """
+import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -62,10 +63,16 @@ class Salted(Late):
 
     def candidates(self, instances, request_index, rng):
         return [(request_index + self.salt) % instances]
+
+
+@dataclass(frozen=True)
+class Exits(Late):
+    def choose(self, request, views, rng):
+        return sys.exit() if request.id == 70 else least(views, [0.0], rng)
 """
 LATE = (
     "scheduler._target_=mine.faulty.Late: candidates, for request 90 of 3 instances, returned [3]: "
-    "3 is not between 0 and 2 (mine/faulty.py:12)"
+    "3 is not between 0 and 2 (mine/faulty.py:13)"
 )
 SEARCH = [
     "capacity.slo_s=[1]",
@@ -79,10 +86,11 @@ SEARCH = [
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with `mine/faulty.py`, and one that cannot be imported."""
+    """A folder with `mine/faulty.py`, and two that cannot be imported."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "faulty.py").write_text(FAULTY)
     (tmp_path / "mine" / "broken.py").write_text("import x y\n")
+    (tmp_path / "mine" / "lacking.py").write_text("import none\n")
     return tmp_path
 
 
@@ -91,10 +99,15 @@ def folder(tmp_path: Path) -> Path:
     [
         ("faulty.Late", LATE),
         ("faulty.Nan", "scheduler._target_=mine.faulty.Nan: choose, for request 70, gave instance 1 the score NaN"),
-        ("faulty.Needless", "scheduler._target_=mine.faulty.Needless: has no method candidates (mine/faulty.py:19)"),
+        ("faulty.Needless", "scheduler._target_=mine.faulty.Needless: has no method candidates (mine/faulty.py:20)"),
         (
             "faulty.Wrong",
-            "scheduler._target_=mine.faulty.Wrong: ZeroDivisionError: division by zero (mine/faulty.py:35)",
+            "scheduler._target_=mine.faulty.Wrong: ZeroDivisionError: division by zero (mine/faulty.py:36)",
+        ),
+        ("faulty.Exits", "scheduler._target_=mine.faulty.Exits: choose raised SystemExit (mine/faulty.py:59)"),
+        (
+            "lacking.Late",
+            "scheduler._target_=mine.lacking.Late: ModuleNotFoundError: No module named 'none' (mine/lacking.py:1)",
         ),
         ("broken.Late", "scheduler._target_=mine.broken.Late: SyntaxError: invalid syntax"),
     ],
@@ -111,7 +124,7 @@ def test_an_error_of_another_class_of_one_s_own_is_told_in_one_line(script: str,
     done = command(script, *keys, "lengths=oracle", "lengths._target_=mine.faulty.Guess", folder=folder)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: IndexError: only integers, slices")
-    assert done.stderr.splitlines()[-1].endswith(" (mine/faulty.py:43)")
+    assert done.stderr.splitlines()[-1].endswith(" (mine/faulty.py:44)")
     assert "Traceback" not in done.stderr
 
 

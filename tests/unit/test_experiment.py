@@ -34,6 +34,7 @@ from block.run import execute as execution
 from block.run.capacity_search import search
 from block.run.config_errors import ConfigError
 from block.run.execute import execute, run_command
+from block.run.fingerprints import MOST_FILES
 from block.run.fingerprints import fingerprints as fingerprints_of
 from block.store import provenance, writer
 from block.store.results import Run, experiment_hash, runs
@@ -222,6 +223,30 @@ def test_hashes_change_with_a_file_that_a_class_of_one_s_own_names(tmp_path: Pat
     Path("weights.txt").write_text("2")
     changed = fingerprints(*overrides)
     assert {key for key in base if changed[key] != base[key]} == {"weights.txt"}
+
+
+@pytest.mark.parametrize("text", ["x" * 5000, "a\0b", "/none", "v1"])
+def test_a_text_of_a_class_of_one_s_own_need_name_no_file(text: str, package: str) -> None:
+    code = STATEFUL.format(package=package).replace("seen: list", f"weights: str = {text!r}\n    seen: list")
+    Path(package, "sticky.py").write_text(code)
+    overrides = ("scheduler=random", f"scheduler._target_={package}.sticky.Sticky")
+    assert set(fingerprints(*overrides)) - set(fingerprints("scheduler=random")) == {
+        f"{package}.helper",
+        f"{package}.sticky",
+    }
+
+
+def test_a_folder_too_large_to_be_looked_through_is_never_the_same(package: str) -> None:
+    Path("many").mkdir()
+    for i in range(MOST_FILES + 1):
+        Path("many", str(i)).touch()
+    code = STATEFUL.format(package=package).replace("seen: list", 'weights: str = "many"\n    seen: list')
+    Path(package, "sticky.py").write_text(code)
+    overrides = ("scheduler=random", f"scheduler._target_={package}.sticky.Sticky")
+    one, other = fingerprints(*overrides), fingerprints(*overrides)
+    assert {key for key in one if one[key] != other[key]} == {"many"}
+    Path("many", "0").unlink()
+    assert fingerprints(*overrides) == fingerprints(*overrides)
 
 
 def test_hashes_change_with_the_data_sheet_of_a_gpu(tmp_path: Path) -> None:

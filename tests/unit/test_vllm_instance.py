@@ -207,3 +207,50 @@ def test_with_dilated_time_a_record_is_in_undilated_seconds() -> None:
     assert not math.isnan(record.finished)
     assert json.dumps(record.output_tokens) == "3"
     assert np.isfinite(record.first_token)
+
+
+LONG = b"data: " + b"x" * 2**18 + b"\n\n"  # longer than aiohttp reads as a line
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b'{"usage": {"completion_tokens": "many"}}', b'{"usage": [3]}', b"[]", b"3}", b"\xff", b'{"error": "\xff"}', LONG],
+)
+def test_an_answer_that_is_not_vllm_s_is_the_server_s_failure(said: bytes) -> None:
+    server = Server()
+    server.ending = [b"data: " + said + b"\n\n", b"data: [DONE]\n\n"]
+    with pytest.raises(InstanceFailed, match=re.escape("http://127.0.0.1:")):
+        served(server)
+
+
+@pytest.mark.parametrize("listed", [{}, {"data": []}, {"data": [3]}, [], "none", None])
+def test_a_list_of_models_that_is_not_vllm_s_is_the_server_s_failure(listed: object) -> None:
+    class Odd(Server):
+        async def models(self, _: web.Request) -> web.Response:
+            return web.json_response(listed)
+
+    with pytest.raises(InstanceFailed, match="does not answer as vLLM"):
+        served(Odd())
+
+
+@pytest.mark.parametrize("told", [[], {}, {"vllm": "0.32.0", "buffer": "/none", "nonce": None}])
+def test_what_a_plugin_would_not_tell_is_the_server_s_failure(told: object) -> None:
+    class Odd(Server):
+        async def info(self, _: web.Request) -> web.Response:
+            return web.json_response(told)
+
+    with pytest.raises(InstanceFailed, match="does not answer as vLLM"):
+        served(Odd())
+
+
+def test_a_fault_of_our_own_is_not_taken_for_the_server_s() -> None:
+    def broken(record: RequestRecord, now: float) -> None:
+        raise ValueError("ours")
+
+    async def main() -> None:
+        async with Server().instance() as instance:
+            await instance.attach()
+            await instance.generate(RequestRecord(ONE), broken)
+
+    with pytest.raises(ValueError, match="ours"):
+        asyncio.run(main())
