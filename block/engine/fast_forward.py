@@ -105,6 +105,10 @@ class Scratch(NamedTuple):
     t: Floats
 
 
+ScratchArrays = tuple[Ints, Ints, Ints, Ints, Ints, Ints, Ints, Floats]
+"""A `Scratch` as a plain tuple, as `Arrays` is an `EngineState`."""
+
+
 def scratch_for(columns: Int, block_size: Int) -> Scratch:
     """Scratch for engines of so many columns. Whole vectors, so that a scan of `finish` leaves no rest."""
     width = _whole(columns)

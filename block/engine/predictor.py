@@ -40,10 +40,11 @@ from block.core.snapshot import (
 from block.core.types import Forecasts, Request
 from block.engine.config import EngineSettings
 from block.engine.decode_runs import skip_decode_run
-from block.engine.fast_forward import STOPPED, TARGET_FINISHED, Scratch, fast_forward, scratch_for
+from block.engine.fast_forward import STOPPED, TARGET_FINISHED, Scratch, ScratchArrays, fast_forward, scratch_for
 from block.engine.latency import LatencyModel
 from block.engine.scheduler import begin_step, complete_step, step_time
 from block.engine.state import (
+    ASYNC_SCHEDULING,
     BEGIN,
     BLOCK_SIZE,
     COUNTERS,
@@ -105,7 +106,7 @@ class Predictor:
             finished=np.zeros((FINISHED, columns)),
         )
         self._plain: Arrays = self._engine[:]
-        self._scratch = scratch_for(columns, int(self._settings[BLOCK_SIZE]))
+        self._scratch = scratch_for(columns, int(self._settings[BLOCK_SIZE]))[:]
 
     def with_outrun_share(self, outrun_share: float) -> Predictor:
         """The same, with another `outrun_share`."""
@@ -214,7 +215,7 @@ def _forecasts(
     prompt: int,
     expected: int,
     arrays: Arrays,
-    scratch: Scratch,
+    numbers: ScratchArrays,
     out: Floats,
     now: float,
     compressed: bool,
@@ -224,10 +225,10 @@ def _forecasts(
 
     pool, meta, started: those of `Snapshots`. arrivals: _ARRIVAL numbers for each request in transit, in order of the
     instance. prompt, expected: tokens of the candidate. arrays: of an engine with the settings and the latency model of
-    the instances, to work on.
+    the instances, to work on. numbers: a `Scratch` for it.
     out: float64[instances, 2], receives the seconds from `now` to the candidate's first token and to its last.
     """
-    engine = EngineState(*arrays)
+    engine, scratch = EngineState(*arrays), Scratch(*numbers)
     seqs = engine.seqs
     arrival = 0
     for i in range(meta.shape[0]):
@@ -273,8 +274,9 @@ def _load(engine: EngineState, columns: Int, meta: Ints, started: float, now: fl
     duration = step_time(seqs, 0, in_flight, NUM_SCHEDULED_TOKENS, engine.latency_params)
     if duration > 0.0:
         times[STEP_ENDS] = max(started + duration, now)  # a step whose modelled end has passed is about to end
-        times[QUEUED_DURATION] = step_time(seqs, 0, in_flight, NUM_SCHEDULED_NEXT, engine.latency_params)
-        counters[QUEUED] = 1 if times[QUEUED_DURATION] > 0.0 else 0
+        if engine.settings[ASYNC_SCHEDULING] == 1:
+            times[QUEUED_DURATION] = step_time(seqs, 0, in_flight, NUM_SCHEDULED_NEXT, engine.latency_params)
+            counters[QUEUED] = 1 if times[QUEUED_DURATION] > 0.0 else 0
     else:
         begin_step(engine, now)
 
