@@ -16,6 +16,7 @@ from multidict import CIMultiDictProxy
 from testbed import constant_latency
 
 from block.backends.launch import free_ports
+from block.core.snapshot import EXPECTED, ID, MAX_TOKENS, NUM_PROMPT_TOKENS, TARGET
 from block.dispatch import policies
 from block.dispatch.config import DispatchConfig
 from block.dispatch.core import Dispatcher
@@ -157,7 +158,9 @@ class PluginMock(Mock):
 
     def place(self, number: int, prompt: int, expected: int) -> None:
         self.buffer.header[b.COLUMNS] = self.buffer.header[b.RUNNING] = 1
-        self.buffer.seqs[:, 0] = [number, prompt, 0, expected, expected, expected, 0, 0, 0, 0, 0, 0]
+        self.buffer.seqs[:, 0] = 0
+        self.buffer.seqs[[ID, NUM_PROMPT_TOKENS], 0] = number, prompt
+        self.buffer.seqs[[TARGET, MAX_TOKENS, EXPECTED], 0] = expected
         self.buffer.header[b.FREE] = self.settings.total_blocks - prompt // 16
 
     def routes(self, app: web.Application) -> None:

@@ -20,6 +20,8 @@ import torch
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -62,6 +64,7 @@ def _vary(base: VllmConfig, config: EngineConfig, total_blocks: int) -> VllmConf
         setattr(made, part, copy.copy(getattr(base, part)))
     made.model_config.max_model_len = config.max_model_len
     made.cache_config.num_gpu_blocks = total_blocks + 1  # one is vLLM's null block
+    made.cache_config.enable_prefix_caching = config.enable_prefix_caching
     for key in (
         "max_num_seqs",
         "max_num_batched_tokens",
@@ -144,12 +147,16 @@ class VirtualEngine(EngineCore):  # type: ignore[misc]
 
         self.elapse = elapse
         self.now = 0.0
+        self.tokens: dict[int, list[int]] = {}  # of prompt and response, by request, where they matter
+        init_none_hash(sha256)
+        self._block_hasher = get_request_block_hasher(size, sha256) if config.enable_prefix_caching else None
         self.inbox: deque[Callable[[], None]] = deque()  # what clients have sent since the last turn
         self.known: dict[int, VllmRequest] = {}
         self.preempted: set[int] = set()  # since the owner last cleared it
         self.finished: list[Finished] = []
         self._lengths: dict[int, int] = {}
         self._firsts: dict[int, float] = {}
+        self._cached: dict[int, int] = {}
 
     def log_error_detail(self, _: SchedulerOutput) -> contextlib.AbstractContextManager[None]:
         """vLLM's own dumps its whole state when an assertion of a test fails in `elapse`."""
@@ -162,7 +169,8 @@ class VirtualEngine(EngineCore):  # type: ignore[misc]
             max_tokens=request.output_tokens if ignore_eos else request.max_tokens, ignore_eos=ignore_eos
         )
         params.update_from_generation_config({}, eos_token_id=EOS)
-        one = VllmRequest(str(request.id), [TOKEN] * request.prompt_tokens, params, None)
+        prompt = self.tokens.get(request.id, [TOKEN] * request.prompt_tokens)[: request.prompt_tokens]
+        one = VllmRequest(str(request.id), prompt, params, None, block_hasher=self._block_hasher)
         self.known[request.id] = one
         self._lengths[request.id] = request.output_tokens
         self.inbox.append(lambda: self.add_request(one))
@@ -174,7 +182,16 @@ class VirtualEngine(EngineCore):  # type: ignore[misc]
 
     def next_token(self, id_: int) -> int:
         """What the model says next."""
-        return EOS if self.known[id_].num_output_tokens + 1 == self._lengths[id_] else TOKEN
+        said = self.known[id_].num_output_tokens
+        if said + 1 == self._lengths[id_]:
+            return EOS
+        left = self.tokens.get(id_, [])[self.known[id_].num_prompt_tokens + said :]
+        return left[0] if left else TOKEN
+
+    def abort_requests(self, ids: list[str]) -> None:
+        """vLLM's own frees several in the order of a set, which is a different one each time."""
+        for id_ in ids:
+            super().abort_requests([id_])
 
     @property
     def queued(self) -> Iterator[Batch]:
@@ -197,7 +214,10 @@ class VirtualEngine(EngineCore):  # type: ignore[misc]
             id_ = int(output.request_id)
             if output.new_token_ids:
                 self._firsts.setdefault(id_, self.now)
+            if output.prefill_stats is not None:
+                self._cached.setdefault(id_, output.prefill_stats.num_local_cached_tokens)
             if output.finish_reason is not None:
                 one = self.known[id_]
-                done = Finished(id_, self._firsts[id_], self.now, one.num_preemptions, one.num_output_tokens)
+                counts = one.num_preemptions, one.num_output_tokens, self._cached[id_]
+                done = Finished(id_, self._firsts[id_], self.now, *counts)
                 self.finished.append(done)

@@ -26,7 +26,7 @@ def engine_arguments(testbed: Testbed, num_gpu_blocks: int | None) -> list[str]:
         f"--block-size={engine.block_size}",
         f"--long-prefill-token-threshold={engine.long_prefill_token_threshold}",
         f"--served-model-name={testbed.model.name}",
-        "--no-enable-prefix-caching",
+        "--enable-prefix-caching" if engine.enable_prefix_caching else "--no-enable-prefix-caching",
         "--disable-log-stats",
         "--disable-uvicorn-access-log",
         "--async-scheduling" if engine.async_scheduling else "--no-async-scheduling",

@@ -135,3 +135,10 @@ def compiled(function: F) -> F:
     part takes the arrays of an engine from one tuple.
     """
     return cast(F, numba.njit(cache=True, error_model="numpy", _nrt=False)(function))
+
+
+def plain(function: F) -> F:
+    """The Python function that was compiled: to be called from Python where it returns parts of arrays, which compiled
+    code that counts no references cannot hand out.
+    """
+    return cast(F, getattr(function, "py_func", function))

@@ -27,7 +27,9 @@ NUM_SCHEDULED_TOKENS = 8  # tokens scheduled in the step in flight
 NUM_SCHEDULED_NEXT = 9  # tokens scheduled in the step queued behind it (asynchronous scheduling)
 NUM_OUTPUT_PLACEHOLDERS = 10  # sampled tokens still in flight: 0, 1, or 2 when the queued step samples too
 NUM_PREEMPTIONS = 11  # times preempted
-FIELDS = 12
+NUM_CACHED_TOKENS = 12  # prompt tokens that its first admission found in the prefix cache
+CACHE_RECORD = 13  # where an engine with a prefix cache keeps the hashes and the blocks of the sequence
+FIELDS = 14
 
 # Columns of the meta of `Snapshots`.
 META_ID = 0  # the instance's

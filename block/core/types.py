@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, overload
 
+from block.core.arrays import Ints
 from block.core.snapshot import Snapshot, Snapshots
 
 
@@ -18,6 +19,8 @@ class Request:
 
     max_tokens: the most tokens that it asks for. The model may stop before, which no scheduler can foresee; None asks
     for `output_tokens` exactly, as a replay does that ignores the model's end of sequence. prompt: its text, if known.
+    block_hashes: int64[n], above 0: of its blocks of `engine.block_size` tokens, prompt and then response, the first n;
+    each stands for a block and all before it, so that requests with equal ones share a prefix. None: it shares nothing.
     """
 
     id: int
@@ -27,6 +30,7 @@ class Request:
     predicted_output_tokens: int
     max_tokens: int | None = None
     prompt: str | None = None
+    block_hashes: Ints | None = field(default=None, compare=False)
 
 
 class Forecast(NamedTuple):

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from block.core.arrays import Floats, Int, Ints
 from block.core.jit import Index, compiled, one_at_a_time
 from block.core.snapshot import (
+    CACHE_RECORD,
     EXPECTED,
     FIELDS,
     ID,
@@ -38,15 +39,19 @@ from block.core.snapshot import (
     Snapshots,
 )
 from block.core.types import Request
+from block.engine.block_tables import HASHES, NO_HASHES, add_record, compact_records
 from block.engine.config import EngineSettings
 from block.engine.decode_runs import decode, decode_times, next_decode_run
 from block.engine.latency import LatencyModel
+from block.engine.prefix_cache import RECORDS_END, empty_cache
 from block.engine.scheduler import begin_step, complete_step, end_step
 from block.engine.state import (
     ALL_PREEMPTIONS,
     BEGIN,
+    BLOCK_SIZE,
     COUNTERS,
     DECODE_RUN,
+    ENABLE_PREFIX_CACHING,
     END,
     EVENT,
     EVENT_STARTED,
@@ -71,6 +76,7 @@ from block.engine.state import (
 )
 
 CAPACITY = 64  # columns of a row at first
+TOKENS_AHEAD = 2  # a sequence may have blocks for so many tokens more than it comes to have (asynchronous scheduling)
 MARGIN = 0.99  # of the shortest step: sums of steps are rounded, and a bound on them must not be above
 LATEST = math.nextafter(math.inf, 0.0)  # any time but inf, at which an engine is idle
 
@@ -94,6 +100,7 @@ class Finished(NamedTuple):
     finished: float
     preemptions: int
     output_tokens: int
+    cached_tokens: int = 0
 
 
 class EngineBatch:
@@ -115,6 +122,7 @@ class EngineBatch:
             latency_params=np.array([_extended(one, max(map(len, params))) for one in params]),
             noise=np.array([np.resize(one, max(map(len, noise))) for one in noise]),
             finished=np.zeros((rows, FINISHED, CAPACITY)),
+            cache=_caches([spec.settings for spec in specs]),
         )
         self.arrays.times[:, SHORTEST_STEP] = [
             MARGIN * np.min(spec.latency.linear[1:]) * np.min(factors)
@@ -142,19 +150,38 @@ class EngineBatch:
                 f"engine.max_model_len={self.max_model_len[row]}"
             )
         most = target if request.max_tokens is None else request.max_tokens
-        self.next_event = _receive(
-            self._plain,
-            row,
-            now,
-            request.id,
-            prompt,
-            min(target, most),
-            most,
-            request.predicted_output_tokens,
-        )
-        if self.next_event < 0.0:  # there was no room
-            self._grow()
-            self.receive(row, request, now)
+        record = self._add_record(row, request) if self.arrays.cache.shape[1] else 0
+        while True:
+            self.next_event = _receive(
+                self._plain,
+                row,
+                now,
+                request.id,
+                prompt,
+                min(target, most),
+                most,
+                request.predicted_output_tokens,
+                record,
+            )
+            if self.next_event >= 0.0:
+                return
+            self._grow()  # there was no room
+
+    def _add_record(self, row: int, request: Request) -> int:
+        """Have a record of a sequence that comes to an engine with a prefix cache; returns its place."""
+        settings = self.arrays.settings[row]
+        if settings[ENABLE_PREFIX_CACHING] == 0:
+            return 0
+        tokens = min(request.prompt_tokens + request.output_tokens, self.max_model_len[row]) + TOKENS_AHEAD
+        most_blocks = -(-tokens // int(settings[BLOCK_SIZE]))
+        hashes = NO_HASHES if request.block_hashes is None else request.block_hashes[:most_blocks]
+        while (place := add_record(self.arrays.cache[row], hashes, most_blocks)) < 0:
+            compact_records(self.engine(row))
+            width = self.arrays.cache.shape[1]
+            if int(self.arrays.cache[row, RECORDS_END]) + 2 * (HASHES + 2 * most_blocks) > width:
+                self.arrays = self.arrays._replace(cache=_wider(self.arrays.cache, 2 * width))
+                self._plain = self.arrays[:]
+        return place
 
     def advance_all(self, until: float) -> Sequence[Finished]:
         """Complete the steps that end by `until`, or by the first end at which sequences finish; returns these.
@@ -175,8 +202,8 @@ class EngineBatch:
     def finished(self, row: int, found: Int) -> Sequence[Finished]:
         """The first `found` sequences that the last advance of an engine has finished."""
         return [
-            Finished(int(id_), first, at, int(preempted), int(output))
-            for id_, first, at, preempted, output in self.arrays.finished[row, :, :found].T.tolist()
+            Finished(int(id_), first, at, int(preempted), int(output), int(cached))
+            for id_, first, at, preempted, output, cached in self.arrays.finished[row, :, :found].T.tolist()
         ]
 
     def snapshots(self, rows: Sequence[int], now: float) -> Snapshots:
@@ -239,6 +266,13 @@ def _extended(packed: Floats, length: int) -> Floats:
     """A packed latency model made longer, as `linear_time` would have it: its last slope goes on."""
     beyond = np.arange(1, length - len(packed) + 1)
     return np.concatenate([packed, packed[-1] + (packed[-1] - packed[-2]) * beyond])
+
+
+def _caches(settings: Sequence[EngineSettings]) -> Ints:
+    """The prefix caches of engines, a row each; those of engines that have none are empty."""
+    caches = [empty_cache(one.total_blocks + 1) if one.enable_prefix_caching else NO_HASHES for one in settings]
+    width = max(map(len, caches))
+    return np.array([np.pad(cache, (0, width - len(cache))) for cache in caches])
 
 
 def _wider(rows: NDArray[Any], columns: int) -> NDArray[Any]:
@@ -367,10 +401,12 @@ def _receive(
     target: Int,
     most: Int,
     expected: Int,
+    record: Int,
 ) -> float:
     """Let a sequence wait in an engine; one that is idle begins a step.
 
     prompt, target, most, expected: tokens, as rows NUM_PROMPT_TOKENS, TARGET, MAX_TOKENS and EXPECTED have them.
+    record: as row CACHE_RECORD has it.
     Returns when a sequence of any engine may finish next; -1, with nothing done, if there is no room for it.
     """
     engines = EngineState(*arrays)
@@ -387,6 +423,7 @@ def _receive(
     seqs[TARGET, column] = target
     seqs[MAX_TOKENS, column] = most
     seqs[EXPECTED, column] = expected
+    seqs[CACHE_RECORD, column] = record
     engine.first_token_time[column] = np.nan
     counters[END] = column + 1
     if engine.times[STEP_ENDS] == np.inf:

@@ -33,6 +33,7 @@ class EngineConfig:
     long_prefill_token_threshold: int = 0
     scheduler_reserve_full_isl: bool = True
     enable_chunked_prefill: bool = True
+    enable_prefix_caching: bool = False
 
     def __post_init__(self) -> None:
         if self.version not in ("v0", "v1"):
@@ -55,6 +56,8 @@ class EngineConfig:
             raise ValueError(f"engine.gpu_memory_utilization={self.gpu_memory_utilization}: must be in (0, 1]")
         if self.async_scheduling and self.version == "v0":
             raise ValueError("engine.async_scheduling=True: only engine.version=v1 schedules asynchronously")
+        if self.enable_prefix_caching and self.version == "v0":
+            raise ValueError("engine.enable_prefix_caching=True: only engine.version=v1 has the prefix cache")
         if not self.enable_chunked_prefill:
             if self.version == "v1":
                 raise ValueError("engine.enable_chunked_prefill=False: engine.version=v1 always chunks; take v0")
@@ -83,6 +86,7 @@ class EngineConfig:
             long_prefill_token_threshold=self.long_prefill_token_threshold,
             scheduler_reserve_full_isl=self.scheduler_reserve_full_isl,
             enable_chunked_prefill=self.enable_chunked_prefill,
+            enable_prefix_caching=self.enable_prefix_caching,
         )
         settings.check()
         return settings

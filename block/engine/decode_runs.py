@@ -29,6 +29,7 @@ from block.engine.scheduler import chunk_limit
 from block.engine.state import (
     ASYNC_SCHEDULING,
     BEGIN,
+    ENABLE_PREFIX_CACHING,
     END,
     FREE_BLOCKS,
     MAX_MODEL_LEN,
@@ -90,7 +91,7 @@ def _may_admit(engine: EngineState) -> bool:
         return False
     total = engine.seqs[NUM_PROMPT_TOKENS, first] + engine.seqs[NUM_OUTPUT_TOKENS, first]
     chunk = min(total, chunk_limit(engine), settings[MAX_NUM_BATCHED_TOKENS] - running)
-    return chunk > 0 and can_admit(total, chunk, counters[FREE_BLOCKS], running, settings)
+    return chunk > 0 and can_admit(total, chunk, 0, counters[FREE_BLOCKS], running, settings)
 
 
 @compiled
@@ -145,11 +146,12 @@ def decode_times(engine: EngineState, kv: Int, steps: Int, until: float) -> tupl
 def next_decode_run(engine: EngineState) -> tuple[Int, float, float]:
     """How many decode-only steps come next; then when the step behind them begins and ends.
 
-    May stop short of the longest such run; is 0 where scheduling is asynchronous.
+    May stop short of the longest such run; is 0 where scheduling is asynchronous, and with a prefix cache, where the
+    order matters in which sequences take blocks.
     """
     times = engine.times
     none = (np.int64(0), times[STEP_STARTED], times[STEP_ENDS])
-    if engine.settings[ASYNC_SCHEDULING] == 1:
+    if engine.settings[ASYNC_SCHEDULING] == 1 or engine.settings[ENABLE_PREFIX_CACHING] == 1:
         return none
     steps, kv = _steps_to_finish(engine)
     if steps < 0 or (steps > 0 and _may_admit(engine)):

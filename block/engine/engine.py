@@ -176,8 +176,8 @@ class Engine:
         """
         seqs, counters = self.state.seqs, self.state.counters
         live = slice(counters[BEGIN], counters[END])
-        found = (seqs[ID, live] == request_id) & (seqs[TARGET, live] != GONE)
-        seqs[TARGET, live][found] = GONE
+        found = (seqs[ID, live] == request_id) & (seqs[TARGET, live] > GONE)
+        seqs[TARGET, live][found] = GONE - counters[NUM_ABORTED]
         counters[NUM_ABORTED] += found.sum()
         self.batch.look_ahead(self.row)
 

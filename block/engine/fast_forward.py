@@ -262,7 +262,7 @@ def _decode_run(engine: EngineState, scratch: Scratch) -> bool:
     if n[_WAITING] != n[_END] and count != settings[MAX_NUM_SEQS]:
         total = scratch.size[Index(scratch.line[Index(n[_WAITING])])]
         chunk = min(total, settings[MAX_NUM_BATCHED_TOKENS] - count)
-        if can_admit(total, chunk, n[_FREE], count, settings):
+        if can_admit(total, chunk, 0, n[_FREE], count, settings):
             return False
     last = settings[BLOCK_SIZE] - 1
     fixed = decode_time(params, count, 0)
@@ -408,7 +408,7 @@ def _admit(engine: EngineState, scratch: Scratch) -> tuple[Int, Int]:
     column = line[Index(head)]
     total = scratch.size[Index(column)]
     chunk = min(total, n[_BUDGET])
-    if not can_admit(total, chunk, n[_FREE], n[_COUNT], settings):
+    if not can_admit(total, chunk, 0, n[_FREE], n[_COUNT], settings):
         return none
     for i in range(head, n[_WAITING], -1):  # past those preempted in this step
         line[i] = line[i - 1]

@@ -1,19 +1,43 @@
-"""KV blocks: how many a sequence needs, who gets them, who gives them back. Prefix caching is off, as in the paper.
+"""KV blocks: how many a sequence needs, who gets them, who gives them back.
 
-- V1: ``KVCacheManager.allocate_slots`` and ``.free`` (vllm/v1/core/kv_cache_manager.py, 0.27–0.33).
+They are counted. With a prefix cache (V1 only; off in the paper) they have identities besides: a sequence adopts blocks
+that hold the beginning of it already, and what it has filled stays to be found.
+
+- V1: ``KVCacheManager.get_computed_blocks``, ``.allocate_slots`` and ``.free`` (vllm/v1/core/kv_cache_manager.py,
+  0.27–0.33).
 - V0: ``BlockSpaceManager.can_allocate``, ``.can_append_slots``, ``.allocate`` and ``.free``
   (vllm/core/block_manager.py, 0.7.2).
 """
 
 from __future__ import annotations
 
+import numpy as np
+
 from block.core.arrays import Int, Ints
 from block.core.jit import Index, compiled
-from block.core.snapshot import NUM_BLOCKS, NUM_COMPUTED_TOKENS, NUM_PREEMPTIONS
+from block.core.snapshot import (
+    NUM_BLOCKS,
+    NUM_COMPUTED_TOKENS,
+    NUM_OUTPUT_TOKENS,
+    NUM_PREEMPTIONS,
+    NUM_PROMPT_TOKENS,
+)
+from block.engine.block_tables import block_hash, block_table, pool_of
+from block.engine.prefix_cache import (
+    NO_HASH,
+    NULL_BLOCK,
+    NUM_FREE,
+    cache_block,
+    cached_block,
+    free_blocks,
+    new_block,
+    touch,
+)
 from block.engine.state import (
     ALL_PREEMPTIONS,
     BLOCK_SIZE,
     BLOCK_SIZE_LOG2,
+    ENABLE_PREFIX_CACHING,
     FREE_BLOCKS,
     IS_V1,
     MAX_MODEL_LEN,
@@ -36,8 +60,18 @@ def blocks_at_admission(total: Int, chunk: Int, settings: Ints) -> Int:
 
 
 @compiled
-def can_admit(total: Int, chunk: Int, free: Int, running: Int, settings: Ints) -> bool:
-    """May a waiting sequence of `total` tokens, `chunk` of them now, be admitted beside `running` others?
+def can_admit(
+    total: Int,
+    computed: Int,
+    shared: Int,
+    free: Int,
+    running: Int,
+    settings: Ints,
+) -> bool:
+    """May a waiting sequence be admitted beside `running` others?
+
+    total: its tokens. computed: those of them that would be computed after the step, cached ones among them. shared:
+    cached blocks of it that others use, so that it takes no free ones for them. free: blocks.
 
     V0: ``can_allocate``, all of its blocks above the watermark. V1: ``allocate_slots`` with ``full_sequence_must_fit``,
     as `Scheduler.schedule` calls it under ``scheduler_reserve_full_isl``; beside nobody the watermark does not hold.
@@ -45,8 +79,8 @@ def can_admit(total: Int, chunk: Int, free: Int, running: Int, settings: Ints) -
     if settings[IS_V1] == 0:
         return bool(free - blocks_for(total, settings) >= settings[WATERMARK_BLOCKS])
     watermark = settings[WATERMARK_BLOCKS] if running > 0 else 0
-    reserved = min(total, settings[MAX_MODEL_LEN]) if settings[SCHEDULER_RESERVE_FULL_ISL] == 1 else chunk
-    return bool(blocks_for(reserved, settings) + watermark <= free)
+    reserved = min(total, settings[MAX_MODEL_LEN]) if settings[SCHEDULER_RESERVE_FULL_ISL] == 1 else computed
+    return bool(blocks_for(reserved, settings) - shared + watermark <= free)
 
 
 @compiled
@@ -69,6 +103,10 @@ def blocks_in_reach(computed: Int, total: Int, taken: Int, settings: Ints) -> In
 @compiled
 def allocate(engine: EngineState, column: Int, blocks: Int) -> None:
     """A sequence takes free blocks."""
+    if engine.settings[ENABLE_PREFIX_CACHING] == 1 and blocks > 0:
+        pool, table, held = pool_of(engine), block_table(engine, column), engine.seqs[NUM_BLOCKS, Index(column)]
+        for place in range(held, held + blocks):
+            engine.cache[table + place] = new_block(pool)
     engine.counters[FREE_BLOCKS] -= blocks
     engine.seqs[NUM_BLOCKS, Index(column)] += blocks
 
@@ -76,8 +114,61 @@ def allocate(engine: EngineState, column: Int, blocks: Int) -> None:
 @compiled
 def deallocate(engine: EngineState, column: Int) -> None:
     """A sequence gives all of its blocks back."""
-    engine.counters[FREE_BLOCKS] += engine.seqs[NUM_BLOCKS, Index(column)]
+    blocks = engine.seqs[NUM_BLOCKS, Index(column)]
+    if engine.settings[ENABLE_PREFIX_CACHING] == 1:
+        pool, table = pool_of(engine), block_table(engine, column)
+        free_blocks(pool, engine.cache[table : table + blocks])
+        engine.counters[FREE_BLOCKS] = pool.counters[NUM_FREE]
+    else:
+        engine.counters[FREE_BLOCKS] += blocks
     engine.seqs[NUM_BLOCKS, Index(column)] = 0
+
+
+@compiled
+def cached_prefix(engine: EngineState, column: Int) -> tuple[Int, Int]:
+    """Blocks at the beginning of a waiting sequence that are cached, and how many of these others use.
+
+    The last token is always computed. V1: ``get_computed_blocks`` and ``_get_num_evictable_blocks``.
+    """
+    hits = shared = np.int64(0)
+    if engine.settings[ENABLE_PREFIX_CACHING] == 1:
+        pool = pool_of(engine)
+        total = engine.seqs[NUM_PROMPT_TOKENS, column] + engine.seqs[NUM_OUTPUT_TOKENS, column]
+        for place in range((total - 1) >> engine.settings[BLOCK_SIZE_LOG2]):
+            block = cached_block(pool, block_hash(engine, column, place))
+            if block == NULL_BLOCK:
+                break
+            hits += 1
+            if pool.ref_count[block] > 0:
+                shared += 1
+    return hits, shared
+
+
+@compiled
+def adopt(engine: EngineState, column: Int, hits: Int) -> None:
+    """A sequence that is admitted uses the cached blocks of its beginning. V1: ``add_local_computed_blocks``."""
+    if hits > 0:
+        pool, table = pool_of(engine), block_table(engine, column)
+        for place in range(hits):
+            block = cached_block(pool, block_hash(engine, column, place))
+            touch(pool, block)
+            engine.cache[table + place] = block
+        engine.counters[FREE_BLOCKS] = pool.counters[NUM_FREE]
+        engine.seqs[NUM_BLOCKS, column] = hits
+
+
+@compiled
+def cache_blocks(engine: EngineState, column: Int, tokens: Int) -> None:
+    """Those of a sequence's blocks that its first `tokens` tokens fill may be found. V1: the method of that name."""
+    if engine.settings[ENABLE_PREFIX_CACHING] == 1:
+        pool, table = pool_of(engine), block_table(engine, column)
+        full = tokens >> engine.settings[BLOCK_SIZE_LOG2]
+        place = full
+        while place > 0 and pool.hashes[engine.cache[table + place - 1]] == NO_HASH:
+            place -= 1
+        while place < full:
+            cache_block(pool, engine.cache[table + place], block_hash(engine, column, place))
+            place += 1
 
 
 @compiled

@@ -38,6 +38,7 @@ from block.core.snapshot import (
     Snapshots,
 )
 from block.core.types import Forecasts, Request
+from block.engine.block_tables import NO_HASHES
 from block.engine.config import EngineSettings
 from block.engine.decode_runs import skip_decode_run
 from block.engine.fast_forward import STOPPED, TARGET_FINISHED, Scratch, ScratchArrays, fast_forward, scratch_for
@@ -89,7 +90,7 @@ class Predictor:
         outrun_share: float = 0.0,
     ) -> None:
         self._outrun_share = outrun_share
-        self._settings = settings.to_array()
+        self._settings = settings._replace(enable_prefix_caching=False).to_array()  # it knows no block from another
         self._latency_params = latency.pack()
         self._compressed = compressed
         self._allocate(64)
@@ -104,6 +105,7 @@ class Predictor:
             latency_params=self._latency_params,
             noise=np.ones(1),
             finished=np.zeros((FINISHED, columns)),
+            cache=NO_HASHES,
         )
         self._plain: Arrays = self._engine[:]
         self._scratch = scratch_for(columns, int(self._settings[BLOCK_SIZE]))[:]

@@ -1,7 +1,10 @@
 """KV blocks with identities, as V1's prefix cache has them: who uses a block, what it holds, which one goes next.
 
 vLLM 0.32, ``vllm/v1/core/block_pool.py``: `BlockPool`, ``FreeKVCacheBlockQueue`` and ``BlockHashToBlockMap`` in one
-tuple of arrays. A block is an index; block 0 is vLLM's null block, in no queue, and here the end of every list.
+array, so that an engine's state has one more. It begins with counters, then come the arrays of a `BlockPool`, and then
+room for what `block.engine.block_tables` keeps of each sequence.
+
+A block is an index; block 0 is vLLM's null block, in no queue, and here the end of every list.
 
 A block that nobody uses is in the free queue, cached or not. New blocks are taken from its front, and lose what they
 held. Blocks that come back without a hash go to the front, the others to the end: so the queue is in order of least
@@ -15,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from block.core.arrays import Int, Ints
-from block.core.jit import compiled
+from block.core.jit import compiled, plain
 
 NO_HASH = 0
 """The hash of a block that is not cached. No block of a request has it."""
@@ -26,7 +29,8 @@ NULL_BLOCK = 0
 NUM_FREE = 0  # blocks in the free queue
 NUM_CACHED = 1  # blocks with a hash, in use or not
 NUM_EVICTED = 2  # cached blocks that were handed out anew, so far
-COUNTERS = 3
+RECORDS_END = 3  # where the next record of a sequence goes (`block.engine.block_tables`)
+COUNTERS = 4
 
 
 class BlockPool(NamedTuple):
@@ -50,15 +54,44 @@ class BlockPool(NamedTuple):
     """int64[COUNTERS]"""
 
 
-def block_pool(num_gpu_blocks: int) -> BlockPool:
-    """A pool in which all blocks are free and none is cached."""
-    index = np.arange(num_gpu_blocks, dtype=np.int64)
-    zeros = np.zeros(num_gpu_blocks, dtype=np.int64)
-    table = np.zeros(1 << (2 * num_gpu_blocks - 1).bit_length(), dtype=np.int64)
-    counters = np.array([num_gpu_blocks - 1, 0, 0], dtype=np.int64)
+@compiled
+def _table_size(num_gpu_blocks: Int) -> Int:
+    size = np.int64(1)
+    while size < 2 * num_gpu_blocks:
+        size <<= 1
+    return size
+
+
+@compiled
+def pool_size(num_gpu_blocks: Int) -> Int:
+    """Entries that a pool takes of a cache."""
+    return COUNTERS + 6 * num_gpu_blocks + _table_size(num_gpu_blocks)
+
+
+@compiled
+def pool_in(cache: Ints, num_gpu_blocks: Int) -> BlockPool:
+    """The pool at the front of a cache."""
+    n, at = num_gpu_blocks, COUNTERS
     return BlockPool(
-        zeros.copy(), zeros.copy(), np.roll(index, -1), np.roll(index, 1), zeros.copy(), zeros.copy(), table, counters
+        cache[at : at + n],
+        cache[at + n : at + 2 * n],
+        cache[at + 2 * n : at + 3 * n],
+        cache[at + 3 * n : at + 4 * n],
+        cache[at + 4 * n : at + 5 * n],
+        cache[at + 5 * n : at + 6 * n],
+        cache[at + 6 * n : at + 6 * n + _table_size(n)],
+        cache[:COUNTERS],
     )
+
+
+def empty_cache(num_gpu_blocks: int) -> Ints:
+    """A cache in which all blocks are free and none is cached, without room for records."""
+    cache = np.zeros(int(pool_size(num_gpu_blocks)), dtype=np.int64)
+    pool = plain(pool_in)(cache, num_gpu_blocks)
+    index = np.arange(num_gpu_blocks, dtype=np.int64)
+    pool.free_next[:], pool.free_previous[:] = np.roll(index, -1), np.roll(index, 1)
+    pool.counters[NUM_FREE], pool.counters[RECORDS_END] = num_gpu_blocks - 1, len(cache)
+    return cache
 
 
 @compiled
@@ -173,14 +206,14 @@ def touch(pool: BlockPool, block: Int) -> None:
 
 
 @compiled
-def free_blocks(pool: BlockPool, blocks: Ints, count: Int) -> None:
-    """A sequence returns the first `count` of `blocks`, its last one first. V1: the method of the same name.
+def free_blocks(pool: BlockPool, blocks: Ints) -> None:
+    """A sequence returns its blocks, the last one first. V1: the method of the same name.
 
     Those that nobody else uses and that are not cached go to the front of the queue, in the order in which they are
     returned; the cached ones to its end.
     """
     front: Int = np.int64(NULL_BLOCK)
-    for i in range(count - 1, -1, -1):
+    for i in range(blocks.shape[0] - 1, -1, -1):
         block = np.int64(blocks[i])
         pool.ref_count[block] -= 1
         if pool.ref_count[block] > 0:
@@ -190,15 +223,3 @@ def free_blocks(pool: BlockPool, blocks: Ints, count: Int) -> None:
             front = block
         else:
             _queue_behind(pool, block, pool.free_previous[NULL_BLOCK])
-
-
-@compiled
-def longest_hit(pool: BlockPool, hashes: Ints, most: Int) -> Int:
-    """How many of the first `most` blocks of a request, by their hashes, are cached without a gap.
-
-    V1: ``FullAttentionManager.find_longest_cache_hit``.
-    """
-    for i in range(most):
-        if cached_block(pool, hashes[i]) == NULL_BLOCK:
-            return np.int64(i)
-    return np.int64(most)

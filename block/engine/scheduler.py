@@ -26,6 +26,7 @@ from block.core.snapshot import (
     ID,
     MAX_TOKENS,
     NUM_BLOCKS,
+    NUM_CACHED_TOKENS,
     NUM_COMPUTED_TOKENS,
     NUM_OUTPUT_PLACEHOLDERS,
     NUM_OUTPUT_TOKENS,
@@ -36,10 +37,13 @@ from block.core.snapshot import (
     TARGET,
 )
 from block.engine.kv_cache import (
+    adopt,
     allocate,
     blocks_at_admission,
     blocks_for,
     blocks_in_reach,
+    cache_blocks,
+    cached_prefix,
     can_admit,
     deallocate,
     preempt,
@@ -48,9 +52,11 @@ from block.engine.latency import prefill_time, step_duration
 from block.engine.state import (
     ASYNC_SCHEDULING,
     BEGIN,
+    BLOCK_SIZE_LOG2,
     ENABLE_CHUNKED_PREFILL,
     END,
     FINISHED_AT,
+    FINISHED_CACHED_TOKENS,
     FINISHED_FIRST_TOKEN,
     FINISHED_ID,
     FINISHED_OUTPUT_TOKENS,
@@ -141,7 +147,7 @@ def _first_waiting_fits(engine: EngineState) -> bool:
     if first == counters[END] or counters[NUM_RUNNING] >= engine.settings[MAX_NUM_SEQS]:
         return False
     total = engine.seqs[NUM_PROMPT_TOKENS, first] + engine.seqs[NUM_OUTPUT_TOKENS, first]
-    return can_admit(total, total, counters[FREE_BLOCKS], counters[NUM_RUNNING], engine.settings)
+    return can_admit(total, total, 0, counters[FREE_BLOCKS], counters[NUM_RUNNING], engine.settings)
 
 
 @compiled
@@ -175,6 +181,7 @@ def _schedule_running(engine: EngineState, budget: Int) -> Int:
         if end < place:
             break  # it was the youngest left and has preempted itself
         allocate(engine, column, wanted)
+        cache_blocks(engine, np.int64(column), min(computed + chunk, total))
         seqs[NUM_COMPUTED_TOKENS, column] = computed + chunk
         seqs[NUM_SCHEDULED_NEXT, column] = chunk
         if computed + chunk == total + placeholders:
@@ -194,18 +201,25 @@ def _schedule_waiting(engine: EngineState, budget: Int, waiting: Int) -> None:
     limit = chunk_limit(engine)
     while waiting < counters[END] and budget > 0 and counters[NUM_RUNNING] < settings[MAX_NUM_SEQS]:
         total = seqs[NUM_PROMPT_TOKENS, waiting] + seqs[NUM_OUTPUT_TOKENS, waiting]
-        chunk = min(total, limit, budget)
-        if not can_admit(total, chunk, counters[FREE_BLOCKS], counters[NUM_RUNNING], settings):
+        hits, shared = cached_prefix(engine, waiting)
+        cached = hits << settings[BLOCK_SIZE_LOG2]
+        chunk = min(total - cached, limit, budget)
+        computed = cached + chunk
+        if not can_admit(total, computed, shared, counters[FREE_BLOCKS], counters[NUM_RUNNING], settings):
             break
-        if chunk < total and settings[ENABLE_CHUNKED_PREFILL] == 0:
+        if computed < total and settings[ENABLE_CHUNKED_PREFILL] == 0:
             break
         column = counters[BEGIN] + counters[NUM_RUNNING]
         if waiting > column:
             move_left(engine, waiting, column)  # V0: past those preempted in this step
-        allocate(engine, column, blocks_at_admission(total, chunk, settings))
-        seqs[NUM_COMPUTED_TOKENS, column] = chunk
+        adopt(engine, column, hits)
+        allocate(engine, column, blocks_at_admission(total, computed, settings) - hits)
+        cache_blocks(engine, column, computed)
+        if seqs[NUM_PREEMPTIONS, column] == 0:
+            seqs[NUM_CACHED_TOKENS, column] = cached
+        seqs[NUM_COMPUTED_TOKENS, column] = computed
         seqs[NUM_SCHEDULED_NEXT, column] = chunk
-        if chunk == total:
+        if computed == total:
             seqs[NUM_OUTPUT_PLACEHOLDERS, column] = 1
         budget -= chunk
         counters[NUM_RUNNING] += 1
@@ -229,11 +243,14 @@ def remove(engine: EngineState, column: Int) -> None:
 def _remove_aborted(engine: EngineState) -> None:
     """Aborted sequences leave. What the steps in flight compute for them is lost, though it takes its time.
 
-    V1: ``Scheduler.finish_requests``, which the engine core calls between two steps.
+    V1: ``Scheduler.finish_requests``, which the engine core calls between two steps. (It frees those of one call in
+    the order of a set; here they are freed in the order in which they were aborted.)
     """
-    for column in range(engine.counters[BEGIN], engine.counters[END]):
-        if engine.seqs[TARGET, column] == GONE:
-            remove(engine, column)
+    for i in range(engine.counters[NUM_ABORTED]):
+        for column in range(engine.counters[BEGIN], engine.counters[END]):
+            if engine.seqs[TARGET, column] == GONE - i:
+                remove(engine, column)
+                break
     engine.counters[NUM_ABORTED] = 0
 
 
@@ -242,8 +259,8 @@ def _update_from_output(engine: EngineState, found: Int) -> Int:
     """Apply the output of the step in flight: tokens, first-token times, finishes. V1: the method of the same name."""
     seqs, counters, finished = engine.seqs, engine.counters, engine.finished
     now = engine.times[STEP_ENDS]
-    begin = counters[BEGIN]
-    for column in range(Index(begin), Index(begin + counters[NUM_RUNNING] + counters[NUM_STALE])):
+    begin, running = counters[BEGIN], counters[NUM_RUNNING]
+    for column in range(Index(begin), Index(begin + running + counters[NUM_STALE])):
         if seqs[NUM_SCHEDULED_TOKENS, column] == 0:
             continue
         seqs[NUM_SCHEDULED_TOKENS, column] = 0
@@ -252,6 +269,9 @@ def _update_from_output(engine: EngineState, found: Int) -> Int:
             continue
         seqs[NUM_OUTPUT_PLACEHOLDERS, column] -= 1
         seqs[NUM_OUTPUT_TOKENS, column] += 1
+        if engine.settings[ASYNC_SCHEDULING] == 1 and np.int64(column) < begin + running:
+            known = seqs[NUM_COMPUTED_TOKENS, column] - seqs[NUM_OUTPUT_PLACEHOLDERS, column]
+            cache_blocks(engine, np.int64(column), known)  # V1: ``AsyncScheduler._update_request_with_output``
         if np.isnan(engine.first_token_time[column]):
             engine.first_token_time[column] = now
         output = seqs[NUM_OUTPUT_TOKENS, column]
@@ -261,6 +281,7 @@ def _update_from_output(engine: EngineState, found: Int) -> Int:
             finished[FINISHED_AT, found] = now
             finished[FINISHED_PREEMPTIONS, found] = seqs[NUM_PREEMPTIONS, column]
             finished[FINISHED_OUTPUT_TOKENS, found] = output
+            finished[FINISHED_CACHED_TOKENS, found] = seqs[NUM_CACHED_TOKENS, column]
             found += 1
             remove(engine, np.int64(column))
     counters[NUM_STALE] = 0

@@ -33,7 +33,7 @@ COUNTERS = 13
 
 HALTING, HALTED = 1, 2
 
-GONE = -1  # as a TARGET: aborted, to be removed when the step in flight ends
+GONE = -1  # as a TARGET, this or less: aborted, to be removed when the step in flight ends; the least of all last
 
 # Entries of `times`.
 STEP_STARTED = 0  # when the step in flight began
@@ -70,7 +70,8 @@ FINISHED_FIRST_TOKEN = 1  # when it yielded its first token
 FINISHED_AT = 2
 FINISHED_PREEMPTIONS = 3
 FINISHED_OUTPUT_TOKENS = 4
-FINISHED = 5
+FINISHED_CACHED_TOKENS = 5
+FINISHED = 6
 
 
 class EngineState(NamedTuple):
@@ -92,9 +93,11 @@ class EngineState(NamedTuple):
     """float64[n]: factors on the durations of steps, repeated"""
     finished: Floats
     """float64[FINISHED, capacity]: the sequences that the last call has finished, by column"""
+    cache: Ints
+    """int64[n]: a prefix cache (`block.engine.prefix_cache`); empty if ENABLE_PREFIX_CACHING is 0"""
 
 
-Arrays = tuple[Ints, Floats, Ints, Floats, Ints, Floats, Floats, Floats]
+Arrays = tuple[Ints, Floats, Ints, Floats, Ints, Floats, Floats, Floats, Ints]
 """An `EngineState` as a plain tuple, whose type numba finds out in half the time at a call from Python."""
 
 
@@ -110,6 +113,7 @@ def engine_in(batch: EngineState, row: Int) -> EngineState:
         batch.latency_params[row],
         batch.noise[row],
         batch.finished[row],
+        batch.cache[row],
     )
 
 

@@ -139,6 +139,12 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
         "engine.async_scheduling=True: ",
         ["migration=none"],
     ),
+    (
+        ["engine=vllm_v1", "engine.enable_prefix_caching=true", "migration=llumnix"],
+        "engine.enable_prefix_caching=True: ",
+        ["migration=none"],
+    ),
+    (["engine.enable_prefix_caching=true"], "engine.enable_prefix_caching=True: ", ["engine.version=v1"]),
     (["backend.step_noise=2"], "backend.step_noise=2.0: ", ["must be between 0 and 1"]),
     (["cluster.num_gpus=0"], "cluster.num_gpus=0: ", ["must be at least 1"]),
     (["engine.block_size=15"], "engine.block_size=15: ", ["power of two"]),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from block.core.jit import plain
 from block.engine import prefix_cache as ours
 
 
@@ -28,7 +29,7 @@ class Both:
         from vllm.v1.core.block_pool import BlockPool
 
         self.theirs = BlockPool(blocks, enable_caching=True, hash_block_size=16)
-        self.ours = ours.block_pool(blocks)
+        self.ours = plain(ours.pool_in)(ours.empty_cache(blocks), blocks)
 
     @staticmethod
     def key(block_hash: int) -> Any:
@@ -42,8 +43,8 @@ class Both:
             if blocks is None:
                 break
             found.append(blocks[0].block_id)
-        count = ours.longest_hit(self.ours, hashes, len(hashes))
-        assert [ours.cached_block(self.ours, one) for one in hashes[:count]] == found
+        mine = [int(ours.cached_block(self.ours, one)) for one in hashes[: len(found) + 1]]
+        assert mine == [*found, *[ours.NULL_BLOCK] * (len(mine) - len(found))]
         return found
 
     def touch(self, blocks: list[int]) -> None:
@@ -65,7 +66,7 @@ class Both:
 
     def free(self, blocks: list[int]) -> None:
         self.theirs.free_blocks(self.theirs.blocks[block] for block in reversed(blocks))
-        ours.free_blocks(self.ours, np.array(blocks, dtype=np.int64), len(blocks))
+        ours.free_blocks(self.ours, np.array(blocks, dtype=np.int64))
 
     def check(self) -> None:
         queue = [block.block_id for block in self.theirs.free_block_queue.get_all_free_blocks()]

@@ -38,6 +38,9 @@ def test_the_engine_s_settings_are_vllm_s_arguments() -> None:
         bed(engine=EngineConfig("v1", watermark=0.0, async_scheduling=True)), None
     )
     assert "--async-scheduling" in asynchronous
+    assert "--no-enable-prefix-caching" in arguments
+    caching = EngineConfig("v1", watermark=0.0, enable_prefix_caching=True)
+    assert "--enable-prefix-caching" in backend_settings.engine_arguments(bed(engine=caching), None)
     assert not [argument for argument in asynchronous if argument.startswith(("--num-gpu", "--watermark"))]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -159,7 +160,7 @@ def test_steps_take_what_the_latency_model_says_times_their_noise(kind: str, noi
         actual = through_engine(engine, requests)
         expected = through_reference(config, 50, requests, noise)
         assert [done.id for done in actual] == [done[0] for done in expected]
-        assert [done[3:] for done in actual] == [done[3:] for done in expected]
+        assert [done[3:5] for done in actual] == [done[3:] for done in expected]
         for done, wanted in zip(actual, expected, strict=True):
             assert done.first_token == pytest.approx(wanted[1], rel=1e-9)
             assert done.finished == pytest.approx(wanted[2], rel=1e-9)
@@ -312,3 +313,68 @@ def test_an_engine_holds_any_number_of_sequences() -> None:
     assert [done.id for done in sorted(finished)] == list(range(ids))
     assert [done.output_tokens for done in sorted(finished)] == [1 + i % 3 for i in range(ids)]
     assert engine.snapshot(0, 4000.0).free_blocks == 16
+
+
+# ------------------------------------------------------------------------------------------------------- prefix cache
+
+
+def cached_run(requests: list[Request], blocks: int = 40, **changes: Any) -> list[Finished]:
+    """What an engine with a prefix cache finishes of these requests; all its blocks are free afterwards."""
+    config = engine_config("v1", enable_prefix_caching=True, **changes)
+    engine = lone_engine(config, constant_latency(), blocks)
+    found: list[Finished] = []
+    for one in requests:
+        found += engine.advance(one.arrival)
+        engine.add(one, one.arrival)
+    found += engine.advance(math.inf)
+    assert engine.snapshot(0, 1e6).free_blocks == blocks
+    return found
+
+
+def hashed(one: Request, *hashes: int) -> Request:
+    return replace(one, block_hashes=np.array(hashes, dtype=np.int64))
+
+
+def test_a_prompt_that_was_there_before_is_not_computed_again_but_for_its_last_block() -> None:
+    first = hashed(request(0, 16, 2), 1, 2, 3, 4)
+    again = hashed(request(1, 16, 2, 5.0), 1, 2, 3, 4)
+    assert [one.cached_tokens for one in cached_run([first, again])] == [0, 12]  # of 4 blocks of 4 tokens, all but one
+
+
+def test_a_response_is_found_again_as_the_next_prompt_s_beginning() -> None:
+    first = hashed(request(0, 8, 9), 1, 2, 3, 4)  # 16 of its 17 tokens are computed
+    following = hashed(request(1, 20, 2, 20.0), 1, 2, 3, 4, 5)
+    assert [one.cached_tokens for one in cached_run([first, following])] == [0, 16]
+
+
+def test_what_was_used_longest_ago_is_lost_first_and_a_tail_before_its_head() -> None:
+    old, new = hashed(request(0, 12, 1), 1, 2, 3), hashed(request(1, 12, 1, 5.0), 4, 5, 6)
+    large = request(2, 16, 1, 10.0)  # takes all but two cached blocks: 10 − 4 − 6 free
+    of_old, of_new = hashed(request(3, 13, 1, 15.0), 1, 2, 3), hashed(request(4, 13, 1, 20.0), 4, 5, 6)
+    found = cached_run([old, new, replace(large, prompt_tokens=28), of_new, of_old], blocks=10, max_model_len=40)
+    assert [one.cached_tokens for one in found][3:] == [12, 0]
+
+
+def test_requests_that_share_need_less_memory() -> None:
+    alike = [hashed(request(i, 33, 4, 40.0 * (i > 0)), *range(1, 9)) for i in range(4)]
+    apart = [request(i, 33, 4, 40.0 * (i > 0)) for i in range(4)]
+    times = [[one.finished for one in cached_run(some, blocks=16)] for some in (alike, apart)]
+    assert max(times[0]) < max(times[1])
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_where_nothing_is_shared_a_cache_changes_nothing(asynchronous: bool) -> None:
+    rng = np.random.default_rng(3)
+    requests = [request(i, int(rng.integers(1, 40)), int(rng.integers(1, 19)), 2.0 * i) for i in range(200)]
+    config = engine_config("v1", async_scheduling=asynchronous)
+    plain = lone_engine(config, constant_latency(), 400)
+    for one in requests:
+        plain.advance(one.arrival)
+        plain.add(one, one.arrival)
+    last = plain.advance(math.inf)
+    assert last == cached_run(requests, blocks=400, async_scheduling=asynchronous)[-len(last) :]
+
+
+def test_records_of_many_sequences_are_made_room_for() -> None:
+    requests = [hashed(request(i, 40, 10, 7.0 * i), *range(50 * i + 1, 50 * i + 11)) for i in range(300)]
+    assert len(cached_run(requests)) == 300

@@ -549,7 +549,7 @@ def agree(
             finished += engine.advance(ends)
             reference.complete(ends)
             begun, ends = ends, ends + 1.0
-        assert [tuple(done) for done in finished] == reference.finished
+        assert [done[:5] for done in finished] == reference.finished
     assert sorted([*(done.id for done in finished), *reference.aborted]) == sorted(one.id for one in requests)
     assert reference.free == total_blocks
     return reference
