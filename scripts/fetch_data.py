@@ -81,6 +81,13 @@ REMOTES: Mapping[str, Remote] = {
         "MIT",
         "its token lengths come with the paper's artifact, https://github.com/AKafakA/Block (data/trace_data/sharegpt)",
     ),
+    "mooncake": Remote(
+        None,
+        TRACES["mooncake"].path,
+        "cbae1655f679723e13e66e016606208ac03590d5b470d82cc4306a249288ea8a",
+        "Apache-2.0",
+        "it is conversation_trace.jsonl of https://github.com/kvcache-ai/Mooncake (FAST25-release/traces), by gzip",
+    ),
     "sharegpt_text": Remote(
         "https://huggingface.co/datasets/anon8231489123/ShareGPT_Vicuna_unfiltered/resolve/main/"
         "ShareGPT_V3_unfiltered_cleaned_split.json",

@@ -136,7 +136,7 @@ def report(name: str, sketch: LengthSketch, trace: Trace, quality: Quality) -> T
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exit code 2 and one line on standard error if a trace is missing or malformed."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"data sets: {', '.join(TRACES)}; with --csv one name of your own")
+    parser.add_argument("names", nargs="*", help=f"data sets: {', '.join(ORIGINS)}; with --csv one name of your own")
     parser.add_argument("--csv", type=Path, help="a trace of your own, in any format of docs/workloads.md")
     parser.add_argument("--prompt-column", help="with --csv (default: by the file's own format)")
     parser.add_argument("--output-column", help="with --csv (default: by the file's own format)")
@@ -189,9 +189,9 @@ def _chosen(options: argparse.Namespace) -> Iterator[tuple[str, tuple[Path, bool
     for key in ("prompt_column", "output_column", "time_column"):
         if getattr(options, key) is not None:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(options, key)}: has no effect without --csv")
-    for name in options.names or TRACES:
-        if name not in TRACES:
-            raise ValueError(f"name={name!r}: {did_you_mean(name, list(TRACES))}, or give --csv FILE.csv")
+    for name in options.names or ORIGINS:
+        if name not in ORIGINS:
+            raise ValueError(f"name={name!r}: {did_you_mean(name, list(ORIGINS))}, or give --csv FILE.csv")
         try:
             path = find_data(TRACES[name].path, f"`python scripts/fetch_data.py {name}` gets it")
         except FileNotFoundError as missing:

@@ -25,6 +25,7 @@ from block.core.types import Request, RequestRecord
 from block.engine.config import EngineSettings
 from block.vllm_plugin.state_buffer import STEP, State, StateBuffer, read_dump
 from block.vllm_plugin.tags import TAG_EXPECTED, TAG_ID
+from block.workload.content import token_ids
 
 POLL_S = 0.01  # wall-clock seconds between two fetches of a remote snapshot
 
@@ -150,9 +151,8 @@ class VLLMInstance:
         record.preemptions = preemptions or 0
 
     def _body(self, request: Request) -> dict[str, Any]:
-        # No two prompts share a prefix, and no token is a special one.
-        start = request.id * 7919
-        prompt = [300 + (start + 31 * i) % (self._vocabulary - 300) for i in range(request.prompt_tokens)]
+        content = np.array([[request.id, request.prompt_tokens]]) if request.content is None else request.content
+        prompt = token_ids(content, request.prompt_tokens, self._vocabulary)
         return {
             "model": self._model,
             "prompt": prompt,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from heapq import heappop, heappush
 from typing import Any
 
+from block.core.arrays import Ints
 from block.core.snapshot import Snapshots
 from block.core.types import Request, RequestRecord
 from block.dispatch.core import Dispatcher
@@ -59,6 +60,14 @@ class Simulation:
     def snapshot_many(self, ids: Sequence[int], now: float) -> Snapshots:
         """What the schedulers of these instances published last."""
         return self.engines.snapshots(ids, now)
+
+    def hits(self, request: Request, ids: Sequence[int]) -> Ints:
+        """What these engines have of a request; as of `block.dispatch.core.PrefixIndex`."""
+        assert request.block_hashes is not None
+        size = self.engines.block_size
+        found = self.engines.hits(ids, request.block_hashes, (request.prompt_tokens - 1) // size)
+        found[:, 0] *= size
+        return found
 
     def run(
         self,
@@ -123,6 +132,7 @@ class Simulation:
         record, dispatcher = self.running.pop(sequence.id)
         record.preemptions = sequence.preemptions
         record.output_tokens = sequence.output_tokens
+        record.cached_tokens = sequence.cached_tokens
         dispatcher.first_token(record, sequence.first_token)
         dispatcher.finished(record, sequence.finished)
         self._end(record)

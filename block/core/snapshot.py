@@ -7,7 +7,7 @@ predictor share this layout, so a snapshot is a slice of an engine and a forecas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -27,9 +27,11 @@ NUM_SCHEDULED_TOKENS = 8  # tokens scheduled in the step in flight
 NUM_SCHEDULED_NEXT = 9  # tokens scheduled in the step queued behind it (asynchronous scheduling)
 NUM_OUTPUT_PLACEHOLDERS = 10  # sampled tokens still in flight: 0, 1, or 2 when the queued step samples too
 NUM_PREEMPTIONS = 11  # times preempted
-NUM_CACHED_TOKENS = 12  # prompt tokens that its first admission found in the prefix cache
-CACHE_RECORD = 13  # where an engine with a prefix cache keeps the hashes and the blocks of the sequence
-FIELDS = 14
+NUM_CACHED_TOKENS = 12  # prompt tokens that its first admission found in the prefix cache, or before it would have when
+# the sequence came
+NUM_SHARED_BLOCKS = 13  # KV blocks of these that others used at that time
+CACHE_RECORD = 14  # where an engine with a prefix cache keeps the hashes and the blocks of the sequence
+FIELDS = 15
 
 # Columns of the meta of `Snapshots`.
 META_ID = 0  # the instance's
@@ -62,20 +64,33 @@ class Snapshot(NamedTuple):
     seqs: Ints
 
 
+class Hits(NamedTuple):
+    """What of a request instances have in their prefix caches.
+
+    found: int64[instances, 2]: prompt tokens, and how many KV blocks of them others use. in_transit: the same of the
+    requests that are in transit, by their ids, where they go.
+    """
+
+    found: Ints
+    in_transit: Mapping[int, tuple[int, int]]
+
+
 class Snapshots(Sequence[Snapshot]):
     """Snapshots of several instances at one moment, by columns; a `Snapshot` is made of them when it is asked for.
 
     pool: int64[rows, FIELDS, n], the sequences; meta: int64[instances, META]; started: float[instances], when the
-    step in flight began. Valid as long as its snapshots are.
+    step in flight began. Valid as long as its snapshots are. hits: of the request that is to be placed; None where
+    nothing is cached.
     """
 
-    __slots__ = ("meta", "pool", "started", "taken_at")
+    __slots__ = ("hits", "meta", "pool", "started", "taken_at")
 
-    def __init__(self, taken_at: float, pool: Ints, meta: Ints, started: Floats) -> None:
+    def __init__(self, taken_at: float, pool: Ints, meta: Ints, started: Floats, hits: Hits | None = None) -> None:
         self.taken_at = taken_at
         self.pool = pool
         self.meta = meta
         self.started = started
+        self.hits = hits
 
     @staticmethod
     def of(snapshots: Sequence[Snapshot]) -> Snapshots:
@@ -95,7 +110,8 @@ class Snapshots(Sequence[Snapshot]):
 
     def some(self, places: Sequence[int] | slice) -> Snapshots:
         """The snapshots at these places, without a copy of their sequences."""
-        return Snapshots(self.taken_at, self.pool, self.meta[places], self.started[places])
+        hits = None if self.hits is None else self.hits._replace(found=self.hits.found[places])
+        return Snapshots(self.taken_at, self.pool, self.meta[places], self.started[places], hits)
 
     def ids(self, place: int) -> list[int]:
         """The requests that one of them shows."""

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, overload
 
+import numpy as np
+
 from block.core.arrays import Ints
-from block.core.snapshot import Snapshot, Snapshots
+from block.core.snapshot import Hits, Snapshot, Snapshots
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +21,8 @@ class Request:
 
     max_tokens: the most tokens that it asks for. The model may stop before, which no scheduler can foresee; None asks
     for `output_tokens` exactly, as a replay does that ignores the model's end of sequence. prompt: its text, if known.
+    session: number of the session that it is a turn of, if that is known.
+    content: int64[n, 2], what prompt and response consist of (`block.workload.content`), if it is known.
     block_hashes: int64[n], above 0: of its blocks of `engine.block_size` tokens, prompt and then response, the first n;
     each stands for a block and all before it, so that requests with equal ones share a prefix. None: it shares nothing.
     """
@@ -30,6 +34,8 @@ class Request:
     predicted_output_tokens: int
     max_tokens: int | None = None
     prompt: str | None = None
+    session: int | None = None
+    content: Ints | None = field(default=None, compare=False)
     block_hashes: Ints | None = field(default=None, compare=False)
 
 
@@ -43,14 +49,16 @@ class Forecast(NamedTuple):
 class Forecasts(Sequence[Forecast]):
     """Forecasts for several instances, by columns: the fields of a `Forecast`, which is made when it is asked for.
 
-    Where there is none they are NaN.
+    Where there is none they are NaN. work: seconds of compute that the prompt takes there, less what is cached; 0 where
+    no instance has a prefix cache.
     """
 
-    __slots__ = ("e2e", "ttft")
+    __slots__ = ("e2e", "ttft", "work")
 
-    def __init__(self, ttft: Sequence[float], e2e: Sequence[float]) -> None:
+    def __init__(self, ttft: Sequence[float], e2e: Sequence[float], work: Sequence[float] = ()) -> None:
         self.ttft = ttft
         self.e2e = e2e
+        self.work = work or [0.0] * len(e2e)
 
     @staticmethod
     def of(forecasts: Sequence[Forecast | None]) -> Forecasts:
@@ -62,8 +70,8 @@ class Forecasts(Sequence[Forecast]):
 
     def times(self, factors: Sequence[float]) -> Forecasts:
         """Each multiplied by a factor of its own."""
-        both = ([one * factor for one, factor in zip(times, factors, strict=True)] for times in (self.ttft, self.e2e))
-        return Forecasts(*both)
+        columns = (self.ttft, self.e2e, self.work)
+        return Forecasts(*([one * by for one, by in zip(column, factors, strict=True)] for column in columns))
 
     def __eq__(self, other: object) -> bool:
         return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
@@ -77,7 +85,7 @@ class Forecasts(Sequence[Forecast]):
     def __getitem__(self, place: slice) -> Sequence[Forecast]: ...
     def __getitem__(self, place: int | slice) -> Forecast | Sequence[Forecast]:
         if isinstance(place, slice):
-            return Forecasts(self.ttft[place], self.e2e[place])
+            return Forecasts(self.ttft[place], self.e2e[place], self.work[place])
         return Forecast(self.ttft[place], self.e2e[place])
 
 
@@ -86,7 +94,8 @@ class InstanceView(NamedTuple):
 
     in_transit: requests placed there that the snapshot does not show; outstanding: requests placed there and not
     finished; recent: requests placed there in the last 60 s. `snapshot` and `forecast` are there if the policy needs
-    them.
+    them. cached_tokens: of the request's prompt that the instance has in its prefix cache; a policy that needs no
+    snapshot is not told.
     """
 
     instance_id: int
@@ -95,6 +104,7 @@ class InstanceView(NamedTuple):
     recent: int
     snapshot: Snapshot | None
     forecast: Forecast | None
+    cached_tokens: int = 0
 
 
 class Views(Sequence[InstanceView]):
@@ -127,8 +137,17 @@ class Views(Sequence[InstanceView]):
         """These views by columns; `views` itself if it is so already."""
         if isinstance(views, Views):
             return views
-        ids, in_transit, outstanding, recent, shown, forecasts = map(list, zip(*views, strict=True))
-        return Views(ids, in_transit, outstanding, recent, None if None in shown else Snapshots.of(shown), forecasts)
+        ids, in_transit, outstanding, recent, shown, forecasts, cached = map(list, zip(*views, strict=True))
+        snapshots = None if None in shown else Snapshots.of(shown)
+        if snapshots is not None and any(cached):
+            snapshots.hits = Hits(np.array([(tokens, 0) for tokens in cached], dtype=np.int64), {})
+        return Views(ids, in_transit, outstanding, recent, snapshots, forecasts)
+
+    @property
+    def cached_tokens(self) -> Sequence[int]:
+        """As of `InstanceView`, of each."""
+        hits = None if self.snapshots is None else self.snapshots.hits
+        return [0] * len(self) if hits is None else hits.found[:, 0].tolist()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -147,6 +166,7 @@ class Views(Sequence[InstanceView]):
             self.recent[place],
             None if self.snapshots is None else self.snapshots[place],
             None if self.forecasts is None else self.forecasts[place],
+            self.cached_tokens[place],
         )
 
     def __iter__(self) -> Iterator[InstanceView]:
@@ -169,7 +189,8 @@ class Decision(NamedTuple):
 class RequestRecord:
     """What happened to one request; its status is pending, ok or failed. Times are on the run's clock, NaN before.
 
-    retries: instances that it was lost on before; error: the last thing that went wrong. token_times: when each token
+    cached_tokens: of its prompt that its instance found in the prefix cache, where that is told. retries: instances
+    that it was lost on before; error: the last thing that went wrong. token_times: when each token
     came, or the several that came at once, if that is known.
     """
 
@@ -183,5 +204,6 @@ class RequestRecord:
     preemptions: int = 0
     output_tokens: int = 0
     retries: int = 0
+    cached_tokens: int = 0
     error: str | None = None
     token_times: list[float] | None = None

@@ -24,7 +24,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-from block.core.snapshot import ID, Snapshot, Snapshots
+from block.core.arrays import Ints
+from block.core.snapshot import ID, Hits, Snapshot, Snapshots
 from block.core.types import Decision, Forecast, Request, RequestRecord, Views
 from block.dispatch.config import DispatchConfig
 from block.dispatch.policies import Needs, Policy
@@ -42,6 +43,14 @@ MAX_RETRIES = 3
 
 SnapshotMany = Callable[[Sequence[int], float], Sequence[Snapshot]]
 """Snapshots of the instances with these ids at this time. They are in memory already: nothing is waited for."""
+
+
+class PrefixIndex(Protocol):
+    """Tells what instances have of a request in their prefix caches."""
+
+    def hits(self, request: Request, ids: Sequence[int]) -> Ints:
+        """int64[instances, 2]: as of `Hits`, of a request that has block hashes."""
+        ...
 
 
 class Forecaster(Protocol):
@@ -151,6 +160,7 @@ class Dispatcher:
     policy: checked at each answer if it is not of this package (`block.dispatch.policy_checks`).
     forecaster: may be None if the policy needs no forecasts.
     snapshot_many: may be None if the policy needs no snapshots.
+    prefixes: None where no instance has a prefix cache. block_size: tokens of a KV block, if there is one.
     delay_s: modelled seconds from a request's arrival to its arrival at the instance, which forecasts count in; 0 where
         the delay is real.
     initial: so many instances, the first, take requests from the start; None: all.
@@ -169,6 +179,8 @@ class Dispatcher:
         rng: random.Random,
         *,
         snapshot_many: SnapshotMany | None = None,
+        prefixes: PrefixIndex | None = None,
+        block_size: int = 1,
         delay_s: float = 0.0,
         initial: int | None = None,
         observers: Sequence[Observer] = (),
@@ -183,6 +195,9 @@ class Dispatcher:
         self._config = config
         self._rng = rng
         self._snapshot_many = snapshot_many
+        self._prefixes = prefixes
+        self._block_size = block_size
+        self._held: dict[int, tuple[int, int]] = {}  # request id → what its instance had of it when it was placed
         self._delay_s = delay_s
         self._observers = observers
         self._state = _Instances(instances)
@@ -331,6 +346,8 @@ class Dispatcher:
             if forecast is not None:
                 record.forecast = Forecast(forecast.ttft + self._delay_s, forecast.e2e + self._delay_s)
         self.history.decisions.append((now, decision, request.id))
+        if views.snapshots is not None and views.snapshots.hits is not None and chosen in views.ids:
+            self._held[request.id] = tuple(views.snapshots.hits.found[views.ids.index(chosen)].tolist())
         self._state.place(request, chosen, now, in_ledger=self._keeps_ledger)
         for observer in self._observers:
             observer.placed(self, record, views, now)
@@ -350,6 +367,8 @@ class Dispatcher:
         if needs is not Needs.COUNTS:
             snapshots = self._snapshots(candidates, now)
         in_transit = _of(state.in_transit, candidates)
+        if snapshots is not None and self._prefixes is not None and request.block_hashes is not None:
+            snapshots.hits = self._hits(self._prefixes, candidates, in_transit, request)
         if snapshots is not None and needs is Needs.FORECAST and self._forecaster is not None:
             began = time.perf_counter()
             forecasts = self._forecaster.forecasts(snapshots, in_transit, request, now)
@@ -357,6 +376,26 @@ class Dispatcher:
         state.forget(now)
         outstanding, recent = _of(state.outstanding, candidates), _of(state.recent, candidates)
         return Views(candidates, in_transit, outstanding, recent, snapshots, forecasts)
+
+    def _hits(
+        self,
+        prefixes: PrefixIndex,
+        candidates: Sequence[int],
+        in_transit: Sequence[Sequence[Request]],
+        request: Request,
+    ) -> Hits:
+        """What of a request the candidates have. What is in transit counts as if its prompt were cached, and in use:
+        else all requests of a burst that begin alike would scatter.
+        """
+        found = prefixes.hits(request, candidates)
+        size = self._block_size
+        most = (request.prompt_tokens - 1) // size
+        for place, others in enumerate(in_transit):
+            for other in others:
+                blocks = shared_blocks(request, other, min(most, other.prompt_tokens // size))
+                if blocks * size > found[place, 0]:
+                    found[place] = blocks * size, blocks
+        return Hits(found, self._held)
 
     def _snapshots(self, candidates: Sequence[int], now: float) -> Snapshots:
         """The snapshots of instances to decide by; what they show leaves the ledger."""
@@ -380,6 +419,8 @@ class Dispatcher:
         """A request has left the instance that it was placed on, or has migrated to."""
         chosen = self._moved.pop(record.request.id, record.instance_id) if self._moved else record.instance_id
         self._state.release(record.request, chosen)
+        if self._held:
+            self._held.pop(record.request.id, None)
         for observer in self._observers:
             observer.left(self, record, now)
 
@@ -390,3 +431,17 @@ class Dispatcher:
     def _forget(self, record: RequestRecord) -> None:
         del self._index[record.request.id]
         self._lost_on.pop(record.request.id, None)
+
+
+def shared_blocks(one: Request, other: Request, most: int) -> int:
+    """How many blocks, at most `most`, two requests have in common: their hashes say all that stands before a block."""
+    if one.block_hashes is None or other.block_hashes is None:
+        return 0
+    low, high = 0, min(most, len(one.block_hashes), len(other.block_hashes))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one.block_hashes[middle - 1] == other.block_hashes[middle - 1]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -87,7 +87,7 @@ class CorrectedForecaster:
         factors = [self.factor(instance_id) for instance_id in ids]
         # In the time of the twin, the step in flight has been running for less long.
         started = now - (now - shown.started) / np.array(factors)
-        slowed = Snapshots(shown.taken_at, shown.pool, shown.meta, started)
+        slowed = Snapshots(shown.taken_at, shown.pool, shown.meta, started, shown.hits)
         found = self._forecaster.forecasts(slowed, in_transit, request, now)
         return Forecasts.of(found).times(factors)
 

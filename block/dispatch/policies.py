@@ -289,6 +289,50 @@ class Block:
         return least(views, scores, rng, "no forecast" if math.isinf(min(scores)) else None)
 
 
+@final
+@dataclass(frozen=True)
+class BlockCache:
+    """Block that prices work: predicted latency + price × seconds of compute that the prompt takes there.
+
+    What is cached is no work, so requests go where their prefix is, unless others would have to wait too long for that.
+    The price is `kappa` + `gamma` × the mean number of outstanding requests of an instance (work done twice is paid by
+    all, and the more so the more there are) + `others` × those of this one (whom it keeps waiting). aim: the latency,
+    "e2e" or "ttft". At price 0 it is `Block`.
+    """
+
+    kappa: float = 4.0
+    gamma: float = 0.3
+    others: float = 0.02
+    aim: str = "e2e"
+    k: int | None = None
+    needs: ClassVar[Needs] = Needs.FORECAST
+
+    def __post_init__(self) -> None:
+        _check_k(self.k)
+        for key in ("kappa", "gamma", "others"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"scheduler.{key}={getattr(self, key)}: must be 0 or more")
+        if self.aim not in ("e2e", "ttft"):
+            raise ValueError(f"scheduler.aim={self.aim}: choose e2e or ttft")
+
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
+        return sample(instances, self.k, rng)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
+        """Scores: seconds; inf without a forecast."""
+        seen = Views.of(views)
+        forecasts = Forecasts.of(seen.forecasts or [None] * len(seen))
+        price = self.kappa + self.gamma * sum(seen.outstanding) / len(seen)
+        latency = forecasts.e2e if self.aim == "e2e" else forecasts.ttft
+        scores = [
+            one + (price + self.others * requests) * work
+            for one, work, requests in zip(latency, forecasts.work, seen.outstanding, strict=True)
+        ]
+        if math.isnan(sum(scores)):
+            scores = [math.inf if math.isnan(one) else one for one in scores]
+        return least(views, scores, rng, "no forecast" if math.isinf(min(scores)) else None)
+
+
 def _snapshots(views: Sequence[InstanceView]) -> Snapshots:
     snapshots = Views.of(views).snapshots
     assert snapshots is not None, "the dispatcher shows snapshots to a policy that needs them"

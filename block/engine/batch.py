@@ -32,16 +32,19 @@ from block.core.snapshot import (
     META_ROW,
     META_RUNNING,
     META_STALE,
+    NUM_CACHED_TOKENS,
     NUM_COMPUTED_TOKENS,
     NUM_OUTPUT_TOKENS,
     NUM_PROMPT_TOKENS,
+    NUM_SHARED_BLOCKS,
     TARGET,
     Snapshots,
 )
 from block.core.types import Request
-from block.engine.block_tables import HASHES, NO_HASHES, add_record, compact_records
+from block.engine.block_tables import HASHES, NO_HASHES, NUM_HASHES, add_record, compact_records
 from block.engine.config import EngineSettings
 from block.engine.decode_runs import decode, decode_times, next_decode_run
+from block.engine.kv_cache import held_prefix
 from block.engine.latency import LatencyModel
 from block.engine.prefix_cache import RECORDS_END, empty_cache
 from block.engine.scheduler import begin_step, complete_step, end_step
@@ -49,6 +52,8 @@ from block.engine.state import (
     ALL_PREEMPTIONS,
     BEGIN,
     BLOCK_SIZE,
+    BLOCK_SIZE_LOG2,
+    CACHE_BLOCKS,
     COUNTERS,
     DECODE_RUN,
     ENABLE_PREFIX_CACHING,
@@ -130,6 +135,7 @@ class EngineBatch:
         ]
         self.arrays.counters[:, FREE_BLOCKS] = [spec.settings.total_blocks for spec in specs]
         self._plain: Arrays = self.arrays[:]
+        self.block_size = specs[0].settings.block_size
         self.max_model_len = [spec.settings.max_model_len for spec in specs]
         self.next_event = math.inf
         self._rows = np.arange(rows)
@@ -217,6 +223,15 @@ class EngineBatch:
         _show(self._plain, chosen, now, meta, started)
         return Snapshots(now, self.arrays.seqs, meta, started)
 
+    def hits(self, rows: Sequence[int], hashes: Ints, most: int) -> Ints:
+        """int64[rows, 2]: of a prompt's first `most` blocks, by their hashes, how many these engines have; and in use.
+
+        Those that a sequence which is there will fill count as if they were cached, and in use.
+        """
+        found = np.zeros((len(rows), 2), dtype=np.int64)
+        _hits(self._plain, np.array(rows, dtype=np.int64), hashes, min(most, len(hashes)), found)
+        return found
+
     def look_ahead(self, row: int) -> None:
         """An engine was changed from outside: find anew when anything may happen next."""
         look_ahead(self.engine(row))
@@ -247,6 +262,7 @@ class EngineBatch:
         only = slice(row, row + 1)
         other.arrays = EngineState(*(array[only].copy() for array in self.arrays))  # type: ignore[arg-type]
         other._plain = other.arrays[:]
+        other.block_size = self.block_size
         other.max_model_len = self.max_model_len[only]
         other.next_event = float(other.arrays.times[0, NEXT_FINISH])
         other._rows, other._out = self._rows[:1], np.zeros(2, dtype=np.int64)
@@ -392,6 +408,22 @@ def _show(arrays: Arrays, rows: Ints, now: float, meta: Ints, started: Floats) -
 
 
 @compiled
+def _hits(
+    arrays: Arrays,
+    rows: Ints,
+    hashes: Ints,
+    most: int,
+    found: Ints,
+) -> None:
+    """Fill in what `EngineBatch.hits` returns."""
+    engines = EngineState(*arrays)
+    for i in range(rows.shape[0]):
+        engine = engine_in(engines, rows[i])
+        if engine.settings[ENABLE_PREFIX_CACHING] == CACHE_BLOCKS:
+            found[i, 0], found[i, 1] = held_prefix(engine, hashes, most)
+
+
+@compiled
 def _receive(
     arrays: Arrays,
     row: int,
@@ -424,6 +456,11 @@ def _receive(
     seqs[MAX_TOKENS, column] = most
     seqs[EXPECTED, column] = expected
     seqs[CACHE_RECORD, column] = record
+    if record > 0:
+        hashes = engine.cache[record + HASHES : record + HASHES + engine.cache[record + NUM_HASHES]]
+        most = min(hashes.shape[0], (prompt - 1) >> engine.settings[BLOCK_SIZE_LOG2])
+        hits, seqs[NUM_SHARED_BLOCKS, column] = held_prefix(engine, hashes, most)
+        seqs[NUM_CACHED_TOKENS, column] = hits << engine.settings[BLOCK_SIZE_LOG2]
     engine.first_token_time[column] = np.nan
     counters[END] = column + 1
     if engine.times[STEP_ENDS] == np.inf:

@@ -23,12 +23,14 @@ from block.core.snapshot import (
     NUM_SCHEDULED_TOKENS,
     TARGET,
 )
-from block.engine.kv_cache import allocate, blocks_for, can_admit, spare_block
+from block.engine.kv_cache import allocate, blocks_for, cached_prefix, can_admit, spare_block
 from block.engine.latency import decode_run_time, linear_time, step_duration
 from block.engine.scheduler import chunk_limit
 from block.engine.state import (
     ASYNC_SCHEDULING,
     BEGIN,
+    BLOCK_SIZE_LOG2,
+    CACHE_BLOCKS,
     ENABLE_PREFIX_CACHING,
     END,
     FREE_BLOCKS,
@@ -90,8 +92,10 @@ def _may_admit(engine: EngineState) -> bool:
     if first == counters[END] or running >= settings[MAX_NUM_SEQS]:
         return False
     total = engine.seqs[NUM_PROMPT_TOKENS, first] + engine.seqs[NUM_OUTPUT_TOKENS, first]
-    chunk = min(total, chunk_limit(engine), settings[MAX_NUM_BATCHED_TOKENS] - running)
-    return chunk > 0 and can_admit(total, chunk, 0, counters[FREE_BLOCKS], running, settings)
+    hits, shared = cached_prefix(engine, first)
+    cached = hits << settings[BLOCK_SIZE_LOG2]
+    chunk = min(total - cached, chunk_limit(engine), settings[MAX_NUM_BATCHED_TOKENS] - running)
+    return chunk > 0 and can_admit(total, cached + chunk, shared, counters[FREE_BLOCKS], running, settings)
 
 
 @compiled
@@ -151,7 +155,7 @@ def next_decode_run(engine: EngineState) -> tuple[Int, float, float]:
     """
     times = engine.times
     none = (np.int64(0), times[STEP_STARTED], times[STEP_ENDS])
-    if engine.settings[ASYNC_SCHEDULING] == 1 or engine.settings[ENABLE_PREFIX_CACHING] == 1:
+    if engine.settings[ASYNC_SCHEDULING] == 1 or engine.settings[ENABLE_PREFIX_CACHING] == CACHE_BLOCKS:
         return none
     steps, kv = _steps_to_finish(engine)
     if steps < 0 or (steps > 0 and _may_admit(engine)):

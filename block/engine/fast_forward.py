@@ -31,14 +31,23 @@ from block.core.snapshot import (
     NUM_OUTPUT_TOKENS,
     NUM_PROMPT_TOKENS,
     NUM_SCHEDULED_TOKENS,
+    NUM_SHARED_BLOCKS,
     TARGET,
 )
-from block.engine.kv_cache import blocks_at_admission, blocks_for, blocks_in_reach, can_admit, spare_block
+from block.engine.kv_cache import (
+    blocks_at_admission,
+    blocks_for,
+    blocks_in_reach,
+    cached_prefix,
+    can_admit,
+    spare_block,
+)
 from block.engine.latency import decode_time, linear_time, prefill_time, step_duration
 from block.engine.state import (
     ASYNC_SCHEDULING,
     BEGIN,
     BLOCK_SIZE,
+    BLOCK_SIZE_LOG2,
     ENABLE_CHUNKED_PREFILL,
     END,
     FREE_BLOCKS,
@@ -222,7 +231,7 @@ def _leave_group(engine: EngineState, scratch: Scratch, column: Int) -> None:
     """A member finishes or is preempted."""
     n, settings = scratch.n, engine.settings
     base = scratch.size[Index(column)]
-    n[_FREE] += blocks_for(base + n[_STEP], settings)
+    n[_FREE] += blocks_for(base + n[_STEP], settings) - engine.seqs[NUM_SHARED_BLOCKS, Index(column)]
     scratch.wanting[Index(-base & (settings[BLOCK_SIZE] - 1))] -= 1
     n[_CONTEXT] -= base + n[_STEP]
     n[_COUNT] -= 1
@@ -260,9 +269,11 @@ def _decode_run(engine: EngineState, scratch: Scratch) -> bool:
     if n[_PARTIAL] >= 0 or count == 0 or finish <= step + 1 or count >= settings[MAX_NUM_BATCHED_TOKENS]:
         return False
     if n[_WAITING] != n[_END] and count != settings[MAX_NUM_SEQS]:
-        total = scratch.size[Index(scratch.line[Index(n[_WAITING])])]
-        chunk = min(total, settings[MAX_NUM_BATCHED_TOKENS] - count)
-        if can_admit(total, chunk, 0, n[_FREE], count, settings):
+        column = scratch.line[Index(n[_WAITING])]
+        total, (hits, shared) = scratch.size[Index(column)], cached_prefix(engine, column)
+        cached = hits << settings[BLOCK_SIZE_LOG2]
+        chunk = min(total - cached, settings[MAX_NUM_BATCHED_TOKENS] - count)
+        if can_admit(total, cached + chunk, shared, n[_FREE], count, settings):
             return False
     last = settings[BLOCK_SIZE] - 1
     fixed = decode_time(params, count, 0)
@@ -365,6 +376,7 @@ def _preempt_youngest(engine: EngineState, scratch: Scratch) -> None:
     column = n[_PARTIAL]
     if column >= 0:
         n[_FREE] += blocks_at_admission(scratch.size[Index(column)], n[_PREFILLED], settings)
+        n[_FREE] -= engine.seqs[NUM_SHARED_BLOCKS, Index(column)]
         n[_PARTIAL] = -1
         n[_CHUNK] = 0
     else:
@@ -406,14 +418,15 @@ def _admit(engine: EngineState, scratch: Scratch) -> tuple[Int, Int]:
     if head == n[_END] or n[_BUDGET] <= 0 or n[_COUNT] == settings[MAX_NUM_SEQS]:
         return none
     column = line[Index(head)]
-    total = scratch.size[Index(column)]
-    chunk = min(total, n[_BUDGET])
-    if not can_admit(total, chunk, 0, n[_FREE], n[_COUNT], settings):
+    total, (hits, shared) = scratch.size[Index(column)], cached_prefix(engine, column)
+    cached = hits << settings[BLOCK_SIZE_LOG2]
+    chunk = min(total - cached, n[_BUDGET])
+    if not can_admit(total, cached + chunk, shared, n[_FREE], n[_COUNT], settings):
         return none
     for i in range(head, n[_WAITING], -1):  # past those preempted in this step
         line[i] = line[i - 1]
-    n[_FREE] -= blocks_at_admission(total, chunk, settings)
-    n[_PREFILLED] = 0
+    n[_FREE] -= blocks_at_admission(total, cached + chunk, settings) - shared
+    n[_PREFILLED] = cached
     n[_WAITING] += 1
     n[_KNOWN] = max(n[_KNOWN], column + 1)
     return column, chunk

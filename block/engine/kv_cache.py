@@ -16,17 +16,21 @@ import numpy as np
 from block.core.arrays import Int, Ints
 from block.core.jit import Index, compiled
 from block.core.snapshot import (
+    CACHE_RECORD,
     NUM_BLOCKS,
+    NUM_CACHED_TOKENS,
     NUM_COMPUTED_TOKENS,
     NUM_OUTPUT_TOKENS,
     NUM_PREEMPTIONS,
     NUM_PROMPT_TOKENS,
+    NUM_SHARED_BLOCKS,
 )
-from block.engine.block_tables import block_hash, block_table, pool_of
+from block.engine.block_tables import HASHES, block_hash, block_table, pool_of
 from block.engine.prefix_cache import (
     NO_HASH,
     NULL_BLOCK,
     NUM_FREE,
+    BlockPool,
     cache_block,
     cached_block,
     free_blocks,
@@ -35,9 +39,13 @@ from block.engine.prefix_cache import (
 )
 from block.engine.state import (
     ALL_PREEMPTIONS,
+    BEGIN,
     BLOCK_SIZE,
     BLOCK_SIZE_LOG2,
+    CACHE_BLOCKS,
+    CACHE_COUNTS,
     ENABLE_PREFIX_CACHING,
+    END,
     FREE_BLOCKS,
     IS_V1,
     MAX_MODEL_LEN,
@@ -103,7 +111,7 @@ def blocks_in_reach(computed: Int, total: Int, taken: Int, settings: Ints) -> In
 @compiled
 def allocate(engine: EngineState, column: Int, blocks: Int) -> None:
     """A sequence takes free blocks."""
-    if engine.settings[ENABLE_PREFIX_CACHING] == 1 and blocks > 0:
+    if engine.settings[ENABLE_PREFIX_CACHING] == CACHE_BLOCKS and blocks > 0:
         pool, table, held = pool_of(engine), block_table(engine, column), engine.seqs[NUM_BLOCKS, Index(column)]
         for place in range(held, held + blocks):
             engine.cache[table + place] = new_block(pool)
@@ -115,12 +123,12 @@ def allocate(engine: EngineState, column: Int, blocks: Int) -> None:
 def deallocate(engine: EngineState, column: Int) -> None:
     """A sequence gives all of its blocks back."""
     blocks = engine.seqs[NUM_BLOCKS, Index(column)]
-    if engine.settings[ENABLE_PREFIX_CACHING] == 1:
+    if engine.settings[ENABLE_PREFIX_CACHING] == CACHE_BLOCKS:
         pool, table = pool_of(engine), block_table(engine, column)
         free_blocks(pool, engine.cache[table : table + blocks])
         engine.counters[FREE_BLOCKS] = pool.counters[NUM_FREE]
-    else:
-        engine.counters[FREE_BLOCKS] += blocks
+    elif blocks > 0:
+        engine.counters[FREE_BLOCKS] += blocks - engine.seqs[NUM_SHARED_BLOCKS, Index(column)]
     engine.seqs[NUM_BLOCKS, Index(column)] = 0
 
 
@@ -131,7 +139,7 @@ def cached_prefix(engine: EngineState, column: Int) -> tuple[Int, Int]:
     The last token is always computed. V1: ``get_computed_blocks`` and ``_get_num_evictable_blocks``.
     """
     hits = shared = np.int64(0)
-    if engine.settings[ENABLE_PREFIX_CACHING] == 1:
+    if engine.settings[ENABLE_PREFIX_CACHING] == CACHE_BLOCKS:
         pool = pool_of(engine)
         total = engine.seqs[NUM_PROMPT_TOKENS, column] + engine.seqs[NUM_OUTPUT_TOKENS, column]
         for place in range((total - 1) >> engine.settings[BLOCK_SIZE_LOG2]):
@@ -141,26 +149,87 @@ def cached_prefix(engine: EngineState, column: Int) -> tuple[Int, Int]:
             hits += 1
             if pool.ref_count[block] > 0:
                 shared += 1
+    elif engine.settings[ENABLE_PREFIX_CACHING] == CACHE_COUNTS:
+        hits = engine.seqs[NUM_CACHED_TOKENS, column] >> engine.settings[BLOCK_SIZE_LOG2]
+        shared = engine.seqs[NUM_SHARED_BLOCKS, column]
     return hits, shared
 
 
 @compiled
-def adopt(engine: EngineState, column: Int, hits: Int) -> None:
-    """A sequence that is admitted uses the cached blocks of its beginning. V1: ``add_local_computed_blocks``."""
-    if hits > 0:
+def _leading(pool: BlockPool, hashes: Ints, most: Int, used: bool) -> Int:
+    """How many of the first `most` blocks with these hashes are cached, and `used`, if that is asked, without a gap.
+
+    Found by doubling, then halving: where one is missing, those after it are, too. (Not so where blocks of one hash
+    have come and gone in an odd order; then it may be more than vLLM would find.)
+    """
+    low, high, step = np.int64(0), np.int64(most), np.int64(1)
+    while low < high:
+        place = min(low + step, high)
+        block = cached_block(pool, hashes[place - 1])
+        if block != NULL_BLOCK and (not used or pool.ref_count[block] > 0):
+            low = place
+            step <<= 1
+        else:
+            high = place - 1
+            break
+    while low < high:
+        place = (low + high + 1) >> 1
+        block = cached_block(pool, hashes[place - 1])
+        if block != NULL_BLOCK and (not used or pool.ref_count[block] > 0):
+            low = place
+        else:
+            high = place - 1
+    return low
+
+
+@compiled
+def held_prefix(engine: EngineState, hashes: Ints, most: Int) -> tuple[Int, Int]:
+    """Of a prompt's first `most` blocks, by their hashes, how many the engine has, and how many of these are in use.
+
+    What a sequence that waits or is in the middle of its prefill will fill counts as both.
+    """
+    pool, seqs = pool_of(engine), engine.seqs
+    hits = _leading(pool, hashes, most, False)
+    shared = _leading(pool, hashes, hits, True)
+    for column in range(engine.counters[BEGIN], engine.counters[END]):
+        prompt = seqs[NUM_PROMPT_TOKENS, column]
+        if seqs[NUM_COMPUTED_TOKENS, column] < prompt:
+            place = seqs[CACHE_RECORD, column]
+            alike = min(most, engine.cache[place], prompt >> engine.settings[BLOCK_SIZE_LOG2])
+            low = hits  # a hash says all that stands before its block, too
+            while low < alike:
+                middle = (low + alike + 1) // 2
+                if engine.cache[place + HASHES + middle - 1] == hashes[middle - 1]:
+                    low = middle
+                else:
+                    alike = middle - 1
+            if low > hits:
+                hits = shared = low
+    return hits, shared
+
+
+@compiled
+def adopt(engine: EngineState, column: Int, hits: Int, shared: Int) -> None:
+    """A sequence that is admitted uses the cached blocks of its beginning, `shared` of which others use.
+
+    V1: ``add_local_computed_blocks``.
+    """
+    if hits == 0:
+        return
+    if engine.settings[ENABLE_PREFIX_CACHING] == CACHE_BLOCKS:
         pool, table = pool_of(engine), block_table(engine, column)
         for place in range(hits):
             block = cached_block(pool, block_hash(engine, column, place))
             touch(pool, block)
             engine.cache[table + place] = block
-        engine.counters[FREE_BLOCKS] = pool.counters[NUM_FREE]
-        engine.seqs[NUM_BLOCKS, column] = hits
+    engine.counters[FREE_BLOCKS] -= hits - shared
+    engine.seqs[NUM_BLOCKS, column] = hits
 
 
 @compiled
 def cache_blocks(engine: EngineState, column: Int, tokens: Int) -> None:
     """Those of a sequence's blocks that its first `tokens` tokens fill may be found. V1: the method of that name."""
-    if engine.settings[ENABLE_PREFIX_CACHING] == 1:
+    if engine.settings[ENABLE_PREFIX_CACHING] == CACHE_BLOCKS:
         pool, table = pool_of(engine), block_table(engine, column)
         full = tokens >> engine.settings[BLOCK_SIZE_LOG2]
         place = full

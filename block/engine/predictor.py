@@ -18,6 +18,7 @@ import numpy as np
 from block.core.arrays import Floats, Int, Ints
 from block.core.jit import Index, compiled, one_at_a_time
 from block.core.snapshot import (
+    CACHE_RECORD,
     EXPECTED,
     FIELDS,
     ID,
@@ -29,11 +30,14 @@ from block.core.snapshot import (
     META_ROW,
     META_RUNNING,
     META_STALE,
+    NUM_CACHED_TOKENS,
     NUM_OUTPUT_TOKENS,
     NUM_PROMPT_TOKENS,
     NUM_SCHEDULED_NEXT,
     NUM_SCHEDULED_TOKENS,
+    NUM_SHARED_BLOCKS,
     TARGET,
+    Hits,
     Snapshot,
     Snapshots,
 )
@@ -42,19 +46,22 @@ from block.engine.block_tables import NO_HASHES
 from block.engine.config import EngineSettings
 from block.engine.decode_runs import skip_decode_run
 from block.engine.fast_forward import STOPPED, TARGET_FINISHED, Scratch, ScratchArrays, fast_forward, scratch_for
-from block.engine.latency import LatencyModel
+from block.engine.latency import LatencyModel, linear_time, prefill_time
 from block.engine.scheduler import begin_step, complete_step, step_time
 from block.engine.state import (
     ASYNC_SCHEDULING,
     BEGIN,
     BLOCK_SIZE,
+    CACHE_COUNTS,
     COUNTERS,
+    ENABLE_PREFIX_CACHING,
     END,
     FINISHED,
     FINISHED_AT,
     FINISHED_FIRST_TOKEN,
     FINISHED_ID,
     FREE_BLOCKS,
+    MAX_NUM_BATCHED_TOKENS,
     NUM_RUNNING,
     NUM_STALE,
     QUEUED,
@@ -70,7 +77,9 @@ OUTRUN_MARGIN = 10
 
 _CANDIDATE = -1  # ID of the candidate among the sequences of a forecast
 
-_ARRIVAL = 4  # numbers of an arrival: instance, id, prompt, expected
+_ARRIVAL = 6  # numbers of an arrival: instance, id, prompt, expected, cached tokens, shared blocks
+NOTHING = (0, 0)
+NO_HITS = Hits(np.empty((0, 2), dtype=np.int64), {})
 
 
 class Predictor:
@@ -90,7 +99,9 @@ class Predictor:
         outrun_share: float = 0.0,
     ) -> None:
         self._outrun_share = outrun_share
-        self._settings = settings._replace(enable_prefix_caching=False).to_array()  # it knows no block from another
+        self._settings = settings.to_array()
+        if settings.enable_prefix_caching:
+            self._settings[ENABLE_PREFIX_CACHING] = CACHE_COUNTS  # it knows no block from another
         self._latency_params = latency.pack()
         self._compressed = compressed
         self._allocate(64)
@@ -129,18 +140,19 @@ class Predictor:
 
         in_transit[i]: requests on their way to instance i that its snapshot does not show, in order.
         """
+        shown = Snapshots.of(snapshots)
+        found, held = shown.hits or NO_HITS
         arrivals = [
             n
             for i, requests in enumerate(in_transit)
             if requests
             for r in requests
-            for n in (i, r.id, r.prompt_tokens, r.predicted_output_tokens)
+            for n in (i, r.id, r.prompt_tokens, r.predicted_output_tokens, *held.get(r.id, NOTHING))
         ]
-        shown = Snapshots.of(snapshots)
         widest = shown.pool.shape[2] + len(arrivals) // _ARRIVAL + 1
         if widest > self._engine.seqs.shape[1]:
             self._allocate(2 * widest)
-        out = np.empty((len(shown), 2))
+        out = np.empty((len(shown), 3))
         _forecasts(
             shown.pool,
             shown.meta,
@@ -148,6 +160,7 @@ class Predictor:
             np.array(arrivals, dtype=np.int64),
             request.prompt_tokens,
             request.predicted_output_tokens,
+            found,
             self._plain,
             self._scratch,
             out,
@@ -190,22 +203,45 @@ def forecast_each(
     for place, predictor in enumerate(predictors):
         places.setdefault(predictor, []).append(place)
     shown = Snapshots.of(snapshots)
-    ttft, e2e = [math.nan] * len(shown), [math.nan] * len(shown)
+    ttft, e2e, work = ([math.nan] * len(shown) for _ in range(3))
     for predictor, mine in places.items():
         found = predictor.forecasts(shown.some(mine), [in_transit[i] for i in mine], requests[mine[0]], now)
-        for i, first, last in zip(mine, found.ttft, found.e2e, strict=True):
-            ttft[i], e2e[i] = first, last
-    return Forecasts(ttft, e2e)
+        for i, first, last, own in zip(mine, found.ttft, found.e2e, found.work, strict=True):
+            ttft[i], e2e[i], work[i] = first, last, own
+    return Forecasts(ttft, e2e, work)
 
 
 @compiled
-def _append(seqs: Ints, column: Int, id_: Int, prompt: Int, expected: Int) -> None:
+def _append(
+    seqs: Ints,
+    column: Int,
+    id_: Int,
+    prompt: Int,
+    expected: Int,
+    cached: Int,
+    shared: Int,
+) -> None:
+    """Let a sequence wait. prompt, expected, cached: tokens. shared: KV blocks."""
     column = Index(column)
     for row in range(FIELDS):
         seqs[row, column] = 0
     seqs[ID, column] = id_
     seqs[NUM_PROMPT_TOKENS, column] = prompt
     seqs[EXPECTED, column] = expected
+    seqs[NUM_CACHED_TOKENS, column] = cached
+    seqs[NUM_SHARED_BLOCKS, column] = shared
+
+
+@compiled
+def _work(engine: EngineState, prompt: Int, cached: Int) -> float:
+    """Seconds of compute that the tokens of a prompt take which are not cached, in steps that they fill."""
+    params, budget = engine.latency_params, engine.settings[MAX_NUM_BATCHED_TOKENS]
+    whole, work = linear_time(params, budget), 0.0
+    while cached < prompt:
+        chunk = min(budget, prompt - cached)
+        work += whole * chunk / budget + prefill_time(params, chunk, cached)
+        cached += chunk
+    return work
 
 
 @compiled
@@ -216,6 +252,7 @@ def _forecasts(
     arrivals: Ints,
     prompt: int,
     expected: int,
+    found: Ints,
     arrays: Arrays,
     numbers: ScratchArrays,
     out: Floats,
@@ -226,29 +263,38 @@ def _forecasts(
     """Forecast one request at several instances.
 
     pool, meta, started: those of `Snapshots`. arrivals: _ARRIVAL numbers for each request in transit, in order of the
-    instance. prompt, expected: tokens of the candidate. arrays: of an engine with the settings and the latency model of
+    instance. prompt, expected: tokens of the candidate. found: those of `Hits`, or empty. arrays: of an
+    engine with the settings and the latency model of
     the instances, to work on. numbers: a `Scratch` for it.
-    out: float64[instances, 2], receives the seconds from `now` to the candidate's first token and to its last.
+    out: float64[instances, 3], receives the seconds from `now` to the candidate's first token and to its last, and
+    those of compute that its prompt takes there (without a prefix cache not told, 0).
     """
     engine, scratch = EngineState(*arrays), Scratch(*numbers)
     seqs = engine.seqs
+    caches = engine.settings[ENABLE_PREFIX_CACHING] == CACHE_COUNTS
+    rows = CACHE_RECORD if caches else NUM_CACHED_TOKENS  # the others are 0
+    cached = shared = np.int64(0)
     arrival = 0
     for i in range(meta.shape[0]):
         begin = meta[i, META_BEGIN]
         columns = meta[i, META_END] - begin
         shown = pool[meta[i, META_ROW]]
-        for row in range(FIELDS):
+        for row in range(rows):
             for column in range(Index(columns)):
                 seqs[row, column] = shown[row, Index(begin) + column]
         while arrival < arrivals.shape[0] and arrivals[arrival] == i:
-            _append(seqs, columns, arrivals[arrival + 1], arrivals[arrival + 2], arrivals[arrival + 3])
+            one = arrivals[arrival : arrival + _ARRIVAL]
+            _append(seqs, columns, one[1], one[2], one[3], one[4], one[5])
             columns += 1
             arrival += _ARRIVAL
-        _append(seqs, columns, _CANDIDATE, prompt, expected)
+        if found.shape[0] > 0:
+            cached, shared = found[i, 0], found[i, 1]
+        _append(seqs, columns, _CANDIDATE, prompt, expected, cached, shared)
         _load(engine, columns + 1, meta[i], started[i], now, outrun_share)
         first, last = _run(engine, scratch, compressed)
         out[i, 0] = first - now
         out[i, 1] = last - now
+        out[i, 2] = _work(engine, prompt, cached) if caches else 0.0
 
 
 @compiled

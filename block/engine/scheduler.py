@@ -34,6 +34,7 @@ from block.core.snapshot import (
     NUM_PROMPT_TOKENS,
     NUM_SCHEDULED_NEXT,
     NUM_SCHEDULED_TOKENS,
+    NUM_SHARED_BLOCKS,
     TARGET,
 )
 from block.engine.kv_cache import (
@@ -212,11 +213,12 @@ def _schedule_waiting(engine: EngineState, budget: Int, waiting: Int) -> None:
         column = counters[BEGIN] + counters[NUM_RUNNING]
         if waiting > column:
             move_left(engine, waiting, column)  # V0: past those preempted in this step
-        adopt(engine, column, hits)
+        adopt(engine, column, hits, shared)
         allocate(engine, column, blocks_at_admission(total, computed, settings) - hits)
         cache_blocks(engine, column, computed)
         if seqs[NUM_PREEMPTIONS, column] == 0:
             seqs[NUM_CACHED_TOKENS, column] = cached
+        seqs[NUM_SHARED_BLOCKS, column] = shared
         seqs[NUM_COMPUTED_TOKENS, column] = computed
         seqs[NUM_SCHEDULED_NEXT, column] = chunk
         if computed == total:

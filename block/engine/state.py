@@ -45,6 +45,11 @@ NEXT_FINISH = 5  # no sequence finishes before this; inf when the engine is idle
 SHORTEST_STEP = 6  # no step takes less
 TIMES = 7
 
+# Values of ENABLE_PREFIX_CACHING.
+CACHE_OFF = 0
+CACHE_BLOCKS = 1  # `EngineState.cache` knows each block
+CACHE_COUNTS = 2  # rows NUM_CACHED_TOKENS and NUM_SHARED_BLOCKS are believed, as in forecasts
+
 IDLE = (np.nan, np.inf, 0.0, np.inf, np.nan, np.inf, 0.0)
 """The times of an engine that has nothing to do."""
 

@@ -12,7 +12,7 @@ An estimator is a frozen dataclass whose fields are its Hydra options. There are
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Protocol, final, runtime_checkable
 
 import numpy as np
@@ -73,8 +73,7 @@ def tag(requests: Sequence[Request], lengths: Lengths, seed: int) -> list[Reques
         if estimates is truth and all(r.predicted_output_tokens == r.output_tokens for r in requests):
             return list(requests)
     return [
-        Request(r.id, r.arrival, r.prompt_tokens, r.output_tokens, estimate, r.max_tokens, r.prompt)
-        for r, estimate in zip(requests, estimates.tolist(), strict=True)
+        replace(r, predicted_output_tokens=estimate) for r, estimate in zip(requests, estimates.tolist(), strict=True)
     ]
 
 

@@ -105,6 +105,11 @@ def report(run: Run, wandb: Path | None, console: Console) -> None:
         "throughput": f"{_cell(summary['request_throughput_rps'])} requests/s, "
         f"{_cell(summary['token_throughput_tps'])} tokens/s",
         "preemptions": str(summary["preemptions"]),
+        **(
+            {"prefix cache": f"{summary['prefix_hit_rate']:.1%} of prompt tokens hit"}
+            if summary.get("prefix_hit_rate")
+            else {}
+        ),
         "dispatch": f"{_cell(summary['dispatch_overhead_mean_s'], 1000)} ms mean",
         "forecasts": forecasts,
         "wall time": f"{_cell(summary['wall_time_s'])} s{compiling}",

@@ -27,7 +27,7 @@ from block.backends.vllm import VLLM
 from block.backends.vllm_cpu import VLLMCPU
 from block.cluster.spec import Mixed
 from block.core.user_code import is_ours
-from block.dispatch import policies
+from block.dispatch import policies, routers
 from block.dispatch.policies import Needs
 from block.lengths import Constant, Oracle, Reader
 from block.lengths.roberta import RoBERTa
@@ -66,7 +66,7 @@ def _ours(run: RunConfig) -> bool:
 
 def _reads_lengths(run: RunConfig) -> bool:
     """Whether the policy looks at what is believed of response lengths, which one of the user's may."""
-    return not _ours(run) or isinstance(run.policy, policies.Block | policies.LeastTokens)
+    return not _ours(run) or isinstance(run.policy, READS_LENGTHS)
 
 
 def _attached(run: RunConfig) -> bool:
@@ -82,6 +82,7 @@ def _prompts(run: RunConfig) -> bool:
     return run.workload.source == "trace" and path is not None and prompts.is_pairs(path)
 
 
+READS_LENGTHS = (policies.Block, policies.BlockCache, policies.LeastTokens, routers.Preble)
 _FORECASTING = "this policy makes no forecasts; take one that does, such as scheduler=block"
 _SERVERS = "the servers of backend.urls run already, with settings of their own; give it to them"
 

@@ -44,14 +44,16 @@ def fingerprints(run: RunConfig, requests: Sequence[Request] | None = None) -> d
         latency += [replace(backend, predictor_gpu=None).latency(kind).pack() for kind in kinds]
     engines = [type(backend).__name__, asdict(run.testbed.engine)]
     blocks = [[kind.instances, kind.total_blocks] for kind in kinds]
-    lengths = np.array([_column(requests, field, np.int64) for field in ("prompt_tokens", "output_tokens")])
+    alike = arrivals if run.workload.source == "sessions" else requests  # which turns there are, the rate decides
+    lengths = np.array([_column(alike, field, np.int64) for field in ("prompt_tokens", "output_tokens")])
+    contents = [request.content for request in alike if request.content is not None]
     texts = [request.prompt for request in requests if request.prompt is not None]
     hashes = {
         "code": provenance.code_hash(),
         "libraries": provenance.config_hash(provenance.libraries(*(() if backend.virtual else ("torch", "vllm")))),
         "engines": provenance.config_hash(json_value([engines, blocks])),
         "latency_model": _hash(np.concatenate(latency)),
-        "data_set": _hash(lengths, *texts),
+        "data_set": _hash(np.concatenate([lengths, *(one.T for one in contents)], axis=1), *texts),
         "arrivals": _hash(_column(arrivals, "arrival", np.float64)),
         "estimates": _hash(_column(requests, "predicted_output_tokens", np.int64)),
     }

@@ -28,7 +28,7 @@ from block.cluster.migration import MigrationConfig
 from block.cluster.provisioner import Preempt, Relief, Static
 from block.cluster.spec import ClusterConfig, Mixed
 from block.core import paths
-from block.dispatch import policies
+from block.dispatch import policies, routers
 from block.dispatch.config import DispatchConfig
 from block.engine.config import EngineConfig
 from block.gateway.config import GatewayConfig
@@ -63,6 +63,14 @@ CHOICES: dict[str, dict[str, type]] = {
         "llumnix": policies.Llumnix,
         "least_tokens": policies.LeastTokens,
         "block": policies.Block,
+        "block_cache": policies.BlockCache,
+        "cache_aware": routers.CacheAware,
+        "llmd": routers.LLMD,
+        "dynamo": routers.Dynamo,
+        "lmetric": routers.LMetric,
+        "aibrix": routers.AIBrix,
+        "preble": routers.Preble,
+        "sticky": routers.Sticky,
     },
     "lengths": {
         "oracle": Oracle,

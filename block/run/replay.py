@@ -23,7 +23,7 @@ from block.core.clock import Clock
 from block.core.rng import generator
 from block.core.types import Request, RequestRecord
 from block.core.user_code import user_errors
-from block.dispatch.core import Dispatcher, Forecaster, History, Observer, SnapshotMany
+from block.dispatch.core import Dispatcher, Forecaster, History, Observer, PrefixIndex, SnapshotMany
 from block.dispatch.correction import CorrectedForecaster
 from block.dispatch.counterfactual import Counterfactuals, sample
 from block.dispatch.monitor import Monitor
@@ -34,6 +34,7 @@ from block.lengths import tag
 from block.run.config import RunConfig
 from block.run.config_errors import ConfigError, explain
 from block.workload import spec as workload
+from block.workload.content import with_hashes
 
 PROGRESS_EVERY = 100  # simulated requests between two calls of `advance`
 
@@ -63,6 +64,8 @@ def requests_of(run: RunConfig) -> tuple[list[Request], workload.Facts]:
     try:
         with user_errors():
             requests, facts = workload.make(run.workload, run.seed)
+            if run.engine.enable_prefix_caching:
+                requests = with_hashes(requests, run.engine.block_size)
             return tag(requests, run.lengths, run.seed), facts
     except (ValueError, OSError) as error:
         raise ConfigError(explain(error)) from error
@@ -112,7 +115,15 @@ def _simulate(
     if isinstance(run.provisioner, Elastic):
         outcome.scaler = Scaler(run.provisioner, run.testbed.instances, simulation)
         observers.append(outcome.scaler)
-    dispatchers = _dispatchers(run, run.testbed.instances, predictor, simulation.snapshot_many, observers, outcome)
+    dispatchers = _dispatchers(
+        run,
+        run.testbed.instances,
+        predictor,
+        simulation.snapshot_many,
+        observers,
+        outcome,
+        simulation if run.engine.enable_prefix_caching else None,
+    )
     monitor = outcome.monitor = Monitor(simulation.snapshot_many, lambda: dispatchers[0].active, run.sample_every_s)
     if migrator is not None:
         outcome.engines = {"migrations": migrator.counts}
@@ -193,6 +204,7 @@ def _dispatchers(
     snapshot_many: SnapshotMany,
     observers: Sequence[Observer],
     outcome: Outcome,
+    prefixes: PrefixIndex | None = None,
 ) -> list[Dispatcher]:
     """The run's dispatchers, which know nothing of each other but keep one history."""
     forecaster = _forecaster(run, predictor)
@@ -207,6 +219,8 @@ def _dispatchers(
             run.dispatch,
             _policy_rng(run.seed, "policy" if i == 0 else f"policy/{i}"),
             snapshot_many=snapshot_many,
+            prefixes=prefixes,
+            block_size=run.engine.block_size,
             delay_s=run.backend.dispatch_delay_s,
             initial=run.testbed.initial,
             observers=observers,

@@ -64,7 +64,8 @@ def summarise(
     """The summary of a run, ready for JSON.
 
     `columns` are those of the request table, arrays of one length: arrival, first_token, finished (seconds),
-    prompt_tokens, output_tokens, preemptions, forecast_e2e (seconds, NaN: none) and status.
+    prompt_tokens, output_tokens, preemptions, forecast_e2e (seconds, NaN: none), status, and cached_tokens, which runs
+    of before 0.3.0 lack.
 
     Throughput counts ok requests from the first arrival to the last token; tokens are those of prompts and responses
     together. The keyword arguments are measured by the caller: seconds that each dispatch took beside waiting for its
@@ -90,6 +91,7 @@ def summarise(
         "token_throughput_tps": tokens / duration if duration > 0 else None,
         "output_throughput_tps": response_tokens / duration if duration > 0 else None,
         "preemptions": int(ok["preemptions"].sum()),
+        "prefix_hit_rate": _hit_rate(ok),
         **_stats("e2e_error", e2e_error(ok), "", "mean", 50),
         **_stats("dispatch_overhead", dispatch_overhead_s, "s", "mean", 99),
         **_stats("forecast", forecast_us, "us", "mean", 50, 99),
@@ -97,6 +99,12 @@ def summarise(
         "compile_s": None if compile_s is None else float(compile_s),
         "peak_memory_mib": None if peak_memory_mib is None else float(peak_memory_mib),
     }
+
+
+def _hit_rate(ok: Columns) -> float | None:
+    """The share of prompt tokens that prefix caches had."""
+    prompts = int(ok["prompt_tokens"].sum())
+    return int(ok["cached_tokens"].sum()) / prompts if prompts and "cached_tokens" in ok else None
 
 
 def _stats(name: str, values: ArrayLike | None, unit: str, *which: str | int) -> Summary:

@@ -44,6 +44,7 @@ def request_columns(records: Sequence[RequestRecord]) -> dict[str, NDArray[Any]]
         "preemptions": column(np.int64, "preemptions", records),
         "retries": column(np.int64, "retries", records),
         "error": np.array([record.error or "" for record in records], dtype=np.str_),
+        "cached_tokens": column(np.int64, "cached_tokens", records),
     }
 
 

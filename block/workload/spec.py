@@ -23,18 +23,21 @@ from block.core.files import file_state
 from block.core.paths import shipped
 from block.core.rng import generator
 from block.core.types import Request
-from block.workload import prompts
+from block.workload import content as content_of
+from block.workload import prompts, sessions
 from block.workload.arrivals import constant_gaps, gamma_gaps, recorded_gaps
 from block.workload.length_sketch import LengthSketch
 from block.workload.trace_formats import Columns, UnknownFormat, read
 from block.workload.traces import TRACES, Trace, find_data
 
 ARRIVALS = ("poisson", "gamma", "constant", "trace")
-SOURCES = ("sketch", "trace", "synthetic")
+SOURCES = ("sketch", "trace", "synthetic", "sessions")
 TOO_LONG = ("refuse", "cut", "drop")
 MOST_REQUESTS = 1_000_000_000  # some hundred bytes each
+RESPONSES = 1 << 50  # the number of the first response's text in a trace; above those of prompts
 SKETCHES = shipped("artifacts", "workloads")
 SYNTHETIC = {"prompt_mean": 512.0, "prompt_cv": 1.0, "output_mean": 256.0, "output_cv": 1.0}
+SESSIONS = {"turns": 6.0, "gap_s": 30.0, "system_prompts": 16, "system_prompt_mean": 1000.0}
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,16 @@ class Workload:
     arrivals: "poisson"; "gamma" (gaps with shape `burst_shape`: below 1 bursty, above 1 regular); "constant"; "trace"
         (a trace's own times, or a Poisson process with the rate profile of a sketch, scaled to `qps`).
     source: lengths from a "sketch" (tracked with the project), from the "trace" file itself (its rows in their order,
-        again from the start when they run out), or "synthetic" (independent lognormals).
+        again from the start when they run out), "synthetic" (independent lognormals), or "sessions" (turns of chats or
+        agents, whose prompts hold all that was said before; the lognormals are then of a turn's message and response).
     max_total_tokens: the model's length.
     too_long: what becomes of a request longer than that. "cut": it loses its prompt first, as with a client that keeps
         the newest context; a response of this length or more becomes max_total_tokens - 1. "drop": it is left out of
         its trace. "refuse": it is an error. None: "refuse" for a trace, else "cut".
     prompt_mean, prompt_cv, output_mean, output_cv: of the synthetic lengths: mean in tokens, coefficient of variation;
         None for those of `SYNTHETIC`.
+    turns, gap_s, system_prompts, system_prompt_mean: of sessions (`block.workload.sessions.Sessions`); None for those
+        of `SESSIONS`. A rate moves how many sessions there are, not the seconds between their turns.
     trace_path: a file of one's own in a format of `block.workload.trace_formats` (which tells what format, *_column and
         time_unit are for; None: by the file itself); its times are read if arrivals is "trace". A data set of prompts
         (gpteacher, sharegpt_text) or a file of prompts and responses gives its held-out side, and requests that have
@@ -73,6 +79,10 @@ class Workload:
     prompt_cv: float | None = None
     output_mean: float | None = None
     output_cv: float | None = None
+    turns: float | None = None
+    gap_s: float | None = None
+    system_prompts: int | None = None
+    system_prompt_mean: float | None = None
     trace_path: str | None = None
     format: str | None = None
     prompt_column: str | None = None
@@ -91,11 +101,16 @@ class Workload:
             if self.num_requests > MOST_REQUESTS:
                 raise ValueError(f"workload.num_requests={self.num_requests}: must be at most {MOST_REQUESTS:,}")
         _at_least("max_total_tokens", self.max_total_tokens, 2)
-        for key in ("qps", "burst_shape", *SYNTHETIC):
+        for key in ("qps", "burst_shape", *SYNTHETIC, *SESSIONS):
             if getattr(self, key) is not None:
                 _positive(key, getattr(self, key))
         self._check_effects()
-        if self.source == "synthetic":
+        if self.source == "sessions":
+            if self.arrivals != "poisson":
+                raise ValueError(f"workload.arrivals={self.arrivals}: sessions begin at random; take arrivals=poisson")
+            if self._moment("turns") < 1:
+                raise ValueError(f"workload.turns={self.turns}: must be at least 1")
+        if self.source in ("synthetic", "sessions"):
             for key in ("prompt_mean", "output_mean"):
                 mean = self._moment(key)
                 if not 1 <= mean < self.max_total_tokens:
@@ -126,7 +141,12 @@ class Workload:
         for keys, wanted, holds in (
             (own, "source=trace, as workload=trace has it", self.source == "trace"),
             (own[-2:], "arrivals=trace", self.arrivals == "trace"),
-            (tuple(SYNTHETIC), "source=synthetic, as workload=synthetic has it", self.source == "synthetic"),
+            (
+                tuple(SYNTHETIC),
+                "source=synthetic, as workload=synthetic has it, or sessions",
+                self.source in ("synthetic", "sessions"),
+            ),
+            (tuple(SESSIONS), "source=sessions, as workload=chat has it", self.source == "sessions"),
         ):
             for key in keys:
                 if not holds and getattr(self, key) is not None:
@@ -144,7 +164,7 @@ class Workload:
 
     def _moment(self, key: str) -> float:
         given: float | None = getattr(self, key)
-        return SYNTHETIC[key] if given is None else given
+        return (SYNTHETIC | SESSIONS)[key] if given is None else given
 
     def _may_have_times(self) -> bool:
         """Whether there can be times of arrival; what a file of one's own holds, reading it tells."""
@@ -221,6 +241,8 @@ def make(workload: Workload, seed: int) -> tuple[list[Request], Facts]:
     FileNotFoundError if a trace file is not there, ValueError if it is not of the expected form, or holds requests that
     are too long and to be refused.
     """
+    if workload.source == "sessions":
+        return _sessions(workload, seed)
     trace = _trace(workload) if workload.source == "trace" else None
     rows = 0 if trace is None else len(trace.prompt)
     count = rows if workload.num_requests is None else workload.num_requests
@@ -233,6 +255,7 @@ def make(workload: Workload, seed: int) -> tuple[list[Request], Facts]:
     arrival = np.cumsum(gaps) / workload.qps if workload.qps is not None else np.cumsum(gaps)
     outputs = output.tolist()
     texts = [None] * count if trace is None or trace.prompts is None else islice(cycle(trace.prompts), count)
+    contents = _contents(trace, prompt, output) if trace is not None and trace.contents is not None else repeat(None)
     numbers = (range(count), arrival.tolist(), prompt.tolist(), outputs, outputs)
     facts = Facts(
         count,
@@ -243,7 +266,43 @@ def make(workload: Workload, seed: int) -> tuple[list[Request], Facts]:
         max_total_tokens=workload.max_total_tokens,
         **({} if trace is None else _of_trace(workload, trace, count)),
     )
-    return list(map(Request, *numbers, repeat(None), texts)), facts
+    return list(map(Request, *numbers, repeat(None), texts, repeat(None), contents)), facts
+
+
+def _sessions(workload: Workload, seed: int) -> tuple[list[Request], Facts]:
+    """Turns of sessions."""
+    assert workload.num_requests is not None  # Workload refuses sessions without an end
+    assert workload.qps is not None  # … and without a rate
+    wanted = sessions.Sessions(
+        workload._moment("turns"),
+        workload._moment("gap_s"),
+        int(workload._moment("system_prompts")),
+        workload._moment("system_prompt_mean"),
+    )
+    rng = generator(seed, "workload.sessions")
+    turns = sessions.draw(
+        wanted, _lognormal(workload), workload.num_requests, workload.qps, workload.max_total_tokens, rng
+    )
+    outputs = turns.output.tolist()
+    numbers = (range(len(outputs)), turns.times.tolist(), turns.prompt.tolist(), outputs, outputs)
+    mean = float(turns.prompt.mean())
+    facts = Facts(len(outputs), workload.qps, mean_prompt=(mean, mean), max_total_tokens=workload.max_total_tokens)
+    return list(map(Request, *numbers, repeat(None), repeat(None), turns.sessions, turns.contents)), facts
+
+
+def _contents(trace: Trace, prompt: Ints, output: Ints) -> list[Ints]:
+    """What the requests of a trace consist of; where it is replayed again, of other texts. A prompt that is cut keeps
+    its beginning, and each response is a text of its own.
+    """
+    assert trace.contents is not None
+    texts = 1 + max(int(content[:, 0].max()) for content in trace.contents)
+    found = []
+    for i, (tokens, response) in enumerate(zip(prompt.tolist(), output.tolist(), strict=True)):
+        lap, row = divmod(i, len(trace.contents))
+        content = content_of.first_tokens(trace.contents[row], tokens)
+        content[:, 0] += np.where(content[:, 0] < 0, -lap * len(trace.contents), lap * texts)
+        found.append(np.vstack([content, [RESPONSES + i, response]]))
+    return found
 
 
 def _of_trace(workload: Workload, trace: Trace, count: int) -> dict[str, Any]:
@@ -264,9 +323,13 @@ def _lengths(workload: Workload, trace: Trace | None, count: int, rng: np.random
         return np.resize(trace.prompt, count), np.resize(trace.output, count)
     if workload.source == "sketch":
         return _sketch(workload.name).sample(count, rng)
+    return _lognormal(workload).sample(count, rng)
+
+
+def _lognormal(workload: Workload) -> LengthSketch:
     prompt_mean, prompt_cv, output_mean, output_cv = map(workload._moment, SYNTHETIC)
     longest = workload.max_total_tokens - 1
-    return LengthSketch.lognormal(prompt_mean, prompt_cv, output_mean, output_cv, longest).sample(count, rng)
+    return LengthSketch.lognormal(prompt_mean, prompt_cv, output_mean, output_cv, longest)
 
 
 def _gaps(workload: Workload, trace: Trace | None, count: int, rng: np.random.Generator) -> tuple[Floats, float | None]:
@@ -315,6 +378,7 @@ def _trace(workload: Workload) -> Trace:
         output=trace.output[kept],
         times=None if trace.times is None else trace.times[kept] - trace.times[kept[0]],
         prompts=None if trace.prompts is None else [trace.prompts[i] for i in kept],
+        contents=None if trace.contents is None else [trace.contents[i] for i in kept],
         dropped={**trace.dropped, reason: beyond},
     )
 

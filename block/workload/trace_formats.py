@@ -25,6 +25,9 @@ from block.workload.traces import Trace
 MOST_TOKENS = 10_000_000
 """A count above this is an error in the file: no model takes so many."""
 
+HASHES = "hash_ids"
+"""The column with the numbers of a prompt's blocks, in all formats that have one."""
+
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 """Seconds in each unit of time."""
 
@@ -37,6 +40,8 @@ class Format:
     `unit` or as timestamps; None: none.
     by: columns that a file must have beside those two to be recognised. source: who writes such files.
     delay: column of the time since the turn before of the same `session`, for turns without a time of their own.
+    hashed: tokens of the blocks of the prompt of which the column hash_ids has a number each, equal where the prompts
+    are up to there; None: there is none.
     """
 
     prompt: str
@@ -48,6 +53,7 @@ class Format:
     session: str | None = None
     delay: str | None = None
     texts: bool = False
+    hashed: int | None = None
 
 
 # In the order in which they are tried: what is recognised by more columns stands before what it contains.
@@ -56,7 +62,12 @@ FORMATS: Mapping[str, Format] = {
     "azure": Format("ContextTokens", "GeneratedTokens", "TIMESTAMP", "Azure LLM inference traces, 2023 and 2024"),
     "burstgpt": Format("Request tokens", "Response tokens", "Timestamp", "BurstGPT, with and without Session ID"),
     "bailian": Format(
-        "input_length", "output_length", "timestamp", "Qwen-Bailian usage traces", by=("timestamp", "chat_id")
+        "input_length",
+        "output_length",
+        "timestamp",
+        "Qwen-Bailian usage traces",
+        by=("timestamp", "chat_id"),
+        hashed=16,
     ),
     "sessions": Format(
         "input_length",
@@ -67,9 +78,16 @@ FORMATS: Mapping[str, Format] = {
         by=("session_id",),
         session="session_id",
         delay="delay",
+        hashed=512,
     ),
     "mooncake": Format(
-        "input_length", "output_length", "timestamp", "Mooncake (FAST '25), AIPerf", unit="ms", by=("timestamp",)
+        "input_length",
+        "output_length",
+        "timestamp",
+        "Mooncake (FAST '25), AIPerf",
+        unit="ms",
+        by=("timestamp",),
+        hashed=512,
     ),
     "vidur": Format("num_prefill_tokens", "num_decode_tokens", "arrived_at", "Vidur; times may be left out"),
     "splitwise": Format("prompt_size", "token_size", "arrival_timestamp", "SplitwiseSim"),
@@ -141,6 +159,7 @@ def read(path: Path, columns: Columns, *, timed: bool) -> Trace:
         rows=len(table),
         dropped={reason: int(rows.sum()) for reason, rows in failed.items() if rows.any()},
         rate=None if since is None else (len(kept) - 1) / float(since[-1]),
+        contents=_contents(table, form.hashed, prompt, kept),
     )
 
 
@@ -296,9 +315,32 @@ def _turns(table: Table, form: Format, times: Floats | None) -> Floats:
     return arrivals
 
 
+def _contents(table: Table, hashed: int | None, prompt: Ints, rows: Ints) -> list[Ints] | None:
+    """What the prompts of these rows consist of, by the numbers of their blocks; None if the file has none."""
+    if hashed is None or not table.has(HASHES):
+        return None
+    values = table.values(HASHES)
+    listed = values if isinstance(values, list) else values.to_pylist()
+    found = []
+    for row in rows.tolist():
+        numbers = listed[row]
+        if not isinstance(numbers, list) or not all(isinstance(one, int) and 0 <= one < 2**40 for one in numbers):
+            wanted = "a list of numbers from 0 on, one for each block of the prompt"
+            raise ValueError(
+                f"{table.path}: {table.line(row)}: column {HASHES!r} holds {str(numbers)[:60]}; wants {wanted}"
+            )
+        content = np.full((-(-int(prompt[row]) // hashed), 2), hashed, dtype=np.int64)
+        content[-1, 1] = (prompt[row] - 1) % hashed + 1
+        content[:, 0] = -1 - row  # what has no number, nobody shares
+        known = numbers[: len(content)]
+        content[: len(known), 0] = known
+        found.append(content)
+    return found
+
+
 def _whole_prompts(table: Table, session: str, prompt: Ints, output: Ints) -> Ints:
     """Prompts with all that was said before in their session, unless the file has hashes of whole prompts."""
-    if table.has("hash_ids"):
+    if table.has(HASHES):
         return prompt
     whole = prompt.copy()
     for rows in _sessions(table, session):

@@ -27,6 +27,7 @@ TRACES = {
     "azure_conv": TraceFile("traces/azure_conv_2023.csv", timed=True),
     "azure_code": TraceFile("traces/azure_code_2023.csv", timed=True),
     "burstgpt": TraceFile("traces/burstgpt_without_fails_1.csv", timed=True),
+    "mooncake": TraceFile("traces/mooncake_conversation.jsonl.gz", timed=True),
 }
 
 
@@ -37,6 +38,7 @@ class Trace:
 
     format: what the file was taken for; rows: what it holds; dropped: how many of these were left out, by the reason.
     rate: requests/s of the recording, with those that were left out as too long; None without times.
+    contents: what each prompt consists of (`block.workload.content`), where the recording tells what they share.
     """
 
     prompt: Ints
@@ -47,6 +49,7 @@ class Trace:
     rows: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
     rate: float | None = None
+    contents: Sequence[Ints] | None = None
 
 
 def find_data(path: str, advice: str) -> Path:

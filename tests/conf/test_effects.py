@@ -195,6 +195,11 @@ def test_keys_with_an_effect_pass(name: str, overrides: list[str]) -> None:
 
 # Keys of runs that have an effect whatever the others are, or are looked after where they belong (workload).
 ALWAYS = {
+    *("scheduler.kappa", "scheduler.gamma", "scheduler.others", "scheduler.aim", "engine.enable_prefix_caching"),
+    *("scheduler.cache_threshold", "scheduler.balance_abs_threshold", "scheduler.balance_rel_threshold"),
+    *("scheduler.prefix", "scheduler.kv", "scheduler.queue", "scheduler.overlap_weight", "scheduler.temperature"),
+    *("scheduler.imbalance", "scheduler.load_factor", "scheduler.window", "scheduler.decode_cost"),
+    *("scheduler.tokens", "scheduler.points"),
     *("scheduler.k", "scheduler.block_size", "cluster.pools", "backend.urls", "backend.at_once", "backend.auto"),
     *("backend.step_noise", "backend.dispatch_delay_s", "backend.time_dilation", "backend.stream_interval"),
     *("model.name", "model.layers", "model.hidden_size", "model.intermediate_size", "model.heads", "model.kv_heads"),

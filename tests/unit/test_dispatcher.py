@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from testbed import constant_latency, engine_config, predictor_for, request, round_latency, simulate
 
-from block.core.snapshot import FIELDS, ID, Snapshot
-from block.core.types import Decision, Forecast, InstanceView, Request, RequestRecord, Views
+from block.core.snapshot import FIELDS, ID, Snapshot, Snapshots
+from block.core.types import Decision, Forecast, Forecasts, InstanceView, Request, RequestRecord, Views
 from block.dispatch.config import DispatchConfig
-from block.dispatch.core import Dispatcher, History, Observer
+from block.dispatch.core import Dispatcher, History, Observer, shared_blocks
 from block.dispatch.policies import Block, INFaaS, LeastRequests, MinQPM, Needs, Random, RoundRobin
 from block.engine.config import EngineConfig
 
@@ -466,3 +466,63 @@ def test_dispatchers_that_share_a_history_know_nothing_of_what_the_others_placed
     assert [[view.in_transit for view in views] for views in spy.views] == [[[]], [[]], [[0]]]
     assert [views[0].outstanding for views in spy.views] == [0, 0, 1]
     assert [record.request.id for record in history.records] == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------------------------ prefix caches
+
+
+class Cached:
+    """An index by which instance i has found[i] tokens of every request."""
+
+    def __init__(self, *found: int) -> None:
+        self.found = found
+
+    def hits(self, request: Request, ids: Sequence[int]) -> np.ndarray[Any, Any]:
+        return np.array([(self.found[i], 1) for i in ids], dtype=np.int64)
+
+
+def sharing(id_: int, *hashes: int) -> Request:
+    """A request of 4 tokens a block, and half of one more."""
+    return Request(id_, 0.0, 4 * len(hashes) + 2, 5, 5, block_hashes=np.array(hashes, dtype=np.int64))
+
+
+def test_a_policy_sees_what_instances_have_cached_of_a_request_and_what_is_on_its_way_to_them() -> None:
+    spy = Spy(target=1)
+    dispatcher = dispatcher_for(3, spy, prefixes=Cached(8, 0, 16), block_size=4)
+    dispatcher.arrived(sharing(0, 1, 2, 3), 0.0)
+    dispatcher.arrived(sharing(1, 1, 2, 3, 4), 0.1)  # of which three blocks are in transit to instance 1
+    dispatcher.arrived(sharing(2, 5, 6), 0.2)  # and none of this one
+    dispatcher.arrived(Request(3, 0.0, 9, 5, 5), 0.3)  # of which nothing is known
+    seen = [[view.cached_tokens for view in views] for views in spy.views]
+    assert seen == [[8, 0, 16], [8, 12, 16], [8, 0, 16], [0, 0, 0]]
+
+
+def test_forecasts_are_made_with_the_hits_of_what_is_in_transit() -> None:
+    seen = []
+
+    class Forecasting:
+        def forecasts(self, snapshots: Snapshots, in_transit: Any, request: Request, now: float) -> Forecasts:
+            assert snapshots.hits is not None
+            seen.append((snapshots.hits.found.tolist(), dict(snapshots.hits.in_transit)))
+            return Forecasts([1.0, 1.0], [2.0, 3.0])
+
+    dispatcher = dispatcher_for(2, Block(), forecaster=Forecasting(), prefixes=Cached(4, 0), block_size=4)
+    first = dispatcher.arrived(sharing(0, 1, 2), 0.0)
+    dispatcher.arrived(sharing(1, 1, 2, 3), 0.1)
+    assert seen == [([[4, 1], [0, 1]], {}), ([[8, 2], [0, 1]], {0: (4, 1)})]
+    dispatcher.delivered(first, 0.2)
+    dispatcher.finished(first, 0.3)
+    dispatcher.arrived(sharing(2, 9), 0.4)
+    assert seen[-1][1] == {1: (8, 2)}
+
+
+def test_the_blocks_that_two_requests_share_are_found_by_halving() -> None:
+    one = sharing(0, 1, 2, 3, 4, 5)
+    for other, most, expected in (
+        (sharing(1, 1, 2, 3, 9, 10), 9, 3),
+        (sharing(1, 1, 2, 3, 9, 10), 2, 2),
+        (sharing(1, 1, 2, 3, 4, 5, 6), 9, 5),
+        (sharing(1, 7), 9, 0),
+        (Request(1, 0.0, 5, 5, 5), 9, 0),
+    ):
+        assert shared_blocks(one, other, most) == shared_blocks(other, one, most) == expected

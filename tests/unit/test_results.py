@@ -69,6 +69,7 @@ def test_tables_come_back_as_written(tmp_path):
         "preemptions",
         "retries",
         "error",
+        "cached_tokens",
     ]
     assert requests["status"].tolist() == ["ok", "ok", "failed"]
     assert requests["finished"].tolist()[:2] == [2.0, 5.0]

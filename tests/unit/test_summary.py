@@ -51,6 +51,7 @@ def test_a_summary_is_what_was_worked_out_by_hand():
             "token_throughput_tps": (160 + 33) / 10,
             "output_throughput_tps": 3.3,
             "preemptions": 3,
+            "prefix_hit_rate": None,
             "e2e_error_mean": 5 / 12,
             "e2e_error_p50": 5 / 12,
             "dispatch_overhead_mean_s": 0.2,
@@ -65,9 +66,19 @@ def test_a_summary_is_what_was_worked_out_by_hand():
     )
 
 
+def test_the_hit_rate_is_the_share_of_prompt_tokens_that_caches_had():
+    table = columns(THREE)
+    table["cached_tokens"] = np.array([30, 0, 50] + [99] * (len(THREE) - 3))
+    prompts = int(table["prompt_tokens"][np.asarray(table["status"]) == "ok"].sum())
+    expected = int(table["cached_tokens"][np.asarray(table["status"]) == "ok"].sum()) / prompts
+    assert summarise(table)["prefix_hit_rate"] == pytest.approx(expected)
+    assert expected > 0
+
+
 def test_what_was_not_measured_is_none():
     got = summarise(columns(THREE))
     assert {key for key, value in got.items() if value is None} == {
+        "prefix_hit_rate",
         "dispatch_overhead_mean_s",
         "dispatch_overhead_p99_s",
         "forecast_mean_us",

@@ -1,0 +1,334 @@
+"""The cache-aware routers of today, from what is published of them, on Block's view of the instances.
+
+They know prefixes in two ways. *Precise*: what each instance has in its cache (`InstanceView.cached_tokens`), as from
+KV events. *Approximate*: what was sent there before (`Sent`). Constants are the defaults of their sources.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from bisect import bisect_left
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import ClassVar, final
+
+import numpy as np
+
+from block.core.snapshot import NUM_BLOCKS, NUM_CACHED_TOKENS, NUM_COMPUTED_TOKENS, NUM_PROMPT_TOKENS, Snapshot
+from block.core.types import Decision, InstanceView, Request, Views
+from block.dispatch.policies import Needs, least
+
+REMEMBERED = 1 << 20
+"""Blocks of an instance that an approximate router remembers: 2^26 characters, at 4 a token."""
+
+
+class Sent:
+    """Prompt blocks that were sent to each instance, the `capacity` of them that were sent last: what it may have."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._of: dict[int, OrderedDict[int, None]] = {}
+
+    def blocks(self, instance_id: int) -> int:
+        """How many are remembered of an instance."""
+        return len(self._of.get(instance_id, ()))
+
+    def match(self, hashes: Sequence[int], instance_id: int) -> int:
+        """How many of a prompt's blocks, from the first on, were sent to an instance."""
+        known = self._of.get(instance_id)
+        if known is None:
+            return 0
+        return bisect_left(range(len(hashes)), True, key=lambda place: hashes[place] not in known)
+
+    def add(self, hashes: Sequence[int], instance_id: int) -> None:
+        """A prompt is sent to an instance. Its last block is forgotten before its first."""
+        known = self._of.setdefault(instance_id, OrderedDict())
+        for one in reversed(hashes):
+            known[one] = None
+            known.move_to_end(one)
+        while len(known) > self._capacity:
+            known.popitem(last=False)
+
+
+def prompt_hashes(request: Request, block_size: int) -> list[int]:
+    """The hashes of the full blocks of a prompt; none if nothing is known of it."""
+    if request.block_hashes is None:
+        return []
+    return request.block_hashes[: request.prompt_tokens // block_size].tolist()  # type: ignore[no-any-return]
+
+
+@final
+@dataclass
+class CacheAware:
+    """SGLang's router and vllm-router: the instance that was sent most of the prompt, while loads are balanced.
+
+    Imbalanced is when the most outstanding requests exceed the least by more than `balance_abs_threshold` and
+    `balance_rel_threshold` times: then the least loaded is chosen. Else the best match, if it is more than
+    `cache_threshold` of the prompt; else the instance of which least is remembered. (sgl-router's cache_aware policy;
+    a tree of 2^26 characters there is 2^20 blocks here, 4 characters a token.)
+    """
+
+    cache_threshold: float = 0.3
+    balance_abs_threshold: int = 64
+    balance_rel_threshold: float = 1.5
+    block_size: int = 16
+    needs: ClassVar[Needs] = Needs.COUNTS
+
+    def __post_init__(self) -> None:
+        self._sent = Sent(REMEMBERED)
+
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
+        return range(instances)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
+        """Scores: outstanding requests, minus the share of the prompt that was sent there, or blocks remembered."""
+        seen = Views.of(views)
+        hashes = prompt_hashes(request, self.block_size)
+        most, fewest = max(seen.outstanding), min(seen.outstanding)
+        if most - fewest > self.balance_abs_threshold and most > self.balance_rel_threshold * fewest:
+            decision = least(views, list(map(float, seen.outstanding)), rng)
+        else:
+            shares = [self._sent.match(hashes, one) * self.block_size / request.prompt_tokens for one in seen.ids]
+            if max(shares) > self.cache_threshold:
+                decision = least(views, [-share for share in shares], rng)
+            else:
+                decision = least(views, [float(self._sent.blocks(one)) for one in seen.ids], rng)
+        self._sent.add(hashes, decision.instance_id)
+        return decision
+
+
+@final
+@dataclass
+class LLMD:
+    """llm-d's scheduler: the highest weighted sum of scores between 0 and 1.
+
+    prefix: share of the prompt that is cached; kv: share of the KV blocks that is free; queue: 1 for the shortest queue
+    of waiting requests, 0 for the longest. (Gateway API inference extension, prefix-cache, kv-cache-utilization and
+    queue scorers with the max-score picker; the precise prefix scorer.)
+    """
+
+    prefix: float = 2.0
+    kv: float = 1.0
+    queue: float = 1.0
+    needs: ClassVar[Needs] = Needs.SNAPSHOT
+
+    def __post_init__(self) -> None:
+        self._most_free: dict[int, int] = {}  # KV blocks by instance: all of them, once it was idle
+
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
+        return range(instances)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
+        """Scores: minus the weighted sum."""
+        seen = Views.of(views)
+        shown = _shown(seen)
+        waiting = [one.seqs.shape[1] - one.running + len(on) for one, on in zip(shown, seen.in_transit, strict=True)]
+        longest, shortest = max(waiting), min(waiting)
+        scores = []
+        for one, cached, queue in zip(shown, seen.cached_tokens, waiting, strict=True):
+            total = self._most_free[one.instance_id] = max(self._most_free.get(one.instance_id, 1), one.free_blocks)
+            short = (longest - queue) / (longest - shortest) if longest > shortest else 1.0
+            prefix = cached / request.prompt_tokens
+            scores.append(-(self.prefix * prefix + self.kv * one.free_blocks / total + self.queue * short))
+        return least(views, scores, rng)
+
+
+@final
+@dataclass(frozen=True)
+class Dynamo:
+    """NVIDIA Dynamo's KV router: the least `overlap_weight` × blocks to prefill + blocks to decode.
+
+    Blocks to prefill: of the request's prompt, less what is cached, and of the prompts that wait there; to decode: in
+    use, and the request's new ones. `temperature` 0 takes the least; above, one is drawn by softmax of the costs, which
+    are scaled to between 0 and 1. (Its cost function; kv-overlap-score-weight and router-temperature.)
+    """
+
+    overlap_weight: float = 1.0
+    temperature: float = 0.0
+    block_size: int = 16
+    needs: ClassVar[Needs] = Needs.SNAPSHOT
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"scheduler.temperature={self.temperature}: must be 0 or more")
+
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
+        return range(instances)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
+        """Scores: cost, in blocks; with a temperature, that of the one that was drawn is minus infinity."""
+        seen = Views.of(views)
+        scores = []
+        for one, cached, on in zip(_shown(seen), seen.cached_tokens, seen.in_transit, strict=True):
+            prefill = request.prompt_tokens - cached + _to_prefill(one) + sum(other.prompt_tokens for other in on)
+            decode = int(one.seqs[NUM_BLOCKS].sum()) + (request.prompt_tokens - cached) / self.block_size
+            scores.append(self.overlap_weight * prefill / self.block_size + decode)
+        if self.temperature > 0:
+            low, spread = min(scores), max(max(scores) - min(scores), 1e-9)
+            weights = [math.exp(-(score - low) / spread / self.temperature) for score in scores]
+            drawn = rng.choices(range(len(scores)), weights)[0]
+            scores[drawn] = -math.inf
+        return least(views, scores, rng)
+
+
+@final
+@dataclass(frozen=True)
+class LMetric:
+    """LMetric (arXiv 2603.15202): the least tokens to prefill × requests in the batch, both with the new one."""
+
+    needs: ClassVar[Needs] = Needs.SNAPSHOT
+
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
+        return range(instances)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
+        """Scores: the product."""
+        seen = Views.of(views)
+        scores = []
+        for one, cached, on in zip(_shown(seen), seen.cached_tokens, seen.in_transit, strict=True):
+            prefill = request.prompt_tokens - cached + _to_prefill(one) + sum(other.prompt_tokens for other in on)
+            scores.append(float(prefill * (one.seqs.shape[1] + len(on) + 1)))
+        return least(views, scores, rng)
+
+
+@final
+@dataclass
+class AIBrix:
+    """AIBrix's prefix-cache routing: of the instances that match, the best one that is not too loaded.
+
+    If outstanding requests differ by more than `imbalance`, the least loaded is chosen. Else the instances are tried
+    from the longest match on (then fewest requests), and the first is taken whose requests are at most the mean and
+    `load_factor` standard deviations; if none matches, the least loaded. (Its prefix cache aware algorithm.)
+    """
+
+    imbalance: int = 8
+    load_factor: float = 1.0
+    block_size: int = 16
+    needs: ClassVar[Needs] = Needs.COUNTS
+
+    def __post_init__(self) -> None:
+        self._sent = Sent(REMEMBERED)
+
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
+        return range(instances)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
+        """Scores: outstanding requests; of the one that is taken for its match minus infinity."""
+        seen = Views.of(views)
+        hashes = prompt_hashes(request, self.block_size)
+        load = seen.outstanding
+        scores = list(map(float, load))
+        if max(load) - min(load) <= self.imbalance:
+            matches = [self._sent.match(hashes, one) for one in seen.ids]
+            most = np.mean(load) + self.load_factor * np.std(load)
+            for place in sorted(range(len(load)), key=lambda place: (-matches[place], load[place])):
+                if matches[place] > 0 and load[place] <= most:
+                    scores[place] = -math.inf
+                    break
+        decision = least(views, scores, rng)
+        self._sent.add(hashes, decision.instance_id)
+        return decision
+
+
+@final
+@dataclass
+class Preble:
+    """Preble's E2 (arXiv 2407.00023): exploit the longest match if it is more than half of the prompt, else explore.
+
+    To explore is to take the instance of least cost: tokens that were to be computed there in the last `window`
+    requests, prompts less their matches and responses × `decode_cost`, and this prompt's. To exploit is refused where
+    that cost is more than `imbalance` times the least. (Its costs are times from a profile; here they are tokens, a
+    response's `decode_cost` times a prompt's.)
+    """
+
+    window: int = 1000
+    decode_cost: float = 8.0
+    imbalance: float = 2.0
+    block_size: int = 16
+    needs: ClassVar[Needs] = Needs.COUNTS
+
+    def __post_init__(self) -> None:
+        self._sent = Sent(REMEMBERED)
+        self._latest: deque[tuple[int, float]] = deque()  # instance and cost of the last requests
+        self._load: dict[int, float] = {}  # by instance, the sum of these costs
+
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
+        return range(instances)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
+        """Scores: cost, in tokens; of the one that is exploited minus infinity."""
+        ids = Views.of(views).ids
+        hashes = prompt_hashes(request, self.block_size)
+        matched = [self._sent.match(hashes, one) * self.block_size for one in ids]
+        own = [request.prompt_tokens - tokens for tokens in matched]
+        scores = [self._load.get(one, 0.0) + tokens for one, tokens in zip(ids, own, strict=True)]
+        costs = list(scores)
+        best = max(range(len(ids)), key=lambda place: (matched[place], -scores[place]))
+        if matched[best] > own[best] and scores[best] <= self.imbalance * max(min(scores), 1.0):
+            scores[best] = -math.inf
+        decision = least(views, scores, rng)
+        place = list(ids).index(decision.instance_id)
+        cost = costs[place] - self._load.get(ids[place], 0.0) + self.decode_cost * request.predicted_output_tokens
+        self._load[ids[place]] = self._load.get(ids[place], 0.0) + cost
+        self._latest.append((ids[place], cost))
+        if len(self._latest) > self.window:
+            old, spent = self._latest.popleft()
+            self._load[old] -= spent
+        self._sent.add(hashes, decision.instance_id)
+        return decision
+
+
+@final
+@dataclass(frozen=True)
+class Sticky:
+    """Consistent hashing with bounded loads (arXiv 1608.01350) of the session, or of the prompt's first tokens.
+
+    The first instance on the ring from the key's hash on that has at most `load_factor` times the mean of outstanding
+    requests, the new one counted. tokens: that are the key where no session is known.
+    """
+
+    load_factor: float = 1.25
+    tokens: int = 256
+    points: int = 100
+    block_size: int = 16
+    needs: ClassVar[Needs] = Needs.COUNTS
+
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
+        return range(instances)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
+        """Scores: 0 of the one on the ring, 1 of the others; outstanding requests where nothing is known of it."""
+        seen = Views.of(views)
+        key = request.session
+        if key is None:
+            hashes = prompt_hashes(request, self.block_size)
+            if not hashes:
+                return least(views, list(map(float, seen.outstanding)), rng)
+            key = hashes[min(len(hashes), max(self.tokens // self.block_size, 1)) - 1]
+        most = math.ceil(self.load_factor * (sum(seen.outstanding) + 1) / len(seen))
+        ring = sorted((_point(f"{one}/{i}"), place) for place, one in enumerate(seen.ids) for i in range(self.points))
+        begin = bisect_left(ring, (_point(str(key)), -1))
+        for _, place in ring[begin:] + ring[:begin]:
+            if seen.outstanding[place] + 1 <= most:
+                return least(views, [float(one != place) for one in range(len(seen))], rng)
+        return least(views, list(map(float, seen.outstanding)), rng)
+
+
+def _point(text: str) -> int:
+    return int.from_bytes(sha256(text.encode()).digest()[:8], "big")
+
+
+def _shown(views: Views) -> Sequence[Snapshot]:
+    assert views.snapshots is not None, "the dispatcher shows snapshots to a policy that needs them"
+    return views.snapshots
+
+
+def _to_prefill(snapshot: Snapshot) -> int:
+    """Tokens of prompts there that are neither computed nor, of those that wait, cached."""
+    seqs = snapshot.seqs
+    known = seqs[NUM_COMPUTED_TOKENS].copy()
+    known[snapshot.running :] = seqs[NUM_CACHED_TOKENS, snapshot.running :]
+    return int(np.maximum(seqs[NUM_PROMPT_TOKENS] - known, 0).sum())

@@ -1,0 +1,99 @@
+"""What requests consist of, as far as it matters who shares what: texts by number, cut into KV blocks with hashes.
+
+The content of a request is int64[n, 2]: a text's number, and how many of its tokens from its beginning on; the prompt
+first, then the response. Where contents begin with the same texts, requests share a prefix. What the texts say, nobody
+needs to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from block.core.arrays import Ints
+from block.core.jit import compiled
+from block.core.types import Request
+
+_MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of SplitMix64
+
+
+@compiled
+def _mixed(chained: np.uint64, value: np.uint64) -> np.uint64:
+    x = (chained ^ value) + np.uint64(_MIX[0])
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX[1])
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX[2])
+    return x ^ (x >> np.uint64(31))
+
+
+@compiled
+def _hash_blocks(content: Ints, block_size: int, hashes: Ints) -> None:
+    """Fill in the hashes of the first blocks; each is chained to the one before it, as in vLLM."""
+    chained = np.uint64(block_size)
+    text = at = 0
+    for block in range(hashes.shape[0]):
+        wanted = block_size
+        while wanted > 0:
+            piece = min(wanted, content[text, 1] - at)
+            if piece > 0:
+                chained = _mixed(_mixed(_mixed(chained, np.uint64(content[text, 0])), np.uint64(at)), np.uint64(piece))
+            wanted -= piece
+            at += piece
+            if at == content[text, 1]:
+                text += 1
+                at = 0
+        value = np.int64(chained >> np.uint64(1))
+        hashes[block] = value if value > 0 else 1
+
+
+def block_hashes(content: Ints, block_size: int) -> Ints:
+    """int64[blocks], above 0: of each full block of `block_size` tokens, with all that stands before it."""
+    hashes = np.empty(int(content[:, 1].sum()) // block_size, dtype=np.int64)
+    with np.errstate(over="ignore"):  # which only numpy's own numbers tell
+        _hash_blocks(content, block_size, hashes)
+    return hashes
+
+
+def with_hashes(requests: Sequence[Request], block_size: int) -> list[Request]:
+    """The requests with the hashes of their blocks; those without a content stay as they are."""
+    return [
+        one if one.content is None else replace(one, block_hashes=block_hashes(one.content, block_size))
+        for one in requests
+    ]
+
+
+def first_tokens(content: Ints, tokens: int) -> Ints:
+    """The content's first `tokens` tokens."""
+    before = np.concatenate([[0], np.cumsum(content[:-1, 1])])
+    kept = content[before < tokens].copy()
+    kept[-1, 1] = min(kept[-1, 1], tokens - before[len(kept) - 1])
+    return kept
+
+
+def token_ids(content: Ints, tokens: int, vocabulary: int) -> list[int]:
+    """Ids of the first `tokens` tokens, for a server that wants some: equal where contents are, from 300 up to
+    `vocabulary`, so that none is a special one.
+    """
+    return [
+        300 + (number * 7919 + 31 * place + (number * place >> 3)) % (vocabulary - 300)
+        for number, count in first_tokens(content, tokens).tolist()
+        for place in range(count)
+    ]
+
+
+def most_hits(requests: Sequence[Request], block_size: int) -> float:
+    """The share of prompt tokens that a cache without end would hold: blocks that an earlier request has, less the
+    last token of each prompt, in full blocks.
+    """
+    seen: set[int] = set()
+    hit = total = 0
+    for one in requests:
+        hashes = [] if one.block_hashes is None else one.block_hashes.tolist()
+        for block_hash in hashes[: (one.prompt_tokens - 1) // block_size]:
+            if block_hash not in seen:
+                break
+            hit += block_size
+        seen.update(hashes[: (one.prompt_tokens + one.output_tokens - 1) // block_size])
+        total += one.prompt_tokens
+    return hit / total
