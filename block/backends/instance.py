@@ -174,7 +174,10 @@ class VLLMInstance:
             now = self._clock.now()
             if line.startswith(b"data: [DONE]"):
                 with self._as_vllm():
-                    record.output_tokens = int((json.loads(last).get("usage") or {}).get("completion_tokens", 0))
+                    usage = json.loads(last).get("usage") or {}
+                    record.output_tokens = int(usage.get("completion_tokens", 0))
+                    details = usage.get("prompt_tokens_details") or {}
+                    record.cached_tokens = int(details.get("cached_tokens", -1))
                 return
             if line.startswith(b'data: {"error"'):
                 raise InstanceFailed(f"{self.url}: {line[6:].decode(errors='replace').strip()}")

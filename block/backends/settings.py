@@ -14,6 +14,7 @@ from block.engine.latency import LatencyModel
 # What every server is told: no telemetry, no downloads, little logging.
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+CACHING = ("--enable-prefix-caching", "--enable-prompt-tokens-details")  # and answers say what was cached
 
 
 def engine_arguments(testbed: Testbed, num_gpu_blocks: int | None) -> list[str]:
@@ -26,7 +27,7 @@ def engine_arguments(testbed: Testbed, num_gpu_blocks: int | None) -> list[str]:
         f"--block-size={engine.block_size}",
         f"--long-prefill-token-threshold={engine.long_prefill_token_threshold}",
         f"--served-model-name={testbed.model.name}",
-        "--enable-prefix-caching" if engine.enable_prefix_caching else "--no-enable-prefix-caching",
+        *(CACHING if engine.enable_prefix_caching else ("--no-enable-prefix-caching",)),
         "--disable-log-stats",
         "--disable-uvicorn-access-log",
         "--async-scheduling" if engine.async_scheduling else "--no-async-scheduling",

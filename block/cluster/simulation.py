@@ -65,7 +65,7 @@ class Simulation:
         """What these engines have of a request; as of `block.dispatch.core.PrefixIndex`."""
         assert request.block_hashes is not None
         size = self.engines.block_size
-        found = self.engines.hits(ids, request.block_hashes, (request.prompt_tokens - 1) // size)
+        found = self.engines.cached_blocks(ids, request.block_hashes, (request.prompt_tokens - 1) // size, self.now)
         found[:, 0] *= size
         return found
 

@@ -166,7 +166,7 @@ class Views(Sequence[InstanceView]):
             self.recent[place],
             None if self.snapshots is None else self.snapshots[place],
             None if self.forecasts is None else self.forecasts[place],
-            self.cached_tokens[place],
+            0 if self.snapshots is None or self.snapshots.hits is None else int(self.snapshots.hits.found[place, 0]),
         )
 
     def __iter__(self) -> Iterator[InstanceView]:
@@ -189,8 +189,8 @@ class Decision(NamedTuple):
 class RequestRecord:
     """What happened to one request; its status is pending, ok or failed. Times are on the run's clock, NaN before.
 
-    cached_tokens: of its prompt that its instance found in the prefix cache, where that is told. retries: instances
-    that it was lost on before; error: the last thing that went wrong. token_times: when each token
+    cached_tokens: of its prompt that its instance found in the prefix cache; -1 where that is not told. retries:
+    instances that it was lost on before; error: the last thing that went wrong. token_times: when each token
     came, or the several that came at once, if that is known.
     """
 
@@ -204,6 +204,6 @@ class RequestRecord:
     preemptions: int = 0
     output_tokens: int = 0
     retries: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int = -1
     error: str | None = None
     token_times: list[float] | None = None

@@ -24,6 +24,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+import numpy as np
+
 from block.core.arrays import Ints
 from block.core.snapshot import ID, Hits, Snapshot, Snapshots
 from block.core.types import Decision, Forecast, Request, RequestRecord, Views
@@ -437,11 +439,5 @@ def shared_blocks(one: Request, other: Request, most: int) -> int:
     """How many blocks, at most `most`, two requests have in common: their hashes say all that stands before a block."""
     if one.block_hashes is None or other.block_hashes is None:
         return 0
-    low, high = 0, min(most, len(one.block_hashes), len(other.block_hashes))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one.block_hashes[middle - 1] == other.block_hashes[middle - 1]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    most = min(most, len(one.block_hashes), len(other.block_hashes))
+    return int(np.count_nonzero(one.block_hashes[:most] == other.block_hashes[:most]))

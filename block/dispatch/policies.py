@@ -1,7 +1,7 @@
 """Policies: which of the instances should take this request?
 
-A policy is a small frozen dataclass whose fields are its Hydra options. Views and a generator go in, a Decision comes
-out; those of this package keep no state. What a policy may look at is declared by `needs`, so that none pays for
+A policy is a small dataclass whose fields are its Hydra options. Views and a generator go in, a Decision comes out;
+those here keep no state, and are frozen. What a policy may look at is declared by `needs`, so that none pays for
 snapshots or forecasts that it does not use. Lower scores are better, and ties are broken at random.
 """
 

@@ -12,12 +12,20 @@ from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from typing import ClassVar, final
 
 import numpy as np
 
-from block.core.snapshot import NUM_BLOCKS, NUM_CACHED_TOKENS, NUM_COMPUTED_TOKENS, NUM_PROMPT_TOKENS, Snapshot
+from block.core.snapshot import (
+    NUM_BLOCKS,
+    NUM_CACHED_TOKENS,
+    NUM_COMPUTED_TOKENS,
+    NUM_PROMPT_TOKENS,
+    NUM_SHARED_BLOCKS,
+    Snapshot,
+)
 from block.core.types import Decision, InstanceView, Request, Views
 from block.dispatch.policies import Needs, least
 
@@ -54,9 +62,9 @@ class Sent:
 
 
 def prompt_hashes(request: Request, block_size: int) -> list[int]:
-    """The hashes of the full blocks of a prompt; none if nothing is known of it."""
+    """The hashes of the full blocks of a prompt; numbers that no other has, if nothing is known of it."""
     if request.block_hashes is None:
-        return []
+        return [-(request.id << 24) - i - 1 for i in range(request.prompt_tokens // block_size)]
     return request.block_hashes[: request.prompt_tokens // block_size].tolist()  # type: ignore[no-any-return]
 
 
@@ -164,7 +172,8 @@ class Dynamo:
         scores = []
         for one, cached, on in zip(_shown(seen), seen.cached_tokens, seen.in_transit, strict=True):
             prefill = request.prompt_tokens - cached + _to_prefill(one) + sum(other.prompt_tokens for other in on)
-            decode = int(one.seqs[NUM_BLOCKS].sum()) + (request.prompt_tokens - cached) / self.block_size
+            used = int((one.seqs[NUM_BLOCKS] - one.seqs[NUM_SHARED_BLOCKS]).sum())
+            decode = used + (request.prompt_tokens - cached) / self.block_size
             scores.append(self.overlap_weight * prefill / self.block_size + decode)
         if self.temperature > 0:
             low, spread = min(scores), max(max(scores) - min(scores), 1e-9)
@@ -300,21 +309,25 @@ class Sticky:
         return range(instances)
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
-        """Scores: 0 of the one on the ring, 1 of the others; outstanding requests where nothing is known of it."""
+        """Scores: 0 of the one on the ring, 1 of the others."""
         seen = Views.of(views)
         key = request.session
         if key is None:
-            hashes = prompt_hashes(request, self.block_size)
-            if not hashes:
-                return least(views, list(map(float, seen.outstanding)), rng)
+            hashes = prompt_hashes(request, self.block_size) or [-request.id]
             key = hashes[min(len(hashes), max(self.tokens // self.block_size, 1)) - 1]
         most = math.ceil(self.load_factor * (sum(seen.outstanding) + 1) / len(seen))
-        ring = sorted((_point(f"{one}/{i}"), place) for place, one in enumerate(seen.ids) for i in range(self.points))
+        ring = _ring(tuple(seen.ids), self.points)
         begin = bisect_left(ring, (_point(str(key)), -1))
-        for _, place in ring[begin:] + ring[:begin]:
+        for _, place in (*ring[begin:], *ring[:begin]):
             if seen.outstanding[place] + 1 <= most:
                 return least(views, [float(one != place) for one in range(len(seen))], rng)
         return least(views, list(map(float, seen.outstanding)), rng)
+
+
+@lru_cache(maxsize=16)
+def _ring(ids: tuple[int, ...], points: int) -> tuple[tuple[int, int], ...]:
+    """Points of the instances on the ring, with the place of each among `ids`."""
+    return tuple(sorted((_point(f"{one}/{i}"), place) for place, one in enumerate(ids) for i in range(points)))
 
 
 def _point(text: str) -> int:

@@ -184,7 +184,8 @@ class EngineBatch:
         while (place := add_record(self.arrays.cache[row], hashes, most_blocks)) < 0:
             compact_records(self.engine(row))
             width = self.arrays.cache.shape[1]
-            if int(self.arrays.cache[row, RECORDS_END]) + 2 * (HASHES + 2 * most_blocks) > width:
+            needed = HASHES + len(hashes) + most_blocks
+            if 2 * (int(self.arrays.cache[row, RECORDS_END]) + needed) > width:  # else it would be full again soon
                 self.arrays = self.arrays._replace(cache=_wider(self.arrays.cache, 2 * width))
                 self._plain = self.arrays[:]
         return place
@@ -223,13 +224,14 @@ class EngineBatch:
         _show(self._plain, chosen, now, meta, started)
         return Snapshots(now, self.arrays.seqs, meta, started)
 
-    def hits(self, rows: Sequence[int], hashes: Ints, most: int) -> Ints:
-        """int64[rows, 2]: of a prompt's first `most` blocks, by their hashes, how many these engines have; and in use.
+    def cached_blocks(self, rows: Sequence[int], hashes: Ints, most: int, now: float) -> Ints:
+        """int64[rows, 2]: of a prompt's first `most` blocks, by their hashes, how many these engines have at `now`, to
+        which all have been advanced; and how many of these are in use.
 
         Those that a sequence which is there will fill count as if they were cached, and in use.
         """
         found = np.zeros((len(rows), 2), dtype=np.int64)
-        _hits(self._plain, np.array(rows, dtype=np.int64), hashes, min(most, len(hashes)), found)
+        _cached_blocks(self._plain, np.array(rows, dtype=np.int64), hashes, min(most, len(hashes)), now, found)
         return found
 
     def look_ahead(self, row: int) -> None:
@@ -276,6 +278,7 @@ def warm_up(spec: EngineSpec) -> None:
         batch.receive(0, Request(0, 0.0, 1, 1, 1), 0.0)
         batch.snapshots([0], 0.0)
         batch.advance_all(math.inf)
+        batch.cached_blocks([0], NO_HASHES, 0, 0.0)
 
 
 def _extended(packed: Floats, length: int) -> Floats:
@@ -408,18 +411,20 @@ def _show(arrays: Arrays, rows: Ints, now: float, meta: Ints, started: Floats) -
 
 
 @compiled
-def _hits(
+def _cached_blocks(
     arrays: Arrays,
     rows: Ints,
     hashes: Ints,
     most: int,
+    now: float,
     found: Ints,
 ) -> None:
-    """Fill in what `EngineBatch.hits` returns."""
+    """Fill in what `EngineBatch.cached_blocks` returns."""
     engines = EngineState(*arrays)
     for i in range(rows.shape[0]):
         engine = engine_in(engines, rows[i])
         if engine.settings[ENABLE_PREFIX_CACHING] == CACHE_BLOCKS:
+            _advance(engine, 0, now)
             found[i, 0], found[i, 1] = held_prefix(engine, hashes, most)
 
 
@@ -458,9 +463,9 @@ def _receive(
     seqs[CACHE_RECORD, column] = record
     if record > 0:
         hashes = engine.cache[record + HASHES : record + HASHES + engine.cache[record + NUM_HASHES]]
-        most = min(hashes.shape[0], (prompt - 1) >> engine.settings[BLOCK_SIZE_LOG2])
-        hits, seqs[NUM_SHARED_BLOCKS, column] = held_prefix(engine, hashes, most)
-        seqs[NUM_CACHED_TOKENS, column] = hits << engine.settings[BLOCK_SIZE_LOG2]
+        blocks = min(hashes.shape[0], (prompt - 1) >> engine.settings[BLOCK_SIZE_LOG2])
+        cached, seqs[NUM_SHARED_BLOCKS, column] = held_prefix(engine, hashes, blocks)
+        seqs[NUM_CACHED_TOKENS, column] = cached << engine.settings[BLOCK_SIZE_LOG2]
     engine.first_token_time[column] = np.nan
     counters[END] = column + 1
     if engine.times[STEP_ENDS] == np.inf:

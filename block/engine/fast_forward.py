@@ -26,6 +26,7 @@ from block.core.snapshot import (
     FIELDS,
     ID,
     NUM_BLOCKS,
+    NUM_CACHED_TOKENS,
     NUM_COMPUTED_TOKENS,
     NUM_OUTPUT_PLACEHOLDERS,
     NUM_OUTPUT_TOKENS,
@@ -386,6 +387,8 @@ def _preempt_youngest(engine: EngineState, scratch: Scratch) -> None:
         _leave_group(engine, scratch, column)
         scratch.size[Index(column)] += n[_STEP] + 1
     scratch.line[Index(n[_WAITING])] = column
+    found = engine.seqs[NUM_CACHED_TOKENS, Index(column)] >> settings[BLOCK_SIZE_LOG2]
+    engine.seqs[NUM_SHARED_BLOCKS, Index(column)] = min(engine.seqs[NUM_SHARED_BLOCKS, Index(column)], found)
 
 
 @compiled

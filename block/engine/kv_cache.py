@@ -25,7 +25,7 @@ from block.core.snapshot import (
     NUM_PROMPT_TOKENS,
     NUM_SHARED_BLOCKS,
 )
-from block.engine.block_tables import HASHES, block_hash, block_table, pool_of
+from block.engine.block_tables import HASHES, NUM_HASHES, block_hash, block_table, pool_of
 from block.engine.prefix_cache import (
     NO_HASH,
     NULL_BLOCK,
@@ -189,23 +189,23 @@ def held_prefix(engine: EngineState, hashes: Ints, most: Int) -> tuple[Int, Int]
     What a sequence that waits or is in the middle of its prefill will fill counts as both.
     """
     pool, seqs = pool_of(engine), engine.seqs
-    hits = _leading(pool, hashes, most, False)
-    shared = _leading(pool, hashes, hits, True)
+    cached = _leading(pool, hashes, most, False)
+    shared = _leading(pool, hashes, cached, True)
     for column in range(engine.counters[BEGIN], engine.counters[END]):
         prompt = seqs[NUM_PROMPT_TOKENS, column]
         if seqs[NUM_COMPUTED_TOKENS, column] < prompt:
-            place = seqs[CACHE_RECORD, column]
-            alike = min(most, engine.cache[place], prompt >> engine.settings[BLOCK_SIZE_LOG2])
-            low = hits  # a hash says all that stands before its block, too
+            record = seqs[CACHE_RECORD, column]
+            alike = min(most, engine.cache[record + NUM_HASHES], prompt >> engine.settings[BLOCK_SIZE_LOG2])
+            low = cached  # a hash says all that stands before its block, too
             while low < alike:
                 middle = (low + alike + 1) // 2
-                if engine.cache[place + HASHES + middle - 1] == hashes[middle - 1]:
+                if engine.cache[record + HASHES + middle - 1] == hashes[middle - 1]:
                     low = middle
                 else:
                     alike = middle - 1
-            if low > hits:
-                hits = shared = low
-    return hits, shared
+            if low > cached:
+                cached = shared = low
+    return cached, shared
 
 
 @compiled
@@ -247,6 +247,8 @@ def preempt(engine: EngineState, column: Int) -> None:
     V1: ``Scheduler._preempt_request``. V0: ``Scheduler._preempt_by_recompute``.
     """
     deallocate(engine, column)
+    found = engine.seqs[NUM_CACHED_TOKENS, Index(column)] >> engine.settings[BLOCK_SIZE_LOG2]
+    engine.seqs[NUM_SHARED_BLOCKS, Index(column)] = min(engine.seqs[NUM_SHARED_BLOCKS, Index(column)], found)
     engine.seqs[NUM_COMPUTED_TOKENS, Index(column)] = 0
     engine.seqs[NUM_PREEMPTIONS, Index(column)] += 1
     engine.counters[ALL_PREEMPTIONS] += 1

@@ -30,6 +30,7 @@ from block.core.snapshot import (
     META_ROW,
     META_RUNNING,
     META_STALE,
+    NUM_BLOCKS,
     NUM_CACHED_TOKENS,
     NUM_OUTPUT_TOKENS,
     NUM_PROMPT_TOKENS,
@@ -68,6 +69,7 @@ from block.engine.state import (
     QUEUED_DURATION,
     STEP_ENDS,
     TIMES,
+    TOTAL_BLOCKS,
     Arrays,
     EngineState,
 )
@@ -263,9 +265,8 @@ def _forecasts(
     """Forecast one request at several instances.
 
     pool, meta, started: those of `Snapshots`. arrivals: _ARRIVAL numbers for each request in transit, in order of the
-    instance. prompt, expected: tokens of the candidate. found: those of `Hits`, or empty. arrays: of an
-    engine with the settings and the latency model of
-    the instances, to work on. numbers: a `Scratch` for it.
+    instance. prompt, expected: tokens of the candidate. found: those of `Hits`, or empty. arrays: of an engine with the
+    settings and the latency model of the instances, to work on. numbers: a `Scratch` for it.
     out: float64[instances, 3], receives the seconds from `now` to the candidate's first token and to its last, and
     those of compute that its prompt takes there (without a prefix cache not told, 0).
     """
@@ -318,6 +319,8 @@ def _load(engine: EngineState, columns: Int, meta: Ints, started: float, now: fl
         seqs[TARGET, column] = expected if expected > output else output + more
         seqs[MAX_TOKENS, column] = seqs[TARGET, column]
         engine.first_token_time[column] = np.nan if output == 0 else now
+    if engine.settings[ENABLE_PREFIX_CACHING] == CACHE_COUNTS:
+        _conserve_blocks(engine)
     in_flight = meta[META_RUNNING] + meta[META_STALE]
     duration = step_time(seqs, 0, in_flight, NUM_SCHEDULED_TOKENS, engine.latency_params)
     if duration > 0.0:
@@ -327,6 +330,23 @@ def _load(engine: EngineState, columns: Int, meta: Ints, started: float, now: fl
             counters[QUEUED] = 1 if times[QUEUED_DURATION] > 0.0 else 0
     else:
         begin_step(engine, now)
+
+
+@compiled
+def _conserve_blocks(engine: EngineState) -> None:
+    """Have the running sequences free, as they end, all the blocks that are not free, and no more.
+
+    NUM_SHARED_BLOCKS says what was shared when a sequence was admitted. Who shared it may have left since.
+    """
+    seqs, counters = engine.seqs, engine.counters
+    lost = engine.settings[TOTAL_BLOCKS] - counters[FREE_BLOCKS]
+    for column in range(counters[NUM_RUNNING]):
+        lost -= seqs[NUM_BLOCKS, column] - seqs[NUM_SHARED_BLOCKS, column]
+    for i in range(counters[NUM_RUNNING]):
+        column = i if lost > 0 else counters[NUM_RUNNING] - 1 - i  # the oldest have, the youngest share
+        shared = seqs[NUM_SHARED_BLOCKS, column]
+        seqs[NUM_SHARED_BLOCKS, column] = min(max(shared - lost, 0), seqs[NUM_BLOCKS, column])
+        lost -= shared - seqs[NUM_SHARED_BLOCKS, column]
 
 
 @compiled

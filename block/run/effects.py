@@ -64,9 +64,12 @@ def _ours(run: RunConfig) -> bool:
     return is_ours(type(run.policy).__module__)
 
 
+_READS_LENGTHS = (policies.Block, policies.BlockCache, policies.LeastTokens, routers.Preble)
+
+
 def _reads_lengths(run: RunConfig) -> bool:
     """Whether the policy looks at what is believed of response lengths, which one of the user's may."""
-    return not _ours(run) or isinstance(run.policy, READS_LENGTHS)
+    return not _ours(run) or isinstance(run.policy, _READS_LENGTHS)
 
 
 def _attached(run: RunConfig) -> bool:
@@ -82,7 +85,6 @@ def _prompts(run: RunConfig) -> bool:
     return run.workload.source == "trace" and path is not None and prompts.is_pairs(path)
 
 
-READS_LENGTHS = (policies.Block, policies.BlockCache, policies.LeastTokens, routers.Preble)
 _FORECASTING = "this policy makes no forecasts; take one that does, such as scheduler=block"
 _SERVERS = "the servers of backend.urls run already, with settings of their own; give it to them"
 
@@ -122,6 +124,12 @@ RULES = (
         lambda run: not isinstance(run.lengths, Reader),
         "it reads no prompts; take one that does, such as lengths=compact",
         ("gateway",),
+    ),
+    Rule(
+        ("scheduler.kappa", "scheduler.gamma", "scheduler.others"),
+        lambda run: not (isinstance(run.backend, Simulated) and run.engine.enable_prefix_caching),
+        "it prices what is not cached, which only a simulated engine with engine.enable_prefix_caching=true tells",
+        (*RUNS, "gateway"),
     ),
     Rule(
         ("lengths.encoder",),

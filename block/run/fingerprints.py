@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import inspect
 import secrets
@@ -19,6 +20,7 @@ from block.backends.simulated import Simulated
 from block.core.files import json_value
 from block.core.types import Request
 from block.core.user_code import is_ours, is_own, own_modules
+from block.lengths import tag
 from block.run.config import RunConfig
 from block.run.replay import requests_of
 from block.store import provenance
@@ -55,7 +57,7 @@ def fingerprints(run: RunConfig, requests: Sequence[Request] | None = None) -> d
         "latency_model": _hash(np.concatenate(latency)),
         "data_set": _hash(np.concatenate([lengths, *(one.T for one in contents)], axis=1), *texts),
         "arrivals": _hash(_column(arrivals, "arrival", np.float64)),
-        "estimates": _hash(_column(requests, "predicted_output_tokens", np.int64)),
+        "estimates": _hash(_column(tag(alike, run.lengths, run.seed), "predicted_output_tokens", np.int64)),
     }
     sources = {name: provenance.source_hash(path) for name, path in _modules(run).items()} | _loose_classes(run)
     return hashes | sources | _named_files(run)
@@ -104,8 +106,13 @@ def _named_files(run: RunConfig) -> dict[str, str]:
         try:
             path = Path(text)
             files = list(islice(filter(Path.is_file, [path] if path.is_file() else path.rglob("*")), MOST_FILES + 1))
-        except (OSError, ValueError):  # a text that is no path, such as a long one
+        except ValueError:
             continue
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:  # a text that is no path
+                continue
+            files = []
+            found[text] = secrets.token_hex(8)
         if len(files) > MOST_FILES:
             found[text] = secrets.token_hex(8)
         else:

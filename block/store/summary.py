@@ -102,9 +102,9 @@ def summarise(
 
 
 def _hit_rate(ok: Columns) -> float | None:
-    """The share of prompt tokens that prefix caches had."""
-    prompts = int(ok["prompt_tokens"].sum())
-    return int(ok["cached_tokens"].sum()) / prompts if prompts and "cached_tokens" in ok else None
+    """The share of prompt tokens that prefix caches had; None where that is not told of every request."""
+    prompts, cached = int(ok["prompt_tokens"].sum()), ok.get("cached_tokens")
+    return int(cached.sum()) / prompts if prompts and cached is not None and (cached >= 0).all() else None
 
 
 def _stats(name: str, values: ArrayLike | None, unit: str, *which: str | int) -> Summary:

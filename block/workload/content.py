@@ -75,25 +75,11 @@ def token_ids(content: Ints, tokens: int, vocabulary: int) -> list[int]:
     """Ids of the first `tokens` tokens, for a server that wants some: equal where contents are, from 300 up to
     `vocabulary`, so that none is a special one.
     """
-    return [
-        300 + (number * 7919 + 31 * place + (number * place >> 3)) % (vocabulary - 300)
+    pieces = [
+        (np.uint64(number & (2**64 - 1)) << np.uint64(24)) + np.arange(count, dtype=np.uint64)
         for number, count in first_tokens(content, tokens).tolist()
-        for place in range(count)
     ]
-
-
-def most_hits(requests: Sequence[Request], block_size: int) -> float:
-    """The share of prompt tokens that a cache without end would hold: blocks that an earlier request has, less the
-    last token of each prompt, in full blocks.
-    """
-    seen: set[int] = set()
-    hit = total = 0
-    for one in requests:
-        hashes = [] if one.block_hashes is None else one.block_hashes.tolist()
-        for block_hash in hashes[: (one.prompt_tokens - 1) // block_size]:
-            if block_hash not in seen:
-                break
-            hit += block_size
-        seen.update(hashes[: (one.prompt_tokens + one.output_tokens - 1) // block_size])
-        total += one.prompt_tokens
-    return hit / total
+    x = np.concatenate(pieces)
+    for shift, factor in zip((30, 27), _MIX[1:], strict=True):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return (300 + (x >> np.uint64(11)) % np.uint64(vocabulary - 300)).tolist()  # type: ignore[no-any-return]

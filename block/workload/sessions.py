@@ -33,8 +33,8 @@ class Sessions:
 
 @dataclass(frozen=True)
 class Turns:
-    """Requests in order of arrival: times float[n] in seconds from the first, prompt and output int[n] in tokens, their
-    sessions by number, and contents (`block.workload.content`).
+    """Requests in order of arrival: times float[n] in seconds, counted from the turn before the first; prompt and
+    output int[n] in tokens; their sessions by number, and contents (`block.workload.content`).
     """
 
     times: Floats

@@ -56,7 +56,8 @@ class Workload:
     max_total_tokens: the model's length.
     too_long: what becomes of a request longer than that. "cut": it loses its prompt first, as with a client that keeps
         the newest context; a response of this length or more becomes max_total_tokens - 1. "drop": it is left out of
-        its trace. "refuse": it is an error. None: "refuse" for a trace, else "cut".
+        its trace. "refuse": it is an error. None: "refuse" for a trace, else "cut". What is known to be shared of a
+        prompt that is cut is its beginning. Sessions end before a turn that would be longer.
     prompt_mean, prompt_cv, output_mean, output_cv: of the synthetic lengths: mean in tokens, coefficient of variation;
         None for those of `SYNTHETIC`.
     turns, gap_s, system_prompts, system_prompt_mean: of sessions (`block.workload.sessions.Sessions`); None for those
@@ -108,6 +109,8 @@ class Workload:
         if self.source == "sessions":
             if self.arrivals != "poisson":
                 raise ValueError(f"workload.arrivals={self.arrivals}: sessions begin at random; take arrivals=poisson")
+            if self.too_long is not None:
+                raise ValueError(f"workload.too_long={self.too_long}: a session ends before a turn that is too long")
             if self._moment("turns") < 1:
                 raise ValueError(f"workload.turns={self.turns}: must be at least 1")
         if self.source in ("synthetic", "sessions"):
@@ -300,7 +303,7 @@ def _contents(trace: Trace, prompt: Ints, output: Ints) -> list[Ints]:
     for i, (tokens, response) in enumerate(zip(prompt.tolist(), output.tolist(), strict=True)):
         lap, row = divmod(i, len(trace.contents))
         content = content_of.first_tokens(trace.contents[row], tokens)
-        content[:, 0] += np.where(content[:, 0] < 0, -lap * len(trace.contents), lap * texts)
+        content[:, 0] += np.where(content[:, 0] < 0, -lap * trace.rows, lap * texts)
         found.append(np.vstack([content, [RESPONSES + i, response]]))
     return found
 

@@ -135,7 +135,7 @@ def test_a_trace_is_served_in_its_own_time(tmp_path: Path) -> None:
         ["engine=vllm_v1", "engine.async_scheduling=true"],
         ["engine=vllm_v1", "engine.long_prefill_token_threshold=128"],
         ["engine=vllm_v1", "engine.enable_prefix_caching=true"],
-        ["engine=vllm_v1", "engine.enable_prefix_caching=true", "engine.num_gpu_blocks=300"],
+        ["engine=vllm_v1", "engine.enable_prefix_caching=true", "engine.num_gpu_blocks=300", "workload=chat"],
         ["engine=vllm_v0", "engine.num_gpu_blocks=300"],  # one long sequence at a time: they preempt one another
     ],
     ids=lambda keys: " ".join(keys),

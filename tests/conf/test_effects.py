@@ -90,6 +90,8 @@ IDLE: list[tuple[str, list[str], str]] = [
     ("serve", ["model.hf_id=mine/x"], "no server is started"),
     ("serve", ["cluster=mixed", "cluster.pools=[{gpu: h100, num_gpus: 4, tensor_parallel: 2}]", PARALLEL], "own"),
     ("serve", ["cluster.num_gpus=2", "backend.slowdown=[1,1,2]"], "more factors"),
+    ("serve", ["scheduler=block_cache", "engine=vllm_v1", "scheduler.kappa=1"], "only a simulated engine"),
+    ("gateway", ["scheduler=block_cache", "scheduler.others=1"], "only a simulated"),
     # what other commands read
     ("serve", ["capacity.seeds=2"], "scripts/capacity.py"),
     ("serve", ["capacity.slo_s=[3]"], "scripts/capacity.py"),
@@ -148,6 +150,7 @@ IDLE: list[tuple[str, list[str], str]] = [
 WORKING: list[tuple[str, list[str]]] = [
     ("serve", ["scheduler=least_tokens", "lengths=noisy", "dispatch.ledger=false", "dispatch.snapshot_interval_s=1"]),
     ("serve", ["scheduler=infaas", "dispatch.snapshot_interval_s=1"]),
+    ("serve", ["scheduler=block_cache", "engine=vllm_v1", "engine.enable_prefix_caching=true", "scheduler.gamma=1"]),
     ("serve", ["scheduler=block", "dispatch.correction_steps=9", "dispatch.forecast_noise=0.1", "lengths=injected"]),
     ("serve", ["scheduler=random", "lengths=oracle", "migration=none", "provisioner=static", "dispatch.ledger=true"]),
     ("serve", ["scheduler=random", "dispatch.dispatchers=2", "replay_share=0.1", "sample_every_s=3", "runs_dir=x"]),
@@ -195,7 +198,7 @@ def test_keys_with_an_effect_pass(name: str, overrides: list[str]) -> None:
 
 # Keys of runs that have an effect whatever the others are, or are looked after where they belong (workload).
 ALWAYS = {
-    *("scheduler.kappa", "scheduler.gamma", "scheduler.others", "scheduler.aim", "engine.enable_prefix_caching"),
+    *("scheduler.aim", "engine.enable_prefix_caching"),
     *("scheduler.cache_threshold", "scheduler.balance_abs_threshold", "scheduler.balance_rel_threshold"),
     *("scheduler.prefix", "scheduler.kv", "scheduler.queue", "scheduler.overlap_weight", "scheduler.temperature"),
     *("scheduler.imbalance", "scheduler.load_factor", "scheduler.window", "scheduler.decode_cost"),

@@ -39,7 +39,7 @@ def test_the_list_has_every_figure_with_its_state_and_cost(tmp_path: Path) -> No
 
 
 def test_the_time_that_is_listed_is_that_of_all_requests(tmp_path: Path) -> None:
-    for requests in (200_000, 400_000):
+    for requests in (40_000, 80_000):
         listed = reproduce(tmp_path, "fig7", "--list", "--requests", str(requests)).stdout
         seconds = 42 * requests * campaign.REQUEST_S / (os.cpu_count() or 1)
         assert f" 0 of  42 stored, about {max(seconds / 60, 1):.0f} min " in listed

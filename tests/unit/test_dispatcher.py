@@ -516,7 +516,7 @@ def test_forecasts_are_made_with_the_hits_of_what_is_in_transit() -> None:
     assert seen[-1][1] == {1: (8, 2)}
 
 
-def test_the_blocks_that_two_requests_share_are_found_by_halving() -> None:
+def test_the_blocks_that_two_requests_share_are_counted() -> None:
     one = sharing(0, 1, 2, 3, 4, 5)
     for other, most, expected in (
         (sharing(1, 1, 2, 3, 9, 10), 9, 3),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from block.core.arrays import Ints
-from block.workload.content import block_hashes, first_tokens, most_hits, token_ids, with_hashes
+from block.core.types import Request
+from block.workload.content import block_hashes, first_tokens, token_ids, with_hashes
 from block.workload.spec import Workload, generate, make
 
 CHAT: dict[str, Any] = {"name": "chat", "source": "sessions", "num_requests": 600, "qps": 5.0, "turns": 5.0}
@@ -27,6 +29,23 @@ def common(one: Ints, other: Ints) -> int:
     """How many blocks two contents have in common, by their hashes."""
     pairs = zip(block_hashes(one, 16), block_hashes(other, 16), strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(one[:, 1].sum(), other[:, 1].sum()) // 16)
+
+
+def most_hits(requests: Sequence[Request], block_size: int) -> float:
+    """The share of prompt tokens that a cache without end would hold: blocks that an earlier request has, less the
+    last token of each prompt, in full blocks.
+    """
+    seen: set[int] = set()
+    hit = total = 0
+    for one in requests:
+        hashes = [] if one.block_hashes is None else one.block_hashes.tolist()
+        for block_hash in hashes[: (one.prompt_tokens - 1) // block_size]:
+            if block_hash not in seen:
+                break
+            hit += block_size
+        seen.update(hashes[: (one.prompt_tokens + one.output_tokens - 1) // block_size])
+        total += one.prompt_tokens
+    return hit / total
 
 
 # ------------------------------------------------------------------------------------------------------------ contents
@@ -92,8 +111,10 @@ def test_sessions_come_at_exactly_the_rate_and_stay_as_they_are_at_another() -> 
                 found.append(one.arrival - last[one.session])
             last[one.session] = one.arrival
     assert 10 < np.mean(gaps[0]) < 30  # of 30 s, those that end within the run
-    assert generate(Workload(**CHAT), 0) == slow
-    assert generate(Workload(**CHAT), 1) != slow
+    again, other = generate(Workload(**CHAT), 0), generate(Workload(**CHAT), 1)
+    assert again == slow
+    assert all(np.array_equal(one.content, two.content) for one, two in zip(again, slow, strict=True))  # type: ignore[arg-type]
+    assert other != slow
 
 
 def test_there_is_no_beginning_at_which_all_sessions_are_young() -> None:
@@ -116,6 +137,7 @@ def test_a_session_that_cannot_fit_is_cut_and_never_looked_for_without_end() -> 
         ({"turns": 0.5}, "workload.turns=0.5: must be at least 1"),
         ({"gap_s": 0.0}, "workload.gap_s=0.0: must be a finite number > 0"),
         ({"arrivals": "gamma"}, "workload.arrivals=gamma: sessions begin at random; take arrivals=poisson"),
+        ({"too_long": "cut"}, "workload.too_long=cut: a session ends before a turn that is too long"),
         ({"qps": None}, "workload.qps=null: arrivals=poisson has no times"),
         ({"source": "synthetic"}, "workload.turns=5.0: has no effect without workload.source=sessions"),
     ],
@@ -161,6 +183,18 @@ def test_a_trace_that_is_replayed_again_consists_of_other_texts(tmp_path: Path) 
     assert hashes[0] == hashes[1]
     assert not hashes[0] & hashes[2]
     assert most_hits(requests, 16) == 3 * 512 / (3 * 2600)
+
+
+def test_blocks_without_a_number_are_shared_by_nobody_where_rows_were_left_out(tmp_path: Path) -> None:
+    path = trace(tmp_path, (600, 0, []), (600, 5, []), (600, 5, []))
+    requests = with_hashes(generate(replayed(path, num_requests=8), 0), 16)
+    assert most_hits(requests, 16) == 0
+
+
+def test_two_texts_are_not_the_same_tokens() -> None:
+    for vocabulary in (2048, 32000):
+        beginnings = {tuple(token_ids(content((number, 16)), 16, vocabulary)) for number in range(-2000, 20000)}
+        assert len(beginnings) == 22000
 
 
 def test_a_prompt_that_is_cut_keeps_its_beginning(tmp_path: Path) -> None:
