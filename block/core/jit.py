@@ -137,6 +137,13 @@ def compiled(function: F) -> F:
     return cast(F, numba.njit(cache=True, error_model="numpy", _nrt=False)(function))
 
 
+def inlined(function: F) -> F:
+    """`compiled`, and put in where it is called: what is called at each step and does little, but may call what does
+    much. Else the call itself, which hands over an engine's arrays one by one, would be what costs.
+    """
+    return cast(F, numba.njit(cache=True, error_model="numpy", _nrt=False, forceinline=True)(function))
+
+
 def plain(function: F) -> F:
     """The Python function that was compiled: to be called from Python where it returns parts of arrays, which compiled
     code that counts no references cannot hand out.

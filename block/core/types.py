@@ -53,12 +53,17 @@ class Forecasts(Sequence[Forecast]):
     no instance has a prefix cache.
     """
 
-    __slots__ = ("e2e", "ttft", "work")
+    __slots__ = ("_work", "e2e", "ttft")
 
     def __init__(self, ttft: Sequence[float], e2e: Sequence[float], work: Sequence[float] = ()) -> None:
         self.ttft = ttft
         self.e2e = e2e
-        self.work = work or [0.0] * len(e2e)
+        self._work = work
+
+    @property
+    def work(self) -> Sequence[float]:
+        """Seconds of compute."""
+        return self._work or [0.0] * len(self.e2e)
 
     @staticmethod
     def of(forecasts: Sequence[Forecast | None]) -> Forecasts:

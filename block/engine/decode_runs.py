@@ -23,7 +23,7 @@ from block.core.snapshot import (
     NUM_SCHEDULED_TOKENS,
     TARGET,
 )
-from block.engine.kv_cache import allocate, blocks_for, cached_prefix, can_admit, spare_block
+from block.engine.kv_cache import believed_prefix, blocks_for, can_admit, spare_block
 from block.engine.latency import decode_run_time, linear_time, step_duration
 from block.engine.scheduler import chunk_limit
 from block.engine.state import (
@@ -92,7 +92,7 @@ def _may_admit(engine: EngineState) -> bool:
     if first == counters[END] or running >= settings[MAX_NUM_SEQS]:
         return False
     total = engine.seqs[NUM_PROMPT_TOKENS, first] + engine.seqs[NUM_OUTPUT_TOKENS, first]
-    hits, shared = cached_prefix(engine, first)
+    hits, shared = believed_prefix(engine, first)
     cached = hits << settings[BLOCK_SIZE_LOG2]
     chunk = min(total - cached, chunk_limit(engine), settings[MAX_NUM_BATCHED_TOKENS] - running)
     return chunk > 0 and can_admit(total, cached + chunk, shared, counters[FREE_BLOCKS], running, settings)
@@ -111,7 +111,9 @@ def _blocks_last(engine: EngineState, steps: Int) -> bool:
 
 @compiled
 def decode(engine: EngineState, steps: Int) -> None:
-    """Complete so many decode-only steps; the engine's times are not touched."""
+    """Complete so many decode-only steps; the engine's times are not touched. Not for an engine that knows its blocks
+    (`next_decode_run`).
+    """
     if steps == 0:
         return
     seqs, counters = engine.seqs, engine.counters
@@ -119,7 +121,9 @@ def decode(engine: EngineState, steps: Int) -> None:
         computed = seqs[NUM_COMPUTED_TOKENS, column] + steps
         seqs[NUM_OUTPUT_TOKENS, column] += steps
         seqs[NUM_COMPUTED_TOKENS, column] = computed
-        allocate(engine, column, max(blocks_for(computed, engine.settings) - seqs[NUM_BLOCKS, column], 0))
+        taken = max(blocks_for(computed, engine.settings) - seqs[NUM_BLOCKS, column], 0)
+        seqs[NUM_BLOCKS, column] += taken
+        counters[FREE_BLOCKS] -= taken
     counters[NUM_STEPS] += steps
     counters[VISIBLE] = counters[END]
 

@@ -36,10 +36,10 @@ from block.core.snapshot import (
     TARGET,
 )
 from block.engine.kv_cache import (
+    believed_prefix,
     blocks_at_admission,
     blocks_for,
     blocks_in_reach,
-    cached_prefix,
     can_admit,
     spare_block,
 )
@@ -271,7 +271,7 @@ def _decode_run(engine: EngineState, scratch: Scratch) -> bool:
         return False
     if n[_WAITING] != n[_END] and count != settings[MAX_NUM_SEQS]:
         column = scratch.line[Index(n[_WAITING])]
-        total, (hits, shared) = scratch.size[Index(column)], cached_prefix(engine, column)
+        total, (hits, shared) = scratch.size[Index(column)], believed_prefix(engine, column)
         cached = hits << settings[BLOCK_SIZE_LOG2]
         chunk = min(total - cached, settings[MAX_NUM_BATCHED_TOKENS] - count)
         if can_admit(total, cached + chunk, shared, n[_FREE], count, settings):
@@ -421,7 +421,7 @@ def _admit(engine: EngineState, scratch: Scratch) -> tuple[Int, Int]:
     if head == n[_END] or n[_BUDGET] <= 0 or n[_COUNT] == settings[MAX_NUM_SEQS]:
         return none
     column = line[Index(head)]
-    total, (hits, shared) = scratch.size[Index(column)], cached_prefix(engine, column)
+    total, (hits, shared) = scratch.size[Index(column)], believed_prefix(engine, column)
     cached = hits << settings[BLOCK_SIZE_LOG2]
     chunk = min(total - cached, n[_BUDGET])
     if not can_admit(total, cached + chunk, shared, n[_FREE], n[_COUNT], settings):

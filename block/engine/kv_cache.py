@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from block.core.arrays import Int, Ints
-from block.core.jit import Index, compiled
+from block.core.jit import Index, compiled, inlined
 from block.core.snapshot import (
     CACHE_RECORD,
     NUM_BLOCKS,
@@ -43,7 +43,6 @@ from block.engine.state import (
     BLOCK_SIZE,
     BLOCK_SIZE_LOG2,
     CACHE_BLOCKS,
-    CACHE_COUNTS,
     ENABLE_PREFIX_CACHING,
     END,
     FREE_BLOCKS,
@@ -109,53 +108,6 @@ def blocks_in_reach(computed: Int, total: Int, taken: Int, settings: Ints) -> In
 
 
 @compiled
-def allocate(engine: EngineState, column: Int, blocks: Int) -> None:
-    """A sequence takes free blocks."""
-    if engine.settings[ENABLE_PREFIX_CACHING] == CACHE_BLOCKS and blocks > 0:
-        pool, table, held = pool_of(engine), block_table(engine, column), engine.seqs[NUM_BLOCKS, Index(column)]
-        for place in range(held, held + blocks):
-            engine.cache[table + place] = new_block(pool)
-    engine.counters[FREE_BLOCKS] -= blocks
-    engine.seqs[NUM_BLOCKS, Index(column)] += blocks
-
-
-@compiled
-def deallocate(engine: EngineState, column: Int) -> None:
-    """A sequence gives all of its blocks back."""
-    blocks = engine.seqs[NUM_BLOCKS, Index(column)]
-    if engine.settings[ENABLE_PREFIX_CACHING] == CACHE_BLOCKS:
-        pool, table = pool_of(engine), block_table(engine, column)
-        free_blocks(pool, engine.cache[table : table + blocks])
-        engine.counters[FREE_BLOCKS] = pool.counters[NUM_FREE]
-    elif blocks > 0:
-        engine.counters[FREE_BLOCKS] += blocks - engine.seqs[NUM_SHARED_BLOCKS, Index(column)]
-    engine.seqs[NUM_BLOCKS, Index(column)] = 0
-
-
-@compiled
-def cached_prefix(engine: EngineState, column: Int) -> tuple[Int, Int]:
-    """Blocks at the beginning of a waiting sequence that are cached, and how many of these others use.
-
-    The last token is always computed. V1: ``get_computed_blocks`` and ``_get_num_evictable_blocks``.
-    """
-    hits = shared = np.int64(0)
-    if engine.settings[ENABLE_PREFIX_CACHING] == CACHE_BLOCKS:
-        pool = pool_of(engine)
-        total = engine.seqs[NUM_PROMPT_TOKENS, column] + engine.seqs[NUM_OUTPUT_TOKENS, column]
-        for place in range((total - 1) >> engine.settings[BLOCK_SIZE_LOG2]):
-            block = cached_block(pool, block_hash(engine, column, place))
-            if block == NULL_BLOCK:
-                break
-            hits += 1
-            if pool.ref_count[block] > 0:
-                shared += 1
-    elif engine.settings[ENABLE_PREFIX_CACHING] == CACHE_COUNTS:
-        hits = engine.seqs[NUM_CACHED_TOKENS, column] >> engine.settings[BLOCK_SIZE_LOG2]
-        shared = engine.seqs[NUM_SHARED_BLOCKS, column]
-    return hits, shared
-
-
-@compiled
 def _leading(pool: BlockPool, hashes: Ints, most: Int, used: bool) -> Int:
     """How many of the first `most` blocks with these hashes are cached, and `used`, if that is asked, without a gap.
 
@@ -209,35 +161,111 @@ def held_prefix(engine: EngineState, hashes: Ints, most: Int) -> tuple[Int, Int]
 
 
 @compiled
-def adopt(engine: EngineState, column: Int, hits: Int, shared: Int) -> None:
+def _take_blocks(engine: EngineState, column: Int, blocks: Int) -> None:
+    pool, table, held = pool_of(engine), block_table(engine, column), engine.seqs[NUM_BLOCKS, Index(column)]
+    for place in range(held, held + blocks):
+        engine.cache[table + place] = new_block(pool)
+
+
+@inlined
+def allocate(engine: EngineState, column: Int, blocks: Int) -> None:
+    """A sequence takes free blocks."""
+    if engine.settings[ENABLE_PREFIX_CACHING] == CACHE_BLOCKS:
+        _take_blocks(engine, column, blocks)
+    engine.counters[FREE_BLOCKS] -= blocks
+    engine.seqs[NUM_BLOCKS, Index(column)] += blocks
+
+
+@compiled
+def _return_blocks(engine: EngineState, column: Int, blocks: Int) -> None:
+    pool, table = pool_of(engine), block_table(engine, column)
+    free_blocks(pool, engine.cache[table : table + blocks])
+    engine.counters[FREE_BLOCKS] = pool.counters[NUM_FREE]
+
+
+@inlined
+def deallocate(engine: EngineState, column: Int) -> None:
+    """A sequence gives all of its blocks back."""
+    blocks = engine.seqs[NUM_BLOCKS, Index(column)]
+    if engine.settings[ENABLE_PREFIX_CACHING] == CACHE_BLOCKS:
+        _return_blocks(engine, column, blocks)
+    elif blocks > 0:
+        engine.counters[FREE_BLOCKS] += blocks - engine.seqs[NUM_SHARED_BLOCKS, Index(column)]
+    engine.seqs[NUM_BLOCKS, Index(column)] = 0
+
+
+@inlined
+def believed_prefix(engine: EngineState, column: Int) -> tuple[Int, Int]:
+    """`cached_prefix` of an engine that does not know its blocks: what the sequence's rows say, 0 without a cache."""
+    blocks = engine.seqs[NUM_CACHED_TOKENS, Index(column)] >> engine.settings[BLOCK_SIZE_LOG2]
+    return blocks, engine.seqs[NUM_SHARED_BLOCKS, Index(column)]
+
+
+@compiled
+def _find_blocks(engine: EngineState, column: Int) -> tuple[Int, Int]:
+    blocks = shared = np.int64(0)
+    pool = pool_of(engine)
+    total = engine.seqs[NUM_PROMPT_TOKENS, column] + engine.seqs[NUM_OUTPUT_TOKENS, column]
+    for place in range((total - 1) >> engine.settings[BLOCK_SIZE_LOG2]):
+        block = cached_block(pool, block_hash(engine, column, place))
+        if block == NULL_BLOCK:
+            break
+        blocks += 1
+        if pool.ref_count[block] > 0:
+            shared += 1
+    return blocks, shared
+
+
+@inlined
+def cached_prefix(engine: EngineState, column: Int) -> tuple[Int, Int]:
+    """Blocks at the beginning of a waiting sequence that are cached, and how many of these others use.
+
+    The last token is always computed. V1: ``get_computed_blocks`` and ``_get_num_evictable_blocks``.
+    """
+    if engine.settings[ENABLE_PREFIX_CACHING] == CACHE_BLOCKS:
+        return _find_blocks(engine, column)
+    return believed_prefix(engine, column)
+
+
+@compiled
+def _touch_blocks(engine: EngineState, column: Int, blocks: Int) -> None:
+    pool, table = pool_of(engine), block_table(engine, column)
+    for place in range(blocks):
+        block = cached_block(pool, block_hash(engine, column, place))
+        touch(pool, block)
+        engine.cache[table + place] = block
+
+
+@inlined
+def adopt(engine: EngineState, column: Int, blocks: Int, shared: Int) -> None:
     """A sequence that is admitted uses the cached blocks of its beginning, `shared` of which others use.
 
     V1: ``add_local_computed_blocks``.
     """
-    if hits == 0:
-        return
-    if engine.settings[ENABLE_PREFIX_CACHING] == CACHE_BLOCKS:
-        pool, table = pool_of(engine), block_table(engine, column)
-        for place in range(hits):
-            block = cached_block(pool, block_hash(engine, column, place))
-            touch(pool, block)
-            engine.cache[table + place] = block
-    engine.counters[FREE_BLOCKS] -= hits - shared
-    engine.seqs[NUM_BLOCKS, column] = hits
+    if blocks > 0:
+        if engine.settings[ENABLE_PREFIX_CACHING] == CACHE_BLOCKS:
+            _touch_blocks(engine, column, blocks)
+        engine.counters[FREE_BLOCKS] -= blocks - shared
+        engine.seqs[NUM_BLOCKS, column] = blocks
 
 
 @compiled
+def _cache_full_blocks(engine: EngineState, column: Int, tokens: Int) -> None:
+    pool, table = pool_of(engine), block_table(engine, column)
+    full = tokens >> engine.settings[BLOCK_SIZE_LOG2]
+    place = full
+    while place > 0 and pool.hashes[engine.cache[table + place - 1]] == NO_HASH:
+        place -= 1
+    while place < full:
+        cache_block(pool, engine.cache[table + place], block_hash(engine, column, place))
+        place += 1
+
+
+@inlined
 def cache_blocks(engine: EngineState, column: Int, tokens: Int) -> None:
     """Those of a sequence's blocks that its first `tokens` tokens fill may be found. V1: the method of that name."""
     if engine.settings[ENABLE_PREFIX_CACHING] == CACHE_BLOCKS:
-        pool, table = pool_of(engine), block_table(engine, column)
-        full = tokens >> engine.settings[BLOCK_SIZE_LOG2]
-        place = full
-        while place > 0 and pool.hashes[engine.cache[table + place - 1]] == NO_HASH:
-            place -= 1
-        while place < full:
-            cache_block(pool, engine.cache[table + place], block_hash(engine, column, place))
-            place += 1
+        _cache_full_blocks(engine, column, tokens)
 
 
 @compiled

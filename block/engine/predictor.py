@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from copy import copy
+from itertools import chain
 
 import numpy as np
 
@@ -38,7 +39,6 @@ from block.core.snapshot import (
     NUM_SCHEDULED_TOKENS,
     NUM_SHARED_BLOCKS,
     TARGET,
-    Hits,
     Snapshot,
     Snapshots,
 )
@@ -79,9 +79,9 @@ OUTRUN_MARGIN = 10
 
 _CANDIDATE = -1  # ID of the candidate among the sequences of a forecast
 
-_ARRIVAL = 6  # numbers of an arrival: instance, id, prompt, expected, cached tokens, shared blocks
-NOTHING = (0, 0)
-NO_HITS = Hits(np.empty((0, 2), dtype=np.int64), {})
+_ARRIVAL = 4  # numbers of an arrival: instance, id, prompt, expected
+
+NOTHING = np.empty((0, 2), dtype=np.int64)
 
 
 class Predictor:
@@ -102,7 +102,8 @@ class Predictor:
     ) -> None:
         self._outrun_share = outrun_share
         self._settings = settings.to_array()
-        if settings.enable_prefix_caching:
+        self._caches = settings.enable_prefix_caching
+        if self._caches:
             self._settings[ENABLE_PREFIX_CACHING] = CACHE_COUNTS  # it knows no block from another
         self._latency_params = latency.pack()
         self._compressed = compressed
@@ -143,23 +144,27 @@ class Predictor:
         in_transit[i]: requests on their way to instance i that its snapshot does not show, in order.
         """
         shown = Snapshots.of(snapshots)
-        found, held = shown.hits or NO_HITS
         arrivals = [
             n
             for i, requests in enumerate(in_transit)
             if requests
             for r in requests
-            for n in (i, r.id, r.prompt_tokens, r.predicted_output_tokens, *held.get(r.id, NOTHING))
+            for n in (i, r.id, r.prompt_tokens, r.predicted_output_tokens)
         ]
+        found, cached = NOTHING, NOTHING
+        if shown.hits is not None:
+            found, known = shown.hits
+            cached = np.array([known.get(r.id, (0, 0)) for r in chain(*in_transit)], dtype=np.int64).reshape(-1, 2)
         widest = shown.pool.shape[2] + len(arrivals) // _ARRIVAL + 1
         if widest > self._engine.seqs.shape[1]:
             self._allocate(2 * widest)
-        out = np.empty((len(shown), 3))
+        out = np.empty((len(shown), 3 if self._caches else 2))
         _forecasts(
             shown.pool,
             shown.meta,
             shown.started,
             np.array(arrivals, dtype=np.int64),
+            cached,
             request.prompt_tokens,
             request.predicted_output_tokens,
             found,
@@ -220,18 +225,14 @@ def _append(
     id_: Int,
     prompt: Int,
     expected: Int,
-    cached: Int,
-    shared: Int,
 ) -> None:
-    """Let a sequence wait. prompt, expected, cached: tokens. shared: KV blocks."""
+    """Let a sequence wait. prompt, expected: tokens."""
     column = Index(column)
     for row in range(FIELDS):
         seqs[row, column] = 0
     seqs[ID, column] = id_
     seqs[NUM_PROMPT_TOKENS, column] = prompt
     seqs[EXPECTED, column] = expected
-    seqs[NUM_CACHED_TOKENS, column] = cached
-    seqs[NUM_SHARED_BLOCKS, column] = shared
 
 
 @compiled
@@ -252,6 +253,7 @@ def _forecasts(
     meta: Ints,
     started: Floats,
     arrivals: Ints,
+    cached: Ints,
     prompt: int,
     expected: int,
     found: Ints,
@@ -265,37 +267,40 @@ def _forecasts(
     """Forecast one request at several instances.
 
     pool, meta, started: those of `Snapshots`. arrivals: _ARRIVAL numbers for each request in transit, in order of the
-    instance. prompt, expected: tokens of the candidate. found: those of `Hits`, or empty. arrays: of an engine with the
-    settings and the latency model of the instances, to work on. numbers: a `Scratch` for it.
-    out: float64[instances, 3], receives the seconds from `now` to the candidate's first token and to its last, and
-    those of compute that its prompt takes there (without a prefix cache not told, 0).
+    instance. prompt, expected: tokens of the candidate. cached: int64[arrivals, 2], found: int64[instances, 2], both as
+    in `Hits`, of each arrival and of the candidate; or empty. arrays: of an engine with the settings and the latency
+    model of the instances, to work on. numbers: a `Scratch` for it.
+    out: float64[instances, 2 or 3], receives the seconds from `now` to the candidate's first token and to its last, and
+    with a prefix cache those of compute that its prompt takes there.
     """
     engine, scratch = EngineState(*arrays), Scratch(*numbers)
     seqs = engine.seqs
     caches = engine.settings[ENABLE_PREFIX_CACHING] == CACHE_COUNTS
-    rows = CACHE_RECORD if caches else NUM_CACHED_TOKENS  # the others are 0
-    cached = shared = np.int64(0)
     arrival = 0
     for i in range(meta.shape[0]):
         begin = meta[i, META_BEGIN]
         columns = meta[i, META_END] - begin
         shown = pool[meta[i, META_ROW]]
-        for row in range(rows):
+        for row in range(CACHE_RECORD if caches else NUM_CACHED_TOKENS):  # the others stay 0
             for column in range(Index(columns)):
                 seqs[row, column] = shown[row, Index(begin) + column]
         while arrival < arrivals.shape[0] and arrivals[arrival] == i:
-            one = arrivals[arrival : arrival + _ARRIVAL]
-            _append(seqs, columns, one[1], one[2], one[3], one[4], one[5])
+            _append(seqs, columns, arrivals[arrival + 1], arrivals[arrival + 2], arrivals[arrival + 3])
+            if cached.shape[0] > 0:
+                seqs[NUM_CACHED_TOKENS, columns] = cached[arrival // _ARRIVAL, 0]
+                seqs[NUM_SHARED_BLOCKS, columns] = cached[arrival // _ARRIVAL, 1]
             columns += 1
             arrival += _ARRIVAL
+        _append(seqs, columns, _CANDIDATE, prompt, expected)
         if found.shape[0] > 0:
-            cached, shared = found[i, 0], found[i, 1]
-        _append(seqs, columns, _CANDIDATE, prompt, expected, cached, shared)
+            seqs[NUM_CACHED_TOKENS, columns] = found[i, 0]
+            seqs[NUM_SHARED_BLOCKS, columns] = found[i, 1]
         _load(engine, columns + 1, meta[i], started[i], now, outrun_share)
         first, last = _run(engine, scratch, compressed)
         out[i, 0] = first - now
         out[i, 1] = last - now
-        out[i, 2] = _work(engine, prompt, cached) if caches else 0.0
+        if caches:
+            out[i, 2] = _work(engine, prompt, found[i, 0] if found.shape[0] > 0 else np.int64(0))
 
 
 @compiled
