@@ -79,7 +79,7 @@ def _tracked(gpu: GPU, model: Model, directory: Path) -> LatencyModel | None:
     if not path.exists():
         return None
     fit = _fit(path, file_state(path))
-    if "model_numbers" not in fit.source:
+    if "model" in fit.source and "model_numbers" not in fit.source:
         raise ValueError(f"{path}: does not say of what model it is; make it again by scripts/fit_latency.py")
     # Not by the name alone: a model of one's own, or a changed file of conf/model, may have it too.
     of_it = fit.source.get("model_numbers") == model.numbers

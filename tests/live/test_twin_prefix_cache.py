@@ -118,7 +118,7 @@ def sharing(seed: int, asynchronous: bool) -> tuple[Workload, dict[int, list[int
     requests: list[Request] = []
     tokens = {}
     arrival = 0.0
-    for i in range(random.choice([8, 16, 24])):
+    for i in range(random.choice([6, 12, 18])):
         arrival += random.choice([0.0, 0.0, 0.25, 1.0, 3.5, 20.0])
         prompt = random.randint(1, max_model_len - 1)
         output = random.randint(1, max(2, max_model_len // 3))

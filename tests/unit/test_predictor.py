@@ -507,7 +507,7 @@ def test_with_its_hits_a_forecast_is_near_what_then_happens(blocks: int, median:
 def test_compressed_and_step_by_step_forecasts_with_hits_are_the_same(blocks: int) -> None:
     """Under preemption too, and where those who shared blocks have left."""
     preempted = 0
-    for seed in range(examples(150, 3)):
+    for seed in range(examples(60, 2)):
         busy = Sharing(seed, blocks)
         preempted += int(busy.engine.snapshot(0, busy.now).preemptions)
         for one in busy.coming[:4]:

@@ -153,8 +153,8 @@ def test_the_request_table_is_whole_or_thinned(tmp_path, wandb):
 
     assert rows(0) == []
     (table,) = rows(3)
-    assert table[0] == [0, 0, 0.0, 0.0, 1.0, 2.0, 100, 11, 12, 0.5, 3.0, "ok", 0, 0, "", 0]
-    assert table[2] == [2, -1, 2.0, 2.0, None, None, 100, 11, 12, None, None, "failed", 1, 0, "", 0]
+    assert table[0] == [0, 0, 0.0, 0.0, 1.0, 2.0, 100, 11, 12, 0.5, 3.0, "ok", 0, 0, "", -1]
+    assert table[2] == [2, -1, 2.0, 2.0, None, None, 100, 11, 12, None, None, "failed", 1, 0, "", -1]
     (table,) = rows(2)
     assert [row[0] for row in table] == [0, 2]
 
