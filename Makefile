@@ -7,8 +7,8 @@ BIN := .venv/bin
 # The tests start hundreds of interpreters: what these import is made bytecode once, whatever the environment says.
 export PYTHONDONTWRITEBYTECODE =
 
-# One worker runs what is live (tests/conftest.py) and waits for servers a good part of the time: so three for two cores.
-PYTEST := $(BIN)/pytest --numprocesses=3
+# Two workers; one of them runs what is live (tests/conftest.py).
+PYTEST := $(BIN)/pytest --numprocesses=2
 
 .PHONY: help run check test reproduce lint fmt types docs compiled bench clean
 
