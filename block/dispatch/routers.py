@@ -23,7 +23,6 @@ from block.core.snapshot import (
     NUM_CACHED_TOKENS,
     NUM_COMPUTED_TOKENS,
     NUM_PROMPT_TOKENS,
-    NUM_SHARED_BLOCKS,
     Snapshot,
 )
 from block.core.types import Decision, InstanceView, Request, Views
@@ -150,8 +149,9 @@ class Dynamo:
     """NVIDIA Dynamo's KV router: the least `overlap_weight` × blocks to prefill + blocks to decode.
 
     Blocks to prefill: of the request's prompt, less what is cached, and of the prompts that wait there; to decode: in
-    use, and the request's new ones. `temperature` 0 takes the least; above, one is drawn by softmax of the costs, which
-    are scaled to between 0 and 1. (Its cost function; kv-overlap-score-weight and router-temperature.)
+    use, and of all prompts that wait or go there, this one too. `temperature` 0 takes the least; above, one is drawn by
+    softmax of the costs, which are scaled to between 0 and 1. (Its cost function; kv-overlap-score-weight and router-
+    temperature.)
     """
 
     overlap_weight: float = 1.0
@@ -172,8 +172,8 @@ class Dynamo:
         scores = []
         for one, cached, on in zip(_shown(seen), seen.cached_tokens, seen.in_transit, strict=True):
             prefill = request.prompt_tokens - cached + _to_prefill(one) + sum(other.prompt_tokens for other in on)
-            used = int((one.seqs[NUM_BLOCKS] - one.seqs[NUM_SHARED_BLOCKS]).sum())
-            decode = used + (request.prompt_tokens - cached) / self.block_size
+            queued = int(one.seqs[NUM_PROMPT_TOKENS, one.running :].sum()) + sum(other.prompt_tokens for other in on)
+            decode = int(one.seqs[NUM_BLOCKS].sum()) + (queued + request.prompt_tokens) / self.block_size
             scores.append(self.overlap_weight * prefill / self.block_size + decode)
         if self.temperature > 0:
             low, spread = min(scores), max(max(scores) - min(scores), 1e-9)

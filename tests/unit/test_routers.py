@@ -139,9 +139,9 @@ def test_dynamo_adds_blocks_to_prefill_and_to_decode() -> None:
         snapshot(1, waiting=[(80, 48)]),
     ]
     decision = choose(Dynamo(), asked(*range(1, 9)), views([0, 0], shown=shown, cached=[96, 0]))
-    assert decision.scores == [(32 + 32) / 16 + 5 + 2, (128 + 32) / 16 + 0 + 8]
+    assert decision.scores == [(32 + 32) / 16 + 5 + 8, (128 + 32) / 16 + 5 + 8]
     weighed = choose(Dynamo(overlap_weight=3.0), asked(*range(1, 9)), views([0, 0], shown=shown, cached=[96, 0]))
-    assert weighed.scores == [3 * 4 + 7, 3 * 10 + 8]
+    assert weighed.scores == [3 * 4 + 13, 3 * 10 + 13]
 
 
 def test_dynamo_draws_by_softmax_if_it_has_a_temperature() -> None:
