@@ -61,10 +61,15 @@ class Simulation:
         """What the schedulers of these instances published last."""
         return self.engines.snapshots(ids, now)
 
+    @property
+    def block_size(self) -> int:
+        """Tokens of a KV block; as of `block.dispatch.core.PrefixIndex`."""
+        return self.engines.block_size
+
     def hits(self, request: Request, ids: Sequence[int]) -> Ints:
         """What these engines have of a request; as of `block.dispatch.core.PrefixIndex`."""
         assert request.block_hashes is not None
-        size = self.engines.block_size
+        size = self.block_size
         found = self.engines.cached_blocks(ids, request.block_hashes, (request.prompt_tokens - 1) // size, self.now)
         found[:, 0] *= size
         return found

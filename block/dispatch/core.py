@@ -50,6 +50,11 @@ SnapshotMany = Callable[[Sequence[int], float], Sequence[Snapshot]]
 class PrefixIndex(Protocol):
     """Tells what instances have of a request in their prefix caches."""
 
+    @property
+    def block_size(self) -> int:
+        """Tokens of a KV block."""
+        ...
+
     def hits(self, request: Request, ids: Sequence[int]) -> Ints:
         """int64[instances, 2]: as of `Hits`, of a request that has block hashes."""
         ...
@@ -162,7 +167,7 @@ class Dispatcher:
     policy: checked at each answer if it is not of this package (`block.dispatch.policy_checks`).
     forecaster: may be None if the policy needs no forecasts.
     snapshot_many: may be None if the policy needs no snapshots.
-    prefixes: None where no instance has a prefix cache. block_size: tokens of a KV block, if there is one.
+    prefixes: None where no instance has a prefix cache.
     delay_s: modelled seconds from a request's arrival to its arrival at the instance, which forecasts count in; 0 where
         the delay is real.
     initial: so many instances, the first, take requests from the start; None: all.
@@ -182,7 +187,6 @@ class Dispatcher:
         *,
         snapshot_many: SnapshotMany | None = None,
         prefixes: PrefixIndex | None = None,
-        block_size: int = 1,
         delay_s: float = 0.0,
         initial: int | None = None,
         observers: Sequence[Observer] = (),
@@ -198,7 +202,6 @@ class Dispatcher:
         self._rng = rng
         self._snapshot_many = snapshot_many
         self._prefixes = prefixes
-        self._block_size = block_size
         self._held: dict[int, tuple[int, int]] = {}  # request id → what its instance had of it when it was placed
         self._delay_s = delay_s
         self._observers = observers
@@ -390,7 +393,7 @@ class Dispatcher:
         else all requests of a burst that begin alike would scatter.
         """
         found = prefixes.hits(request, candidates)
-        size = self._block_size
+        size = prefixes.block_size
         most = (request.prompt_tokens - 1) // size
         for place, others in enumerate(in_transit):
             for other in others:

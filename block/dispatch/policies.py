@@ -151,7 +151,7 @@ class INFaaS:
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: minus free blocks over running requests."""
-        meta = _snapshots(views).meta
+        meta = snapshots_of(views).meta
         scores = -meta[:, META_FREE] / np.maximum(meta[:, META_RUNNING], 1)
         return least(views, scores.tolist(), rng)
 
@@ -165,7 +165,7 @@ class LlumnixMinus:
     needs: ClassVar[Needs] = Needs.SNAPSHOT
 
     def __post_init__(self) -> None:
-        _check_block_size(self.block_size)
+        check_block_size(self.block_size)
 
     def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         return range(instances)
@@ -173,7 +173,7 @@ class LlumnixMinus:
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: minus freeness, in KV blocks."""
         size = self.block_size
-        shown = _snapshots(views)
+        shown = snapshots_of(views)
         wanted = [_blocks(requests, size) for requests in Views.of(views).in_transit]
         scores = np.array(wanted, dtype=np.float64)
         _less_free(shown.pool, shown.meta, size, scores)
@@ -230,14 +230,14 @@ class Llumnix:
     needs: ClassVar[Needs] = Needs.SNAPSHOT
 
     def __post_init__(self) -> None:
-        _check_block_size(self.block_size)
+        check_block_size(self.block_size)
 
     def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         return range(instances)
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: minus freeness."""
-        free = freeness(_snapshots(views), Views.of(views).in_transit, self.block_size)
+        free = freeness(snapshots_of(views), Views.of(views).in_transit, self.block_size)
         return least(views, [-one for one in free], rng)
 
 
@@ -254,7 +254,7 @@ class LeastTokens:
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: tokens."""
         scores = []
-        for snapshot, in_transit in zip(_snapshots(views), Views.of(views).in_transit, strict=True):
+        for snapshot, in_transit in zip(snapshots_of(views), Views.of(views).in_transit, strict=True):
             seqs = snapshot.seqs
             left = seqs[NUM_PROMPT_TOKENS] + seqs[EXPECTED] - seqs[NUM_COMPUTED_TOKENS]
             tokens = int(left[left > 0].sum())
@@ -283,10 +283,7 @@ class Block:
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: predicted seconds from now to the last token; inf without a forecast."""
-        scores = Forecasts.of(Views.of(views).forecasts or [None] * len(views)).e2e
-        if math.isnan(sum(scores)):
-            scores = [math.inf if math.isnan(one) else one for one in scores]
-        return least(views, scores, rng, "no forecast" if math.isinf(min(scores)) else None)
+        return _least_known(views, _forecasts(Views.of(views)).e2e, rng)
 
 
 @final
@@ -321,25 +318,36 @@ class BlockCache:
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: seconds; inf without a forecast."""
         seen = Views.of(views)
-        forecasts = Forecasts.of(seen.forecasts or [None] * len(seen))
+        forecasts = _forecasts(seen)
         price = self.kappa + self.gamma * sum(seen.outstanding) / len(seen)
         latency = forecasts.e2e if self.aim == "e2e" else forecasts.ttft
         scores = [
             one + (price + self.others * requests) * work
             for one, work, requests in zip(latency, forecasts.work, seen.outstanding, strict=True)
         ]
-        if math.isnan(sum(scores)):
-            scores = [math.inf if math.isnan(one) else one for one in scores]
-        return least(views, scores, rng, "no forecast" if math.isinf(min(scores)) else None)
+        return _least_known(views, scores, rng)
 
 
-def _snapshots(views: Sequence[InstanceView]) -> Snapshots:
+def _forecasts(views: Views) -> Forecasts:
+    return Forecasts.of(views.forecasts or [None] * len(views))
+
+
+def _least_known(views: Sequence[InstanceView], scores: Sequence[float], rng: random.Random) -> Decision:
+    """The decision for the least of scores that follow from forecasts; where there is none they are NaN."""
+    if math.isnan(sum(scores)):
+        scores = [math.inf if math.isnan(one) else one for one in scores]
+    return least(views, scores, rng, "no forecast" if math.isinf(min(scores)) else None)
+
+
+def snapshots_of(views: Sequence[InstanceView]) -> Snapshots:
+    """The snapshots of a policy that needs them."""
     snapshots = Views.of(views).snapshots
     assert snapshots is not None, "the dispatcher shows snapshots to a policy that needs them"
     return snapshots
 
 
-def _check_block_size(block_size: int) -> None:
+def check_block_size(block_size: int) -> None:
+    """ValueError if it is none."""
     if block_size < 1:
         raise ValueError(f"scheduler.block_size={block_size}: must be at least 1")
 

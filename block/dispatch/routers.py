@@ -23,10 +23,9 @@ from block.core.snapshot import (
     NUM_CACHED_TOKENS,
     NUM_COMPUTED_TOKENS,
     NUM_PROMPT_TOKENS,
-    Snapshot,
 )
 from block.core.types import Decision, InstanceView, Request, Views
-from block.dispatch.policies import Needs, least
+from block.dispatch.policies import Needs, check_block_size, least, snapshots_of
 
 REMEMBERED = 1 << 20
 """Blocks of an instance that an approximate router remembers: 2^26 characters, at 4 a token."""
@@ -67,9 +66,46 @@ def prompt_hashes(request: Request, block_size: int) -> list[int]:
     return request.block_hashes[: request.prompt_tokens // block_size].tolist()  # type: ignore[no-any-return]
 
 
+class _AsksAll:
+    """Every instance is a candidate."""
+
+    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
+        return range(instances)
+
+
+@dataclass
+class _GoesByWhatItSent(_AsksAll):
+    """Scores follow from what was sent to each instance. block_size: tokens of the blocks that are remembered."""
+
+    block_size: int = 16
+    needs: ClassVar[Needs] = Needs.COUNTS
+
+    def __post_init__(self) -> None:
+        check_block_size(self.block_size)
+        self._sent = Sent(REMEMBERED)
+
+    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
+        """Scores: those of `_scores`."""
+        seen = Views.of(views)
+        hashes = prompt_hashes(request, self.block_size)
+        matched = [self._sent.match(hashes, one) * self.block_size for one in seen.ids]
+        decision = least(views, self._scores(request, seen, matched), rng)
+        chosen = decision.instance_id
+        self._sent.add(hashes, chosen)
+        self._placed(request, chosen, request.prompt_tokens - matched[list(seen.ids).index(chosen)])
+        return decision
+
+    def _scores(self, request: Request, seen: Views, matched: Sequence[int]) -> list[float]:
+        """One for each instance. matched: tokens of the prompt that were sent there."""
+        raise NotImplementedError
+
+    def _placed(self, request: Request, instance_id: int, unmatched: int) -> None:
+        """It was chosen. unmatched: tokens of the prompt that were not sent there before."""
+
+
 @final
 @dataclass
-class CacheAware:
+class CacheAware(_GoesByWhatItSent):
     """SGLang's router and vllm-router: the instance that was sent most of the prompt, while loads are balanced.
 
     Imbalanced is when the most outstanding requests exceed the least by more than `balance_abs_threshold` and
@@ -81,35 +117,20 @@ class CacheAware:
     cache_threshold: float = 0.3
     balance_abs_threshold: int = 64
     balance_rel_threshold: float = 1.5
-    block_size: int = 16
-    needs: ClassVar[Needs] = Needs.COUNTS
 
-    def __post_init__(self) -> None:
-        self._sent = Sent(REMEMBERED)
-
-    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
-        return range(instances)
-
-    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
-        """Scores: outstanding requests, minus the share of the prompt that was sent there, or blocks remembered."""
-        seen = Views.of(views)
-        hashes = prompt_hashes(request, self.block_size)
+    def _scores(self, request: Request, seen: Views, matched: Sequence[int]) -> list[float]:
+        """Outstanding requests, minus the share of the prompt that was sent there, or blocks remembered."""
         most, fewest = max(seen.outstanding), min(seen.outstanding)
         if most - fewest > self.balance_abs_threshold and most > self.balance_rel_threshold * fewest:
-            decision = least(views, list(map(float, seen.outstanding)), rng)
-        else:
-            shares = [self._sent.match(hashes, one) * self.block_size / request.prompt_tokens for one in seen.ids]
-            if max(shares) > self.cache_threshold:
-                decision = least(views, [-share for share in shares], rng)
-            else:
-                decision = least(views, [float(self._sent.blocks(one)) for one in seen.ids], rng)
-        self._sent.add(hashes, decision.instance_id)
-        return decision
+            return list(map(float, seen.outstanding))
+        if max(matched) / request.prompt_tokens > self.cache_threshold:
+            return [-tokens / request.prompt_tokens for tokens in matched]
+        return [float(self._sent.blocks(one)) for one in seen.ids]
 
 
 @final
 @dataclass
-class LLMD:
+class LLMD(_AsksAll):
     """llm-d's scheduler: the highest weighted sum of scores between 0 and 1.
 
     prefix: share of the prompt that is cached; kv: share of the KV blocks that is free; queue: 1 for the shortest queue
@@ -125,13 +146,10 @@ class LLMD:
     def __post_init__(self) -> None:
         self._most_free: dict[int, int] = {}  # KV blocks by instance: all of them, once it was idle
 
-    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
-        return range(instances)
-
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: minus the weighted sum."""
         seen = Views.of(views)
-        shown = _shown(seen)
+        shown = snapshots_of(seen)
         waiting = [one.seqs.shape[1] - one.running + len(on) for one, on in zip(shown, seen.in_transit, strict=True)]
         longest, shortest = max(waiting), min(waiting)
         scores = []
@@ -145,7 +163,7 @@ class LLMD:
 
 @final
 @dataclass(frozen=True)
-class Dynamo:
+class Dynamo(_AsksAll):
     """NVIDIA Dynamo's KV router: the least `overlap_weight` × blocks to prefill + blocks to decode.
 
     Blocks to prefill: of the request's prompt, less what is cached, and of the prompts that wait there; to decode: in
@@ -162,16 +180,13 @@ class Dynamo:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"scheduler.temperature={self.temperature}: must be 0 or more")
-
-    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
-        return range(instances)
+        check_block_size(self.block_size)
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: cost, in blocks; with a temperature, that of the one that was drawn is minus infinity."""
         seen = Views.of(views)
         scores = []
-        for one, cached, on in zip(_shown(seen), seen.cached_tokens, seen.in_transit, strict=True):
-            prefill = request.prompt_tokens - cached + _to_prefill(one) + sum(other.prompt_tokens for other in on)
+        for one, prefill, on in zip(snapshots_of(seen), _to_prefill(request, seen), seen.in_transit, strict=True):
             queued = int(one.seqs[NUM_PROMPT_TOKENS, one.running :].sum()) + sum(other.prompt_tokens for other in on)
             decode = int(one.seqs[NUM_BLOCKS].sum()) + (queued + request.prompt_tokens) / self.block_size
             scores.append(self.overlap_weight * prefill / self.block_size + decode)
@@ -185,27 +200,23 @@ class Dynamo:
 
 @final
 @dataclass(frozen=True)
-class LMetric:
+class LMetric(_AsksAll):
     """LMetric (arXiv 2603.15202): the least tokens to prefill × requests in the batch, both with the new one."""
 
     needs: ClassVar[Needs] = Needs.SNAPSHOT
-
-    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
-        return range(instances)
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: the product."""
         seen = Views.of(views)
         scores = []
-        for one, cached, on in zip(_shown(seen), seen.cached_tokens, seen.in_transit, strict=True):
-            prefill = request.prompt_tokens - cached + _to_prefill(one) + sum(other.prompt_tokens for other in on)
+        for one, prefill, on in zip(snapshots_of(seen), _to_prefill(request, seen), seen.in_transit, strict=True):
             scores.append(float(prefill * (one.seqs.shape[1] + len(on) + 1)))
         return least(views, scores, rng)
 
 
 @final
 @dataclass
-class AIBrix:
+class AIBrix(_GoesByWhatItSent):
     """AIBrix's prefix-cache routing: of the instances that match, the best one that is not too loaded.
 
     If outstanding requests differ by more than `imbalance`, the least loaded is chosen. Else the instances are tried
@@ -215,36 +226,23 @@ class AIBrix:
 
     imbalance: int = 8
     load_factor: float = 1.0
-    block_size: int = 16
-    needs: ClassVar[Needs] = Needs.COUNTS
 
-    def __post_init__(self) -> None:
-        self._sent = Sent(REMEMBERED)
-
-    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
-        return range(instances)
-
-    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
-        """Scores: outstanding requests; of the one that is taken for its match minus infinity."""
-        seen = Views.of(views)
-        hashes = prompt_hashes(request, self.block_size)
+    def _scores(self, request: Request, seen: Views, matched: Sequence[int]) -> list[float]:
+        """Outstanding requests; of the one that is taken for its match minus infinity."""
         load = seen.outstanding
         scores = list(map(float, load))
         if max(load) - min(load) <= self.imbalance:
-            matches = [self._sent.match(hashes, one) for one in seen.ids]
             most = np.mean(load) + self.load_factor * np.std(load)
-            for place in sorted(range(len(load)), key=lambda place: (-matches[place], load[place])):
-                if matches[place] > 0 and load[place] <= most:
+            for place in sorted(range(len(load)), key=lambda place: (-matched[place], load[place])):
+                if matched[place] > 0 and load[place] <= most:
                     scores[place] = -math.inf
                     break
-        decision = least(views, scores, rng)
-        self._sent.add(hashes, decision.instance_id)
-        return decision
+        return scores
 
 
 @final
 @dataclass
-class Preble:
+class Preble(_GoesByWhatItSent):
     """Preble's E2 (arXiv 2407.00023): exploit the longest match if it is more than half of the prompt, else explore.
 
     To explore is to take the instance of least cost: tokens that were to be computed there in the last `window`
@@ -256,43 +254,34 @@ class Preble:
     window: int = 1000
     decode_cost: float = 8.0
     imbalance: float = 2.0
-    block_size: int = 16
-    needs: ClassVar[Needs] = Needs.COUNTS
 
     def __post_init__(self) -> None:
-        self._sent = Sent(REMEMBERED)
+        super().__post_init__()
         self._latest: deque[tuple[int, float]] = deque()  # instance and cost of the last requests
         self._load: dict[int, float] = {}  # by instance, the sum of these costs
 
-    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
-        return range(instances)
-
-    def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
-        """Scores: cost, in tokens; of the one that is exploited minus infinity."""
-        ids = Views.of(views).ids
-        hashes = prompt_hashes(request, self.block_size)
-        matched = [self._sent.match(hashes, one) * self.block_size for one in ids]
+    def _scores(self, request: Request, seen: Views, matched: Sequence[int]) -> list[float]:
+        """Cost, in tokens; of the one that is exploited minus infinity."""
         own = [request.prompt_tokens - tokens for tokens in matched]
-        scores = [self._load.get(one, 0.0) + tokens for one, tokens in zip(ids, own, strict=True)]
-        costs = list(scores)
-        best = max(range(len(ids)), key=lambda place: (matched[place], -scores[place]))
+        scores = [self._load.get(one, 0.0) + tokens for one, tokens in zip(seen.ids, own, strict=True)]
+        best = max(range(len(own)), key=lambda place: (matched[place], -scores[place]))
         if matched[best] > own[best] and scores[best] <= self.imbalance * max(min(scores), 1.0):
             scores[best] = -math.inf
-        decision = least(views, scores, rng)
-        place = list(ids).index(decision.instance_id)
-        cost = costs[place] - self._load.get(ids[place], 0.0) + self.decode_cost * request.predicted_output_tokens
-        self._load[ids[place]] = self._load.get(ids[place], 0.0) + cost
-        self._latest.append((ids[place], cost))
+        return scores
+
+    def _placed(self, request: Request, instance_id: int, unmatched: int) -> None:
+        """Its cost counts until `window` others have come."""
+        cost = unmatched + self.decode_cost * request.predicted_output_tokens
+        self._load[instance_id] = self._load.get(instance_id, 0.0) + cost
+        self._latest.append((instance_id, cost))
         if len(self._latest) > self.window:
             old, spent = self._latest.popleft()
             self._load[old] -= spent
-        self._sent.add(hashes, decision.instance_id)
-        return decision
 
 
 @final
 @dataclass(frozen=True)
-class Sticky:
+class Sticky(_AsksAll):
     """Consistent hashing with bounded loads (arXiv 1608.01350) of the session, or of the prompt's first tokens.
 
     The first instance on the ring from the key's hash on that has at most `load_factor` times the mean of outstanding
@@ -305,8 +294,10 @@ class Sticky:
     block_size: int = 16
     needs: ClassVar[Needs] = Needs.COUNTS
 
-    def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
-        return range(instances)
+    def __post_init__(self) -> None:
+        check_block_size(self.block_size)
+        if self.points < 1:
+            raise ValueError(f"scheduler.points={self.points}: must be at least 1")
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: 0 of the one on the ring, 1 of the others."""
@@ -334,14 +325,14 @@ def _point(text: str) -> int:
     return int.from_bytes(sha256(text.encode()).digest()[:8], "big")
 
 
-def _shown(views: Views) -> Sequence[Snapshot]:
-    assert views.snapshots is not None, "the dispatcher shows snapshots to a policy that needs them"
-    return views.snapshots
-
-
-def _to_prefill(snapshot: Snapshot) -> int:
-    """Tokens of prompts there that are neither computed nor, of those that wait, cached."""
-    seqs = snapshot.seqs
-    known = seqs[NUM_COMPUTED_TOKENS].copy()
-    known[snapshot.running :] = seqs[NUM_CACHED_TOKENS, snapshot.running :]
-    return int(np.maximum(seqs[NUM_PROMPT_TOKENS] - known, 0).sum())
+def _to_prefill(request: Request, seen: Views) -> list[int]:
+    """Tokens of prompts that each instance would have to compute with this one: those that are neither computed there
+    nor, of those that wait, cached.
+    """
+    found = []
+    for one, cached, on in zip(snapshots_of(seen), seen.cached_tokens, seen.in_transit, strict=True):
+        known = one.seqs[NUM_COMPUTED_TOKENS].copy()
+        known[one.running :] = one.seqs[NUM_CACHED_TOKENS, one.running :]
+        there = int(np.maximum(one.seqs[NUM_PROMPT_TOKENS] - known, 0).sum())
+        found.append(request.prompt_tokens - cached + there + sum(other.prompt_tokens for other in on))
+    return found

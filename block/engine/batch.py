@@ -278,7 +278,8 @@ def warm_up(spec: EngineSpec) -> None:
         batch.receive(0, Request(0, 0.0, 1, 1, 1), 0.0)
         batch.snapshots([0], 0.0)
         batch.advance_all(math.inf)
-        batch.cached_blocks([0], NO_HASHES, 0, 0.0)
+        if spec.settings.enable_prefix_caching:
+            batch.cached_blocks([0], NO_HASHES, 0, 0.0)
 
 
 def _extended(packed: Floats, length: int) -> Floats:

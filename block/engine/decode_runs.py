@@ -29,7 +29,6 @@ from block.engine.scheduler import chunk_limit
 from block.engine.state import (
     ASYNC_SCHEDULING,
     BEGIN,
-    BLOCK_SIZE_LOG2,
     CACHE_BLOCKS,
     ENABLE_PREFIX_CACHING,
     END,
@@ -92,8 +91,7 @@ def _may_admit(engine: EngineState) -> bool:
     if first == counters[END] or running >= settings[MAX_NUM_SEQS]:
         return False
     total = engine.seqs[NUM_PROMPT_TOKENS, first] + engine.seqs[NUM_OUTPUT_TOKENS, first]
-    hits, shared = believed_prefix(engine, first)
-    cached = hits << settings[BLOCK_SIZE_LOG2]
+    cached, shared = believed_prefix(engine, first)
     chunk = min(total - cached, chunk_limit(engine), settings[MAX_NUM_BATCHED_TOKENS] - running)
     return chunk > 0 and can_admit(total, cached + chunk, shared, counters[FREE_BLOCKS], running, settings)
 

@@ -26,7 +26,6 @@ from block.core.snapshot import (
     FIELDS,
     ID,
     NUM_BLOCKS,
-    NUM_CACHED_TOKENS,
     NUM_COMPUTED_TOKENS,
     NUM_OUTPUT_PLACEHOLDERS,
     NUM_OUTPUT_TOKENS,
@@ -41,6 +40,7 @@ from block.engine.kv_cache import (
     blocks_for,
     blocks_in_reach,
     can_admit,
+    share_no_more_than_found,
     spare_block,
 )
 from block.engine.latency import decode_time, linear_time, prefill_time, step_duration
@@ -48,7 +48,6 @@ from block.engine.state import (
     ASYNC_SCHEDULING,
     BEGIN,
     BLOCK_SIZE,
-    BLOCK_SIZE_LOG2,
     ENABLE_CHUNKED_PREFILL,
     END,
     FREE_BLOCKS,
@@ -271,8 +270,7 @@ def _decode_run(engine: EngineState, scratch: Scratch) -> bool:
         return False
     if n[_WAITING] != n[_END] and count != settings[MAX_NUM_SEQS]:
         column = scratch.line[Index(n[_WAITING])]
-        total, (hits, shared) = scratch.size[Index(column)], believed_prefix(engine, column)
-        cached = hits << settings[BLOCK_SIZE_LOG2]
+        total, (cached, shared) = scratch.size[Index(column)], believed_prefix(engine, column)
         chunk = min(total - cached, settings[MAX_NUM_BATCHED_TOKENS] - count)
         if can_admit(total, cached + chunk, shared, n[_FREE], count, settings):
             return False
@@ -387,8 +385,7 @@ def _preempt_youngest(engine: EngineState, scratch: Scratch) -> None:
         _leave_group(engine, scratch, column)
         scratch.size[Index(column)] += n[_STEP] + 1
     scratch.line[Index(n[_WAITING])] = column
-    found = engine.seqs[NUM_CACHED_TOKENS, Index(column)] >> settings[BLOCK_SIZE_LOG2]
-    engine.seqs[NUM_SHARED_BLOCKS, Index(column)] = min(engine.seqs[NUM_SHARED_BLOCKS, Index(column)], found)
+    share_no_more_than_found(engine, column)
 
 
 @compiled
@@ -421,8 +418,7 @@ def _admit(engine: EngineState, scratch: Scratch) -> tuple[Int, Int]:
     if head == n[_END] or n[_BUDGET] <= 0 or n[_COUNT] == settings[MAX_NUM_SEQS]:
         return none
     column = line[Index(head)]
-    total, (hits, shared) = scratch.size[Index(column)], believed_prefix(engine, column)
-    cached = hits << settings[BLOCK_SIZE_LOG2]
+    total, (cached, shared) = scratch.size[Index(column)], believed_prefix(engine, column)
     chunk = min(total - cached, n[_BUDGET])
     if not can_admit(total, cached + chunk, shared, n[_FREE], n[_COUNT], settings):
         return none

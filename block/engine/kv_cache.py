@@ -107,6 +107,12 @@ def blocks_in_reach(computed: Int, total: Int, taken: Int, settings: Ints) -> In
     return max(taken, spare_block(settings))
 
 
+@inlined
+def _is_cached(pool: BlockPool, block_hash: Int, used: bool) -> bool:
+    block = cached_block(pool, block_hash)
+    return bool(block != NULL_BLOCK and (not used or pool.ref_count[block] > 0))
+
+
 @compiled
 def _leading(pool: BlockPool, hashes: Ints, most: Int, used: bool) -> Int:
     """How many of the first `most` blocks with these hashes are cached, and `used`, if that is asked, without a gap.
@@ -117,8 +123,7 @@ def _leading(pool: BlockPool, hashes: Ints, most: Int, used: bool) -> Int:
     low, high, step = np.int64(0), np.int64(most), np.int64(1)
     while low < high:
         place = min(low + step, high)
-        block = cached_block(pool, hashes[place - 1])
-        if block != NULL_BLOCK and (not used or pool.ref_count[block] > 0):
+        if _is_cached(pool, hashes[place - 1], used):
             low = place
             step <<= 1
         else:
@@ -126,8 +131,7 @@ def _leading(pool: BlockPool, hashes: Ints, most: Int, used: bool) -> Int:
             break
     while low < high:
         place = (low + high + 1) >> 1
-        block = cached_block(pool, hashes[place - 1])
-        if block != NULL_BLOCK and (not used or pool.ref_count[block] > 0):
+        if _is_cached(pool, hashes[place - 1], used):
             low = place
         else:
             high = place - 1
@@ -197,8 +201,7 @@ def deallocate(engine: EngineState, column: Int) -> None:
 @inlined
 def believed_prefix(engine: EngineState, column: Int) -> tuple[Int, Int]:
     """`cached_prefix` of an engine that does not know its blocks: what the sequence's rows say, 0 without a cache."""
-    blocks = engine.seqs[NUM_CACHED_TOKENS, Index(column)] >> engine.settings[BLOCK_SIZE_LOG2]
-    return blocks, engine.seqs[NUM_SHARED_BLOCKS, Index(column)]
+    return engine.seqs[NUM_CACHED_TOKENS, Index(column)], engine.seqs[NUM_SHARED_BLOCKS, Index(column)]
 
 
 @compiled
@@ -213,12 +216,12 @@ def _find_blocks(engine: EngineState, column: Int) -> tuple[Int, Int]:
         blocks += 1
         if pool.ref_count[block] > 0:
             shared += 1
-    return blocks, shared
+    return blocks << engine.settings[BLOCK_SIZE_LOG2], shared
 
 
 @inlined
 def cached_prefix(engine: EngineState, column: Int) -> tuple[Int, Int]:
-    """Blocks at the beginning of a waiting sequence that are cached, and how many of these others use.
+    """Tokens of the blocks at the beginning of a waiting sequence that are cached, and how many of these others use.
 
     The last token is always computed. V1: ``get_computed_blocks`` and ``_get_num_evictable_blocks``.
     """
@@ -268,6 +271,13 @@ def cache_blocks(engine: EngineState, column: Int, tokens: Int) -> None:
         _cache_full_blocks(engine, column, tokens)
 
 
+@inlined
+def share_no_more_than_found(engine: EngineState, column: Int) -> None:
+    """A sequence that has lost its blocks may share again those that its admission found, whatever it came to share."""
+    found = engine.seqs[NUM_CACHED_TOKENS, Index(column)] >> engine.settings[BLOCK_SIZE_LOG2]
+    engine.seqs[NUM_SHARED_BLOCKS, Index(column)] = min(engine.seqs[NUM_SHARED_BLOCKS, Index(column)], found)
+
+
 @compiled
 def preempt(engine: EngineState, column: Int) -> None:
     """A running sequence gives its blocks back, and will compute its prompt and its response so far anew.
@@ -275,8 +285,7 @@ def preempt(engine: EngineState, column: Int) -> None:
     V1: ``Scheduler._preempt_request``. V0: ``Scheduler._preempt_by_recompute``.
     """
     deallocate(engine, column)
-    found = engine.seqs[NUM_CACHED_TOKENS, Index(column)] >> engine.settings[BLOCK_SIZE_LOG2]
-    engine.seqs[NUM_SHARED_BLOCKS, Index(column)] = min(engine.seqs[NUM_SHARED_BLOCKS, Index(column)], found)
+    share_no_more_than_found(engine, column)
     engine.seqs[NUM_COMPUTED_TOKENS, Index(column)] = 0
     engine.seqs[NUM_PREEMPTIONS, Index(column)] += 1
     engine.counters[ALL_PREEMPTIONS] += 1

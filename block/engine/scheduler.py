@@ -202,8 +202,7 @@ def _schedule_waiting(engine: EngineState, budget: Int, waiting: Int) -> None:
     limit = chunk_limit(engine)
     while waiting < counters[END] and budget > 0 and counters[NUM_RUNNING] < settings[MAX_NUM_SEQS]:
         total = seqs[NUM_PROMPT_TOKENS, waiting] + seqs[NUM_OUTPUT_TOKENS, waiting]
-        hits, shared = cached_prefix(engine, waiting)
-        cached = hits << settings[BLOCK_SIZE_LOG2]
+        cached, shared = cached_prefix(engine, waiting)
         chunk = min(total - cached, limit, budget)
         computed = cached + chunk
         if not can_admit(total, computed, shared, counters[FREE_BLOCKS], counters[NUM_RUNNING], settings):
@@ -213,8 +212,9 @@ def _schedule_waiting(engine: EngineState, budget: Int, waiting: Int) -> None:
         column = counters[BEGIN] + counters[NUM_RUNNING]
         if waiting > column:
             move_left(engine, waiting, column)  # V0: past those preempted in this step
-        adopt(engine, column, hits, shared)
-        allocate(engine, column, blocks_at_admission(total, computed, settings) - hits)
+        found = cached >> settings[BLOCK_SIZE_LOG2]
+        adopt(engine, column, found, shared)
+        allocate(engine, column, blocks_at_admission(total, computed, settings) - found)
         cache_blocks(engine, column, computed)
         if seqs[NUM_PREEMPTIONS, column] == 0:
             seqs[NUM_CACHED_TOKENS, column] = cached

@@ -46,7 +46,8 @@ def fingerprints(run: RunConfig, requests: Sequence[Request] | None = None) -> d
         latency += [replace(backend, predictor_gpu=None).latency(kind).pack() for kind in kinds]
     engines = [type(backend).__name__, asdict(run.testbed.engine)]
     blocks = [[kind.instances, kind.total_blocks] for kind in kinds]
-    alike = arrivals if run.workload.source == "sessions" else requests  # which turns there are, the rate decides
+    sessions = run.workload.source == "sessions"  # of which the rate decides which turns there are
+    alike = tag(arrivals, run.lengths, run.seed) if sessions else requests
     lengths = np.array([_column(alike, field, np.int64) for field in ("prompt_tokens", "output_tokens")])
     contents = [request.content for request in alike if request.content is not None]
     texts = [request.prompt for request in requests if request.prompt is not None]
@@ -57,7 +58,7 @@ def fingerprints(run: RunConfig, requests: Sequence[Request] | None = None) -> d
         "latency_model": _hash(np.concatenate(latency)),
         "data_set": _hash(np.concatenate([lengths, *(one.T for one in contents)], axis=1), *texts),
         "arrivals": _hash(_column(arrivals, "arrival", np.float64)),
-        "estimates": _hash(_column(tag(alike, run.lengths, run.seed), "predicted_output_tokens", np.int64)),
+        "estimates": _hash(_column(alike, "predicted_output_tokens", np.int64)),
     }
     sources = {name: provenance.source_hash(path) for name, path in _modules(run).items()} | _loose_classes(run)
     return hashes | sources | _named_files(run)

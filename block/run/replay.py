@@ -220,7 +220,6 @@ def _dispatchers(
             _policy_rng(run.seed, "policy" if i == 0 else f"policy/{i}"),
             snapshot_many=snapshot_many,
             prefixes=prefixes,
-            block_size=run.engine.block_size,
             delay_s=run.backend.dispatch_delay_s,
             initial=run.testbed.initial,
             observers=observers,

@@ -114,17 +114,18 @@ def _at_rate(
     begins: of each turn's session, on a clock whose speed is found. offset: of each turn after that, in seconds.
     """
 
-    def at(speed: float) -> tuple[Ints, Floats]:
-        times = begins * speed + offset
-        order = np.argsort(times, kind="stable")
-        chosen = order[before : before + count]
-        return chosen, times[chosen] - (times[order[before - 1]] if before else 0.0)
+    def lasts(speed: float) -> float:
+        ends = np.partition(begins * speed + offset, [max(before - 1, 0), before + count - 1])
+        return float(ends[before + count - 1] - (ends[before - 1] if before else 0.0))
 
     low, high = 0.0, 1.0
-    while at(high)[1][-1] < seconds:
+    while lasts(high) < seconds:
         high *= 2.0
     for _ in range(40):
         middle = (low + high) / 2.0
-        low, high = (middle, high) if at(middle)[1][-1] < seconds else (low, middle)
-    chosen, times = at(high)
-    return chosen, times * (seconds / times[-1])
+        low, high = (middle, high) if lasts(middle) < seconds else (low, middle)
+    times = begins * high + offset
+    order = np.argsort(times, kind="stable")
+    chosen = order[before : before + count]
+    since = times[chosen] - (times[order[before - 1]] if before else 0.0)
+    return chosen, since * (seconds / since[-1])

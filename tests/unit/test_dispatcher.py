@@ -474,6 +474,8 @@ def test_dispatchers_that_share_a_history_know_nothing_of_what_the_others_placed
 class Cached:
     """An index by which instance i has found[i] tokens of every request."""
 
+    block_size = 4
+
     def __init__(self, *found: int) -> None:
         self.found = found
 
@@ -488,7 +490,7 @@ def sharing(id_: int, *hashes: int) -> Request:
 
 def test_a_policy_sees_what_instances_have_cached_of_a_request_and_what_is_on_its_way_to_them() -> None:
     spy = Spy(target=1)
-    dispatcher = dispatcher_for(3, spy, prefixes=Cached(8, 0, 16), block_size=4)
+    dispatcher = dispatcher_for(3, spy, prefixes=Cached(8, 0, 16))
     dispatcher.arrived(sharing(0, 1, 2, 3), 0.0)
     dispatcher.arrived(sharing(1, 1, 2, 3, 4), 0.1)  # of which three blocks are in transit to instance 1
     dispatcher.arrived(sharing(2, 5, 6), 0.2)  # and none of this one
@@ -506,7 +508,7 @@ def test_forecasts_are_made_with_the_hits_of_what_is_in_transit() -> None:
             seen.append((snapshots.hits.found.tolist(), dict(snapshots.hits.in_transit)))
             return Forecasts([1.0, 1.0], [2.0, 3.0])
 
-    dispatcher = dispatcher_for(2, Block(), forecaster=Forecasting(), prefixes=Cached(4, 0), block_size=4)
+    dispatcher = dispatcher_for(2, Block(), forecaster=Forecasting(), prefixes=Cached(4, 0))
     first = dispatcher.arrived(sharing(0, 1, 2), 0.0)
     dispatcher.arrived(sharing(1, 1, 2, 3), 0.1)
     assert seen == [([[4, 1], [0, 1]], {}), ([[8, 2], [0, 1]], {0: (4, 1)})]

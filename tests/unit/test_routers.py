@@ -265,3 +265,14 @@ def test_where_nothing_is_known_of_prompts_a_router_goes_by_load(policy: Any) ->
 def test_where_nothing_is_known_of_prompts_a_router_goes_by_what_it_sent(policy: Any) -> None:
     chosen = [choose(policy, Request(i, 0.0, 90, 5, 5), views([0, 0]), i).instance_id for i in range(20)]
     assert chosen.count(0) == 10
+
+
+@pytest.mark.parametrize("kind", [CacheAware, Dynamo, AIBrix, Preble, Sticky])
+def test_a_block_has_a_token_at_least(kind: Any) -> None:
+    with pytest.raises(ValueError, match=r"scheduler\.block_size=0: must be at least 1"):
+        kind(block_size=0)
+
+
+def test_a_ring_has_points() -> None:
+    with pytest.raises(ValueError, match=r"scheduler\.points=0: must be at least 1"):
+        Sticky(points=0)

@@ -223,24 +223,22 @@ def test_an_answer_that_is_not_vllm_s_is_the_server_s_failure(said: bytes) -> No
         served(server)
 
 
-@pytest.mark.parametrize("listed", [{}, {"data": []}, {"data": [3]}, [], "none", None])
-def test_a_list_of_models_that_is_not_vllm_s_is_the_server_s_failure(listed: object) -> None:
-    class Odd(Server):
-        async def models(self, _: web.Request) -> web.Response:
-            return web.json_response(listed)
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        *[("models", told) for told in ({}, {"data": []}, {"data": [3]}, [], "none", None)],
+        *[("info", told) for told in ([], {}, {"vllm": "0.32.0", "buffer": "/none", "nonce": None})],
+    ],
+)
+def test_what_vllm_or_the_plugin_would_not_tell_is_the_server_s_failure(
+    asked: str, told: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def odd(_: Server, __: web.Request) -> web.Response:
+        return web.json_response(told)
 
+    monkeypatch.setattr(Server, asked, odd)
     with pytest.raises(InstanceFailed, match="does not answer as vLLM"):
-        served(Odd())
-
-
-@pytest.mark.parametrize("told", [[], {}, {"vllm": "0.32.0", "buffer": "/none", "nonce": None}])
-def test_what_a_plugin_would_not_tell_is_the_server_s_failure(told: object) -> None:
-    class Odd(Server):
-        async def info(self, _: web.Request) -> web.Response:
-            return web.json_response(told)
-
-    with pytest.raises(InstanceFailed, match="does not answer as vLLM"):
-        served(Odd())
+        served(Server())
 
 
 def test_a_fault_of_our_own_is_not_taken_for_the_server_s() -> None:
