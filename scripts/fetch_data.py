@@ -26,6 +26,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from block.core.choices import did_you_mean
 from block.core.paths import data_folders
 from block.run.config_errors import Parser, piped
+from block.workload.spec import SKETCHES
 from block.workload.traces import TRACES
 
 CHUNK = 1 << 16
@@ -177,12 +178,13 @@ def main(arguments: list[str] | None = None, remotes: Mapping[str, Remote] = REM
             try:
                 new = fetch(name, remote, directory, progress)
             except FetchError as error:
-                failures.append(str(error))
+                sketched = (SKETCHES / f"{name}.json").exists()
+                failures.append(f"{error} (workload.source=sketch needs no file)" if sketched else str(error))
             else:
                 state = "fetched" if new else "already there"
                 progress.console.print(f"{name}: {state}: {directory / remote.path} ({remote.licence})", soft_wrap=True)
     for failure in failures:
-        print(f"error: {failure} (workload.source=sketch needs no file)", file=sys.stderr)
+        print(f"error: {failure}", file=sys.stderr)
     return 2 if failures else 0
 
 

@@ -165,7 +165,7 @@ class LlumnixMinus:
     needs: ClassVar[Needs] = Needs.SNAPSHOT
 
     def __post_init__(self) -> None:
-        check_block_size(self.block_size)
+        check_at_least(self, 1, "block_size")
 
     def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         return range(instances)
@@ -230,7 +230,7 @@ class Llumnix:
     needs: ClassVar[Needs] = Needs.SNAPSHOT
 
     def __post_init__(self) -> None:
-        check_block_size(self.block_size)
+        check_at_least(self, 1, "block_size")
 
     def candidates(self, instances: int, request_index: int, rng: random.Random) -> Sequence[int]:
         return range(instances)
@@ -306,9 +306,7 @@ class BlockCache:
 
     def __post_init__(self) -> None:
         _check_k(self.k)
-        for key in ("kappa", "gamma", "others"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise ValueError(f"scheduler.{key}={getattr(self, key)}: must be 0 or more")
+        check_at_least(self, 0, "kappa", "gamma", "others")
         if self.aim not in ("e2e", "ttft"):
             raise ValueError(f"scheduler.aim={self.aim}: choose e2e or ttft")
 
@@ -346,10 +344,11 @@ def snapshots_of(views: Sequence[InstanceView]) -> Snapshots:
     return snapshots
 
 
-def check_block_size(block_size: int) -> None:
-    """ValueError if it is none."""
-    if block_size < 1:
-        raise ValueError(f"scheduler.block_size={block_size}: must be at least 1")
+def check_at_least(policy: object, least: int, *keys: str) -> None:
+    """ValueError unless these fields of a policy are numbers from `least` on."""
+    for key in keys:
+        if not least <= getattr(policy, key) < math.inf:
+            raise ValueError(f"scheduler.{key}={getattr(policy, key)}: must be at least {least}")
 
 
 def _check_k(k: int | None) -> None:

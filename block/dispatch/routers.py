@@ -25,7 +25,7 @@ from block.core.snapshot import (
     NUM_PROMPT_TOKENS,
 )
 from block.core.types import Decision, InstanceView, Request, Views
-from block.dispatch.policies import Needs, check_block_size, least, snapshots_of
+from block.dispatch.policies import Needs, check_at_least, least, snapshots_of
 
 REMEMBERED = 1 << 20
 """Blocks of an instance that an approximate router remembers: 2^26 characters, at 4 a token."""
@@ -81,7 +81,7 @@ class _GoesByWhatItSent(_AsksAll):
     needs: ClassVar[Needs] = Needs.COUNTS
 
     def __post_init__(self) -> None:
-        check_block_size(self.block_size)
+        check_at_least(self, 1, "block_size")
         self._sent = Sent(REMEMBERED)
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
@@ -118,6 +118,10 @@ class CacheAware(_GoesByWhatItSent):
     balance_abs_threshold: int = 64
     balance_rel_threshold: float = 1.5
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 0, "cache_threshold", "balance_abs_threshold", "balance_rel_threshold")
+
     def _scores(self, request: Request, seen: Views, matched: Sequence[int]) -> list[float]:
         """Outstanding requests, minus the share of the prompt that was sent there, or blocks remembered."""
         most, fewest = max(seen.outstanding), min(seen.outstanding)
@@ -144,6 +148,7 @@ class LLMD(_AsksAll):
     needs: ClassVar[Needs] = Needs.SNAPSHOT
 
     def __post_init__(self) -> None:
+        check_at_least(self, 0, "prefix", "kv", "queue")
         self._most_free: dict[int, int] = {}  # KV blocks by instance: all of them, once it was idle
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
@@ -178,9 +183,8 @@ class Dynamo(_AsksAll):
     needs: ClassVar[Needs] = Needs.SNAPSHOT
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"scheduler.temperature={self.temperature}: must be 0 or more")
-        check_block_size(self.block_size)
+        check_at_least(self, 0, "overlap_weight", "temperature")
+        check_at_least(self, 1, "block_size")
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: cost, in blocks; with a temperature, that of the one that was drawn is minus infinity."""
@@ -227,6 +231,10 @@ class AIBrix(_GoesByWhatItSent):
     imbalance: int = 8
     load_factor: float = 1.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 0, "imbalance", "load_factor")
+
     def _scores(self, request: Request, seen: Views, matched: Sequence[int]) -> list[float]:
         """Outstanding requests; of the one that is taken for its match minus infinity."""
         load = seen.outstanding
@@ -257,6 +265,8 @@ class Preble(_GoesByWhatItSent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_at_least(self, 0, "decode_cost")
+        check_at_least(self, 1, "window", "imbalance")
         self._latest: deque[tuple[int, float]] = deque()  # instance and cost of the last requests
         self._load: dict[int, float] = {}  # by instance, the sum of these costs
 
@@ -295,9 +305,7 @@ class Sticky(_AsksAll):
     needs: ClassVar[Needs] = Needs.COUNTS
 
     def __post_init__(self) -> None:
-        check_block_size(self.block_size)
-        if self.points < 1:
-            raise ValueError(f"scheduler.points={self.points}: must be at least 1")
+        check_at_least(self, 1, "load_factor", "tokens", "points", "block_size")
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: 0 of the one on the ring, 1 of the others."""

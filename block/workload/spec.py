@@ -35,6 +35,7 @@ SOURCES = ("sketch", "trace", "synthetic", "sessions")
 TOO_LONG = ("refuse", "cut", "drop")
 MOST_REQUESTS = 1_000_000_000  # some hundred bytes each
 RESPONSES = 1 << 50  # the number of the first response's text in a trace; above those of prompts
+MOST_AT_ONCE = 1_000_000  # turns of other sessions that may come while one lasts: they are all made beforehand
 SKETCHES = shipped("artifacts", "workloads")
 SYNTHETIC = {"prompt_mean": 512.0, "prompt_cv": 1.0, "output_mean": 256.0, "output_cv": 1.0}
 SESSIONS = {"turns": 6.0, "gap_s": 30.0, "system_prompts": 16, "system_prompt_mean": 1000.0}
@@ -113,6 +114,12 @@ class Workload:
                 raise ValueError(f"workload.too_long={self.too_long}: a session ends before a turn that is too long")
             if self._moment("turns") < 1:
                 raise ValueError(f"workload.turns={self.turns}: must be at least 1")
+            at_once = (self.qps or 0.0) * self._moment("turns") * self._moment("gap_s")
+            if at_once > MOST_AT_ONCE:
+                raise ValueError(
+                    f"workload.gap_s={self.gap_s}: {at_once:.3g} turns would come while a session lasts, as turns and "
+                    f"qps are; must be at most {MOST_AT_ONCE:,}"
+                )
         if self.source in ("synthetic", "sessions"):
             for key in ("prompt_mean", "output_mean"):
                 mean = self._moment(key)
@@ -389,7 +396,11 @@ def _trace(workload: Workload) -> Trace:
 def _read(workload: Workload) -> Trace:
     timed = workload.arrivals == "trace"
     if workload.trace_path is None:
-        advice = f"`python scripts/fetch_data.py {workload.name}` gets it, workload.source=sketch goes without"
+        advice = f"`python scripts/fetch_data.py {workload.name}` gets it"
+        if (SKETCHES / f"{workload.name}.json").exists():
+            advice += ", workload.source=sketch goes without"
+        elif workload.name == "mooncake":
+            advice = "`python scripts/fetch_data.py mooncake` says where it is to be had"
         return _recorded(find_data(TRACES[workload.name].path, advice), workload._columns(), timed)
     if workload.trace_path in prompts.SETS:
         return _held_out(workload)

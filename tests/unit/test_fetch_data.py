@@ -143,3 +143,13 @@ def test_checksums_are_those_of_the_originals(name: str) -> None:
     entry = fetch_data.REMOTES[name]
     content = (Path(os.environ["BLOCK_DATA"]) / entry.path).read_bytes()
     assert hashlib.sha256(content).hexdigest() == entry.sha256
+
+
+def test_a_sketch_is_offered_only_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BLOCK_DATA", str(tmp_path))
+    assert fetch_data.main(["sharegpt", "mooncake"]) == 2
+    sharegpt, mooncake = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert sharegpt.endswith(" (workload.source=sketch needs no file)")
+    assert mooncake.endswith(f"save it as {tmp_path}/traces/mooncake_conversation.jsonl.gz")

@@ -267,12 +267,21 @@ def test_where_nothing_is_known_of_prompts_a_router_goes_by_what_it_sent(policy:
     assert chosen.count(0) == 10
 
 
-@pytest.mark.parametrize("kind", [CacheAware, Dynamo, AIBrix, Preble, Sticky])
-def test_a_block_has_a_token_at_least(kind: Any) -> None:
-    with pytest.raises(ValueError, match=r"scheduler\.block_size=0: must be at least 1"):
-        kind(block_size=0)
-
-
-def test_a_ring_has_points() -> None:
-    with pytest.raises(ValueError, match=r"scheduler\.points=0: must be at least 1"):
-        Sticky(points=0)
+@pytest.mark.parametrize(
+    ("kind", "key", "least"),
+    [
+        *[(kind, "block_size", 1) for kind in (CacheAware, Dynamo, AIBrix, Preble, Sticky)],
+        *[(CacheAware, key, 0) for key in ("cache_threshold", "balance_abs_threshold", "balance_rel_threshold")],
+        *[(LLMD, key, 0) for key in ("prefix", "kv", "queue")],
+        *[(Dynamo, key, 0) for key in ("overlap_weight", "temperature")],
+        *[(AIBrix, key, 0) for key in ("imbalance", "load_factor")],
+        *[(Preble, key, 1) for key in ("window", "imbalance")],
+        (Preble, "decode_cost", 0),
+        *[(Sticky, key, 1) for key in ("load_factor", "tokens", "points")],
+    ],
+)
+@pytest.mark.parametrize("wrong", [-1, math.nan, math.inf])
+def test_numbers_are_checked(kind: Any, key: str, least: int, wrong: float) -> None:
+    kind(**{key: least})
+    with pytest.raises(ValueError, match=rf"scheduler\.{key}={wrong}: must be at least {least}"):
+        kind(**{key: wrong})
