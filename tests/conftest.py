@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -21,8 +22,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 TESTS = Path(__file__).parent
 LIVE = TESTS / "live"
 
-# Coverage is measured in unit tests, in live ones, and in two of tests/conf: its tracer makes others twice as slow.
-UNTRACED = (TESTS / "conf", TESTS / "invariants", TESTS / "golden", TESTS / "unit" / "test_figures.py")
+# Coverage is measured in quick unit tests, live ones and two of tests/conf: its tracer makes others twice as slow.
+# That of the engine is measured where it is plain Python (test_plain_python.py), not where it is compiled.
+PLAIN = os.environ.get("NUMBA_DISABLE_JIT") == "1"
+COMPILED = ("unit/test_engine.py", "unit/test_scheduler.py", "unit/test_predictor.py", "live/test_twin_vllm.py")
+UNTRACED = [TESTS / name for name in ("conf", "invariants", "golden", *COMPILED, "live/test_twin_prefix_cache.py")]
 TRACED = ("test_one_line_names_key_value_and_choices", "test_a_key_without_effect_is_named_with_the_reason")
 
 
@@ -39,8 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """pytest-cov's own marker for it, no_cover, does nothing in the workers of pytest-xdist."""
-    slow = any(item.path.is_relative_to(place) for place in UNTRACED)
-    tracer = sys.gettrace() if slow and getattr(item, "originalname", None) not in TRACED else None
+    untraced = item.get_closest_marker("slow") or any(item.path.is_relative_to(place) for place in UNTRACED)
+    tracer = sys.gettrace() if untraced and not PLAIN and getattr(item, "originalname", None) not in TRACED else None
     if tracer is not None:
         sys.settrace(None)
     yield

@@ -389,7 +389,7 @@ def _advance_all(arrays: Arrays, until: float, out: Ints) -> float:
         if engines.times[row, NEXT_FINISH] > until or out[1] > 0:
             return float(engines.times[row, NEXT_FINISH])
         out[0] = row
-        out[1] = _complete_event(engine_in(engines, row), 0)
+        out[1] = _complete_event(engine_in(engines, row), np.int64(0))
 
 
 @compiled
@@ -398,7 +398,7 @@ def _show(arrays: Arrays, rows: Ints, now: float, meta: Ints, started: Floats) -
     engines = EngineState(*arrays)
     for i in range(rows.shape[0]):
         engine = engine_in(engines, rows[i])
-        _advance(engine, 0, now)
+        _advance(engine, np.int64(0), now)
         counters, times = engine.counters, engine.times
         meta[i, META_ID] = rows[i]
         meta[i, META_ROW] = rows[i]
@@ -425,7 +425,7 @@ def _cached_blocks(
     for i in range(rows.shape[0]):
         engine = engine_in(engines, rows[i])
         if engine.settings[ENABLE_PREFIX_CACHING] == CACHE_BLOCKS:
-            _advance(engine, 0, now)
+            _advance(engine, np.int64(0), now)
             found[i, 0], found[i, 1] = held_prefix(engine, hashes, most)
 
 
@@ -452,7 +452,7 @@ def _receive(
     seqs, counters = engine.seqs, engine.counters
     if counters[END] == seqs.shape[1] and not compact(engine):
         return -1.0
-    _advance(engine, 0, now)
+    _advance(engine, np.int64(0), now)
     column = counters[END]
     for field in range(FIELDS):
         seqs[field, column] = 0

@@ -367,7 +367,7 @@ def _run(engine: EngineState, scratch: Scratch, compressed: bool) -> tuple[float
                 begin_step(engine, times[STEP_ENDS])
                 continue
             skip_decode_run(engine)
-        for column in range(complete_step(engine, 0)):
+        for column in range(complete_step(engine, np.int64(0))):
             if finished[FINISHED_ID, column] == _CANDIDATE:
                 return float(finished[FINISHED_FIRST_TOKEN, column]), float(finished[FINISHED_AT, column])
     return np.nan, np.nan  # the twin stalled; `EngineSettings.check` makes this impossible

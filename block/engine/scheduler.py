@@ -181,7 +181,7 @@ def _schedule_running(engine: EngineState, budget: Int) -> Int:
             preempt(engine, end)
         if end < place:
             break  # it was the youngest left and has preempted itself
-        allocate(engine, column, wanted)
+        allocate(engine, np.int64(column), wanted)
         cache_blocks(engine, np.int64(column), min(computed + chunk, total))
         seqs[NUM_COMPUTED_TOKENS, column] = computed + chunk
         seqs[NUM_SCHEDULED_NEXT, column] = chunk

@@ -72,8 +72,8 @@ def test_a_second_call_does_nothing_and_a_lost_run_is_made_again(tmp_path: Path)
 
 
 def test_every_figure_comes_from_the_smallest_runs(tmp_path: Path) -> None:
-    """The README's quick look: all figures, from real runs."""
-    drawn = reproduce(tmp_path, "--requests", "300", "--seeds", "1", "--out", "out", timeout=900)
+    """`make reproduce` at its smallest: all figures, from real runs."""
+    drawn = reproduce(tmp_path, *TINY, "--out", "out", timeout=900)
     assert (drawn.returncode, said(drawn.stderr)) == (0, [])
     folder = tmp_path / "out"
     for name in FIGURES:
@@ -88,7 +88,7 @@ def test_every_figure_comes_from_the_smallest_runs(tmp_path: Path) -> None:
     assert gaps["reason"].notna().all()
     assert gaps["ours"].isna().all()
     assert summary["half_width"].isna().all()  # one seed has no interval
-    assert "**A quick look**: Simulated: 300 requests a run, seeds: 1." in (folder / "summary.md").read_text()
+    assert "**A quick look**: Simulated: 60 requests a run, seeds: 1." in (folder / "summary.md").read_text()
     assert "Gaps: " in (folder / "table2.md").read_text()
     assert "</html>" in (folder / "index.html").read_text()
 

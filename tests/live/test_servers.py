@@ -111,30 +111,15 @@ def test_four_emulated_engines_serve_and_are_gone(mark: str, tmp_path: Path, pyt
     assert np.median((requests.finished - requests.first_token) / (requests.output_tokens - 1)) > 0.018
 
 
-def test_two_real_tiny_models_on_the_cpu_serve_and_are_gone(
-    mark: str, tmp_path: Path, pytestconfig: pytest.Config
-) -> None:
-    keys = ["backend=vllm_cpu", "workload.num_requests=48", "workload.qps=20"]
-    process = start(mark, tmp_path, *keys, python=covering(pytestconfig))
-    run, _ = finish(process, tmp_path)
-    requests = run.requests()
-    assert run.counts is not None
-    assert (run.counts["sent"], run.counts["ok"]) == (48, 48)
-    assert sorted(requests.output_tokens) == sorted(10 + i % 20 for i in range(48))
-    assert set(requests.instance_id) == {0, 1}
-    assert requests.forecast_e2e.notna().all()
-    assert nothing_left(mark), marked(mark)
-
-
 def test_a_server_killed_in_mid_run_loses_nothing(mark: str, tmp_path: Path) -> None:
-    process = emulate(mark, tmp_path, engines=3, requests=80, qps=10)
+    process = emulate(mark, tmp_path, engines=3, requests=60, qps=10)
     assert eventually(lambda: progress(tmp_path) > 10, 120)
     zygote = next(pid for pid, line in servers(mark).items() if "zygote" in line)
     victim = next(pid for pid in servers(mark) if pid != zygote)
     os.kill(victim, signal.SIGKILL)  # the API server; its engine core goes with it
     run, said = finish(process, tmp_path)
     assert run.counts is not None
-    assert (run.counts["sent"], run.counts["ok"]) == (80, 80)
+    assert (run.counts["sent"], run.counts["ok"]) == (60, 60)
     assert run.counts["failed_over"] > 0
     ((_, lost, _),) = run.document["ejections"]
     assert f"lost         instance {lost}" in said
@@ -161,7 +146,7 @@ def test_a_run_that_is_killed_leaves_no_process_and_its_finished_records(mark: s
 
 
 def test_a_run_whose_zygote_is_killed_ends_and_says_what_it_lost(mark: str, tmp_path: Path) -> None:
-    process = emulate(mark, tmp_path, engines=2, requests=40, qps=5)
+    process = emulate(mark, tmp_path, engines=2, requests=40, qps=10)
     assert eventually(lambda: progress(tmp_path) > 2, 120)
     zygote = next(pid for pid, line in servers(mark).items() if "zygote" in line)
     os.kill(zygote, signal.SIGKILL)
@@ -285,7 +270,7 @@ def test_a_server_is_started_when_it_is_needed_and_stopped_when_not(mark: str, t
 
 
 def test_a_server_of_a_real_model_joins_and_leaves_and_an_interrupted_run_keeps_its_records(
-    mark: str, tmp_path: Path
+    mark: str, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
     """An engine that one request fills, a few long ones, and little until the test has seen it and types Ctrl-C."""
     rows = ["100,300,0.0"] * 6 + [f"20,5,{1 + i}" for i in range(300)]
@@ -295,6 +280,7 @@ def test_a_server_of_a_real_model_joins_and_leaves_and_an_interrupted_run_keeps_
         *("workload.arrivals=trace", f"workload.num_requests={len(rows)}", f"workload.qps={(len(rows) - 1) / 300}"),
         *("provisioner=preempt", "provisioner.initial=1", "provisioner.threshold_s=1.5"),
         *("provisioner.drain_after_s=1", "provisioner.drain_ttft_s=0.5"),
+        python=covering(pytestconfig),
     )
     for running in (1, 2, 1):
         assert eventually(lambda: len(servers(mark)) == running, 60), (running, servers(mark))  # noqa: B023
@@ -307,10 +293,13 @@ def test_a_server_of_a_real_model_joins_and_leaves_and_an_interrupted_run_keeps_
     (run,) = runs(root=tmp_path / "runs", status="interrupted")
     assert run.counts is not None
     assert run.counts["ok"] > 6
+    served = run.requests().query("status == 'ok'")
+    assert (served.output_tokens == np.where(served.prompt_tokens == 100, 300, 5)).all()
+    assert served.forecast_e2e.isna().sum() == 1  # of the one that waits for the server that it called for
     changes = run.document["changes"][:4]
     assert [(i, change) for _, i, change, _ in changes] == [(1, what) for what in ("start", "join", "drain", "stop")]
     joined, stopped = changes[1][0], changes[3][0]
-    theirs = run.requests().query("instance_id == 1 and status == 'ok'")
+    theirs = served.query("instance_id == 1")
     assert len(theirs) > 0
     assert joined <= theirs.dispatched.min() < theirs.finished.max() <= stopped
 

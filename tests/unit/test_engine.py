@@ -246,7 +246,7 @@ def test_runs_of_decoding_leave_every_number_as_plain_steps_do(kind: str, blocks
     config = engine_config(**KINDS[kind], max_model_len=100, max_num_seqs=6, max_num_batched_tokens=tokens(kind, 32))
     noise = np.array([1.0, 1.2, 0.9])
     preemptions = 0
-    for seed in range(examples(20, 4)):
+    for seed in range(examples(20, 1)):
         engine, plain = (lone_engine(config, round_latency(), blocks, noise) for _ in range(2))
 
         def look(now: float, engine: Engine = engine, plain: Engine = plain) -> None:

@@ -374,7 +374,7 @@ def test_a_batch_is_its_members_one_by_one(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["v0", "v1", "v1-async"])
 def test_all_decisions_of_a_run_are_the_same(kind: str) -> None:
     config = EngineConfig(max_model_len=1000, max_num_seqs=24, **KINDS[kind])
-    requests = poisson(examples(1500, 60), 12.0, 5, prompt=200, output=100)
+    requests = poisson(examples(1500, 30), 12.0, 5, prompt=200, output=100)
     runs = [
         simulate(
             requests,
