@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -25,8 +26,9 @@ LIVE = TESTS / "live"
 # Coverage is measured in quick unit tests, live ones and two of tests/conf: its tracer makes others twice as slow.
 # That of the engine is measured where it is plain Python (test_plain_python.py), not where it is compiled.
 PLAIN = os.environ.get("NUMBA_DISABLE_JIT") == "1"
-COMPILED = ("unit/test_engine.py", "unit/test_scheduler.py", "unit/test_predictor.py", "live/test_twin_vllm.py")
-UNTRACED = [TESTS / name for name in ("conf", "invariants", "golden", *COMPILED, "live/test_twin_prefix_cache.py")]
+COMPILED = [f"unit/test_{name}.py" for name in ("engine", "scheduler", "predictor")]
+COMPILED += [f"live/test_twin_{name}.py" for name in ("vllm", "prefix_cache")]
+UNTRACED = [TESTS / name for name in ("conf", "invariants", "golden", "unit/test_figures.py", *COMPILED)]
 TRACED = ("test_one_line_names_key_value_and_choices", "test_a_key_without_effect_is_named_with_the_reason")
 
 
@@ -38,6 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if LIVE in item.path.parents:
             item.add_marker("live")
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # or each full collection looks at all that was imported: some 5 % of the time
 
 
 @pytest.hookimpl(hookwrapper=True)

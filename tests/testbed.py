@@ -26,6 +26,7 @@ from block.engine.config import EngineConfig
 from block.engine.engine import Engine
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor
+from block.engine.prefix_table import PrefixTable
 
 COMPILED = not numba_config.DISABLE_JIT
 
@@ -201,3 +202,10 @@ def poisson(count: int, rate: float, seed: int, *, prompt: int = 200, output: in
     prompts = (1 + rng.exponential(prompt - 1, count).astype(int).clip(0, 4 * prompt)).tolist()
     outputs = (1 + rng.exponential(output - 1, count).astype(int).clip(0, 4 * output)).tolist()
     return [request(i, p, o, a) for i, (p, o, a) in enumerate(zip(prompts, outputs, arrivals, strict=True))]
+
+
+def contents(table: PrefixTable) -> dict[int, tuple[int, int]]:
+    """Of each hash in a table, how many blocks have it, and how many of these are in use."""
+    full = table.hashes != 0
+    counts = zip(table.hashes[full].tolist(), table.counts[full].tolist(), strict=True)
+    return {block_hash: divmod(count, 1 << 32) for block_hash, count in counts}

@@ -21,10 +21,11 @@ from block.core.arrays import Floats
 from block.core.clock import Clock
 from block.core.errors import message, one_line
 from block.core.snapshot import Snapshot
-from block.core.types import Request, RequestRecord
+from block.core.types import Request, RequestRecord, shared_blocks
 from block.engine.config import EngineSettings
+from block.engine.prefix_table import PrefixTable, held
 from block.vllm_plugin.state_buffer import STEP, State, StateBuffer, read_dump
-from block.vllm_plugin.tags import TAG_EXPECTED, TAG_ID
+from block.vllm_plugin.tags import TAG_EXPECTED, TAG_ID, TAG_RESPONSE
 from block.workload.content import token_ids
 
 POLL_S = 0.01  # wall-clock seconds between two fetches of a remote snapshot
@@ -58,6 +59,8 @@ class VLLMInstance:
         self._session = session
         self._clock = clock
         self._vocabulary = vocabulary
+        self._emulated = False  # its GPU is, and answers what it is told to
+        self._without_token: dict[int, Request] = {}  # requests that it was sent and that have yielded none, by id
         self._buffer: StateBuffer | None = None
         self._state: State | None = None
         self._poll: asyncio.Task[None] | None = None
@@ -81,6 +84,7 @@ class VLLMInstance:
                 with self._as_vllm():
                     info = await response.json()
                     self.vllm_version, path, nonce = info["vllm"], str(info["buffer"]), int(info["nonce"])
+                    self._emulated = bool(info.get("emulated", False))
             try:
                 self._buffer = StateBuffer.open(path, nonce)
             except (OSError, ValueError):  # another host, or another container of this one
@@ -94,6 +98,15 @@ class VLLMInstance:
     def is_local(self) -> bool:
         """Whether snapshots come from shared memory, not over HTTP."""
         return self._buffer is not None
+
+    @property
+    def _prefix_table(self) -> PrefixTable | None:
+        return None if self._buffer is None else self._buffer.prefix_table
+
+    @property
+    def tells_prefixes(self) -> bool:
+        """Whether it is known what the server has in its prefix cache."""
+        return self._prefix_table is not None
 
     async def detach(self) -> None:
         """Stop looking; `attach` may follow again, to another server."""
@@ -115,6 +128,21 @@ class VLLMInstance:
         """What the scheduler published last."""
         state = self._read()
         return state.snapshot(self.instance_id, self._clock.now(), self._clock.at(state.started))
+
+    def hits(self, request: Request, block_size: int) -> tuple[int, int]:
+        """Of a request's prompt, the tokens that the server's prefix cache has, and how many blocks of them are in use.
+
+        What was sent there and has not yielded a token counts as both. Nothing is known of servers on other hosts.
+        """
+        assert request.block_hashes is not None
+        most = (request.prompt_tokens - 1) // block_size
+        table = self._prefix_table
+        blocks, in_use = (0, 0) if table is None else held(table, request.block_hashes, most)
+        for other in self._without_token.values():
+            alike = shared_blocks(request, other, min(most, other.prompt_tokens // block_size))
+            if alike > blocks:
+                blocks = in_use = alike
+        return blocks * block_size, in_use
 
     async def step_times(self, since: int) -> tuple[int, Floats]:
         """How many steps the engine has timed, and those after the first `since`: float[n, STEP]."""
@@ -139,6 +167,7 @@ class VLLMInstance:
     async def generate(self, record: RequestRecord, first_token: FirstToken) -> None:
         """Stream the response, noting when each token came."""
         request = record.request
+        self._without_token[request.id] = request
         try:
             async with self._session.post(f"{self.url}/v1/completions", json=self._body(request)) as response:
                 if response.status != 200:
@@ -147,21 +176,27 @@ class VLLMInstance:
                 await self._stream(response, record, first_token)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise InstanceFailed(f"{self.url}: {message(error)}") from error
+        finally:
+            self._without_token.pop(request.id, None)
         preemptions = self._buffer.preemptions_of(request.id) if self._buffer is not None else None
         record.preemptions = preemptions or 0
 
     def _body(self, request: Request) -> dict[str, Any]:
         content = np.array([[request.id, request.prompt_tokens]]) if request.content is None else request.content
-        prompt = token_ids(content, request.prompt_tokens, self._vocabulary)
+        prompt = request.prompt_tokens
+        tokens = token_ids(content, prompt + request.output_tokens, self._vocabulary)
+        tags: dict[str, Any] = {TAG_ID: request.id, TAG_EXPECTED: request.predicted_output_tokens}
+        if self._emulated and len(tokens) > prompt:
+            tags[TAG_RESPONSE] = tokens[prompt:]
         return {
             "model": self._model,
-            "prompt": prompt,
+            "prompt": tokens[:prompt],
             "max_tokens": request.output_tokens,
             "ignore_eos": True,
             "temperature": 0.0,
             "stream": True,
             "stream_options": {"include_usage": True},
-            "vllm_xargs": {TAG_ID: request.id, TAG_EXPECTED: request.predicted_output_tokens},
+            "vllm_xargs": tags,
         }
 
     async def _stream(self, response: aiohttp.ClientResponse, record: RequestRecord, first_token: FirstToken) -> None:
@@ -183,6 +218,7 @@ class VLLMInstance:
                 raise InstanceFailed(f"{self.url}: {line[6:].decode(errors='replace').strip()}")
             if b'"choices":[]' not in line:
                 if record.first_token != record.first_token:  # NaN
+                    self._without_token.pop(record.request.id, None)
                     first_token(record, now)
                 record.finished = now
                 times.append(now)

@@ -8,10 +8,14 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from block.cluster.fleet import Fleet
 from block.cluster.instance import InstanceFailed, LaunchFailed
 from block.cluster.spec import Testbed
+from block.core.arrays import Ints
 from block.core.clock import Clock
+from block.core.types import Request
 from block.engine.config import EngineSettings
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor
@@ -111,18 +115,44 @@ async def attached_fleet(
                 if other != known[0]:
                     unlike = _unlike(other, known[0])
                     raise LaunchFailed(f"{instance.url}: other settings than {instances[0].url}: {unlike}")
-            if known[0].enable_prefix_caching:
-                log.warning("the servers cache prefixes; forecasts do not count hits")
+            why = _why_no_hits(running, known[0], testbed) if known[0].enable_prefix_caching else ""
+            if why:
+                log.warning("the servers cache prefixes; forecasts do not count hits: %s", why)
+            prefixes = (
+                ServerPrefixes(instances, known[0].block_size) if known[0].enable_prefix_caching and not why else None
+            )
             asked = testbed.engine.settings(known[0].total_blocks)
             if known[0] != asked._replace(
                 watermark_blocks=known[0].watermark_blocks, enable_prefix_caching=known[0].enable_prefix_caching
             ):
                 log.warning("the servers run with %s", known[0])
             predictor = Predictor(known[0], latency)
-            yield Fleet(instances, predictor, _said(instances[0], known[0]))
+            yield Fleet(instances, predictor, _said(instances[0], known[0]), prefixes=prefixes)
         finally:
             for instance in instances:
                 await instance.detach()
+
+
+class ServerPrefixes:
+    """What servers have in their prefix caches, as their schedulers tell; a `block.dispatch.core.PrefixIndex`."""
+
+    def __init__(self, instances: Sequence[VLLMInstance], block_size: int) -> None:
+        self._instances = instances
+        self.block_size = block_size
+
+    def hits(self, request: Request, ids: Sequence[int]) -> Ints:
+        """What these servers have of a request that has block hashes."""
+        return np.array([self._instances[i].hits(request, self.block_size) for i in ids], dtype=np.int64)
+
+
+def _why_no_hits(running: Sequence[VLLMInstance], settings: EngineSettings, testbed: Testbed) -> str:
+    """Why it is not known what servers with a prefix cache have in it; empty if it is."""
+    if not testbed.engine.enable_prefix_caching:
+        return "engine.enable_prefix_caching=false"
+    if settings.block_size != testbed.engine.block_size:
+        return f"engine.block_size={testbed.engine.block_size}, and theirs is {settings.block_size}"
+    silent = [instance.url for instance in running if not instance.tells_prefixes]
+    return f"not told by {', '.join(silent)}, on another host or with several caches" if silent else ""
 
 
 async def _attach(instance: VLLMInstance) -> EngineSettings | None:

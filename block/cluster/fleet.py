@@ -13,6 +13,7 @@ from block.cluster.migration import Migrator
 from block.cluster.simulation import Simulation
 from block.cluster.spec import Testbed
 from block.core.clock import Clock
+from block.dispatch.core import PrefixIndex
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor, Predictors
 
@@ -21,13 +22,15 @@ class Fleet(NamedTuple):
     """Servers that run, the predictor that knows their engines, and what these said of themselves.
 
     Without a predictor, the instances show no snapshots either, and only policies that count can be used.
-    servers: starts and stops single ones; None: all are there already.
+    servers: starts and stops single ones; None: all are there already. prefixes: what they have in their prefix caches;
+    None: that is not known.
     """
 
     instances: Sequence[ReplayInstance]
     predictor: Predictor | Predictors | None
     engines: Mapping[str, Any]
     servers: ServerProcesses | None = None
+    prefixes: PrefixIndex | None = None
 
 
 class SimulatedFleet(NamedTuple):

@@ -39,6 +39,14 @@ class Request:
     block_hashes: Ints | None = field(default=None, compare=False)
 
 
+def shared_blocks(one: Request, other: Request, most: int) -> int:
+    """How many blocks, at most `most`, two requests have in common: their hashes say all that stands before a block."""
+    if one.block_hashes is None or other.block_hashes is None:
+        return 0
+    most = min(most, len(one.block_hashes), len(other.block_hashes))
+    return int(np.count_nonzero(one.block_hashes[:most] == other.block_hashes[:most]))
+
+
 class Forecast(NamedTuple):
     """Predicted seconds from now to the first token, and to the last."""
 

@@ -24,11 +24,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-import numpy as np
-
 from block.core.arrays import Ints
 from block.core.snapshot import ID, Hits, Snapshot, Snapshots
-from block.core.types import Decision, Forecast, Request, RequestRecord, Views
+from block.core.types import Decision, Forecast, Request, RequestRecord, Views, shared_blocks
 from block.dispatch.config import DispatchConfig
 from block.dispatch.policies import Needs, Policy
 from block.dispatch.policy_checks import with_checks
@@ -436,11 +434,3 @@ class Dispatcher:
     def _forget(self, record: RequestRecord) -> None:
         del self._index[record.request.id]
         self._lost_on.pop(record.request.id, None)
-
-
-def shared_blocks(one: Request, other: Request, most: int) -> int:
-    """How many blocks, at most `most`, two requests have in common: their hashes say all that stands before a block."""
-    if one.block_hashes is None or other.block_hashes is None:
-        return 0
-    most = min(most, len(one.block_hashes), len(other.block_hashes))
-    return int(np.count_nonzero(one.block_hashes[:most] == other.block_hashes[:most]))

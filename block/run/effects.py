@@ -127,9 +127,14 @@ RULES = (
     ),
     Rule(
         ("scheduler.kappa", "scheduler.gamma", "scheduler.others"),
-        lambda run: not (isinstance(run.backend, Simulated) and run.engine.enable_prefix_caching),
-        "it prices what is not cached, which only a simulated engine with engine.enable_prefix_caching=true tells",
-        (*RUNS, "gateway"),
+        lambda run: not run.engine.enable_prefix_caching,
+        "it prices what is not cached, and nothing is; set engine.enable_prefix_caching=true",
+    ),
+    Rule(
+        ("scheduler.kappa", "scheduler.gamma", "scheduler.others"),
+        lambda run: True,
+        "it prices what is not cached, and a gateway does not know prompts' tokens yet",
+        ("gateway",),
     ),
     Rule(
         ("lengths.encoder",),

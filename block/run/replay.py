@@ -34,7 +34,7 @@ from block.lengths import tag
 from block.run.config import RunConfig
 from block.run.config_errors import ConfigError, explain
 from block.workload import spec as workload
-from block.workload.content import with_hashes
+from block.workload.content import with_hashes, with_token_hashes
 
 PROGRESS_EVERY = 100  # simulated requests between two calls of `advance`
 
@@ -65,7 +65,9 @@ def requests_of(run: RunConfig) -> tuple[list[Request], workload.Facts]:
         with user_errors():
             requests, facts = workload.make(run.workload, run.seed)
             if run.engine.enable_prefix_caching:
-                requests = with_hashes(requests, run.engine.block_size)
+                size, vocabulary = run.engine.block_size, run.testbed.model.vocab_size
+                virtual = isinstance(run.backend, Simulated)
+                requests = with_hashes(requests, size) if virtual else with_token_hashes(requests, size, vocabulary)
             return tag(requests, run.lengths, run.seed), facts
     except (ValueError, OSError) as error:
         raise ConfigError(explain(error)) from error
@@ -169,7 +171,9 @@ async def _replay(
             observers.append(outcome.scaler)
         outcome.engines = fleet.engines
         snapshot_many = one_by_one(fleet.instances)
-        dispatchers = _dispatchers(run, len(fleet.instances), fleet.predictor, snapshot_many, observers, outcome)
+        dispatchers = _dispatchers(
+            run, len(fleet.instances), fleet.predictor, snapshot_many, observers, outcome, fleet.prefixes
+        )
         shown = bool(fleet.predictor)
         monitor = outcome.monitor = Monitor(
             snapshot_many, lambda: dispatchers[0].active if shown else (), run.sample_every_s

@@ -8,7 +8,7 @@ import secrets
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -103,7 +103,8 @@ class RunWriter:
             if self._notes is None:
                 write_json(self.path / STARTED, self._document)
                 self._notes = (self.path / FINISHED).open("a", encoding="utf-8")
-            self._notes.write(json.dumps(asdict(record), default=int) + "\n")
+            request = replace(record.request, content=None, block_hashes=None)  # which no table has
+            self._notes.write(json.dumps(asdict(replace(record, request=request)), default=int) + "\n")
             self._notes.flush()
         except OSError as error:  # no reason to stop
             self._takes_notes = False

@@ -25,8 +25,9 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from block.core.arrays import Floats
 from block.engine.latency import LatencyModel, decode_time, linear_time, prefill_time
 from block.vllm_plugin.environment import DILATION, LATENCY
+from block.vllm_plugin.tags import TAG_RESPONSE
 
-TOKEN = 68  # what every response consists of
+TOKEN = 68  # what a response consists of, unless its request says
 
 
 class Step(Future):  # type: ignore[type-arg]
@@ -53,6 +54,7 @@ class EmulatedExecutor(Executor):  # type: ignore[misc]
         self._packed: Floats = LatencyModel.load(Path(os.environ[LATENCY])).pack()
         self._dilation = float(os.environ.get(DILATION, "1"))
         self._prompts: dict[str, int] = {}  # prompt tokens of the requests that vLLM has told of
+        self._responses: dict[str, list[int]] = {}  # of those that say what is to be answered
         self._scheduled: deque[Any] = deque()
         self._busy_until = 0.0
         self._idle = True
@@ -67,6 +69,7 @@ class EmulatedExecutor(Executor):  # type: ignore[misc]
         """Take a step; its output is had from `sample_tokens`, or here if it is empty."""
         for id_ in scheduler_output.finished_req_ids:
             self._prompts.pop(id_, None)
+            self._responses.pop(id_, None)
         output: Any = None
         if scheduler_output.total_num_scheduled_tokens == 0:
             output = EMPTY_MODEL_RUNNER_OUTPUT
@@ -83,30 +86,40 @@ class EmulatedExecutor(Executor):  # type: ignore[misc]
     def _step(self, scheduled: Any) -> Step:
         tokens = scheduled.num_scheduled_tokens
         sequences = []
-        sampled = []
+        sampled = {}
         for new in scheduled.scheduled_new_reqs:
             prompt = len(new.prompt_token_ids)
             self._prompts[new.req_id] = prompt
+            extra = new.sampling_params.extra_args or {}
+            if TAG_RESPONSE in extra:
+                self._responses[new.req_id] = extra[TAG_RESPONSE]
             chunk, context = tokens[new.req_id], new.num_computed_tokens
             sequences.append((chunk, context))
-            sampled.append((new.req_id, context + chunk >= prompt))
+            sampled[new.req_id] = self._sampled(new.req_id, context + chunk, prompt)
         cached = scheduled.scheduled_cached_reqs
         for id_, context, answered in zip(
             cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, strict=True
         ):
             chunk = tokens[id_]
             sequences.append((chunk, context))
-            sampled.append((id_, context + chunk >= self._prompts[id_] + answered))
+            sampled[id_] = self._sampled(id_, context + chunk, self._prompts[id_] + answered)
         now = time.monotonic()
         begins = now if self._idle else max(self._busy_until, now - 1.0)
         self._idle = False
         self._busy_until = begins + step_seconds(self._packed, sequences) * self._dilation
         output = ModelRunnerOutput(
-            req_ids=[id_ for id_, _ in sampled],
-            req_id_to_index={id_: i for i, (id_, _) in enumerate(sampled)},
-            sampled_token_ids=[[TOKEN] if samples else [] for _, samples in sampled],
+            req_ids=list(sampled),
+            req_id_to_index={id_: i for i, id_ in enumerate(sampled)},
+            sampled_token_ids=list(sampled.values()),
         )
         return Step(output, self._busy_until)
+
+    def _sampled(self, id_: str, computed: int, known: int) -> list[int]:
+        """The token that follows the first `computed` tokens of a request, of which `known` there are; none before."""
+        if computed < known:
+            return []
+        response, place = self._responses.get(id_, ()), computed - self._prompts[id_]
+        return [response[place] if place < len(response) else TOKEN]
 
     # What vLLM asks of workers, of which there are none.
 

@@ -23,6 +23,7 @@ from block.core.snapshot import (
     ID,
     MAX_TOKENS,
     NUM_BLOCKS,
+    NUM_CACHED_TOKENS,
     NUM_COMPUTED_TOKENS,
     NUM_OUTPUT_PLACEHOLDERS,
     NUM_OUTPUT_TOKENS,
@@ -30,12 +31,15 @@ from block.core.snapshot import (
     NUM_PROMPT_TOKENS,
     NUM_SCHEDULED_NEXT,
     NUM_SCHEDULED_TOKENS,
+    NUM_SHARED_BLOCKS,
     TARGET,
 )
 from block.engine.config import EngineSettings, blocks_kept
+from block.engine.prefix_table import table_size
 from block.vllm_plugin import state_buffer
 from block.vllm_plugin.environment import RECORD, STATE_BUFFER
 from block.vllm_plugin.lifetime import die_with_parent
+from block.vllm_plugin.prefixes import CachedPrefixes
 from block.vllm_plugin.requirements import require
 from block.vllm_plugin.tags import TAG_EXPECTED, TAG_ID
 
@@ -45,6 +49,8 @@ _ROWS = [
     TARGET,
     MAX_TOKENS,
     EXPECTED,
+    NUM_CACHED_TOKENS,
+    NUM_SHARED_BLOCKS,
     NUM_OUTPUT_TOKENS,
     NUM_COMPUTED_TOKENS,
     NUM_SCHEDULED_TOKENS,
@@ -83,14 +89,28 @@ class Publishing:
         self._queues = [queue for queue in ("kv_holding_waiting", "skipped_waiting", "waiting") if hasattr(self, queue)]
         self._started = float("nan")  # when the step in flight began
         self._timing: tuple[float, tuple[float, ...]] | None = None  # the ended step that waits for its successor
+        self._prefixes = self._watched_cache()
         self._write_settings()
         record = os.environ.get(RECORD)
         self._record = Path(record).open("a", buffering=1) if record else None  # noqa: SIM115 — as long as this
 
+    def _watched_cache(self) -> CachedPrefixes | None:
+        """Who tells what the prefix cache has; None without one, or where groups of layers cache each for itself."""
+        config: Any = self.vllm_config  # type: ignore[attr-defined]
+        places = table_size(config.cache_config.num_gpu_blocks)
+        groups = self.kv_cache_config.kv_cache_groups  # type: ignore[attr-defined]
+        if not config.cache_config.enable_prefix_caching or len(groups) > 1 or places > state_buffer.MOST_PLACES:
+            return None
+        self._buffer.header[state_buffer.PLACES] = places
+        table = self._buffer.prefix_table
+        assert table is not None
+        return CachedPrefixes(self.kv_cache_manager.block_pool, table, self.block_size)  # type: ignore[attr-defined]
+
     def add_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         """vLLM's own."""
+        tag = self._tag(request)
         if self._record is not None:
-            self._note("add", self._tag(request))
+            self._note("add", tag[:5])
         return super().add_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _note(self, kind: str, what: Any) -> None:
@@ -217,6 +237,8 @@ class Publishing:
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()  # type: ignore[attr-defined]
         buffer = self._buffer
         buffer.begin()
+        if self._prefixes is not None:
+            self._prefixes.publish()
         header, seqs, count = buffer.header, buffer.seqs, columns.shape[1]
         seqs[_ROWS, :count] = columns
         seqs[NUM_BLOCKS, :count] = -(-columns[_COMPUTED] // self.block_size)  # type: ignore[attr-defined]
@@ -233,7 +255,8 @@ class Publishing:
         buffer.end()
 
     def _tag(self, request: Any) -> tuple[int, ...]:
-        """The entries of a request that never change: number, prompt, the most it may answer, the answer expected.
+        """The entries of a request that never change: number, prompt, the most it may answer, the answer expected, and
+        what of its prompt was cached when it came.
 
         What came without a tag gets a negative number and is expected to use all that it may.
         """
@@ -245,13 +268,16 @@ class Publishing:
             self._untagged -= 1
             number = self._untagged
         expected = int(extra.get(TAG_EXPECTED, request.max_tokens))
-        tag = (number, request.num_prompt_tokens, request.max_tokens, request.max_tokens, expected)
+        found = (0, 0) if self._prefixes is None else self._prefixes.found(request)
+        tag = (number, request.num_prompt_tokens, request.max_tokens, request.max_tokens, expected, *found)
         self._tags[request.request_id] = tag
         return tag
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         """vLLM's own; the request will not be published any more."""
         tag = self._tags.pop(request.request_id, None)
+        if self._prefixes is not None:
+            self._prefixes.forget(request.request_id)
         self._preempted += request.num_preemptions
         if tag is not None:
             buffer = self._buffer

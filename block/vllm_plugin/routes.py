@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import parse_qs
 
-from block.vllm_plugin.environment import STATE_BUFFER
+from block.vllm_plugin.environment import EMULATED, STATE_BUFFER
 from block.vllm_plugin.requirements import vllm_version
 from block.vllm_plugin.state_buffer import NONCE, StateBuffer
 
@@ -49,6 +49,7 @@ class SnapshotView:
                 "vllm": vllm_version(),
                 "buffer": self._path,
                 "nonce": int(state.header[NONCE]),
+                "emulated": EMULATED in os.environ,
                 "settings": state.settings._asdict(),
             }
             return 200, b"application/json", json.dumps(info).encode()

@@ -5,7 +5,8 @@ and begins anew if the counter was odd or has changed. The memory is a *memfd* o
 that could be left behind: others open it as ``/proc/<pid>/fd/<fd>``, and it is gone with the last of its users.
 
 Times in the state buffer are CLOCK_MONOTONIC, which all processes of a host share. The same bytes, cut to the columns
-in use, are what the HTTP view serves to other hosts (`StateBuffer.dump`, `read_dump`).
+in use, are what the HTTP view serves to other hosts (`StateBuffer.dump`, `read_dump`), without the table of what is in
+the prefix cache, which is not copied by readers either: they look up in it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ import numpy as np
 from block.core.arrays import Floats, Ints
 from block.core.snapshot import FIELDS, Snapshot
 from block.engine.config import EngineSettings
+from block.engine.prefix_table import PrefixTable
 
 CAPACITY = 16384  # sequences; more than that waiting are counted in HIDDEN and not shown
-MAGIC = 0x424C4F434B0002  # "BLOCK", layout 2
+MAGIC = 0x424C4F434B0003  # "BLOCK", layout 3
+MOST_PLACES = 1 << 20  # of the table of the prefix cache; memory that is not written to is not taken
 
 # The header: 64 words. Words from STARTED to PUBLISHED are floats.
 _MAGIC = 0
@@ -41,6 +44,7 @@ TIMED = 11  # steps whose duration was noted so far, the latest RING of them in 
 FINISHED = 12  # requests that have gone so far, the latest GONE of them in `StateBuffer.gone`
 NONCE = 16  # tells state buffers apart: a path may mean another file on another host
 _FIELDS = 17
+PLACES = 18  # of the table of what is in the prefix cache; 0: that is not told
 SETTINGS = 20  # the engine's, in the order of `EngineSettings`
 _HEADER = 64
 
@@ -48,7 +52,8 @@ PATIENCE_S = 0.02
 RING = 1024  # timed steps that are kept
 STEP = 7  # floats of a timed step, see StepTime
 GONE = 4096  # finished requests that are kept
-_BYTES = 8 * (_HEADER + FIELDS * CAPACITY + RING * STEP + GONE * 2)
+_WORDS = _HEADER + FIELDS * CAPACITY + RING * STEP + GONE * 2  # before the table
+_BYTES = 8 * (_WORDS + 2 * MOST_PLACES)
 
 
 class StepTime(NamedTuple):
@@ -109,7 +114,8 @@ class StateBuffer:
         self.seqs: Ints = words[_HEADER : _HEADER + FIELDS * CAPACITY].reshape(FIELDS, CAPACITY)
         steps, gone = _HEADER + FIELDS * CAPACITY, _HEADER + FIELDS * CAPACITY + RING * STEP
         self.steps: Floats = words[steps:gone].view(np.float64).reshape(RING, STEP)
-        self.gone: Ints = words[gone:].reshape(GONE, 2)  # number and preemptions of each
+        self.gone: Ints = words[gone:_WORDS].reshape(GONE, 2)  # number and preemptions of each
+        self._table: Ints = words[_WORDS:].reshape(2, MOST_PLACES)
 
     @staticmethod
     def create() -> tuple[StateBuffer, str]:
@@ -139,6 +145,12 @@ class StateBuffer:
         if nonce is not None and buffer.header[NONCE] != nonce:
             raise ValueError(f"state buffer {path}: belongs to another server")
         return buffer
+
+    @property
+    def prefix_table(self) -> PrefixTable | None:
+        """What the engine's prefix cache has; not a copy. None if that is not told."""
+        places = int(self.header[PLACES])
+        return PrefixTable(*self._table[:, :places]) if places else None
 
     def begin(self) -> None:
         """The writer's: what is on the state buffer is about to change."""

@@ -5,3 +5,6 @@ TAG_ID = "block_id"
 
 TAG_EXPECTED = "block_expected"
 """The response tokens expected of it."""
+
+TAG_RESPONSE = "block_response"
+"""The token ids that an emulated GPU is to answer, so that what goes on from them finds them cached."""

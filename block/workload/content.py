@@ -13,18 +13,9 @@ from dataclasses import replace
 import numpy as np
 
 from block.core.arrays import Ints
+from block.core.hashing import MIX, hash_tokens, mixed
 from block.core.jit import compiled
 from block.core.types import Request
-
-_MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of SplitMix64
-
-
-@compiled
-def _mixed(chained: np.uint64, value: np.uint64) -> np.uint64:
-    x = (chained ^ value) + np.uint64(_MIX[0])
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX[1])
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX[2])
-    return x ^ (x >> np.uint64(31))
 
 
 @compiled
@@ -37,7 +28,7 @@ def _hash_blocks(content: Ints, block_size: int, hashes: Ints) -> None:
         while wanted > 0:
             piece = min(wanted, content[text, 1] - at)
             if piece > 0:
-                chained = _mixed(_mixed(_mixed(chained, np.uint64(content[text, 0])), np.uint64(at)), np.uint64(piece))
+                chained = mixed(mixed(mixed(chained, np.uint64(content[text, 0])), np.uint64(at)), np.uint64(piece))
             wanted -= piece
             at += piece
             if at == content[text, 1]:
@@ -63,6 +54,19 @@ def with_hashes(requests: Sequence[Request], block_size: int) -> list[Request]:
     ]
 
 
+def with_token_hashes(requests: Sequence[Request], block_size: int, vocabulary: int) -> list[Request]:
+    """The same for servers, which know requests by their `token_ids`."""
+    return [
+        one if one.content is None else replace(one, block_hashes=_of_tokens(one.content, block_size, vocabulary))
+        for one in requests
+    ]
+
+
+def _of_tokens(content: Ints, block_size: int, vocabulary: int) -> Ints:
+    tokens = token_ids(content, int(content[:, 1].sum()), vocabulary)
+    return hash_tokens(np.array(tokens, dtype=np.int64), block_size)
+
+
 def first_tokens(content: Ints, tokens: int) -> Ints:
     """The content's first `tokens` tokens."""
     before = np.concatenate([[0], np.cumsum(content[:-1, 1])])
@@ -80,6 +84,6 @@ def token_ids(content: Ints, tokens: int, vocabulary: int) -> list[int]:
         for number, count in first_tokens(content, tokens).tolist()
     ]
     x = np.concatenate(pieces)
-    for shift, factor in zip((30, 27), _MIX[1:], strict=True):
+    for shift, factor in zip((30, 27), MIX[1:], strict=True):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
     return (300 + (x >> np.uint64(11)) % np.uint64(vocabulary - 300)).tolist()  # type: ignore[no-any-return]

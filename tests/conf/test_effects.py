@@ -90,8 +90,8 @@ IDLE: list[tuple[str, list[str], str]] = [
     ("serve", ["model.hf_id=mine/x"], "no server is started"),
     ("serve", ["cluster=mixed", "cluster.pools=[{gpu: h100, num_gpus: 4, tensor_parallel: 2}]", PARALLEL], "own"),
     ("serve", ["cluster.num_gpus=2", "backend.slowdown=[1,1,2]"], "more factors"),
-    ("serve", ["scheduler=block_cache", "engine=vllm_v1", "scheduler.kappa=1"], "only a simulated engine"),
-    ("gateway", ["scheduler=block_cache", "scheduler.others=1"], "only a simulated"),
+    ("serve", ["scheduler=block_cache", "engine=vllm_v1", "scheduler.kappa=1"], "engine.enable_prefix_caching=true"),
+    ("gateway", ["scheduler=block_cache", "scheduler.others=1"], "a gateway does not know"),
     # what other commands read
     ("serve", ["capacity.seeds=2"], "scripts/capacity.py"),
     ("serve", ["capacity.slo_s=[3]"], "scripts/capacity.py"),

@@ -20,14 +20,28 @@ pytest.importorskip("tokenizers")
 TINY = Model("tiny", "none", 2, 64, 128, 4, 2, 32, 2048, tied_embeddings=True, dtype_bytes=4)
 
 
-def scheduled(tokens: dict[str, int], new: dict[str, int] | None = None, cached: Any = (), finished: Any = ()) -> Any:
-    """A SchedulerOutput: tokens by request; prompts of new requests; (id, computed, answered) of the others."""
+def scheduled(
+    tokens: dict[str, int],
+    new: dict[str, int] | None = None,
+    cached: Any = (),
+    finished: Any = (),
+    extra: dict[str, Any] | None = None,
+) -> Any:
+    """A SchedulerOutput: tokens by request; prompts of new requests; (id, computed, answered) of the others.
+
+    extra: the `vllm_xargs` of the new requests.
+    """
     cached = list(cached)
     return SimpleNamespace(
         num_scheduled_tokens=tokens,
         total_num_scheduled_tokens=sum(tokens.values()),
         scheduled_new_reqs=[
-            SimpleNamespace(req_id=id_, prompt_token_ids=[7] * prompt, num_computed_tokens=0)
+            SimpleNamespace(
+                req_id=id_,
+                prompt_token_ids=[7] * prompt,
+                num_computed_tokens=0,
+                sampling_params=SimpleNamespace(extra_args=extra),
+            )
             for id_, prompt in (new or {}).items()
         ],
         scheduled_cached_reqs=SimpleNamespace(
@@ -51,19 +65,29 @@ def executor(vllm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return made
 
 
-def test_a_prompt_is_answered_when_its_last_chunk_is_done(executor: Any) -> None:
-    def sampled(output: Any) -> dict[str, list[int]]:
-        assert executor.execute_model(output) is None
-        done = executor.sample_tokens(None)
-        assert done.req_id_to_index == {id_: i for i, id_ in enumerate(done.req_ids)}
-        return dict(zip(done.req_ids, done.sampled_token_ids, strict=True))
+def sampled(executor: Any, output: Any) -> dict[str, list[int]]:
+    assert executor.execute_model(output) is None
+    done = executor.sample_tokens(None)
+    assert done.req_id_to_index == {id_: i for i, id_ in enumerate(done.req_ids)}
+    return dict(zip(done.req_ids, done.sampled_token_ids, strict=True))
 
-    assert sampled(scheduled({"a": 6, "b": 4}, new={"a": 10, "b": 4})) == {"a": [], "b": [68]}
-    assert sampled(scheduled({"a": 4, "b": 1}, cached=[("a", 6, 0), ("b", 4, 1)])) == {"a": [68], "b": [68]}
+
+@pytest.mark.parametrize(
+    ("extra", "first", "second", "third"),
+    [(None, 68, 68, 68), ({"block_response": [700, 800, 900]}, 700, 800, 900), ({"block_response": [7]}, 7, 68, 68)],
+)
+def test_a_prompt_is_answered_when_its_last_chunk_is_done(
+    executor: Any, extra: Any, first: int, second: int, third: int
+) -> None:
+    output = scheduled({"a": 6, "b": 4}, new={"a": 10, "b": 4}, extra=extra)
+    assert sampled(executor, output) == {"a": [], "b": [first]}
+    output = scheduled({"a": 4, "b": 1}, cached=[("a", 6, 0), ("b", 4, 1)])
+    assert sampled(executor, output) == {"a": [first], "b": [second]}
     # b was preempted: prompt and answer are computed again, in two chunks
-    assert sampled(scheduled({"b": 3}, cached=[("b", 0, 2)])) == {"b": []}
-    assert sampled(scheduled({"b": 3}, cached=[("b", 3, 2)], finished=["a"])) == {"b": [68]}
+    assert sampled(executor, scheduled({"b": 3}, cached=[("b", 0, 2)])) == {"b": []}
+    assert sampled(executor, scheduled({"b": 3}, cached=[("b", 3, 2)], finished=["a"])) == {"b": [third]}
     assert set(executor._prompts) == {"b"}
+    assert set(executor._responses) <= {"b"}
 
 
 def test_steps_take_the_model_s_time_dilated_one_after_the_other(executor: Any) -> None:

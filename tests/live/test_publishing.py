@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_twin_prefix_cache import CachingPair, sharing
 from test_twin_vllm import MODES, MakeReal, Pair, Workload, crowd
-from testbed import engine_config, request
+from testbed import contents, engine_config, request
 
+from block.core.hashing import hash_tokens
 from block.core.snapshot import EXPECTED, ID, MAX_TOKENS, NUM_PROMPT_TOKENS, NUM_SCHEDULED_TOKENS, Snapshot
 from block.core.types import Request
 from block.vllm_plugin.environment import STATE_BUFFER
@@ -58,6 +60,35 @@ class Published(Pair):
         assert (shown.seqs[MAX_TOKENS] >= 1).all()
 
 
+class PublishedCache(CachingPair):
+    """Compares the table on the state buffer with what vLLM's block pool has, block for block."""
+
+    def __init__(self, make_real: MakeReal, workload: Workload, buffer: StateBuffer) -> None:
+        super().__init__(make_real, workload, Counter())
+        self.buffer = buffer
+        self.block_size = workload.config.block_size
+        self.named: dict[Any, int] = {}  # our hash of a block by vLLM's
+
+    def compare(self, snapshot: Snapshot, batch: Any) -> None:
+        super().compare(snapshot, batch)
+        if not self.real.scheduler.has_requests():
+            return
+        for one in self.real.known.values():
+            tokens = np.array(one.all_token_ids, dtype=np.int64)
+            ours = hash_tokens(tokens, self.block_size).tolist()
+            self.named |= zip(one.block_hashes, ours, strict=False)
+        there: dict[int, tuple[int, int]] = {}
+        for block in self.real.scheduler.kv_cache_manager.block_pool.blocks:
+            if block.block_hash is not None:
+                known = self.named[block.block_hash[:-4]]  # without the number of its group
+                copies, used = there.get(known, (0, 0))
+                there[known] = copies + 1, used + (block.ref_cnt > 0)
+        table = self.buffer.prefix_table
+        assert table is not None
+        assert contents(table) == there
+        self.seen["blocks"] += len(there)
+
+
 _TARGETS = [3, 4]  # rows of what only the engine and the scheduler know
 
 
@@ -75,6 +106,18 @@ def test_the_state_buffer_shows_what_the_scheduler_holds(
     assert buffer.read().settings.total_blocks == pair.total_blocks
     assert np.isnan(buffer.read().header.view(np.float64)[STARTED])  # idle at the end
     assert len(buffer.step_times(0)[1]) == min(buffer.header[TIMED], 1023)
+
+
+@MODES
+@pytest.mark.parametrize("seed", range(0, 40, 4))
+def test_the_table_on_the_state_buffer_has_what_vllm_has_cached(
+    make_real: MakeReal, buffer: StateBuffer, seed: int, asynchronous: bool
+) -> None:
+    workload, tokens = sharing(seed, asynchronous)
+    pair = PublishedCache(make_real, workload, buffer)
+    pair.real.tokens = tokens
+    pair.run()
+    assert pair.seen["blocks"] > 0
 
 
 @MODES

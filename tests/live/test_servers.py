@@ -35,15 +35,18 @@ def mark() -> Iterator[str]:
     kill_all(name)
 
 
-def start(mark: str, folder: Path, *arguments: str, python: Sequence[str] = ()) -> subprocess.Popen[str]:
-    """`run.py` with these arguments in `folder`, on requests of 20 to 59 prompt and 10 to 29 response tokens.
+def start(
+    mark: str, folder: Path, *arguments: str, workload: Sequence[str] = LENGTHS, python: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """`run.py` with these arguments in `folder`.
 
-    python: arguments of Python's own, such as `covering`.
+    workload: by default requests of 20 to 59 prompt and 10 to 29 response tokens. python: arguments of Python's own,
+    such as `covering`.
     """
     rows = "".join(f"{20 + i % 40},{10 + i % 20}\n" for i in range(200))
     (folder / "lengths.csv").write_text("prompt_tokens,output_tokens\n" + rows)
     return subprocess.Popen(
-        [sys.executable, *python, str(ROOT / "run.py"), "tracking=none", "runs_dir=runs", *LENGTHS, *arguments],
+        [sys.executable, *python, str(ROOT / "run.py"), "tracking=none", "runs_dir=runs", *workload, *arguments],
         cwd=folder,
         env={**os.environ, mark: "1", "COVERAGE_FILE": str(ROOT / ".coverage")},
         stdout=subprocess.PIPE,
@@ -89,26 +92,45 @@ def progress(folder: Path) -> int:
     return sum(path.read_text().count("\n") for path in folder.glob("runs/*/finished.jsonl"))
 
 
-def test_four_emulated_engines_serve_and_are_gone(mark: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    process = emulate(mark, tmp_path, engines=4, requests=60, qps=20, python=covering(pytestconfig))
+CHAT = ["workload=chat", "workload.gap_s=2", "workload.output_mean=14", "workload.num_requests=80", "workload.qps=12"]
+CACHING = ["engine=vllm_v1", "engine.enable_prefix_caching=true", "scheduler=block_cache", "cluster.num_gpus=4"]
+
+
+def test_four_emulated_engines_find_prefixes_as_simulated_ones_do_and_are_gone(
+    mark: str, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """Chats; what each server has cached is known when a request is placed, and forecast with."""
+    backend = ["backend=emulated", "backend.time_dilation=1"]
+    process = start(mark, tmp_path, *CACHING, *backend, workload=CHAT, python=covering(pytestconfig))
     run, said = finish(process, tmp_path)
-    requests = run.requests()
-    assert run.counts == {"sent": 60, "ok": 60, "failed": 0, "fallback": 0, "preempted": 0, "failed_over": 0}
-    expected = [10 + i % 20 for i in range(60)]
-    assert sorted(requests.output_tokens) == sorted(expected)
+    simulated = start(mark, tmp_path, *CACHING, "backend=simulated", "backend.dispatch_delay_s=0", workload=CHAT)
+    simulated.communicate(timeout=60)
+    expected = next(run for run in runs(root=tmp_path / "runs") if run.choices["backend"] == "simulated")
+    requests, theirs = run.requests(), expected.requests()
+    assert run.counts == {"sent": 80, "ok": 80, "failed": 0, "fallback": 0, "preempted": 0, "failed_over": 0}
+    lengths = ["request_id", "prompt_tokens", "output_tokens"]
+    assert (
+        requests[lengths].sort_values("request_id").values == theirs[lengths].sort_values("request_id").values
+    ).all()
     assert set(requests.instance_id) == {0, 1, 2, 3}
     assert (requests.first_token > requests.dispatched).all()
-    assert (requests.finished > requests.first_token).all()
-    assert requests.forecast_e2e.notna().all()
+    assert (requests.finished >= requests.first_token).all()
     assert run.document["engines"]["total_blocks"] == 1051
     tokens = pd.read_parquet(run.path / "tokens.parquet")
     assert [len(times) for times in tokens.token_times] == list(requests.output_tokens)
     assert all((np.diff(times) > 0).all() for times in tokens.token_times)
     assert len(list((run.path / "instances").glob("instance-*.log"))) == 4
-    assert "60 ok" in said
+    assert "80 ok" in said
     assert nothing_left(mark), marked(mark)
     # A step takes 20 ms and more: the engines keep the latency model's time, not their own.
-    assert np.median((requests.finished - requests.first_token) / (requests.output_tokens - 1)) > 0.018
+    long = requests[requests.output_tokens > 5]
+    assert np.median((long.finished - long.first_token) / (long.output_tokens - 1)) > 0.018
+    # Prompts are found again, responses among them, and as often.
+    rate, theirs_rate = (one.cached_tokens.sum() / one.prompt_tokens.sum() for one in (requests, theirs))
+    assert 0.4 < rate == pytest.approx(theirs_rate, abs=0.05)
+    ttft = requests.first_token - requests.arrival
+    assert np.median(np.abs(requests.forecast_ttft - ttft)) < 0.05 * ttft.mean() + 0.02
+    assert "forecasts do not count hits" not in said
 
 
 def test_a_server_killed_in_mid_run_loses_nothing(mark: str, tmp_path: Path) -> None:

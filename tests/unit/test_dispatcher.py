@@ -15,9 +15,9 @@ import pytest
 from testbed import constant_latency, engine_config, predictor_for, request, round_latency, simulate
 
 from block.core.snapshot import FIELDS, ID, Snapshot, Snapshots
-from block.core.types import Decision, Forecast, Forecasts, InstanceView, Request, RequestRecord, Views
+from block.core.types import Decision, Forecast, Forecasts, InstanceView, Request, RequestRecord, Views, shared_blocks
 from block.dispatch.config import DispatchConfig
-from block.dispatch.core import Dispatcher, History, Observer, shared_blocks
+from block.dispatch.core import Dispatcher, History, Observer
 from block.dispatch.policies import Block, INFaaS, LeastRequests, MinQPM, Needs, Random, RoundRobin
 from block.engine.config import EngineConfig
 

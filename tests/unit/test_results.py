@@ -436,6 +436,18 @@ def test_notes_that_the_disk_does_not_take_cost_the_notes_only(tmp_path, monkeyp
     ]
 
 
+def test_what_is_noted_of_a_request_is_not_what_its_texts_are(tmp_path):
+    content, hashes = np.array([[1, 30], [2, 8]]), np.array([77, 88])
+    record = replace(RECORDS[0], request=replace(RECORDS[0].request, content=content, block_hashes=hashes))
+    with RunWriter(CONFIG, root=tmp_path / "runs") as writer:
+        writer.note(record)
+        shutil.copytree(writer.path, tmp_path / "killed")
+        writer.store([], [], {})
+    recovered = recover(tmp_path / "killed").requests()
+    assert recovered["request_id"].tolist() == [record.request.id]
+    assert recovered["prompt_tokens"].tolist() == [record.request.prompt_tokens]
+
+
 def test_what_a_killed_run_had_finished_waits_for_a_disk_that_takes_it(tmp_path, monkeypatch):
     with RunWriter(CONFIG, root=tmp_path / "runs") as writer:
         for one in RECORDS:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -17,12 +18,17 @@ from aiohttp import web
 
 from block.backends import instance as module
 from block.backends.instance import VLLMInstance
+from block.backends.servers import _why_no_hits
 from block.cluster.instance import InstanceFailed, RequestFailed
 from block.core.clock import Clock
 from block.core.snapshot import ID
 from block.core.types import Request, RequestRecord
+from block.engine.config import EngineConfig
+from block.engine.prefix_table import note as note_changes
+from block.engine.prefix_table import table_size
 from block.vllm_plugin import state_buffer as b
 from block.vllm_plugin.state_buffer import StateBuffer
+from block.workload.content import token_ids, with_token_hashes
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ONE = Request(5, 0.0, 40, 3, 7)
@@ -38,13 +44,15 @@ class Server:
         self.ending = [b'data: {"choices":[],"usage":{"completion_tokens":3}}\n\n', b"data: [DONE]\n\n"]
         self.status = 200
         self.well = True
+        self.emulated = False
 
     async def models(self, _: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "tiny"}]})
 
     async def info(self, _: web.Request) -> web.Response:
         path = self.path if self.local else "/proc/0/fd/0"
-        return web.json_response({"vllm": "0.32.0", "buffer": path, "nonce": int(self.buffer.header[b.NONCE])})
+        nonce = int(self.buffer.header[b.NONCE])
+        return web.json_response({"vllm": "0.32.0", "buffer": path, "nonce": nonce, "emulated": self.emulated})
 
     async def snapshot(self, _: web.Request) -> web.Response:
         return web.Response(body=self.buffer.dump())
@@ -130,6 +138,74 @@ def test_no_two_prompts_share_a_block() -> None:
 
     beginnings = [tuple(prompt[:16]) for prompt in asyncio.run(prompts())]
     assert len(set(beginnings)) == 300
+
+
+CHAT = np.array([[1, 40], [2, 30], [3, 10]])  # a prompt of 70 tokens, and 10 to answer
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_an_emulated_gpu_is_told_what_to_answer(emulated: bool) -> None:
+    server = Server()
+    server.emulated = emulated
+    served(server, Request(5, 0.0, 70, 10, 10, content=CHAT))
+    (body,) = server.bodies
+    tokens = token_ids(CHAT, 80, 1000)
+    assert body["prompt"] == tokens[:70]
+    assert body["vllm_xargs"].get("block_response") == (tokens[70:] if emulated else None)
+
+
+def test_what_a_server_has_cached_is_looked_up_in_its_table_and_among_what_it_was_sent() -> None:
+    """Prompts of 70 tokens, in blocks of 16; the table has two blocks of the first, one of them in use."""
+    asked, other = (
+        with_token_hashes([Request(i, 0.0, 70, 10, 10, content=content)], 16, 1000)[0]
+        for i, content in ((1, CHAT), (2, np.array([[1, 40], [9, 40]])))
+    )
+    seen = []
+
+    async def main() -> None:
+        server = Server()
+        async with server.instance() as instance:
+            await instance.attach()
+            assert not instance.tells_prefixes
+            assert instance.hits(asked, 16) == (0, 0)
+            server.buffer.header[b.PLACES] = table_size(10)
+            table = server.buffer.prefix_table
+            assert instance.tells_prefixes
+            assert table is not None
+            assert asked.block_hashes is not None
+            note_changes(table, np.array([(asked.block_hashes[0], 1, 1), (asked.block_hashes[1], 2, 0)]))
+            assert instance.hits(asked, 16) == (32, 1)
+            generating = asyncio.create_task(instance.generate(RequestRecord(other), note))
+            await asyncio.sleep(0)
+            seen.append(instance.hits(asked, 16))
+            generating_same = asyncio.create_task(instance.generate(RequestRecord(asked), note))
+            await asyncio.sleep(0)
+            seen.append(instance.hits(asked, 16))
+            await asyncio.gather(generating, generating_same)
+            assert instance.hits(asked, 16) == (32, 1)
+        async with Server(local=False).instance() as far:
+            await far.attach()
+            assert not far.tells_prefixes
+
+    asyncio.run(main())
+    assert seen == [(32, 1), (64, 4)]  # the other has two blocks in common, too; the last token is computed always
+
+
+def test_why_hits_are_not_known_is_said() -> None:
+    class Instance:
+        def __init__(self, url: str, tells_prefixes: bool) -> None:
+            self.url, self.tells_prefixes = url, tells_prefixes
+
+    def why(told: bool = True, block_size: int = 16, caching: bool = True) -> str:
+        engine = EngineConfig(version="v1", enable_prefix_caching=caching)
+        testbed: Any = SimpleNamespace(engine=engine)
+        instances: Any = [Instance("http://a", True), Instance("http://b", told)]
+        return _why_no_hits(instances, engine.settings(1000)._replace(block_size=block_size), testbed)
+
+    assert why() == ""
+    assert why(caching=False) == "engine.enable_prefix_caching=false"
+    assert why(block_size=32) == "engine.block_size=16, and theirs is 32"
+    assert why(told=False) == "not told by http://b, on another host or with several caches"
 
 
 @pytest.mark.parametrize("local", [True, False])
