@@ -115,12 +115,7 @@ async def attached_fleet(
                 if other != known[0]:
                     unlike = _unlike(other, known[0])
                     raise LaunchFailed(f"{instance.url}: other settings than {instances[0].url}: {unlike}")
-            why = _why_no_hits(running, known[0], testbed) if known[0].enable_prefix_caching else ""
-            if why:
-                log.warning("the servers cache prefixes; forecasts do not count hits: %s", why)
-            prefixes = (
-                ServerPrefixes(instances, known[0].block_size) if known[0].enable_prefix_caching and not why else None
-            )
+            prefixes = _prefixes(instances, running, known[0], testbed)
             asked = testbed.engine.settings(known[0].total_blocks)
             if known[0] != asked._replace(
                 watermark_blocks=known[0].watermark_blocks, enable_prefix_caching=known[0].enable_prefix_caching
@@ -145,14 +140,21 @@ class ServerPrefixes:
         return np.array([self._instances[i].hits(request, self.block_size) for i in ids], dtype=np.int64)
 
 
-def _why_no_hits(running: Sequence[VLLMInstance], settings: EngineSettings, testbed: Testbed) -> str:
-    """Why it is not known what servers with a prefix cache have in it; empty if it is."""
-    if not testbed.engine.enable_prefix_caching:
-        return "engine.enable_prefix_caching=false"
-    if settings.block_size != testbed.engine.block_size:
-        return f"engine.block_size={testbed.engine.block_size}, and theirs is {settings.block_size}"
+def _prefixes(
+    instances: Sequence[VLLMInstance], running: Sequence[VLLMInstance], settings: EngineSettings, testbed: Testbed
+) -> ServerPrefixes | None:
+    """What servers with these settings tell of their prefix caches; None if they have none, or do not tell."""
+    if not settings.enable_prefix_caching:
+        return None
     silent = [instance.url for instance in running if not instance.tells_prefixes]
-    return f"not told by {', '.join(silent)}, on another host or with several caches" if silent else ""
+    if not testbed.engine.enable_prefix_caching:
+        log.warning("the servers cache prefixes; forecasts count hits only with engine.enable_prefix_caching=true")
+    elif silent or settings.block_size != testbed.engine.block_size:
+        why = f"not told by {', '.join(silent)}" if silent else f"their block size is {settings.block_size}"
+        log.warning("what the servers have cached is judged by what was sent there: %s", why)
+    else:
+        return ServerPrefixes(instances, settings.block_size)
+    return None
 
 
 async def _attach(instance: VLLMInstance) -> EngineSettings | None:

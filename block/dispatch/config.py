@@ -14,6 +14,8 @@ class DispatchConfig:
     correction_steps: observed steps by which forecasts are corrected (`block.dispatch.correction`); 0: they are not.
     dispatchers: so many dispatchers, each with a state of its own; a request goes to one of them at random.
     forecast_noise: standard deviation of the Gaussian factor by which each forecast is off on purpose; 0 for none.
+    prefixes: how it is known what instances have in their prefix caches: "told", by the instances; or "sent", what a
+        dispatcher has sent there itself, which is also the way where instances do not tell.
     """
 
     ledger: bool = True
@@ -21,6 +23,7 @@ class DispatchConfig:
     correction_steps: int = 0
     dispatchers: int = 1
     forecast_noise: float = 0.0
+    prefixes: str = "told"
 
     def __post_init__(self) -> None:
         if not 0 <= self.snapshot_interval_s < float("inf"):
@@ -31,5 +34,7 @@ class DispatchConfig:
             raise ValueError(f"dispatch.dispatchers={self.dispatchers}: must be at least 1")
         if self.dispatchers > 10_000:
             raise ValueError(f"dispatch.dispatchers={self.dispatchers}: must be at most 10000")
+        if self.prefixes not in ("told", "sent"):
+            raise ValueError(f"dispatch.prefixes={self.prefixes}: choose told or sent")
         if not 0 <= self.forecast_noise < float("inf"):
             raise ValueError(f"dispatch.forecast_noise={self.forecast_noise}: must be 0 or more")

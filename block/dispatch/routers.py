@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from bisect import bisect_left
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,37 +26,10 @@ from block.core.snapshot import (
 )
 from block.core.types import Decision, InstanceView, Request, Views
 from block.dispatch.policies import Needs, check_at_least, least, snapshots_of
+from block.dispatch.sent import Sent
 
 REMEMBERED = 1 << 20
 """Blocks of an instance that an approximate router remembers: 2^26 characters, at 4 a token."""
-
-
-class Sent:
-    """Prompt blocks that were sent to each instance, the `capacity` of them that were sent last: what it may have."""
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._of: dict[int, OrderedDict[int, None]] = {}
-
-    def blocks(self, instance_id: int) -> int:
-        """How many are remembered of an instance."""
-        return len(self._of.get(instance_id, ()))
-
-    def match(self, hashes: Sequence[int], instance_id: int) -> int:
-        """How many of a prompt's blocks, from the first on, were sent to an instance."""
-        known = self._of.get(instance_id)
-        if known is None:
-            return 0
-        return bisect_left(range(len(hashes)), True, key=lambda place: hashes[place] not in known)
-
-    def add(self, hashes: Sequence[int], instance_id: int) -> None:
-        """A prompt is sent to an instance. Its last block is forgotten before its first."""
-        known = self._of.setdefault(instance_id, OrderedDict())
-        for one in reversed(hashes):
-            known[one] = None
-            known.move_to_end(one)
-        while len(known) > self._capacity:
-            known.popitem(last=False)
 
 
 def prompt_hashes(request: Request, block_size: int) -> list[int]:

@@ -102,6 +102,18 @@ RULES = (
         (*RUNS, "gateway"),
     ),
     Rule(
+        ("dispatch.prefixes",),
+        lambda run: _counts(run) or not run.engine.enable_prefix_caching,
+        "nobody asks what is cached; take engine.enable_prefix_caching=true and a policy that does, such as "
+        "scheduler=block_cache",
+    ),
+    Rule(
+        ("dispatch.prefixes",),
+        lambda run: True,
+        "a gateway does not know prompts' tokens yet, nor what is cached",
+        ("gateway",),
+    ),
+    Rule(
         ("dispatch.correction_steps", "dispatch.forecast_noise", "backend.predictor_gpu", "lengths.outrun_share"),
         lambda run: not _forecasts(run),
         _FORECASTING,

@@ -29,6 +29,7 @@ from block.dispatch.counterfactual import Counterfactuals, sample
 from block.dispatch.monitor import Monitor
 from block.dispatch.noise import NoisyForecaster
 from block.dispatch.policies import Needs
+from block.dispatch.sent import SentPrefixes
 from block.engine.predictor import Predictor, Predictors
 from block.lengths import tag
 from block.run.config import RunConfig
@@ -124,7 +125,8 @@ def _simulate(
         simulation.snapshot_many,
         observers,
         outcome,
-        simulation if run.engine.enable_prefix_caching else None,
+        simulation,
+        caches=run.engine.enable_prefix_caching,
     )
     monitor = outcome.monitor = Monitor(simulation.snapshot_many, lambda: dispatchers[0].active, run.sample_every_s)
     if migrator is not None:
@@ -172,7 +174,14 @@ async def _replay(
         outcome.engines = fleet.engines
         snapshot_many = one_by_one(fleet.instances)
         dispatchers = _dispatchers(
-            run, len(fleet.instances), fleet.predictor, snapshot_many, observers, outcome, fleet.prefixes
+            run,
+            len(fleet.instances),
+            fleet.predictor,
+            snapshot_many,
+            observers,
+            outcome,
+            fleet.prefixes,
+            caches=run.engine.enable_prefix_caching and bool(fleet.engines.get("enable_prefix_caching")),
         )
         shown = bool(fleet.predictor)
         monitor = outcome.monitor = Monitor(
@@ -208,14 +217,22 @@ def _dispatchers(
     snapshot_many: SnapshotMany,
     observers: Sequence[Observer],
     outcome: Outcome,
-    prefixes: PrefixIndex | None = None,
+    told: PrefixIndex | None,
+    *,
+    caches: bool,
 ) -> list[Dispatcher]:
-    """The run's dispatchers, which know nothing of each other but keep one history."""
+    """The run's dispatchers, which know nothing of each other but keep one history.
+
+    told: what the instances tell of their prefix caches, if they do. caches: whether they have any.
+    """
     forecaster = _forecaster(run, predictor)
     history = outcome.history = History()
     made = []
     for i in range(run.dispatch.dispatchers):
         policy = run.policy if i == 0 else run.peers[i - 1] if i <= len(run.peers) else run.policy
+        sent = None
+        if caches and (told is None or run.dispatch.prefixes == "sent"):
+            sent = SentPrefixes(run.engine.block_size, min(kind.total_blocks for kind in run.testbed.kinds))
         dispatcher = Dispatcher(
             instances,
             policy,
@@ -223,10 +240,10 @@ def _dispatchers(
             run.dispatch,
             _policy_rng(run.seed, "policy" if i == 0 else f"policy/{i}"),
             snapshot_many=snapshot_many,
-            prefixes=prefixes,
+            prefixes=sent or (told if caches else None),
             delay_s=run.backend.dispatch_delay_s,
             initial=run.testbed.initial,
-            observers=observers,
+            observers=[*observers, sent] if sent else observers,
             history=history,
         )
         made.append(dispatcher)

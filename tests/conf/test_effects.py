@@ -18,6 +18,7 @@ from block.run.console import announce
 from block.run.effects import READ, RULES, refuse_in_all, without_effect
 
 PROMPTS = ["workload=trace", "workload.trace_path=gpteacher", "workload.arrivals=poisson"]
+CACHING = ("engine=vllm_v1", "engine.enable_prefix_caching=true")
 PARALLEL = "model.tensor_parallel=2"
 URLS = "backend.urls=[http://h:1]"
 
@@ -92,6 +93,9 @@ IDLE: list[tuple[str, list[str], str]] = [
     ("serve", ["cluster.num_gpus=2", "backend.slowdown=[1,1,2]"], "more factors"),
     ("serve", ["scheduler=block_cache", "engine=vllm_v1", "scheduler.kappa=1"], "engine.enable_prefix_caching=true"),
     ("gateway", ["scheduler=block_cache", "scheduler.others=1"], "a gateway does not know"),
+    ("serve", ["scheduler=block", "engine=vllm_v1", "dispatch.prefixes=sent"], "engine.enable_prefix_caching=true"),
+    ("serve", ["scheduler=round_robin", *CACHING, "dispatch.prefixes=sent"], "a policy that does"),
+    ("gateway", ["scheduler=block_cache", "dispatch.prefixes=sent"], "a gateway does not know"),
     # what other commands read
     ("serve", ["capacity.seeds=2"], "scripts/capacity.py"),
     ("serve", ["capacity.slo_s=[3]"], "scripts/capacity.py"),
@@ -150,6 +154,8 @@ IDLE: list[tuple[str, list[str], str]] = [
 WORKING: list[tuple[str, list[str]]] = [
     ("serve", ["scheduler=least_tokens", "lengths=noisy", "dispatch.ledger=false", "dispatch.snapshot_interval_s=1"]),
     ("serve", ["scheduler=infaas", "dispatch.snapshot_interval_s=1"]),
+    ("serve", ["scheduler=llmd", *CACHING, "dispatch.prefixes=sent"]),
+    ("serve", ["scheduler=block_cache", "scheduler.kappa=1", *CACHING, "backend=emulated", "dispatch.prefixes=sent"]),
     ("serve", ["scheduler=block_cache", "engine=vllm_v1", "engine.enable_prefix_caching=true", "scheduler.gamma=1"]),
     ("serve", ["scheduler=block", "dispatch.correction_steps=9", "dispatch.forecast_noise=0.1", "lengths=injected"]),
     ("serve", ["scheduler=random", "lengths=oracle", "migration=none", "provisioner=static", "dispatch.ledger=true"]),

@@ -23,7 +23,8 @@ from block.core.snapshot import (
 )
 from block.core.types import Decision, Forecasts, Request, Views
 from block.dispatch.policies import BlockCache, Policy
-from block.dispatch.routers import LLMD, AIBrix, CacheAware, Dynamo, LMetric, Preble, Sent, Sticky
+from block.dispatch.routers import LLMD, AIBrix, CacheAware, Dynamo, LMetric, Preble, Sticky
+from block.dispatch.sent import Sent
 
 
 def asked(*hashes: int, prompt: int | None = None, output: int = 10, session: int | None = None) -> Request:

@@ -18,7 +18,7 @@ from aiohttp import web
 
 from block.backends import instance as module
 from block.backends.instance import VLLMInstance
-from block.backends.servers import _why_no_hits
+from block.backends.servers import _prefixes
 from block.cluster.instance import InstanceFailed, RequestFailed
 from block.core.clock import Clock
 from block.core.snapshot import ID
@@ -191,21 +191,29 @@ def test_what_a_server_has_cached_is_looked_up_in_its_table_and_among_what_it_wa
     assert seen == [(32, 1), (64, 4)]  # the other has two blocks in common, too; the last token is computed always
 
 
-def test_why_hits_are_not_known_is_said() -> None:
+def test_who_says_what_servers_have_cached(caplog: pytest.LogCaptureFixture) -> None:
     class Instance:
         def __init__(self, url: str, tells_prefixes: bool) -> None:
             self.url, self.tells_prefixes = url, tells_prefixes
 
-    def why(told: bool = True, block_size: int = 16, caching: bool = True) -> str:
-        engine = EngineConfig(version="v1", enable_prefix_caching=caching)
+    def told(by_both: bool = True, block_size: int = 16, asked: bool = True, cached: bool = True) -> str:
+        """What is warned of; "told" if the servers tell."""
+        caplog.clear()
+        engine = EngineConfig(version="v1", enable_prefix_caching=asked)
         testbed: Any = SimpleNamespace(engine=engine)
-        instances: Any = [Instance("http://a", True), Instance("http://b", told)]
-        return _why_no_hits(instances, engine.settings(1000)._replace(block_size=block_size), testbed)
+        instances: Any = [Instance("http://a", True), Instance("http://b", by_both)]
+        settings = engine.settings(1000)._replace(block_size=block_size, enable_prefix_caching=cached)
+        prefixes = _prefixes(instances, instances, settings, testbed)
+        if prefixes is not None:
+            assert prefixes.block_size == 16
+            return "told" if not caplog.records else "told, and warned of"
+        return "".join(record.getMessage() for record in caplog.records)
 
-    assert why() == ""
-    assert why(caching=False) == "engine.enable_prefix_caching=false"
-    assert why(block_size=32) == "engine.block_size=16, and theirs is 32"
-    assert why(told=False) == "not told by http://b, on another host or with several caches"
+    assert told() == "told"
+    assert told(cached=False) == told(cached=False, by_both=False, asked=False) == ""
+    assert told(asked=False).endswith("only with engine.enable_prefix_caching=true")
+    assert told(block_size=32).endswith("judged by what was sent there: their block size is 32")
+    assert told(by_both=False).endswith("judged by what was sent there: not told by http://b")
 
 
 @pytest.mark.parametrize("local", [True, False])

@@ -1,0 +1,127 @@
+"""Approximate knowledge of prefix caches: what an instance was sent, and is thought to have still."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from block.core.arrays import Ints
+from block.core.types import Request, RequestRecord, Views
+from block.dispatch.core import Dispatcher, Observer
+
+
+class Sent:
+    """Blocks that were sent to each instance, the `capacity` of them that were used last: what it may have."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._of: dict[int, OrderedDict[int, int]] = {}  # by hash, in order of use: when it was used last
+        self._uses = 0
+
+    def blocks(self, instance_id: int) -> int:
+        """How many are remembered of an instance."""
+        return len(self._of.get(instance_id, ()))
+
+    def match(self, hashes: Sequence[int], instance_id: int) -> int:
+        """How many of a prompt's blocks, from the first on, are remembered of an instance."""
+        known = self._of.get(instance_id)
+        if known is None:
+            return 0
+        return bisect_left(range(len(hashes)), True, key=lambda place: hashes[place] not in known)
+
+    def used(self, hashes: Sequence[int], instance_id: int) -> list[int]:
+        """When these blocks, which are remembered, were used last: a number that grows."""
+        known = self._of.get(instance_id, OrderedDict())
+        return [known[one] for one in hashes]
+
+    def add(self, hashes: Sequence[int], instance_id: int) -> None:
+        """A prompt is sent to an instance. Its last block is forgotten before its first."""
+        known = self._of.setdefault(instance_id, OrderedDict())
+        self._uses += 1
+        for one in reversed(hashes):
+            known[one] = self._uses
+            known.move_to_end(one)
+        while len(known) > self._capacity:
+            known.popitem(last=False)
+
+    def forget(self, instance_id: int, used: int | None = None) -> None:
+        """Remember no more of an instance what was last used at `used` or before; None: nothing of it."""
+        known = self._of.get(instance_id)
+        while known and (used is None or next(iter(known.values())) <= used):
+            known.popitem(last=False)
+
+
+class _Thought(NamedTuple):
+    """What was thought of a request when it was placed: the hashes of its prompt's blocks, and of those of them that
+    were there, from the first on, when they were used last.
+    """
+
+    instance_id: int
+    hashes: list[int]
+    used: list[int]
+
+
+class SentPrefixes(Observer):
+    """A `block.dispatch.core.PrefixIndex` of what a dispatcher has sent itself: for servers that do not tell.
+
+    block_size: tokens of a KV block. capacity: KV blocks of an instance, the least that one has. Where an answer says
+    that less was cached than was thought, what was used less recently than the block that was missing is thought to be
+    gone, too.
+    """
+
+    def __init__(self, block_size: int, capacity: int) -> None:
+        self.block_size = block_size
+        self._sent = Sent(capacity)
+        self._in_use: defaultdict[int, Counter[int]] = defaultdict(Counter)  # by instance: requests that use a block
+        self._thought: dict[int, _Thought] = {}  # by request
+
+    def hits(self, request: Request, ids: Sequence[int]) -> Ints:
+        """What these instances may have of a request that has block hashes."""
+        hashes = self._hashes(request, request.prompt_tokens - 1)
+        found = np.zeros((len(ids), 2), dtype=np.int64)
+        for place, instance_id in enumerate(ids):
+            blocks = self._sent.match(hashes, instance_id)
+            in_use = self._in_use[instance_id]
+            used = [one in in_use for one in hashes[:blocks]]
+            found[place] = blocks * self.block_size, used.index(False) if False in used else blocks
+        return found
+
+    def placed(self, dispatcher: Dispatcher, record: RequestRecord, views: Views, now: float) -> None:
+        """Its prompt will be cached there."""
+        request, instance_id = record.request, record.instance_id
+        if request.block_hashes is None:
+            return
+        hashes = self._hashes(request, request.prompt_tokens)
+        asked = self._hashes(request, request.prompt_tokens - 1)
+        matched = asked[: self._sent.match(asked, instance_id)]
+        self._thought[request.id] = _Thought(instance_id, hashes, self._sent.used(matched, instance_id))
+        self._sent.add(hashes, instance_id)
+        self._in_use[instance_id].update(hashes)
+
+    def left(self, dispatcher: Dispatcher, record: RequestRecord, now: float) -> None:
+        """Its response is cached, too; and its answer tells whether what was thought was right."""
+        thought = self._thought.pop(record.request.id, None)
+        if thought is None:
+            return
+        instance_id, hashes, used = thought
+        self._in_use[instance_id] -= Counter(hashes)  # keeps what is above 0
+        if record.status != "ok":
+            return
+        cached = record.cached_tokens // self.block_size
+        if 0 <= cached < len(used):
+            self._sent.forget(instance_id, used[cached])
+        request = record.request
+        self._sent.add(self._hashes(request, request.prompt_tokens + request.output_tokens - 1), instance_id)
+
+    def instance_down(self, dispatcher: Dispatcher, instance_id: int, reason: str, now: float) -> None:
+        """It begins with an empty cache, if it comes again."""
+        self._sent.forget(instance_id)
+
+    def _hashes(self, request: Request, tokens: int) -> list[int]:
+        """Of the full blocks of a request's first tokens."""
+        assert request.block_hashes is not None
+        return request.block_hashes[: tokens // self.block_size].tolist()  # type: ignore[no-any-return]

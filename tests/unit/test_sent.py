@@ -1,0 +1,127 @@
+"""What a dispatcher has sent tells what instances may have cached, as far as answers do not say otherwise."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import built
+
+from block.core.types import Request, RequestRecord
+from block.dispatch.config import DispatchConfig
+from block.dispatch.sent import Sent, SentPrefixes
+from block.run.replay import Outcome, replay, requests_of
+
+ANY: Any = None
+SIZE = 10
+
+
+def asked(id_: int, *blocks: int, output: int = 11) -> Request:
+    """A prompt of these blocks and of half a one; a response that fills the rest of that and of the one behind it."""
+    prompt = SIZE * len(blocks) + SIZE // 2
+    hashes = np.array([*blocks, 1000 * id_ + 1, 1000 * id_ + 2])
+    return Request(id_, 0.0, prompt, output, output, block_hashes=hashes)
+
+
+def placed(known: SentPrefixes, request: Request, instance: int) -> RequestRecord:
+    record = RequestRecord(request, instance_id=instance)
+    known.placed(ANY, record, ANY, 0.0)
+    return record
+
+
+def leave(known: SentPrefixes, record: RequestRecord, cached: int = -1, status: str = "ok") -> None:
+    record.status, record.cached_tokens = status, cached
+    known.left(ANY, record, 0.0)
+
+
+def test_what_was_sent_may_be_cached_and_is_in_use_until_it_is_answered() -> None:
+    known = SentPrefixes(SIZE, 100)
+    assert known.hits(asked(1, 1, 2, 3), [0, 1]).tolist() == [[0, 0], [0, 0]]
+    first = placed(known, asked(1, 1, 2, 3), 1)
+    assert known.hits(asked(2, 1, 2, 9), [0, 1]).tolist() == [[0, 0], [20, 2]]
+    second = placed(known, asked(2, 1, 2, 9), 1)
+    leave(known, first)
+    assert known.hits(asked(3, 1, 2, 3), [1, 0]).tolist() == [[30, 2], [0, 0]]
+    leave(known, second)
+    assert known.hits(asked(3, 1, 2, 3), [1, 0]).tolist() == [[30, 0], [0, 0]]
+
+
+def test_a_response_is_cached_but_for_its_last_token() -> None:
+    known = SentPrefixes(SIZE, 100)
+    leave(known, placed(known, asked(1, 1, output=11), 0))  # 15 + 11 tokens: the second block is full, no third
+    assert known.hits(asked(2, 1, 1001, 1002), [0]).tolist() == [[20, 0]]
+    known = SentPrefixes(SIZE, 100)
+    leave(known, placed(known, asked(1, 1, output=5), 0))  # 20 tokens, the last of which is not computed
+    assert known.hits(asked(2, 1, 1001), [0]).tolist() == [[10, 0]]
+
+
+def test_the_last_token_of_a_prompt_is_computed_always() -> None:
+    known = SentPrefixes(SIZE, 100)
+    whole = Request(1, 0.0, 20, 5, 5, block_hashes=np.array([1, 2]))
+    leave(known, placed(known, whole, 0))
+    assert known.hits(whole, [0]).tolist() == [[10, 0]]
+
+
+def test_an_answer_that_fewer_tokens_were_cached_tells_what_else_is_gone() -> None:
+    known = SentPrefixes(SIZE, 100)
+    for id_, blocks in enumerate([(1, 2, 3), (4, 5), (6,)], start=1):
+        leave(known, placed(known, asked(id_, *blocks), 0))
+    again = placed(known, asked(4, 4, 5), 0)
+    leave(known, again, cached=10)  # 5 was gone, and so what was used before it: 1, 2, 3
+    assert [known.hits(asked(9, *blocks), [0])[0, 0] for blocks in ((1, 2, 3), (4, 5), (6,))] == [0, 20, 10]
+
+
+def test_one_that_failed_says_nothing_of_the_cache_and_an_instance_that_is_gone_has_none() -> None:
+    known = SentPrefixes(SIZE, 100)
+    leave(known, placed(known, asked(1, 1, 2), 0))
+    leave(known, placed(known, asked(2, 1, 2), 0), cached=0, status="sent")
+    assert known.hits(asked(3, 1, 2), [0]).tolist() == [[20, 0]]
+    known.instance_down(ANY, 0, "lost", 0.0)
+    assert known.hits(asked(3, 1, 2), [0]).tolist() == [[0, 0]]
+
+
+def test_without_hashes_nothing_is_remembered() -> None:
+    known = SentPrefixes(SIZE, 100)
+    leave(known, placed(known, Request(1, 0.0, 50, 5, 5), 0))
+    assert known.hits(asked(2, 1), [0]).tolist() == [[0, 0]]
+
+
+def test_only_what_an_instance_can_hold_is_remembered() -> None:
+    rng = random.Random(3)
+    sent = Sent(20)
+    for _ in range(200):
+        sent.add([rng.randrange(1, 60) for _ in range(rng.randint(1, 8))], 0)
+        assert sent.blocks(0) <= 20
+    sent.forget(0)
+    assert sent.blocks(0) == 0
+
+
+@pytest.mark.slow
+def test_what_a_run_thinks_is_cached_is_near_to_what_is(monkeypatch: Any) -> None:
+    """Of a response, only what has ended is thought to be cached; its blocks are as they fill."""
+    chat = ["workload=chat", "workload.gap_s=4", "workload.qps=3", "workload.num_requests=500", "cluster.num_gpus=4"]
+    cache = ["engine=vllm_v1", "engine.enable_prefix_caching=true", "scheduler=block_cache", "dispatch.prefixes=sent"]
+    run = built(*chat, *cache)
+    thought: dict[int, int] = {}
+    original = SentPrefixes.placed
+
+    def spy(self: SentPrefixes, dispatcher: Any, record: RequestRecord, views: Any, now: float) -> None:
+        thought[record.request.id] = int(self.hits(record.request, [record.instance_id])[0, 0])
+        original(self, dispatcher, record, views, now)
+
+    monkeypatch.setattr(SentPrefixes, "placed", spy)
+    outcome = Outcome()
+    replay(run, requests_of(run)[0], outcome)
+    assert outcome.history is not None
+    pairs = np.array([(thought[record.request.id], record.cached_tokens) for record in outcome.history.records])
+    assert len(pairs) == 500
+    assert (pairs[:, 0] > pairs[:, 1]).mean() < 0.05
+    believed, cached = pairs.sum(axis=0)
+    assert 0.95 * cached < believed < cached
+
+
+def test_a_way_to_know_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"dispatch\.prefixes=guessed: choose told or sent"):
+        DispatchConfig(prefixes="guessed")
