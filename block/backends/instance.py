@@ -21,7 +21,8 @@ from block.core.arrays import Floats
 from block.core.clock import Clock
 from block.core.errors import message, one_line
 from block.core.snapshot import Snapshot
-from block.core.types import Request, RequestRecord, shared_blocks
+from block.core.types import Request, RequestRecord
+from block.dispatch.sent import BlockUsers
 from block.engine.config import EngineSettings
 from block.engine.prefix_table import PrefixTable, held
 from block.vllm_plugin.state_buffer import STEP, State, StateBuffer, read_dump
@@ -60,7 +61,8 @@ class VLLMInstance:
         self._clock = clock
         self._vocabulary = vocabulary
         self._emulated = False  # its GPU is, and answers what it is told to
-        self._without_token: dict[int, Request] = {}  # requests that it was sent and that have yielded none, by id
+        self._block_size = 1
+        self._coming = BlockUsers()  # the requests that were sent there and have yielded no token
         self._buffer: StateBuffer | None = None
         self._state: State | None = None
         self._poll: asyncio.Task[None] | None = None
@@ -92,7 +94,9 @@ class VLLMInstance:
                 self._poll = asyncio.create_task(self._keep_fetching())
         except (aiohttp.ClientError, TimeoutError) as error:
             raise InstanceFailed(f"{self.url}: {message(error)}") from error
-        return self._read().settings
+        settings = self._read().settings
+        self._block_size = settings.block_size
+        return settings
 
     @property
     def is_local(self) -> bool:
@@ -129,20 +133,25 @@ class VLLMInstance:
         state = self._read()
         return state.snapshot(self.instance_id, self._clock.now(), self._clock.at(state.started))
 
-    def hits(self, request: Request, block_size: int) -> tuple[int, int]:
+    def hits(self, request: Request) -> tuple[int, int]:
         """Of a request's prompt, the tokens that the server's prefix cache has, and how many blocks of them are in use.
 
-        What was sent there and has not yielded a token counts as both. Nothing is known of servers on other hosts.
+        What was sent there and has not yielded a token will be, and counts as both beyond that, as in simulation.
+        Nothing is known of servers on other hosts.
         """
         assert request.block_hashes is not None
-        most = (request.prompt_tokens - 1) // block_size
-        table = self._prefix_table
+        most, table = (request.prompt_tokens - 1) // self._block_size, self._prefix_table
         blocks, in_use = (0, 0) if table is None else held(table, request.block_hashes, most)
-        for other in self._without_token.values():
-            alike = shared_blocks(request, other, min(most, other.prompt_tokens // block_size))
-            if alike > blocks:
-                blocks = in_use = alike
-        return blocks * block_size, in_use
+        coming = self._coming.leading(request.block_hashes[:most].tolist())
+        if coming > blocks:
+            blocks = in_use = coming
+        return blocks * self._block_size, in_use
+
+    def _blocks_of(self, request: Request) -> list[int]:
+        """The hashes of a prompt's full blocks, if they are known."""
+        if request.block_hashes is None:
+            return []
+        return request.block_hashes[: request.prompt_tokens // self._block_size].tolist()  # type: ignore[no-any-return]
 
     async def step_times(self, since: int) -> tuple[int, Floats]:
         """How many steps the engine has timed, and those after the first `since`: float[n, STEP]."""
@@ -167,17 +176,24 @@ class VLLMInstance:
     async def generate(self, record: RequestRecord, first_token: FirstToken) -> None:
         """Stream the response, noting when each token came."""
         request = record.request
-        self._without_token[request.id] = request
+        coming = self._blocks_of(request)
+        self._coming.add(coming)
+
+        def first(record: RequestRecord, now: float) -> None:
+            self._coming.remove(coming)
+            coming.clear()
+            first_token(record, now)
+
         try:
             async with self._session.post(f"{self.url}/v1/completions", json=self._body(request)) as response:
                 if response.status != 200:
                     text = f"{self.url}: {response.status}: {await _message(response)}"
                     raise (InstanceFailed if response.status >= 500 else RequestFailed)(text)
-                await self._stream(response, record, first_token)
+                await self._stream(response, record, first)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise InstanceFailed(f"{self.url}: {message(error)}") from error
         finally:
-            self._without_token.pop(request.id, None)
+            self._coming.remove(coming)
         preemptions = self._buffer.preemptions_of(request.id) if self._buffer is not None else None
         record.preemptions = preemptions or 0
 
@@ -218,7 +234,6 @@ class VLLMInstance:
                 raise InstanceFailed(f"{self.url}: {line[6:].decode(errors='replace').strip()}")
             if b'"choices":[]' not in line:
                 if record.first_token != record.first_token:  # NaN
-                    self._without_token.pop(record.request.id, None)
                     first_token(record, now)
                 record.finished = now
                 times.append(now)

@@ -137,7 +137,7 @@ class ServerPrefixes:
 
     def hits(self, request: Request, ids: Sequence[int]) -> Ints:
         """What these servers have of a request that has block hashes."""
-        return np.array([self._instances[i].hits(request, self.block_size) for i in ids], dtype=np.int64)
+        return np.array([self._instances[i].hits(request) for i in ids], dtype=np.int64)
 
 
 def _prefixes(
@@ -147,11 +147,11 @@ def _prefixes(
     if not settings.enable_prefix_caching:
         return None
     silent = [instance.url for instance in running if not instance.tells_prefixes]
-    if not testbed.engine.enable_prefix_caching:
-        log.warning("the servers cache prefixes; forecasts count hits only with engine.enable_prefix_caching=true")
-    elif silent or settings.block_size != testbed.engine.block_size:
-        why = f"not told by {', '.join(silent)}" if silent else f"their block size is {settings.block_size}"
-        log.warning("what the servers have cached is judged by what was sent there: %s", why)
+    if not testbed.engine.enable_prefix_caching or settings.block_size != testbed.engine.block_size:
+        keys = f"engine.enable_prefix_caching=true engine.block_size={settings.block_size}"
+        log.warning("the servers cache prefixes; forecasts count hits only with %s", keys)
+    elif silent:
+        log.warning("what is cached is judged by what was sent there; not told by %s", ", ".join(silent))
     else:
         return ServerPrefixes(instances, settings.block_size)
     return None

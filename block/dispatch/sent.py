@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -48,6 +48,12 @@ class Sent:
         while len(known) > self._capacity:
             known.popitem(last=False)
 
+    def discard(self, hashes: Sequence[int], instance_id: int) -> None:
+        """These were not sent to an instance after all."""
+        known = self._of.get(instance_id, OrderedDict())
+        for one in hashes:
+            known.pop(one, None)
+
     def forget(self, instance_id: int, used: int | None = None) -> None:
         """Remember no more of an instance what was last used at `used` or before; None: nothing of it."""
         known = self._of.get(instance_id)
@@ -55,28 +61,54 @@ class Sent:
             known.popitem(last=False)
 
 
+class BlockUsers:
+    """How many requests use each block, by its hash."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, int] = {}
+
+    def add(self, hashes: Sequence[int]) -> None:
+        """One more uses these."""
+        for one in hashes:
+            self._of[one] = self._of.get(one, 0) + 1
+
+    def remove(self, hashes: Sequence[int]) -> None:
+        """One that used these does so no more."""
+        for one in hashes:
+            if self._of[one] > 1:
+                self._of[one] -= 1
+            else:
+                del self._of[one]
+
+    def leading(self, hashes: Sequence[int]) -> int:
+        """How many of a prompt's blocks, from the first on, somebody uses."""
+        return bisect_left(range(len(hashes)), True, key=lambda place: hashes[place] not in self._of)
+
+
 class _Thought(NamedTuple):
-    """What was thought of a request when it was placed: the hashes of its prompt's blocks, and of those of them that
-    were there, from the first on, when they were used last.
+    """What was thought of a request when it was placed: the hashes of its prompt's blocks; of those of them that were
+    there, from the first on, when they were used last; and how many of these others were still using.
     """
 
     instance_id: int
     hashes: list[int]
     used: list[int]
+    in_use: int
 
 
 class SentPrefixes(Observer):
     """A `block.dispatch.core.PrefixIndex` of what a dispatcher has sent itself: for servers that do not tell.
 
-    block_size: tokens of a KV block. capacity: KV blocks of an instance, the least that one has. Where an answer says
-    that less was cached than was thought, what was used less recently than the block that was missing is thought to be
-    gone, too.
+    block_size: tokens of a KV block. capacity: KV blocks of an instance, the least that one has. answers: whether the
+    responses are those of the requests' hashes, and not what a real model says. Where an answer says that less was
+    cached than was thought, what was used less recently than the block that was missing is thought to be gone, too.
     """
 
-    def __init__(self, block_size: int, capacity: int) -> None:
+    def __init__(self, block_size: int, capacity: int, *, answers: bool = True) -> None:
         self.block_size = block_size
+        self._answers = answers
         self._sent = Sent(capacity)
-        self._in_use: defaultdict[int, Counter[int]] = defaultdict(Counter)  # by instance: requests that use a block
+        self._in_use: defaultdict[int, BlockUsers] = defaultdict(BlockUsers)  # by instance
         self._thought: dict[int, _Thought] = {}  # by request
 
     def hits(self, request: Request, ids: Sequence[int]) -> Ints:
@@ -85,9 +117,7 @@ class SentPrefixes(Observer):
         found = np.zeros((len(ids), 2), dtype=np.int64)
         for place, instance_id in enumerate(ids):
             blocks = self._sent.match(hashes, instance_id)
-            in_use = self._in_use[instance_id]
-            used = [one in in_use for one in hashes[:blocks]]
-            found[place] = blocks * self.block_size, used.index(False) if False in used else blocks
+            found[place] = blocks * self.block_size, self._in_use[instance_id].leading(hashes[:blocks])
         return found
 
     def placed(self, dispatcher: Dispatcher, record: RequestRecord, views: Views, now: float) -> None:
@@ -98,24 +128,28 @@ class SentPrefixes(Observer):
         hashes = self._hashes(request, request.prompt_tokens)
         asked = self._hashes(request, request.prompt_tokens - 1)
         matched = asked[: self._sent.match(asked, instance_id)]
-        self._thought[request.id] = _Thought(instance_id, hashes, self._sent.used(matched, instance_id))
+        used, in_use = self._sent.used(matched, instance_id), self._in_use[instance_id].leading(matched)
+        self._thought[request.id] = _Thought(instance_id, hashes, used, in_use)
         self._sent.add(hashes, instance_id)
-        self._in_use[instance_id].update(hashes)
+        self._in_use[instance_id].add(hashes)
 
     def left(self, dispatcher: Dispatcher, record: RequestRecord, now: float) -> None:
         """Its response is cached, too; and its answer tells whether what was thought was right."""
         thought = self._thought.pop(record.request.id, None)
         if thought is None:
             return
-        instance_id, hashes, used = thought
-        self._in_use[instance_id] -= Counter(hashes)  # keeps what is above 0
-        if record.status != "ok":
+        instance_id, hashes, used, in_use = thought
+        users = self._in_use[instance_id]
+        users.remove(hashes)
+        if record.status != "ok":  # what it alone brought may never have been computed
+            self._sent.discard(hashes[max(len(used), users.leading(hashes)) :], instance_id)
             return
         cached = record.cached_tokens // self.block_size
-        if 0 <= cached < len(used):
+        if in_use <= cached < len(used):  # those in use may not have been computed yet
             self._sent.forget(instance_id, used[cached])
         request = record.request
-        self._sent.add(self._hashes(request, request.prompt_tokens + request.output_tokens - 1), instance_id)
+        tokens = request.prompt_tokens + (request.output_tokens - 1 if self._answers else 0)
+        self._sent.add(self._hashes(request, tokens), instance_id)
 
     def instance_down(self, dispatcher: Dispatcher, instance_id: int, reason: str, now: float) -> None:
         """It begins with an empty cache, if it comes again."""

@@ -1,7 +1,7 @@
 """What a server has in its prefix cache, by hash: a table that one process keeps current and others look up in.
 
-It lies in shared memory (`block.vllm_plugin.state_buffer`). Who looks something up at the moment of a change may be
-told what was there before, or what will be.
+It lies in shared memory (`block.vllm_plugin.state_buffer`). Who looks something up at the moment of a change may miss
+it, or find what is just going.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def _place_of(table: PrefixTable, block_hash: Int) -> Int:
     """Where a hash stands, or would stand."""
     last = table.hashes.shape[0] - 1
     place = block_hash & last
-    while table.hashes[place] != 0 and table.hashes[place] != block_hash:
+    for _ in range(last):  # and no longer, whoever has written to it
+        if table.hashes[place] == 0 or table.hashes[place] == block_hash:
+            break
         place = (place + 1) & last
     return place
 
@@ -78,8 +80,9 @@ def note(table: PrefixTable, changes: Ints) -> None:
 
 @compiled
 def _has(table: PrefixTable, block_hash: Int, in_use: bool) -> bool:
-    count = table.counts[_place_of(table, block_hash)]
-    return bool(count >= _COPIES and (not in_use or count & _IN_USE > 0))
+    place = _place_of(table, block_hash)
+    count = table.counts[place]
+    return bool(table.hashes[place] == block_hash and count >= _COPIES and (not in_use or count & _IN_USE > 0))
 
 
 @compiled

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from block.backends.emulated import Emulated
 from block.backends.simulated import Simulated
 from block.cluster.fleet import RealBackend
 from block.cluster.instance import LaunchFailed, one_by_one
@@ -126,7 +127,7 @@ def _simulate(
         observers,
         outcome,
         simulation,
-        caches=run.engine.enable_prefix_caching,
+        min(kind.total_blocks for kind in run.testbed.kinds) if run.engine.enable_prefix_caching else None,
     )
     monitor = outcome.monitor = Monitor(simulation.snapshot_many, lambda: dispatchers[0].active, run.sample_every_s)
     if migrator is not None:
@@ -181,7 +182,7 @@ async def _replay(
             observers,
             outcome,
             fleet.prefixes,
-            caches=run.engine.enable_prefix_caching and bool(fleet.engines.get("enable_prefix_caching")),
+            _cache_blocks(run, fleet.engines),
         )
         shown = bool(fleet.predictor)
         monitor = outcome.monitor = Monitor(
@@ -218,21 +219,23 @@ def _dispatchers(
     observers: Sequence[Observer],
     outcome: Outcome,
     told: PrefixIndex | None,
-    *,
-    caches: bool,
+    cache_blocks: int | None,
 ) -> list[Dispatcher]:
     """The run's dispatchers, which know nothing of each other but keep one history.
 
-    told: what the instances tell of their prefix caches, if they do. caches: whether they have any.
+    told: what the instances tell of their prefix caches, if they do. cache_blocks: KV blocks of an instance, the least
+    that one has; None: they have no such caches.
     """
+    answers = isinstance(run.backend, Simulated | Emulated)
     forecaster = _forecaster(run, predictor)
     history = outcome.history = History()
     made = []
     for i in range(run.dispatch.dispatchers):
         policy = run.policy if i == 0 else run.peers[i - 1] if i <= len(run.peers) else run.policy
+        asks = cache_blocks is not None and policy.needs is not Needs.COUNTS
         sent = None
-        if caches and (told is None or run.dispatch.prefixes == "sent"):
-            sent = SentPrefixes(run.engine.block_size, min(kind.total_blocks for kind in run.testbed.kinds))
+        if asks and cache_blocks and (told is None or run.dispatch.prefixes == "sent"):
+            sent = SentPrefixes(run.engine.block_size, cache_blocks, answers=answers)
         dispatcher = Dispatcher(
             instances,
             policy,
@@ -240,7 +243,7 @@ def _dispatchers(
             run.dispatch,
             _policy_rng(run.seed, "policy" if i == 0 else f"policy/{i}"),
             snapshot_many=snapshot_many,
-            prefixes=sent or (told if caches else None),
+            prefixes=sent or (told if asks else None),
             delay_s=run.backend.dispatch_delay_s,
             initial=run.testbed.initial,
             observers=[*observers, sent] if sent else observers,
@@ -248,6 +251,13 @@ def _dispatchers(
         )
         made.append(dispatcher)
     return made
+
+
+def _cache_blocks(run: RunConfig, engines: Mapping[str, Any]) -> int | None:
+    """KV blocks of servers that say this of themselves, if they cache prefixes and requests have the hashes for it."""
+    asked = run.engine
+    same = engines.get("enable_prefix_caching") and engines["block_size"] == asked.block_size
+    return int(engines["total_blocks"]) if same and asked.enable_prefix_caching else None
 
 
 def _chosen(run: RunConfig, requests: Sequence[Request], dispatchers: Sequence[Dispatcher]) -> list[Dispatcher]:

@@ -95,7 +95,8 @@ class EmulatedExecutor(Executor):  # type: ignore[misc]
                 self._responses[new.req_id] = extra[TAG_RESPONSE]
             chunk, context = tokens[new.req_id], new.num_computed_tokens
             sequences.append((chunk, context))
-            sampled[new.req_id] = self._sampled(new.req_id, context + chunk, prompt)
+            known = getattr(new, "prefill_token_ids", None) or new.prompt_token_ids  # with a response, if preempted
+            sampled[new.req_id] = self._sampled(new.req_id, context + chunk, len(known))
         cached = scheduled.scheduled_cached_reqs
         for id_, context, answered in zip(
             cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, strict=True

@@ -41,6 +41,9 @@ class CachedPrefixes:
 
     def found(self, request: Any) -> tuple[int, int]:
         """Of a request that has just come, the tokens that are cached, and how many blocks of them are in use."""
+        if request.request_id in self._hashes or getattr(request, "skip_reading_prefix_cache", False):
+            return 0, 0  # a session that goes on, or one that wants log-probabilities of its prompt
+        self.publish()
         most = (request.num_prompt_tokens - 1) // self._block_size
         hashes = self._hashes_of(request, request.num_prompt_tokens // self._block_size)
         blocks, in_use = held(self._table, np.array(hashes, dtype=np.int64), most)
@@ -51,7 +54,7 @@ class CachedPrefixes:
         self._hashes.pop(request_id, None)
 
     def publish(self) -> None:
-        """Write what has changed to the table."""
+        """Write what has changed to the table, which readers look up in at any time."""
         if self._changes:
             note(self._table, np.array(self._changes, dtype=np.int64))
             self._changes.clear()
@@ -59,7 +62,8 @@ class CachedPrefixes:
     def _hashes_of(self, request: Any, blocks: int) -> list[int]:
         """Of at least the first `blocks` blocks of a request, which are full; none if its tokens are not known."""
         known = self._hashes.setdefault(request.request_id, [])
-        if len(known) < blocks and request.prompt_token_ids is not None:
+        embedded = request.prompt_token_ids is None or getattr(request, "prompt_embeds", None) is not None
+        if len(known) < blocks and not embedded:
             size = self._block_size
             tokens = np.array(request.all_token_ids[len(known) * size : blocks * size], dtype=np.int64)
             known += hash_tokens(tokens, size, known[-1] if known else root(*_extra_keys(request))).tolist()
@@ -89,6 +93,7 @@ class CachedPrefixes:
         """No block is found any more."""
         self._changes += [(known, -1, 0) for known in self._hash_of if known != NO_HASH]
         self._hash_of = [NO_HASH] * len(self._hash_of)
+        self.publish()  # no step may come for long
 
 
 class _Telling:
@@ -131,7 +136,7 @@ class _Telling:
 def _extra_keys(request: Any) -> list[str]:
     """What tells a request's blocks from others of the same tokens, as in vLLM's ``generate_block_hash_extra_keys``."""
     adapter, salt = getattr(request, "lora_request", None), getattr(request, "cache_salt", None)
-    keys = [] if adapter is None else [f"adapter {adapter.lora_name}"]
+    keys = [] if adapter is None else [f"adapter {adapter.lora_name} {adapter.lora_path}"]
     keys += [f"salt {salt}"] if salt else []
     return keys + [
         f"item {one.identifier} at {one.mm_position.offset}" for one in getattr(request, "mm_features", None) or ()

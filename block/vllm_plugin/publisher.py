@@ -79,7 +79,8 @@ class Publishing:
         die_with_parent()  # SIGKILL of the API server would orphan this process
         super().__init__(*args, **kwargs)
         pool = "kv_cache_manager.block_pool.get_num_free_blocks"
-        require(self, "running", "waiting", "requests", pool, "_free_request", "block_size", "vllm_config")
+        groups = "kv_cache_config.kv_cache_groups"
+        require(self, "running", "waiting", "requests", pool, groups, "_free_request", "block_size", "vllm_config")
         self._buffer = state_buffer.StateBuffer.open(os.environ[STATE_BUFFER])
         self._steps: deque[dict[str, tuple[int, bool]]] = deque()  # in flight: tokens, and whether it samples
         self._features: deque[tuple[float, ...]] = deque()  # what of them goes into StepTime
@@ -95,11 +96,19 @@ class Publishing:
         self._record = Path(record).open("a", buffering=1) if record else None  # noqa: SIM115 — as long as this
 
     def _watched_cache(self) -> CachedPrefixes | None:
-        """Who tells what the prefix cache has; None without one, or where groups of layers cache each for itself."""
+        """Who tells what the prefix cache has; None without one, and where a hit is not just the longest run of blocks
+        from the first on (groups of layers that cache each for itself, sliding windows, speculation), or where several
+        schedulers would write to one state buffer.
+        """
+        from vllm.v1.kv_cache_interface import FullAttentionSpec
+
         config: Any = self.vllm_config  # type: ignore[attr-defined]
         places = table_size(config.cache_config.num_gpu_blocks)
-        groups = self.kv_cache_config.kv_cache_groups  # type: ignore[attr-defined]
-        if not config.cache_config.enable_prefix_caching or len(groups) > 1 or places > state_buffer.MOST_PLACES:
+        specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]  # type: ignore[attr-defined]
+        plain = len(specs) == 1 and isinstance(specs[0], FullAttentionSpec)
+        plain = plain and not (specs[0].sliding_window or specs[0].attention_chunk_size or config.speculative_config)
+        alone = config.parallel_config.data_parallel_size == 1
+        if not (config.cache_config.enable_prefix_caching and plain and alone and places <= state_buffer.MOST_PLACES):
             return None
         self._buffer.header[state_buffer.PLACES] = places
         table = self._buffer.prefix_table
@@ -157,6 +166,8 @@ class Publishing:
         """vLLM's own decision, published."""
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         now = time.monotonic()
+        if self._prefixes is not None:
+            self._note_hits(output.scheduled_new_reqs)
         requests = self.requests  # type: ignore[attr-defined]
         step = {}
         decodes = kv = chunks = chunk_context = chunk_squared = 0
@@ -272,6 +283,18 @@ class Publishing:
         tag = (number, request.num_prompt_tokens, request.max_tokens, request.max_tokens, expected, *found)
         self._tags[request.request_id] = tag
         return tag
+
+    def _note_hits(self, admitted: Any) -> None:
+        """What the first admission of requests found takes the place of what was there when they came. What more there
+        is was cached since, by others that use it.
+        """
+        for new in admitted:
+            if self.requests[new.req_id].num_preemptions > 0:  # type: ignore[attr-defined]
+                continue  # it has been admitted before
+            *kept, tokens, shared = self._tags[new.req_id]
+            more = (new.num_computed_tokens - tokens) // self.block_size  # type: ignore[attr-defined]
+            found = new.num_computed_tokens // self.block_size  # type: ignore[attr-defined]
+            self._tags[new.req_id] = (*kept, new.num_computed_tokens, min(shared + max(more, 0), found))
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         """vLLM's own; the request will not be published any more."""

@@ -73,13 +73,36 @@ def test_an_answer_that_fewer_tokens_were_cached_tells_what_else_is_gone() -> No
     assert [known.hits(asked(9, *blocks), [0])[0, 0] for blocks in ((1, 2, 3), (4, 5), (6,))] == [0, 20, 10]
 
 
-def test_one_that_failed_says_nothing_of_the_cache_and_an_instance_that_is_gone_has_none() -> None:
+def test_what_was_still_in_use_may_not_have_been_computed_and_tells_nothing_when_it_is_missing() -> None:
+    known = SentPrefixes(SIZE, 100)
+    leave(known, placed(known, asked(1, 6, 7), 0))
+    first, second = placed(known, asked(2, 1, 2), 0), placed(known, asked(3, 1, 2), 0)
+    leave(known, second, cached=0)  # it was served before the first
+    leave(known, first, cached=0)
+    assert [known.hits(asked(9, *blocks), [0])[0, 0] for blocks in ((6, 7), (1, 2))] == [20, 20]
+
+
+def test_one_that_failed_leaves_nothing_of_its_own() -> None:
     known = SentPrefixes(SIZE, 100)
     leave(known, placed(known, asked(1, 1, 2), 0))
-    leave(known, placed(known, asked(2, 1, 2), 0), cached=0, status="sent")
-    assert known.hits(asked(3, 1, 2), [0]).tolist() == [[20, 0]]
+    other = placed(known, asked(2, 1, 2, 3), 0)
+    leave(known, placed(known, asked(3, 1, 2, 3, 4), 0), cached=0, status="sent")
+    assert known.hits(asked(9, 1, 2, 3, 4), [0]).tolist() == [[30, 3]]
+    leave(known, other, status="sent")
+    assert known.hits(asked(9, 1, 2, 3, 4), [0]).tolist() == [[20, 0]]
+
+
+def test_an_instance_that_is_gone_has_nothing_any_more() -> None:
+    known = SentPrefixes(SIZE, 100)
+    leave(known, placed(known, asked(1, 1, 2), 0))
     known.instance_down(ANY, 0, "lost", 0.0)
     assert known.hits(asked(3, 1, 2), [0]).tolist() == [[0, 0]]
+
+
+def test_a_real_model_answers_otherwise_than_the_workload_says() -> None:
+    known = SentPrefixes(SIZE, 100, answers=False)
+    leave(known, placed(known, asked(1, 1, output=11), 0))
+    assert known.hits(asked(2, 1, 1001, 1002), [0]).tolist() == [[10, 0]]
 
 
 def test_without_hashes_nothing_is_remembered() -> None:

@@ -164,25 +164,27 @@ def test_what_a_server_has_cached_is_looked_up_in_its_table_and_among_what_it_wa
 
     async def main() -> None:
         server = Server()
+        settings = EngineConfig(version="v1", enable_prefix_caching=True).settings(1000)
+        server.buffer.header[b.SETTINGS : b.SETTINGS + len(settings)] = settings
         async with server.instance() as instance:
             await instance.attach()
             assert not instance.tells_prefixes
-            assert instance.hits(asked, 16) == (0, 0)
+            assert instance.hits(asked) == (0, 0)
             server.buffer.header[b.PLACES] = table_size(10)
             table = server.buffer.prefix_table
             assert instance.tells_prefixes
             assert table is not None
             assert asked.block_hashes is not None
             note_changes(table, np.array([(asked.block_hashes[0], 1, 1), (asked.block_hashes[1], 2, 0)]))
-            assert instance.hits(asked, 16) == (32, 1)
+            assert instance.hits(asked) == (32, 1)
             generating = asyncio.create_task(instance.generate(RequestRecord(other), note))
             await asyncio.sleep(0)
-            seen.append(instance.hits(asked, 16))
+            seen.append(instance.hits(asked))
             generating_same = asyncio.create_task(instance.generate(RequestRecord(asked), note))
             await asyncio.sleep(0)
-            seen.append(instance.hits(asked, 16))
+            seen.append(instance.hits(asked))
             await asyncio.gather(generating, generating_same)
-            assert instance.hits(asked, 16) == (32, 1)
+            assert instance.hits(asked) == (32, 1)
         async with Server(local=False).instance() as far:
             await far.attach()
             assert not far.tells_prefixes
@@ -211,9 +213,9 @@ def test_who_says_what_servers_have_cached(caplog: pytest.LogCaptureFixture) -> 
 
     assert told() == "told"
     assert told(cached=False) == told(cached=False, by_both=False, asked=False) == ""
-    assert told(asked=False).endswith("only with engine.enable_prefix_caching=true")
-    assert told(block_size=32).endswith("judged by what was sent there: their block size is 32")
-    assert told(by_both=False).endswith("judged by what was sent there: not told by http://b")
+    assert told(asked=False).endswith("only with engine.enable_prefix_caching=true engine.block_size=16")
+    assert told(block_size=32).endswith("only with engine.enable_prefix_caching=true engine.block_size=32")
+    assert told(by_both=False) == "what is cached is judged by what was sent there; not told by http://b"
 
 
 @pytest.mark.parametrize("local", [True, False])
