@@ -49,9 +49,9 @@ class CachedPrefixes:
         blocks, in_use = held(self._table, np.array(hashes, dtype=np.int64), most)
         return blocks * self._block_size, in_use
 
-    def forget(self, request_id: str) -> None:
-        """A request has gone."""
-        self._hashes.pop(request_id, None)
+    def forget(self, request_id: str) -> list[int]:
+        """A request has gone; returns the hashes of its full blocks, as far as they were needed."""
+        return self._hashes.pop(request_id, [])
 
     def publish(self) -> None:
         """Write what has changed to the table, which readers look up in at any time."""

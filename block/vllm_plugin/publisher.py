@@ -127,7 +127,9 @@ class Publishing:
         self._record.write(json.dumps([kind, what]) + "\n")
 
     def _note_step(self, output: Any) -> None:
-        """What was decided, by the requests' numbers: tokens, preempted, running, waiting; and the free blocks."""
+        """What was decided, by the requests' numbers: tokens, preempted, running, waiting; the free blocks; and what of
+        those that are new was found in the prefix cache.
+        """
         waiting = chain.from_iterable(getattr(self, queue) for queue in self._queues)
         number = {id_: tag[0] for id_, tag in self._tags.items()}
         self._note(
@@ -138,6 +140,7 @@ class Publishing:
                 "running": [number[one.request_id] for one in self.running],  # type: ignore[attr-defined]
                 "waiting": [number[one.request_id] for one in waiting],
                 "free": self.kv_cache_manager.block_pool.get_num_free_blocks(),  # type: ignore[attr-defined]
+                "found": {number[new.req_id]: new.num_computed_tokens for new in output.scheduled_new_reqs},
             },
         )
 
@@ -300,7 +303,9 @@ class Publishing:
         """vLLM's own; the request will not be published any more."""
         tag = self._tags.pop(request.request_id, None)
         if self._prefixes is not None:
-            self._prefixes.forget(request.request_id)
+            hashes = self._prefixes.forget(request.request_id)
+            if self._record is not None and tag is not None:
+                self._note("gone", [tag[0], hashes])
         self._preempted += request.num_preemptions
         if tag is not None:
             buffer = self._buffer
