@@ -79,20 +79,30 @@ class Simulation:
         requests: Iterable[tuple[Request, Dispatcher]],
         before: Callable[[float, int], None] = lambda now, request_id: None,
         ended: Callable[[RequestRecord], None] = lambda record: None,
+        next_of: Callable[[RequestRecord], tuple[Request, Dispatcher] | None] | None = None,
     ) -> None:
         """Send each request to its dispatcher at its arrival, in order of these, until all have ended.
 
         before: is told the time and the id of each request that arrives, before it is placed. ended: is told of each
-        record that is complete. SimulationStalled if some never end.
+        record that is complete. next_of: the request that comes because this one has ended, and its dispatcher; its
+        arrival is not past. SimulationStalled if some never end.
         """
-        self._ended = ended
         heap, engines = self._heap, self.engines
         arrivals = iter(requests)
 
-        def arrive(request: Request, dispatcher: Dispatcher) -> None:
+        def come(request: Request, dispatcher: Dispatcher) -> None:
             before(self.now, request.id)
             self._send(dispatcher.arrived(request, self.now), dispatcher)
+
+        def arrive(request: Request, dispatcher: Dispatcher) -> None:
+            come(request, dispatcher)
             next_arrival()
+
+        def go_on(record: RequestRecord) -> None:
+            ended(record)
+            if next_of is not None and (following := next_of(record)) is not None:
+                self._unfinished += 1
+                self.at(following[0].arrival, come, *following)
 
         def next_arrival() -> None:
             for request, dispatcher in arrivals:
@@ -100,6 +110,7 @@ class Simulation:
                 self.at(max(request.arrival, self.now), arrive, request, dispatcher)
                 return
 
+        self._ended = ended if next_of is None else go_on
         next_arrival()
         while self._unfinished > 0:
             when = heap[0][0] if heap else math.inf

@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from block.run.config import RunConfig
 from block.run.config_errors import ConfigError, explain
 from block.workload import spec as workload
 from block.workload.content import with_hashes, with_token_hashes
+from block.workload.sessions import followers
 
 PROGRESS_EVERY = 100  # simulated requests between two calls of `advance`
 
@@ -133,6 +134,15 @@ def _simulate(
     if migrator is not None:
         outcome.engines = {"migrations": migrator.counts}
     done = 0
+    heads, following = _sessions(run, requests)
+    placing = list(zip(requests, _chosen(run, requests, dispatchers), strict=True))
+    at = {request.id: dispatcher for request, dispatcher in placing} if following else {}
+
+    def next_of(record: RequestRecord) -> tuple[Request, Dispatcher] | None:
+        if record.request.id not in following:
+            return None
+        turn, thinking = following[record.request.id]
+        return replace(turn, arrival=simulation.now + thinking), at[turn.id]
 
     def ended(record: RequestRecord) -> None:
         nonlocal done
@@ -143,7 +153,8 @@ def _simulate(
     collecting = gc.isenabled()
     gc.disable()  # which searches all records again and again, and a simulation makes no cycles
     try:
-        simulation.run(zip(requests, _chosen(run, requests, dispatchers), strict=True), monitor.tick, ended)
+        arriving = [(one, at[one.id]) for one in heads] if following else placing
+        simulation.run(arriving, monitor.tick, ended, next_of if following else None)
     finally:
         if collecting:
             gc.enable()
@@ -191,20 +202,30 @@ async def _replay(
 
         deliver = generating(fleet.instances, dispatchers[0].first_token)
 
-        async def one(request: Request, dispatcher: Dispatcher) -> None:
-            record = await driver.submit(dispatcher, request, deliver)
-            advance(1)
-            if note is not None:
-                note(record)
+        heads, following = _sessions(run, requests)
+        at = dict(zip((one.id for one in requests), _chosen(run, requests, dispatchers), strict=True))
+
+        async def one(request: Request) -> None:
+            """A request, and all that follows from its end."""
+            while True:
+                record = await driver.submit(at[request.id], request, deliver)
+                advance(1)
+                if note is not None:
+                    note(record)
+                if request.id not in following:
+                    return
+                turn, thinking = following[request.id]
+                request = replace(turn, arrival=clock.now() + thinking)
+                await clock.sleep_until(request.arrival)
+                monitor.tick(clock.now(), request.id)
 
         clock.restart()
         try:
             async with asyncio.TaskGroup() as group:
-                chosen = _chosen(run, requests, dispatchers)
-                for request, dispatcher in zip(requests, chosen, strict=True):  # open loop: nothing delays the next
+                for request in heads:  # open loop: nothing delays the next
                     await clock.sleep_until(request.arrival)
                     monitor.tick(clock.now(), request.id)
-                    group.create_task(one(request, dispatcher))
+                    group.create_task(one(request))
         except BaseExceptionGroup as failed:  # the first to fail says what is wrong; it ended the others
             raise failed.exceptions[0] from None
         finally:
@@ -258,6 +279,19 @@ def _cache_blocks(run: RunConfig, engines: Mapping[str, Any]) -> int | None:
     asked = run.engine
     same = engines.get("enable_prefix_caching") and engines["block_size"] == asked.block_size
     return int(engines["total_blocks"]) if same and asked.enable_prefix_caching else None
+
+
+def _sessions(
+    run: RunConfig, requests: Sequence[Request]
+) -> tuple[Sequence[Request], dict[int, tuple[Request, float]]]:
+    """The requests that come at their times, and those that come when another has ended, by its id, with the seconds
+    between.
+    """
+    if not run.workload.closed_loop:
+        return requests, {}
+    following = followers(requests)
+    later = {turn.id for turn, _ in following.values()}
+    return [one for one in requests if one.id not in later], following
 
 
 def _chosen(run: RunConfig, requests: Sequence[Request], dispatchers: Sequence[Dispatcher]) -> list[Dispatcher]:

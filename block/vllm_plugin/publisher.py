@@ -14,7 +14,7 @@ import time
 from collections import deque
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,13 +35,14 @@ from block.core.snapshot import (
     TARGET,
 )
 from block.engine.config import EngineSettings, blocks_kept
-from block.engine.prefix_table import table_size
 from block.vllm_plugin import state_buffer
 from block.vllm_plugin.environment import RECORD, STATE_BUFFER
 from block.vllm_plugin.lifetime import die_with_parent
-from block.vllm_plugin.prefixes import CachedPrefixes
 from block.vllm_plugin.requirements import require
 from block.vllm_plugin.tags import TAG_EXPECTED, TAG_ID
+
+if TYPE_CHECKING:
+    from block.vllm_plugin.prefixes import CachedPrefixes
 
 _ROWS = [
     ID,
@@ -100,15 +101,22 @@ class Publishing:
         from the first on (groups of layers that cache each for itself, sliding windows, speculation), or where several
         schedulers would write to one state buffer.
         """
+        config: Any = self.vllm_config  # type: ignore[attr-defined]
+        if not config.cache_config.enable_prefix_caching:
+            return None
+        # Imported here, as numba is with them: when vLLM's worker for CPUs begins, before this, it looks through all
+        # modules that there are, and stumbles over one of llvmlite's objects.
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-        config: Any = self.vllm_config  # type: ignore[attr-defined]
+        from block.engine.prefix_table import table_size
+        from block.vllm_plugin.prefixes import CachedPrefixes
+
         places = table_size(config.cache_config.num_gpu_blocks)
         specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]  # type: ignore[attr-defined]
         plain = len(specs) == 1 and isinstance(specs[0], FullAttentionSpec)
         plain = plain and not (specs[0].sliding_window or specs[0].attention_chunk_size or config.speculative_config)
         alone = config.parallel_config.data_parallel_size == 1
-        if not (config.cache_config.enable_prefix_caching and plain and alone and places <= state_buffer.MOST_PLACES):
+        if not (plain and alone and places <= state_buffer.MOST_PLACES):
             return None
         self._buffer.header[state_buffer.PLACES] = places
         table = self._buffer.prefix_table

@@ -15,14 +15,16 @@ import mmap
 import os
 import secrets
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from block.core.arrays import Floats, Ints
 from block.core.snapshot import FIELDS, Snapshot
 from block.engine.config import EngineSettings
-from block.engine.prefix_table import PrefixTable
+
+if TYPE_CHECKING:
+    from block.engine.prefix_table import PrefixTable
 
 CAPACITY = 16384  # sequences; more than that waiting are counted in HIDDEN and not shown
 MAGIC = 0x424C4F434B0003  # "BLOCK", layout 3
@@ -149,6 +151,8 @@ class StateBuffer:
     @property
     def prefix_table(self) -> PrefixTable | None:
         """What the engine's prefix cache has; not a copy. None if that is not told."""
+        from block.engine.prefix_table import PrefixTable  # late: see `Publishing._watched_cache`
+
         places = int(self.header[PLACES])
         return PrefixTable(*self._table[:, :places]) if places else None
 

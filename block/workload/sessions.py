@@ -1,18 +1,20 @@
 """Sessions: turns whose prompts hold all that was said before, as of chats and of agents.
 
 A session begins with one of a few system prompts. Each turn adds a message to what was said and is answered; the next
-one comes some seconds later, whatever the servers do (open loop). Sessions begin as a Poisson process; what is replayed
-is a piece of it in which as many end as begin.
+one comes some seconds later, whatever the servers do (open loop), or so many seconds after the answer (closed loop:
+`followers`). Sessions begin as a Poisson process; what is replayed is a piece of it in which as many end as begin.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from block.core.arrays import Floats, Ints
+from block.core.types import Request
 from block.workload.length_sketch import LengthSketch
 
 SETTLED = 4.0
@@ -129,3 +131,15 @@ def _at_rate(
     chosen = order[before : before + count]
     since = times[chosen] - (times[order[before - 1]] if before else 0.0)
     return chosen, since * (seconds / since[-1])
+
+
+def followers(requests: Sequence[Request]) -> dict[int, tuple[Request, float]]:
+    """By the id of a request: the next of its session, and the seconds between the arrivals of the two."""
+    found = {}
+    latest: dict[int, Request] = {}
+    for request in sorted(requests, key=lambda one: one.arrival):
+        if request.session is not None:
+            if (before := latest.get(request.session)) is not None:
+                found[before.id] = request, request.arrival - before.arrival
+            latest[request.session] = request
+    return found

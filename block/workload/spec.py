@@ -63,6 +63,8 @@ class Workload:
         None for those of `SYNTHETIC`.
     turns, gap_s, system_prompts, system_prompt_mean: of sessions (`block.workload.sessions.Sessions`); None for those
         of `SESSIONS`. A rate moves how many sessions there are, not the seconds between their turns.
+    closed_loop: a turn comes as long after the answer to the one before it as it would come after that turn itself
+        (think time), so that slow servers are asked less. Later turns than the first then do not come at their times.
     trace_path: a file of one's own in a format of `block.workload.trace_formats` (which tells what format, *_column and
         time_unit are for; None: by the file itself); its times are read if arrivals is "trace". A data set of prompts
         (gpteacher, sharegpt_text) or a file of prompts and responses gives its held-out side, and requests that have
@@ -85,6 +87,7 @@ class Workload:
     gap_s: float | None = None
     system_prompts: int | None = None
     system_prompt_mean: float | None = None
+    closed_loop: bool = False
     trace_path: str | None = None
     format: str | None = None
     prompt_column: str | None = None
@@ -106,6 +109,8 @@ class Workload:
         for key in ("qps", "burst_shape", *SYNTHETIC, *SESSIONS):
             if getattr(self, key) is not None:
                 _positive(key, getattr(self, key))
+        if self.closed_loop and self.source != "sessions":
+            raise ValueError(f"workload.closed_loop=True: source={self.source} has no sessions; take workload=chat")
         self._check_effects()
         if self.source == "sessions":
             if self.arrivals != "poisson":

@@ -157,6 +157,7 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["replay_share=0.5", "backend=emulated"], "replay_share=0.5: ", ["only simulated"]),
     (["dispatch.forecast_noise=-1"], "dispatch.forecast_noise=-1.0: ", ["0 or more"]),
     (["lengths=injected", "lengths.sigma=-1"], "lengths.sigma=-1.0: ", ["0 or more"]),
+    (["workload.closed_loop=true"], "workload.closed_loop=True: ", ["sketch has no sessions", "workload=chat"]),
     (["dispatch.prefixes=guessed"], "dispatch.prefixes=guessed: ", ["told or sent"]),
     (["dispatch.snapshot_interval_s=-1"], "dispatch.snapshot_interval_s=-1.0: ", ["0 or more"]),
     (["capacity.seeds=0"], "capacity.seeds=0: ", ["must be at least 1"]),

@@ -49,7 +49,7 @@ def small(line: str) -> list[str]:
         keys += ["capacity.seeds=1", "capacity.slo_s=[1]", *low_rates, *few]
     for experiment in re.findall(r"\bexperiment=(\S+)", line):
         params = OmegaConf.select(OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml"), "hydra.sweeper.params")
-        keys += [f"{key}={first(str(values))}" for key, values in (params or {}).items()]
+        keys += [f"{key}={first(str(values))}" for key, values in (params or {}).items() if f" {key}=" not in line]
     return keys
 
 

@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from commands import covering
+from commands import built, covering
 from processes import eventually, kill_all, marked
 
+from block.run.replay import requests_of
 from block.store.results import Run, read_run, runs
 from block.store.writer import recover
+from block.workload.sessions import followers
 
 # Found and not imported: to import it takes ten seconds, and each worker of the tests collects this file.
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -92,14 +94,21 @@ def progress(folder: Path) -> int:
     return sum(path.read_text().count("\n") for path in folder.glob("runs/*/finished.jsonl"))
 
 
-CHAT = ["workload=chat", "workload.gap_s=2", "workload.output_mean=14", "workload.num_requests=80", "workload.qps=12"]
+CHAT = [
+    "workload=chat",
+    "workload.closed_loop=true",
+    "workload.gap_s=1",
+    "workload.output_mean=14",
+    "workload.num_requests=80",
+    "workload.qps=12",
+]
 CACHING = ["engine=vllm_v1", "engine.enable_prefix_caching=true", "scheduler=block_cache", "cluster.num_gpus=4"]
 
 
 def test_four_emulated_engines_find_prefixes_as_simulated_ones_do_and_are_gone(
     mark: str, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    """Chats; what each server has cached is known when a request is placed, and forecast with."""
+    """Chats in a closed loop; what each server has cached is known when a request is placed, and forecast with."""
     backend = ["backend=emulated", "backend.time_dilation=1"]
     process = start(mark, tmp_path, *CACHING, *backend, workload=CHAT, python=covering(pytestconfig))
     run, said = finish(process, tmp_path)
@@ -131,6 +140,12 @@ def test_four_emulated_engines_find_prefixes_as_simulated_ones_do_and_are_gone(
     ttft = requests.first_token - requests.arrival
     assert np.median(np.abs(requests.forecast_ttft - ttft)) < 0.05 * ttft.mean() + 0.02
     assert "judged by what was sent" not in said
+    # A turn comes when the one before it has been answered.
+    arrival, finished = (requests.set_index("request_id")[name] for name in ("arrival", "finished"))
+    following = followers(requests_of(built(*CHAT, *CACHING))[0])
+    assert len(following) > 20
+    for id_, (turn, thinking) in following.items():
+        assert finished[id_] + thinking <= arrival[turn.id] < finished[id_] + thinking + 0.5
 
 
 def test_a_server_killed_in_mid_run_loses_nothing(mark: str, tmp_path: Path) -> None:
@@ -298,7 +313,8 @@ def test_a_server_of_a_real_model_joins_and_leaves_and_an_interrupted_run_keeps_
     rows = ["100,300,0.0"] * 6 + [f"20,5,{1 + i}" for i in range(300)]
     (tmp_path / "burst.csv").write_text("\n".join(["prompt_tokens,output_tokens,arrival", *rows]))
     process = start(
-        *(mark, tmp_path, "backend=vllm_cpu", "engine.max_num_seqs=1", "workload.trace_path=burst.csv"),
+        *(mark, tmp_path, "backend=vllm_cpu", "engine.max_num_seqs=1", "engine.enable_prefix_caching=true"),
+        "workload.trace_path=burst.csv",
         *("workload.arrivals=trace", f"workload.num_requests={len(rows)}", f"workload.qps={(len(rows) - 1) / 300}"),
         *("provisioner=preempt", "provisioner.initial=1", "provisioner.threshold_s=1.5"),
         *("provisioner.drain_after_s=1", "provisioner.drain_ttft_s=0.5"),

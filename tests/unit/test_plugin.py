@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from importlib.metadata import entry_points
 from types import SimpleNamespace
 from typing import Any
@@ -102,3 +104,10 @@ def test_the_view_shows_the_buffer_and_passes_on_all_else(buffer: StateBuffer, m
     assert json.loads(ask(view, "/block/steps", b"since=1")[2]) == {"timed": 2, "steps": [[*map(float, range(b.STEP))]]}
     assert ask(view, "/block/nothing")[0] == 404
     assert ask(view, "/v1/completions")[::2] == (299, b"/v1/completions")
+
+
+def test_a_server_s_engine_core_does_not_import_numba_before_its_worker_has_begun() -> None:
+    """vLLM's worker for CPUs looks through all modules that there are, and ends at one of llvmlite's objects."""
+    code = "import sys, block.vllm_plugin.publisher, block.vllm_plugin.serve; print('llvmlite' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "False"

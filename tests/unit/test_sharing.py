@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import built
 from hypothesis import given
 from hypothesis import strategies as st
 
 from block.core.arrays import Ints
 from block.core.types import Request
+from block.run.replay import Outcome, replay, requests_of
 from block.workload.content import block_hashes, first_tokens, token_ids, with_hashes
+from block.workload.sessions import followers
 from block.workload.spec import Workload, generate, make
 
 CHAT: dict[str, Any] = {"name": "chat", "source": "sessions", "num_requests": 600, "qps": 5.0, "turns": 5.0}
@@ -220,3 +223,35 @@ def test_mooncake_s_conversations_share_what_is_published() -> None:
     )
     assert len(requests) == 12031
     assert most_hits(requests, 16) == pytest.approx(0.374, abs=0.005)  # FAST '25: about 40 % of blocks
+
+
+# -------------------------------------------------------------------------------------------------------- closed loop
+
+
+def test_what_follows_in_a_session_is_its_next_turn() -> None:
+    def turn(id_: int, arrival: float, session: int | None) -> Request:
+        return Request(id_, arrival, 10, 1, 1, session=session)
+
+    turns = [turn(0, 0.0, 7), turn(1, 1.0, 8), turn(2, 2.5, 7), turn(3, 3.0, None), turn(4, 9.0, 7)]
+    assert followers(turns) == {0: (turns[2], 2.5), 2: (turns[4], 6.5)}
+
+
+def test_in_a_closed_loop_a_turn_waits_for_the_answer_and_then_thinks() -> None:
+    run = built(
+        *("workload=chat", "workload.closed_loop=true", "workload.num_requests=300", "workload.qps=8"),
+        *("workload.gap_s=3", "cluster.num_gpus=2", "engine=vllm_v1", "engine.enable_prefix_caching=true"),
+    )
+    requests, _ = requests_of(run)
+    outcome = Outcome()
+    replay(run, requests, outcome)
+    assert outcome.history is not None
+    records = {record.request.id: record for record in outcome.history.records}
+    assert [record.status for record in records.values()] == ["ok"] * 300
+    planned = {request.id: request.arrival for request in requests}
+    waiting = followers(requests)
+    assert len(waiting) > 100
+    for id_, (turn, thinking) in waiting.items():
+        assert records[turn.id].request.arrival == pytest.approx(records[id_].finished + thinking)
+        assert records[turn.id].request.arrival > planned[turn.id]
+    for id_ in planned.keys() - {turn.id for turn, _ in waiting.values()}:
+        assert records[id_].request.arrival == planned[id_]
