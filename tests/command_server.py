@@ -40,6 +40,7 @@ def prepare() -> None:
         run = config.build(settings)
         replay(run, requests_of(run)[0], Outcome())
     gc.freeze()
+    gc.set_threshold(50_000, 20, 100)  # as in conftest.py
 
 
 def serve_commands() -> Callable[[], None]:

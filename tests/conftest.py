@@ -43,8 +43,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
+    """Collections that look at all that was imported, or come after each 700 objects, take some 5 % of the time."""
     gc.collect()
-    gc.freeze()  # or each full collection looks at all that was imported: some 5 % of the time
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.hookimpl(hookwrapper=True)

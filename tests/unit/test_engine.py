@@ -192,7 +192,7 @@ def test_an_idle_engine_expects_nothing() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=examples(60, 8))
+@settings(max_examples=examples(60, 4))
 @given(seed=st.integers(0, 10**6), spread=st.sampled_from([0.05, 0.3, 2.0]))
 def test_next_finish_is_what_then_happens(kind: str, seed: int, spread: float) -> None:
     config = engine_config(**KINDS[kind], max_model_len=100, max_num_seqs=6, max_num_batched_tokens=tokens(kind, 32))

@@ -250,7 +250,7 @@ def actual(engine: Engine, one: Request, now: float) -> Forecast:
 
 @pytest.mark.parametrize("compressed", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=examples(150, 10))
+@settings(max_examples=examples(150, 5))
 @given(seed=st.integers(0, 10**6), count=st.integers(0, 25), prompt=st.integers(1, 100), output=st.integers(1, 80))
 def test_with_true_lengths_a_forecast_is_what_then_happens(
     kind: str, compressed: bool, seed: int, count: int, prompt: int, output: int
@@ -290,7 +290,7 @@ def test_a_forecast_is_exact_when_v0_preempts_a_prompt_with_one_token_left(compr
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=examples(400, 12))
+@settings(max_examples=examples(400, 6))
 @given(
     seed=st.integers(0, 10**6),
     count=st.integers(0, 40),

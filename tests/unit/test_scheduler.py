@@ -610,7 +610,7 @@ def workloads(draw: st.DrawFn, kind: str) -> tuple[EngineConfig, int, list[Reque
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=examples(300, 40))
+@settings(max_examples=examples(300, 20))
 @given(data=st.data())
 def test_twin_and_reference_agree_at_every_step(kind: str, data: st.DataObject) -> None:
     agree(*data.draw(workloads(kind)))
