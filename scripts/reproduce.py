@@ -57,15 +57,16 @@ def main() -> int:
     options = _options()
     names = options.figures or [name for name in FIGURES if options.backend == "simulated" or _real(name)]
     figures = {name: importlib.import_module(f"paper_figures.{name}") for name in names}
+    if not options.list:
+        try:
+            check_writable(options.out)
+        except OSError as error:
+            print(f"error: --out={options.out}: {reason(error)}", file=sys.stderr)
+            return 2
     jobs = _jobs(figures, options)
     if options.list:
         _list(figures, jobs, options)
         return 0
-    try:
-        check_writable(options.out)
-    except OSError as error:
-        print(f"error: --out={options.out}: {reason(error)}", file=sys.stderr)
-        return 2
     every = campaign.distinct(jobs.values())
     missing = [job for job in every if job.stored is None or options.fresh]
     if len(missing) < len(every):
