@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from block.core.hashing import hash_tokens, root
+from block.engine.prefix_cache import NO_HASH
 from block.engine.prefix_table import PrefixTable, held, note
 from block.vllm_plugin.requirements import require
-
-NO_HASH = 0
 
 
 class CachedPrefixes:
