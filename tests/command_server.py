@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def prepare() -> None:
     """Import what commands import, and load the compiled code that most runs use."""
+    import one_composition  # noqa: F401
     import seaborn  # noqa: F401
     from hydra import compose, initialize_config_dir
 
@@ -80,7 +81,8 @@ def run(script: str, arguments: list[str], folder: str, environment: dict[str, s
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
+    sys.path.insert(1, str(ROOT))
     prepare()
+    del sys.path[0]
     command = serve_commands()
     command()  # at the top, so that the child ends as any script does

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import one_composition  # noqa: F401
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
