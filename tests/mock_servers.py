@@ -214,6 +214,8 @@ async def running_gateway(
     policy: policies.Policy | None = None,
     started: Sequence[int] | None = None,
     lengths: Lengths | None = None,
+    tokenizer: Any = None,
+    prefixes: str = "told",
     **keys: Any,
 ) -> AsyncIterator[RunningGateway]:
     """Whatever happens in it, no request stays with the dispatcher and no connection is leaked."""
@@ -227,10 +229,11 @@ async def running_gateway(
     gateway = Gateway(
         config,
         policy or policies.RoundRobin(),
-        DispatchConfig(),
+        DispatchConfig(prefixes=prefixes),
         random.Random(0),
         constant_latency(),
         lengths if lengths is not None else Oracle(),
+        tokenizer,
     )
     runner = web.AppRunner(gateway.application(), handler_cancellation=True, shutdown_timeout=0.5)
     await runner.setup()

@@ -1,7 +1,8 @@
 """A real vLLM server as an instance: tokens over HTTP, snapshots from its state buffer.
 
 The server must have been started with this package's plugin (`python -m block.vllm_plugin.serve`). On this host its
-buffer is mapped; on another one the same bytes are fetched again and again in the background.
+buffer is mapped; on another one the same bytes are fetched again and again in the background, and what its prefix cache
+has is told by vLLM's own events, if it publishes them.
 """
 
 from __future__ import annotations
@@ -9,20 +10,20 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import aiohttp
 import numpy as np
 
+from block.backends.cache_events import CacheEvents, EventSource, follow
 from block.cluster.instance import FirstToken, InstanceFailed, RequestFailed
-from block.core.arrays import Floats
+from block.core.arrays import Floats, Ints
 from block.core.clock import Clock
 from block.core.errors import message, one_line
 from block.core.snapshot import Snapshot
 from block.core.types import Request, RequestRecord
-from block.dispatch.sent import BlockUsers
 from block.engine.config import EngineSettings
 from block.engine.prefix_table import PrefixTable, held
 from block.vllm_plugin.state_buffer import STEP, State, StateBuffer, read_dump
@@ -61,12 +62,12 @@ class VLLMInstance:
         self._clock = clock
         self._vocabulary = vocabulary
         self._emulated = False  # its GPU is, and answers what it is told to
-        self._block_size = 1
-        self._coming = BlockUsers()  # the requests that were sent there and have yielded no token
         self._buffer: StateBuffer | None = None
         self._state: State | None = None
-        self._poll: asyncio.Task[None] | None = None
-        self._model = ""
+        self._background: list[asyncio.Task[None]] = []
+        self._events: CacheEvents | None = None
+        self.models: Sequence[str] = ("",)
+        """What the server calls its model; all other names that it knows are those of adapters."""
         self.vllm_version = ""
 
     async def attach(self) -> EngineSettings:
@@ -77,7 +78,8 @@ class VLLMInstance:
         try:
             async with self._session.get(f"{self.url}/v1/models") as response:
                 with self._as_vllm():
-                    self._model = (await response.json())["data"][0]["id"]
+                    found = (await response.json())["data"]
+                    self.models = [one["id"] for one in found if not one.get("parent")] or [found[0]["id"]]
             async with self._session.get(f"{self.url}/block/info") as response:
                 if response.status != 200:
                     raise WithoutPlugin(
@@ -87,15 +89,19 @@ class VLLMInstance:
                     info = await response.json()
                     self.vllm_version, path, nonce = info["vllm"], str(info["buffer"]), int(info["nonce"])
                     self._emulated = bool(info.get("emulated", False))
+                    published = info.get("kv_events")
             try:
                 self._buffer = StateBuffer.open(path, nonce)
             except (OSError, ValueError):  # another host, or another container of this one
                 await self._fetch()
-                self._poll = asyncio.create_task(self._keep_fetching())
+                self._background.append(asyncio.create_task(self._keep_fetching()))
         except (aiohttp.ClientError, TimeoutError) as error:
             raise InstanceFailed(f"{self.url}: {message(error)}") from error
         settings = self._read().settings
-        self._block_size = settings.block_size
+        if published is not None and settings.enable_prefix_caching and self._prefix_table is None:
+            self._events = CacheEvents(settings.block_size)
+            source = EventSource(**published).seen_from(self.url)
+            self._background.append(asyncio.create_task(follow(source, self._events)))
         return settings
 
     @property
@@ -105,20 +111,24 @@ class VLLMInstance:
 
     @property
     def _prefix_table(self) -> PrefixTable | None:
+        if self._events is not None:
+            return self._events.table if self._events.readable else None
         return None if self._buffer is None else self._buffer.prefix_table
 
     @property
-    def tells_prefixes(self) -> bool:
-        """Whether it is known what the server has in its prefix cache."""
-        return self._prefix_table is not None
+    def tells_prefixes(self) -> str | None:
+        """How it is known what the server has in its prefix cache: by its "table" or its "events"; None: it is not."""
+        if self._prefix_table is None:
+            return None
+        return "table" if self._events is None else "events"
 
     async def detach(self) -> None:
         """Stop looking; `attach` may follow again, to another server."""
-        if self._poll is not None:
-            self._poll.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._poll
-        self._buffer = self._state = self._poll = None
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        self._background.clear()
+        self._buffer = self._state = self._events = None
 
     def _read(self) -> State:
         if self._buffer is not None:
@@ -133,25 +143,12 @@ class VLLMInstance:
         state = self._read()
         return state.snapshot(self.instance_id, self._clock.now(), self._clock.at(state.started))
 
-    def hits(self, request: Request) -> tuple[int, int]:
-        """Of a request's prompt, the tokens that the server's prefix cache has, and how many blocks of them are in use.
-
-        What was sent there and has not yielded a token will be, and counts as both beyond that, as in simulation.
-        Nothing is known of servers on other hosts.
+    def look_up(self, hashes: Ints, most: int) -> tuple[int, int] | None:
+        """Of the first `most` blocks with these hashes, how many the server's prefix cache has, and how many of these
+        are in use; None if it does not tell.
         """
-        assert request.block_hashes is not None
-        most, table = (request.prompt_tokens - 1) // self._block_size, self._prefix_table
-        blocks, in_use = (0, 0) if table is None else held(table, request.block_hashes, most)
-        coming = self._coming.leading(request.block_hashes[:most].tolist())
-        if coming > blocks:
-            blocks = in_use = coming
-        return blocks * self._block_size, in_use
-
-    def _blocks_of(self, request: Request) -> list[int]:
-        """The hashes of a prompt's full blocks, if they are known."""
-        if request.block_hashes is None:
-            return []
-        return request.block_hashes[: request.prompt_tokens // self._block_size].tolist()  # type: ignore[no-any-return]
+        table = self._prefix_table
+        return None if table is None else held(table, hashes, most)
 
     async def step_times(self, since: int) -> tuple[int, Floats]:
         """How many steps the engine has timed, and those after the first `since`: float[n, STEP]."""
@@ -176,24 +173,14 @@ class VLLMInstance:
     async def generate(self, record: RequestRecord, first_token: FirstToken) -> None:
         """Stream the response, noting when each token came."""
         request = record.request
-        coming = self._blocks_of(request)
-        self._coming.add(coming)
-
-        def first(record: RequestRecord, now: float) -> None:
-            self._coming.remove(coming)
-            coming.clear()
-            first_token(record, now)
-
         try:
             async with self._session.post(f"{self.url}/v1/completions", json=self._body(request)) as response:
                 if response.status != 200:
                     text = f"{self.url}: {response.status}: {await _message(response)}"
                     raise (InstanceFailed if response.status >= 500 else RequestFailed)(text)
-                await self._stream(response, record, first)
+                await self._stream(response, record, first_token)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise InstanceFailed(f"{self.url}: {message(error)}") from error
-        finally:
-            self._coming.remove(coming)
         preemptions = self._buffer.preemptions_of(request.id) if self._buffer is not None else None
         record.preemptions = preemptions or 0
 
@@ -205,7 +192,7 @@ class VLLMInstance:
         if self._emulated and len(tokens) > prompt:
             tags[TAG_RESPONSE] = tokens[prompt:]
         return {
-            "model": self._model,
+            "model": self.models[0],
             "prompt": tokens[:prompt],
             "max_tokens": request.output_tokens,
             "ignore_eos": True,

@@ -8,14 +8,11 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from block.cluster.fleet import Fleet
 from block.cluster.instance import InstanceFailed, LaunchFailed
 from block.cluster.spec import Testbed
-from block.core.arrays import Ints
 from block.core.clock import Clock
-from block.core.types import Request
+from block.dispatch.sent import ToldPrefixes
 from block.engine.config import EngineSettings
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor
@@ -128,21 +125,9 @@ async def attached_fleet(
                 await instance.detach()
 
 
-class ServerPrefixes:
-    """What servers have in their prefix caches, as their schedulers tell; a `block.dispatch.core.PrefixIndex`."""
-
-    def __init__(self, instances: Sequence[VLLMInstance], block_size: int) -> None:
-        self._instances = instances
-        self.block_size = block_size
-
-    def hits(self, request: Request, ids: Sequence[int]) -> Ints:
-        """What these servers have of a request that has block hashes."""
-        return np.array([self._instances[i].hits(request) for i in ids], dtype=np.int64)
-
-
 def _prefixes(
     instances: Sequence[VLLMInstance], running: Sequence[VLLMInstance], settings: EngineSettings, testbed: Testbed
-) -> ServerPrefixes | None:
+) -> ToldPrefixes | None:
     """What servers with these settings tell of their prefix caches; None if they have none, or do not tell."""
     if not settings.enable_prefix_caching:
         return None
@@ -153,7 +138,7 @@ def _prefixes(
     elif silent:
         log.warning("what is cached is judged by what was sent there; not told by %s", ", ".join(silent))
     else:
-        return ServerPrefixes(instances, settings.block_size)
+        return ToldPrefixes(lambda i, hashes, most: instances[i].look_up(hashes, most), settings.block_size)
     return None
 
 

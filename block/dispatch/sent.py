@@ -1,10 +1,10 @@
-"""Approximate knowledge of prefix caches: what an instance was sent, and is thought to have still."""
+"""Knowledge of prefix caches: what an instance was sent, and is thought to have still, or what it tells itself."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -159,3 +159,65 @@ class SentPrefixes(Observer):
         """Of the full blocks of a request's first tokens."""
         assert request.block_hashes is not None
         return request.block_hashes[: tokens // self.block_size].tolist()  # type: ignore[no-any-return]
+
+
+LookUp = Callable[[int, Ints, int], tuple[int, int] | None]
+"""Of an instance, of the first so many of a prompt's blocks by their hashes: how many are cached there, and how many of
+these are in use; None if it does not tell.
+"""
+
+
+class ToldPrefixes(Observer):
+    """A `block.dispatch.core.PrefixIndex` of what instances tell by `look_up`; of others, of what `sent` has.
+
+    What was sent to an instance and has not left it will be cached there, whether or not it tells so already, and
+    counts as in use, as in simulation.
+    """
+
+    def __init__(self, look_up: LookUp, block_size: int, sent: SentPrefixes | None = None) -> None:
+        self.block_size = block_size
+        self._look_up = look_up
+        self._sent = sent
+        self._there: defaultdict[int, BlockUsers] = defaultdict(BlockUsers)  # by instance, the requests that are there
+        self._hashes: dict[int, tuple[int, list[int]]] = {}  # by request: its instance, and its prompt's full blocks
+
+    def hits(self, request: Request, ids: Sequence[int]) -> Ints:
+        """What these instances have of a request that has block hashes."""
+        assert request.block_hashes is not None
+        most = (request.prompt_tokens - 1) // self.block_size
+        asked = request.block_hashes[:most]
+        hashes = asked.tolist()
+        found = np.zeros((len(ids), 2), dtype=np.int64)
+        for place, instance_id in enumerate(ids):
+            told = self._look_up(instance_id, asked, most)
+            if told is None:
+                if self._sent is not None:
+                    found[place] = self._sent.hits(request, [instance_id])[0]
+                continue
+            blocks, in_use = told
+            there = self._there[instance_id].leading(hashes)
+            if there > blocks:
+                blocks = in_use = there
+            found[place] = blocks * self.block_size, in_use
+        return found
+
+    def placed(self, dispatcher: Dispatcher, record: RequestRecord, views: Views, now: float) -> None:
+        """It will be there."""
+        if (known := record.request.block_hashes) is not None:
+            hashes = known[: record.request.prompt_tokens // self.block_size].tolist()
+            self._hashes[record.request.id] = record.instance_id, hashes
+            self._there[record.instance_id].add(hashes)
+        if self._sent is not None:
+            self._sent.placed(dispatcher, record, views, now)
+
+    def left(self, dispatcher: Dispatcher, record: RequestRecord, now: float) -> None:
+        """It is there no more."""
+        if (known := self._hashes.pop(record.request.id, None)) is not None:
+            self._there[known[0]].remove(known[1])
+        if self._sent is not None:
+            self._sent.left(dispatcher, record, now)
+
+    def instance_down(self, dispatcher: Dispatcher, instance_id: int, reason: str, now: float) -> None:
+        """What it was sent is lost, if it comes again."""
+        if self._sent is not None:
+            self._sent.instance_down(dispatcher, instance_id, reason, now)

@@ -31,6 +31,12 @@ def table_size(num_gpu_blocks: int) -> int:
     return 1 << (2 * num_gpu_blocks - 1).bit_length()
 
 
+def new_table(num_gpu_blocks: int) -> PrefixTable:
+    """An empty table for so many blocks."""
+    size = table_size(num_gpu_blocks)
+    return PrefixTable(np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64))
+
+
 @compiled
 def _place_of(table: PrefixTable, block_hash: Int) -> Int:
     """Where a hash stands, or would stand."""

@@ -20,6 +20,7 @@ from block.dispatch.policies import Needs
 from block.lengths import Reader
 from block.run import cli, config, effects, hydra_schema
 from block.run.config_errors import ConfigError, explain
+from block.workload.prompts import load_tokenizer
 
 hydra_schema.register()
 
@@ -51,7 +52,8 @@ def run_gateway(settings: DictConfig, policy: str) -> None:
             run.lengths.predict([""])  # what is wrong with the estimator is told now; and it is loaded
         except (OSError, ValueError) as error:
             raise ConfigError(explain(error)) from error
-    gateway = app.Gateway(wanted, run.policy, run.dispatch, random.Random(run.seed), latency, run.lengths)
+    tokenizer = load_tokenizer(wanted.tokenizer, "gateway.tokenizer") if wanted.tokenizer is not None else None
+    gateway = app.Gateway(wanted, run.policy, run.dispatch, random.Random(run.seed), latency, run.lengths, tokenizer)
 
     def listening(address: str) -> None:
         servers = f"{len(wanted.urls)} server{'s' * (len(wanted.urls) != 1)}"

@@ -9,7 +9,8 @@ import logging
 import random
 import secrets
 import signal
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -28,6 +29,8 @@ from block.gateway.config import GatewayConfig
 from block.gateway.estimates import Estimator
 from block.gateway.metrics import CANCELLED, FAILED, OK, REFUSED, Metrics
 from block.gateway.openai import error_response, prompt_text, read, tagged
+from block.gateway.prefixes import UpstreamPrefixes
+from block.gateway.prompts import UNKNOWN, Prompt, Prompts, TextPieces, TokenizedPrompts
 from block.gateway.proxy import ProxiedRequest, answer_headers, request_headers
 from block.gateway.transport import TransportError, transport_errors
 from block.gateway.upstreams import PluginInstance, Upstream, make_upstreams, open_session, short_timeout
@@ -48,6 +51,7 @@ class Gateway:
 
     latency: the servers' step times; policies that need forecasts need it. lengths: estimates responses, if it reads
     prompts and the policy looks at more than counts; else each is expected to have `config.expected_output_tokens`.
+    tokenizer: the model's, as `block.workload.prompts.load_tokenizer` has it; None: prompts are known by their text.
     """
 
     upstreams: Sequence[Upstream]
@@ -61,16 +65,21 @@ class Gateway:
         rng: random.Random,
         latency: LatencyModel | None = None,
         lengths: Lengths = Oracle(),  # noqa: B008 — frozen
+        tokenizer: Any = None,
     ) -> None:
         self._config = config
         self._policy = policy
         self._dispatch = dispatch
         self._rng = rng
         self._latency = latency
+        self._policy_block_size: int | None = getattr(policy, "block_size", None)
         self._tags = policy.needs is not Needs.COUNTS
         self._reader = lengths if self._tags and isinstance(lengths, Reader) else None
         self._outrun_share = float(lengths.outrun_share) if self._reader is not None else 0.0
         self._estimator: Estimator | None = None
+        self._tokenizer = tokenizer
+        self._prompts: Prompts | None = None
+        self._prefixes: UpstreamPrefixes | None = None
         self._clock = Clock()
         self._driver = LiveDriver(self._clock)
         # Requests of several gateways, or of one that was started again, must not share a number on a server.
@@ -103,6 +112,10 @@ class Gateway:
             )
             if forecaster is not None and self._latency is not None and self._dispatch.correction_steps > 0:
                 forecaster = CorrectedForecaster(forecaster, self._latency, self._dispatch.correction_steps)
+            plugins = [one for one in self.upstreams if isinstance(one, PluginInstance)]
+            if plugins:
+                exact = self._tokenizer is not None and self._dispatch.prefixes == "told"
+                self._prefixes = UpstreamPrefixes(plugins, exact=exact)
             self.dispatcher = Dispatcher(
                 len(self.upstreams),
                 self._policy,
@@ -110,9 +123,15 @@ class Gateway:
                 self._dispatch,
                 self._rng,
                 snapshot_many=one_by_one(self.upstreams),
+                prefixes=self._prefixes,
+                observers=[] if self._prefixes is None else [self._prefixes],
                 history=History(HISTORY),
             )
-            self._metrics = metrics = Metrics(self.upstreams, self.dispatcher, self._policy.needs)
+            self._metrics = metrics = Metrics(self.upstreams, self.dispatcher, self._policy.needs, self._prefixes)
+            if self._tokenizer is not None:
+                self._prompts = TokenizedPrompts(self._tokenizer, config.tokenize_timeout_s, metrics.not_tokenized)
+            elif self._prefixes is not None or self._policy_block_size is not None:
+                self._prompts = TextPieces()
             if self._reader is not None:
                 self._estimator = Estimator(
                     self._reader, config.estimate_timeout_s, metrics.not_estimated, metrics.estimated
@@ -133,6 +152,8 @@ class Gateway:
                     await upstream.detach()
             if self._estimator is not None:
                 self._estimator.close()
+            if self._prompts is not None:
+                self._prompts.close()
 
     async def _watch(self, upstream: Upstream) -> None:
         """Readmit an instance that was ejected once it is well."""
@@ -166,10 +187,12 @@ class Gateway:
             return error_response(400, str(error))
         number, arrived = next(self._numbers), self._clock.now()
         estimate = await self._estimator.tokens(prompt_text(asked.fields)) if self._estimator is not None else None
+        prompt = await self._read_prompt(asked.fields)
+        tokens = asked.prompt_tokens if prompt.tokens is None else max(prompt.tokens, 1)
         expected = asked.capped(self._config.expected_output_tokens if estimate is None else estimate)
         if self._tags:
             body = tagged(body, asked.fields, number, expected)
-        request = Request(number, arrived, asked.prompt_tokens, expected, expected)
+        request = Request(number, arrived, tokens, expected, expected, block_hashes=prompt.hashes)
         proxied = ProxiedRequest(http, self.upstreams, self.dispatcher, self._clock, body, self._metrics.attempted)
         try:
             record = await self._driver.submit(self.dispatcher, request, proxied.deliver)
@@ -194,6 +217,22 @@ class Gateway:
             outcome = REFUSED if 400 <= reply.status < 500 else FAILED
         self._metrics.ended(record, outcome)
         return reply
+
+    async def _read_prompt(self, fields: Mapping[str, Any]) -> Prompt:
+        """Its tokens and blocks, as far as the policy asks for them and they can be known."""
+        size = self._policy_block_size
+        if self._prefixes is not None and self._prefixes.known():
+            size = self._prefixes.block_size
+        if self._prompts is None or size is None:
+            return UNKNOWN
+        model, known = fields.get("model"), self._served
+        adapter = model if isinstance(model, str) and known and model not in known else None
+        return await self._prompts.read(fields, size, adapter)
+
+    @property
+    def _served(self) -> set[str]:
+        """What servers call their models, of those that tell."""
+        return {name for one in self.upstreams if isinstance(one, PluginInstance) for name in one.models}
 
     async def _models(self, http: web.Request) -> web.Response:
         """The models of the first server that answers; all are taken to serve the same."""

@@ -19,9 +19,11 @@ from prometheus_client.registry import Collector
 from block.core.types import RequestRecord
 from block.dispatch.core import Dispatcher
 from block.dispatch.policies import Needs
+from block.gateway import prompts
 from block.gateway.estimates import FAILED as FAILED_TO
 from block.gateway.estimates import NO_TEXT, TIMEOUT
-from block.gateway.upstreams import Upstream
+from block.gateway.prefixes import SOURCES, UpstreamPrefixes
+from block.gateway.upstreams import PluginInstance, Upstream
 
 OK, REFUSED, FAILED, CANCELLED = "ok", "refused", "failed", "cancelled"
 NONE = "none"
@@ -38,15 +40,22 @@ _FORECAST = (1e-6, 2.5e-6, 5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 1
 class Metrics:
     """Of one gateway. `attempted` after each decision, `ended` once for each request."""
 
-    def __init__(self, upstreams: Sequence[Upstream], dispatcher: Dispatcher, needs: Needs) -> None:
+    def __init__(
+        self,
+        upstreams: Sequence[Upstream],
+        dispatcher: Dispatcher,
+        needs: Needs,
+        prefixes: UpstreamPrefixes | None = None,
+    ) -> None:
         self._registry = registry = CollectorRegistry()
         self._dispatcher = dispatcher
         self._forecasts = needs is Needs.FORECAST
+        self._urls = [upstream.url for upstream in upstreams]
 
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(name, text, buckets=buckets, registry=registry)
 
-        registry.register(_Counts(upstreams, dispatcher))
+        registry.register(_Counts(upstreams, dispatcher, prefixes))
         requests = Counter(
             "block_requests", "Requests by their last instance and outcome", ["instance", "status"], registry=registry
         )
@@ -64,6 +73,17 @@ class Metrics:
         )
         for reason in (TIMEOUT, FAILED_TO, NO_TEXT):
             self._not_estimated.labels(reason)
+        self._not_tokenized = Counter(
+            "block_prompt_fallbacks", "Requests whose prompt's tokens are not known", ["reason"], registry=registry
+        )
+        for reason in (prompts.TIMEOUT, prompts.FAILED, prompts.NOT_TEXT):
+            self._not_tokenized.labels(reason)
+        self._prompt_tokens = Counter(
+            "block_prompt_tokens", "Prompt tokens of answers that tell what was cached", ["instance"], registry=registry
+        )
+        self._cached_tokens = Counter(
+            "block_cached_tokens", "Prompt tokens that were cached, by the answers", ["instance"], registry=registry
+        )
         self._estimate_s = histogram("block_length_seconds", "Time that a request waits for its estimate", _ESTIMATE)
         self._forecast_s = histogram("block_forecast_seconds", "Time that one forecast takes", _FORECAST)
         self._actual, self._predicted, self._ratio = {}, {}, {}
@@ -85,6 +105,10 @@ class Metrics:
         """A request goes by the constant length."""
         self._not_estimated.labels(reason).inc()
 
+    def not_tokenized(self, reason: str) -> None:
+        """A request goes by the bytes of its prompt, and shares nothing that is known."""
+        self._not_tokenized.labels(reason).inc()
+
     def estimated(self, seconds: float) -> None:
         """A request has waited so long for its estimate."""
         self._estimate_s.observe(seconds)
@@ -96,6 +120,9 @@ class Metrics:
             self._retries.inc(record.retries)
         if status != OK:
             return
+        if record.cached_tokens >= 0:
+            self._prompt_tokens.labels(self._urls[record.instance_id]).inc(record.request.prompt_tokens)
+            self._cached_tokens.labels(self._urls[record.instance_id]).inc(record.cached_tokens)
         arrival, forecast = record.request.arrival, record.forecast
         for what, at in (("ttft", record.first_token), ("e2e", record.finished)):
             actual = at - arrival
@@ -119,9 +146,12 @@ class Metrics:
 class _Counts(Collector):
     """What the dispatcher counts itself, read when it is asked for."""
 
-    def __init__(self, upstreams: Sequence[Upstream], dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, upstreams: Sequence[Upstream], dispatcher: Dispatcher, prefixes: UpstreamPrefixes | None
+    ) -> None:
         self._upstreams = upstreams
         self._dispatcher = dispatcher
+        self._prefixes = prefixes
 
     def collect(self) -> Iterable[Metric]:
         """The metrics of this moment."""
@@ -129,10 +159,17 @@ class _Counts(Collector):
         in_flight = GaugeMetricFamily("block_in_flight", "Requests placed and not finished", labels=["instance"])
         active = GaugeMetricFamily("block_instance_active", "Whether requests may go there", labels=["instance"])
         ejections = CounterMetricFamily("block_ejections", "Times an instance was ejected", labels=["instance"])
+        sources = GaugeMetricFamily(
+            "block_prefix_source", "How it is known what its prefix cache has", labels=["instance", "source"]
+        )
         for upstream in self._upstreams:
             i, url = upstream.instance_id, upstream.url
             in_flight.add_metric([url], dispatcher.outstanding(i))
             active.add_metric([url], i in dispatcher.active)
             ejections.add_metric([url], dispatcher.ejected(i))
+            if self._prefixes is not None and isinstance(upstream, PluginInstance):
+                source = self._prefixes.source(upstream)
+                for one in SOURCES:
+                    sources.add_metric([url, one], one == source)
         count = GaugeMetricFamily("block_active_instances", "Instances that requests may go to", len(dispatcher.active))
-        return [in_flight, active, ejections, count]
+        return [in_flight, active, ejections, count, sources]

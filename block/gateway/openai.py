@@ -18,6 +18,8 @@ TOKENS_PER_MESSAGE = 4
 ERROR_EVENT = b'data: {"error"'
 """How a server tells of an error within a stream."""
 
+_PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
+_CACHED_TOKENS = re.compile(rb'"cached_tokens":\s*(\d+)')
 _COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
 
 
@@ -113,6 +115,14 @@ def completion_tokens(answer: bytes) -> int | None:
         return None
     found = _COMPLETION_TOKENS.findall(answer)
     return int(found[-1]) if found else None
+
+
+def cached_share(answer: bytes) -> float | None:
+    """The share of the prompt's tokens that were cached, by the last `usage` in these bytes; None if none tells."""
+    if b'"cached_tokens"' not in answer:
+        return None
+    cached, prompt = _CACHED_TOKENS.findall(answer), _PROMPT_TOKENS.findall(answer)
+    return int(cached[-1]) / int(prompt[-1]) if cached and prompt and int(prompt[-1]) > 0 else None
 
 
 _KINDS = {

@@ -13,6 +13,7 @@ import aiohttp
 
 from block.backends.instance import VLLMInstance
 from block.cluster.instance import Instance
+from block.core.arrays import Ints
 from block.core.clock import Clock
 from block.core.snapshot import Snapshot
 from block.core.types import Forecasts, Request
@@ -104,10 +105,10 @@ class HTTPInstance:
 class PluginInstance(HTTPInstance):
     """A server with this package's plugin. It can be looked at once `healthy`, which attaches to it, was true."""
 
-    settings: EngineSettings
-
     def __init__(self, instance_id: int, url: str, session: aiohttp.ClientSession, clock: Clock) -> None:
         super().__init__(instance_id, url, session)
+        self.settings: EngineSettings | None = None
+        """What it says of itself, once it is attached to."""
         self._clock = clock
         self._view: VLLMInstance | None = None
         self._complaint = ""
@@ -130,11 +131,25 @@ class PluginInstance(HTTPInstance):
             await view.detach()
             self._complain(f"{self.url}: {error}")
             return False
-        if settings.enable_prefix_caching:
-            self._complain(f"{self.url} caches prefixes; forecasts do not count hits")
         await self.detach()
         self._view, self.settings = view, settings
         return True
+
+    @property
+    def models(self) -> Sequence[str]:
+        """What the server calls its model."""
+        return self._view.models if self._view is not None else ()
+
+    @property
+    def tells_prefixes(self) -> str | None:
+        """How it tells what its prefix cache has: by a "table" or by "events"; None: it does not."""
+        return self._view.tells_prefixes if self._view is not None else None
+
+    def look_up(self, hashes: Ints, most: int) -> tuple[int, int] | None:
+        """Of the first `most` blocks with these hashes, how many the server's prefix cache has, and how many of these
+        are in use; None if it does not tell.
+        """
+        return self._view.look_up(hashes, most) if self._view is not None else None
 
     async def detach(self) -> None:
         """Stop looking."""
@@ -162,10 +177,15 @@ class FleetForecaster:
         self, snapshots: Sequence[Snapshot], in_transit: Sequence[Sequence[Request]], request: Request, now: float
     ) -> Forecasts:
         """One forecast for each snapshot, in a compiled call for each kind of server."""
-        kinds = [self._instances[snapshot.instance_id].settings for snapshot in snapshots]
+        kinds = [self._settings(snapshot.instance_id) for snapshot in snapshots]
         theirs = [[_fitting(one, settings) for one in some] for some, settings in zip(in_transit, kinds, strict=True)]
         requests = [_fitting(request, settings) for settings in kinds]
         return forecast_each([self._predictor(settings) for settings in kinds], snapshots, theirs, requests, now)
+
+    def _settings(self, instance_id: int) -> EngineSettings:
+        settings = self._instances[instance_id].settings
+        assert settings is not None, "only servers that are attached to show snapshots"
+        return settings
 
     def _predictor(self, settings: EngineSettings) -> Predictor:
         if settings not in self._predictors:

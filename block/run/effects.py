@@ -109,8 +109,14 @@ RULES = (
     ),
     Rule(
         ("dispatch.prefixes",),
-        lambda run: True,
-        "a gateway does not know prompts' tokens yet, nor what is cached",
+        _counts,
+        "this policy does not ask what is cached; take one that does, such as scheduler=block_cache",
+        ("gateway",),
+    ),
+    Rule(
+        ("gateway.tokenizer", "gateway.tokenize_timeout_s"),
+        lambda run: _counts(run) and not hasattr(run.policy, "block_size"),
+        "this policy looks at no prompts; take one that does, such as scheduler=block_cache",
         ("gateway",),
     ),
     Rule(
@@ -141,12 +147,6 @@ RULES = (
         ("scheduler.kappa", "scheduler.gamma", "scheduler.others"),
         lambda run: not run.engine.enable_prefix_caching,
         "it prices what is not cached, and nothing is; set engine.enable_prefix_caching=true",
-    ),
-    Rule(
-        ("scheduler.kappa", "scheduler.gamma", "scheduler.others"),
-        lambda run: True,
-        "it prices what is not cached, and a gateway does not know prompts' tokens yet",
-        ("gateway",),
     ),
     Rule(
         ("lengths.encoder",),

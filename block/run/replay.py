@@ -254,9 +254,9 @@ def _dispatchers(
     for i in range(run.dispatch.dispatchers):
         policy = run.policy if i == 0 else run.peers[i - 1] if i <= len(run.peers) else run.policy
         asks = cache_blocks is not None and policy.needs is not Needs.COUNTS
-        sent = None
+        prefixes = told if asks else None
         if asks and cache_blocks and (told is None or run.dispatch.prefixes == "sent"):
-            sent = SentPrefixes(run.engine.block_size, cache_blocks, answers=answers)
+            prefixes = SentPrefixes(run.engine.block_size, cache_blocks, answers=answers)
         dispatcher = Dispatcher(
             instances,
             policy,
@@ -264,10 +264,10 @@ def _dispatchers(
             run.dispatch,
             _policy_rng(run.seed, "policy" if i == 0 else f"policy/{i}"),
             snapshot_many=snapshot_many,
-            prefixes=sent or (told if asks else None),
+            prefixes=prefixes,
             delay_s=run.backend.dispatch_delay_s,
             initial=run.testbed.initial,
-            observers=[*observers, sent] if sent else observers,
+            observers=[*observers, prefixes] if isinstance(prefixes, Observer) else observers,
             history=history,
         )
         made.append(dispatcher)

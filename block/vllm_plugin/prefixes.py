@@ -135,7 +135,7 @@ class _Telling:
 def _extra_keys(request: Any) -> list[str]:
     """What tells a request's blocks from others of the same tokens, as in vLLM's ``generate_block_hash_extra_keys``."""
     adapter, salt = getattr(request, "lora_request", None), getattr(request, "cache_salt", None)
-    keys = [] if adapter is None else [f"adapter {adapter.lora_name} {adapter.lora_path}"]
+    keys = [] if adapter is None else [f"adapter {adapter.lora_name}"]
     keys += [f"salt {salt}"] if salt else []
     return keys + [
         f"item {one.identifier} at {one.mm_position.offset}" for one in getattr(request, "mm_features", None) or ()

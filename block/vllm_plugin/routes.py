@@ -1,6 +1,6 @@
 """The HTTP view of the state buffer, for those who ask from another host; an ASGI middleware of vLLM's API server.
 
-GET /block/info       JSON: versions, the state buffer's path and nonce, the engine's settings
+GET /block/info       JSON: versions, the state buffer's path and nonce, the engine's settings, where cache events come
 GET /block/snapshot   the state buffer's bytes (`state_buffer.read_dump`)
 GET /block/steps?since=n    JSON: how many steps were timed, and those after the first n
 """
@@ -35,12 +35,13 @@ class SnapshotView:
         if scope["type"] != "http" or not scope["path"].startswith("/block/"):
             await self._app(scope, receive, send)
             return
-        status, kind, body = self._answer(scope["path"], scope.get("query_string", b"").decode())
+        status, kind, body = self._answer(scope)
         headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    def _answer(self, path: str, query: str) -> tuple[int, bytes, bytes]:
+    def _answer(self, scope: Scope) -> tuple[int, bytes, bytes]:
+        path, query = scope["path"], scope.get("query_string", b"").decode()
         if path == "/block/snapshot":
             return 200, b"application/octet-stream", self._buffer.dump()
         if path == "/block/info":
@@ -51,6 +52,7 @@ class SnapshotView:
                 "nonce": int(state.header[NONCE]),
                 "emulated": EMULATED in os.environ,
                 "settings": state.settings._asdict(),
+                "kv_events": _published_events(scope),
             }
             return 200, b"application/json", json.dumps(info).encode()
         if path == "/block/steps":
@@ -58,3 +60,17 @@ class SnapshotView:
             timed, steps = self._buffer.step_times(since)
             return 200, b"application/json", json.dumps({"timed": timed, "steps": steps.tolist()}).encode()
         return 404, b"application/json", b'{"error": {"message": "no such view", "code": 404}}'
+
+
+def _published_events(scope: Scope) -> dict[str, str | None] | None:
+    """Where vLLM's own events of the prefix cache come from, if it publishes them where others can know."""
+    vllm_config = getattr(getattr(scope.get("app"), "state", None), "vllm_config", None)
+    events = getattr(vllm_config, "kv_events_config", None)
+    if (
+        events is None
+        or not events.enable_kv_cache_events
+        or events.publisher != "zmq"
+        or events.endpoint.endswith(":0")
+    ):
+        return None
+    return {"endpoint": events.endpoint, "replay": events.replay_endpoint, "topic": events.topic}

@@ -125,24 +125,31 @@ def counter(tokenizer: str | None) -> tuple[Callable[[Sequence[str]], Ints], str
     """What counts the tokens of texts, and what it is, in words. ValueError if the tokenizer is not to be had."""
     if tokenizer is None:
         return lambda texts: np.array([pieces(text) for text in texts], dtype=np.int64), COUNTED
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ValueError("estimation.tokenizer: needs pip install -e '.[lengths]'; null counts without one") from error
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each time that it knocks at the Hub
-    try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"estimation.tokenizer={tokenizer}: neither a folder with a tokenizer nor to be had from the Hub; "
-            "give a folder, or null to count without one"
-        ) from error
+    loaded = load_tokenizer(tokenizer, "estimation.tokenizer")
 
     def count(texts: Sequence[str]) -> Ints:
         ids = loaded(list(texts), add_special_tokens=False)["input_ids"] if texts else []
         return np.array([len(one) for one in ids], dtype=np.int64)
 
     return count, f"tokenizer {tokenizer}"
+
+
+def load_tokenizer(name: str, key: str) -> Any:
+    """A tokenizer of transformers, by the name of its model or a folder; `key` is where the user says so. ValueError if
+    it is not to be had.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ValueError(f"{key}: needs pip install -e '.[lengths]'; null does without one") from error
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each time that it knocks at the Hub
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{key}={name}: neither a folder with a tokenizer nor to be had from the Hub; "
+            "give a folder, or null to do without one"
+        ) from error
 
 
 def _paths(data: str) -> list[Path]:

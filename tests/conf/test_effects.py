@@ -92,10 +92,10 @@ IDLE: list[tuple[str, list[str], str]] = [
     ("serve", ["cluster=mixed", "cluster.pools=[{gpu: h100, num_gpus: 4, tensor_parallel: 2}]", PARALLEL], "own"),
     ("serve", ["cluster.num_gpus=2", "backend.slowdown=[1,1,2]"], "more factors"),
     ("serve", ["scheduler=block_cache", "engine=vllm_v1", "scheduler.kappa=1"], "engine.enable_prefix_caching=true"),
-    ("gateway", ["scheduler=block_cache", "scheduler.others=1"], "a gateway does not know"),
+    ("gateway", ["scheduler=round_robin", "gateway.tokenizer=x"], "looks at no prompts"),
     ("serve", ["scheduler=block", "engine=vllm_v1", "dispatch.prefixes=sent"], "engine.enable_prefix_caching=true"),
     ("serve", ["scheduler=round_robin", *CACHING, "dispatch.prefixes=sent"], "a policy that does"),
-    ("gateway", ["scheduler=block_cache", "dispatch.prefixes=sent"], "a gateway does not know"),
+    ("gateway", ["scheduler=cache_aware", "dispatch.prefixes=sent"], "does not ask what is cached"),
     # what other commands read
     ("serve", ["capacity.seeds=2"], "scripts/capacity.py"),
     ("serve", ["capacity.slo_s=[3]"], "scripts/capacity.py"),
@@ -180,6 +180,8 @@ WORKING: list[tuple[str, list[str]]] = [
     ("gateway", ["scheduler=block", "model=qwen2-7b", "cluster.gpu=h100", "backend.step_time_factor=2", "seed=1"]),
     ("gateway", ["scheduler=block", "lengths=compact", "lengths.outrun_share=0.5", "dispatch.correction_steps=3"]),
     ("gateway", ["backend=vllm", "backend.latency_model=artifacts/latency/cpu-tiny.json", "seed=3", "tracking=none"]),
+    ("gateway", ["scheduler=block_cache", "scheduler.others=1", "dispatch.prefixes=sent", "gateway.tokenizer=x"]),
+    ("gateway", ["scheduler=cache_aware", "gateway.tokenizer=x", "gateway.tokenize_timeout_s=1"]),
     ("train_lengths", ["lengths=roberta", "lengths.encoder=x", "estimation.epochs=1", "seed=2", "tracking=none"]),
 ]  # fmt: skip
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from test_twin_prefix_cache import CachingPair, sharing
 from test_twin_vllm import MODES, MakeReal, Pair, Workload, crowd
 from testbed import contents, engine_config, request
 
+from block.backends.cache_events import CacheEvents
 from block.core.hashing import hash_tokens
 from block.core.snapshot import (
     EXPECTED,
@@ -70,15 +73,23 @@ class Published(Pair):
 
 
 class PublishedCache(CachingPair):
-    """Compares the table on the state buffer with what vLLM's block pool has, block for block."""
+    """Compares the table on the state buffer, and what vLLM's events tell, with what vLLM's block pool has."""
 
     def __init__(self, make_real: MakeReal, workload: Workload, buffer: StateBuffer) -> None:
         super().__init__(make_real, workload, Counter())
         self.buffer = buffer
         self.block_size = workload.config.block_size
         self.named: dict[Any, int] = {}  # our hash of a block by vLLM's
+        self.blocks = self.real.scheduler.kv_cache_manager.block_pool
+        self.blocks.enable_kv_cache_events = True
+        self.published: list[Any] = []
+        publisher = SimpleNamespace(publish=lambda batch: self.published.extend(batch.events))
+        self.real.scheduler.kv_event_publisher = publisher
+        self.told = CacheEvents(self.block_size)
 
     def compare(self, snapshot: Snapshot, batch: Any) -> None:
+        from vllm.distributed.kv_events import KVEventBatch
+
         super().compare(snapshot, batch)
         if not self.real.scheduler.has_requests():
             return
@@ -92,7 +103,7 @@ class PublishedCache(CachingPair):
             ours = hash_tokens(tokens, self.block_size).tolist()
             self.named |= zip(one.block_hashes, ours, strict=False)
         there: dict[int, tuple[int, int]] = {}
-        for block in self.real.scheduler.kv_cache_manager.block_pool.blocks:
+        for block in self.blocks.blocks:
             if block.block_hash is not None:
                 known = self.named[block.block_hash[:-4]]  # without the number of its group
                 copies, used = there.get(known, (0, 0))
@@ -101,6 +112,10 @@ class PublishedCache(CachingPair):
         assert table is not None
         assert contents(table) == there
         self.seen["blocks"] += len(there)
+        events = [*self.published, *self.blocks.take_events()]  # before the scheduler would publish the latest
+        self.published.clear()
+        self.told.heard(self.told.next, msgspec.to_builtins(KVEventBatch(ts=time.time(), events=events)))
+        assert contents(self.told.table) == {one: (copies, 0) for one, (copies, _) in there.items()}
 
 
 _TARGETS = [3, 4]  # rows of what only the engine and the scheduler know

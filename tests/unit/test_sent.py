@@ -11,7 +11,7 @@ from commands import built
 
 from block.core.types import Request, RequestRecord
 from block.dispatch.config import DispatchConfig
-from block.dispatch.sent import Sent, SentPrefixes
+from block.dispatch.sent import Sent, SentPrefixes, ToldPrefixes
 from block.run.replay import Outcome, replay, requests_of
 
 ANY: Any = None
@@ -25,13 +25,13 @@ def asked(id_: int, *blocks: int, output: int = 11) -> Request:
     return Request(id_, 0.0, prompt, output, output, block_hashes=hashes)
 
 
-def placed(known: SentPrefixes, request: Request, instance: int) -> RequestRecord:
+def placed(known: SentPrefixes | ToldPrefixes, request: Request, instance: int) -> RequestRecord:
     record = RequestRecord(request, instance_id=instance)
     known.placed(ANY, record, ANY, 0.0)
     return record
 
 
-def leave(known: SentPrefixes, record: RequestRecord, cached: int = -1, status: str = "ok") -> None:
+def leave(known: SentPrefixes | ToldPrefixes, record: RequestRecord, cached: int = -1, status: str = "ok") -> None:
     record.status, record.cached_tokens = status, cached
     known.left(ANY, record, 0.0)
 
@@ -148,3 +148,29 @@ def test_what_a_run_thinks_is_cached_is_near_to_what_is(monkeypatch: Any) -> Non
 def test_a_way_to_know_that_there_is_not_is_refused() -> None:
     with pytest.raises(ValueError, match=r"dispatch\.prefixes=guessed: choose told or sent"):
         DispatchConfig(prefixes="guessed")
+
+
+def test_instances_tell_what_they_have_and_others_go_by_what_they_were_sent() -> None:
+    """Instance 0 tells of two blocks, of which one is in use; instance 1 tells nothing."""
+    told = {0: (2, 1)}
+    known = ToldPrefixes(lambda i, hashes, most: told.get(i), SIZE, SentPrefixes(SIZE, 100))
+    assert known.hits(asked(1, 1, 2, 3), [0, 1]).tolist() == [[20, 1], [0, 0]]
+    there, elsewhere = placed(known, asked(1, 1, 2, 3), 0), placed(known, asked(2, 1, 2, 3), 1)
+    other = placed(known, asked(3, 1, 9), 0)
+    assert known.hits(asked(4, 1, 2, 3), [0, 1]).tolist() == [[30, 3], [30, 3]]  # it is not told yet, but will be there
+    leave(known, there)
+    assert known.hits(asked(4, 1, 2, 3), [0]).tolist() == [[20, 1]]
+    told[0] = 0, 0
+    assert known.hits(asked(4, 1, 2, 3), [0]).tolist() == [[10, 1]]
+    leave(known, other)
+    leave(known, elsewhere)
+    assert known.hits(asked(4, 1, 2, 3), [0, 1]).tolist() == [[0, 0], [30, 0]]
+    known.instance_down(ANY, 1, "gone", 0.0)
+    assert known.hits(asked(4, 1, 2, 3), [1]).tolist() == [[0, 0]]
+
+
+def test_who_tells_nothing_and_was_judged_by_nothing_has_nothing() -> None:
+    known = ToldPrefixes(lambda i, hashes, most: None, SIZE)
+    leave(known, placed(known, asked(1, 1, 2), 0))
+    leave(known, placed(known, Request(2, 0.0, 30, 1, 1), 0))
+    assert known.hits(asked(3, 1, 2), [0]).tolist() == [[0, 0]]

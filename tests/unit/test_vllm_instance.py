@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from block.backends.instance import VLLMInstance
 from block.backends.servers import _prefixes
 from block.cluster.instance import InstanceFailed, RequestFailed
 from block.core.clock import Clock
+from block.core.hashing import hash_tokens
 from block.core.snapshot import ID
 from block.core.types import Request, RequestRecord
 from block.engine.config import EngineConfig
@@ -45,6 +47,7 @@ class Server:
         self.status = 200
         self.well = True
         self.emulated = False
+        self.kv_events: dict[str, str] | None = None
 
     async def models(self, _: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "tiny"}]})
@@ -52,7 +55,8 @@ class Server:
     async def info(self, _: web.Request) -> web.Response:
         path = self.path if self.local else "/proc/0/fd/0"
         nonce = int(self.buffer.header[b.NONCE])
-        return web.json_response({"vllm": "0.32.0", "buffer": path, "nonce": nonce, "emulated": self.emulated})
+        own = {"emulated": self.emulated, "kv_events": self.kv_events}
+        return web.json_response({"vllm": "0.32.0", "buffer": path, "nonce": nonce, **own})
 
     async def snapshot(self, _: web.Request) -> web.Response:
         return web.Response(body=self.buffer.dump())
@@ -154,13 +158,11 @@ def test_an_emulated_gpu_is_told_what_to_answer(emulated: bool) -> None:
     assert body["vllm_xargs"].get("block_response") == (tokens[70:] if emulated else None)
 
 
-def test_what_a_server_has_cached_is_looked_up_in_its_table_and_among_what_it_was_sent() -> None:
-    """Prompts of 70 tokens, in blocks of 16; the table has two blocks of the first, one of them in use."""
-    asked, other = (
-        with_token_hashes([Request(i, 0.0, 70, 10, 10, content=content)], 16, 1000)[0]
-        for i, content in ((1, CHAT), (2, np.array([[1, 40], [9, 40]])))
-    )
-    seen = []
+def test_what_a_server_has_cached_is_looked_up_in_its_table() -> None:
+    """A prompt of 70 tokens, in blocks of 16; the table has two blocks of it, one of them in use."""
+    (asked,) = with_token_hashes([Request(1, 0.0, 70, 10, 10, content=CHAT)], 16, 1000)
+    hashes = asked.block_hashes
+    assert hashes is not None
 
     async def main() -> None:
         server = Server()
@@ -168,29 +170,50 @@ def test_what_a_server_has_cached_is_looked_up_in_its_table_and_among_what_it_wa
         server.buffer.header[b.SETTINGS : b.SETTINGS + len(settings)] = settings
         async with server.instance() as instance:
             await instance.attach()
-            assert not instance.tells_prefixes
-            assert instance.hits(asked) == (0, 0)
+            assert instance.tells_prefixes is None
+            assert instance.look_up(hashes, 4) is None
             server.buffer.header[b.PLACES] = table_size(10)
             table = server.buffer.prefix_table
-            assert instance.tells_prefixes
+            assert instance.tells_prefixes == "table"
             assert table is not None
-            assert asked.block_hashes is not None
-            note_changes(table, np.array([(asked.block_hashes[0], 1, 1), (asked.block_hashes[1], 2, 0)]))
-            assert instance.hits(asked) == (32, 1)
-            generating = asyncio.create_task(instance.generate(RequestRecord(other), note))
-            await asyncio.sleep(0)
-            seen.append(instance.hits(asked))
-            generating_same = asyncio.create_task(instance.generate(RequestRecord(asked), note))
-            await asyncio.sleep(0)
-            seen.append(instance.hits(asked))
-            await asyncio.gather(generating, generating_same)
-            assert instance.hits(asked) == (32, 1)
+            note_changes(table, np.array([(hashes[0], 1, 1), (hashes[1], 2, 0)]))
+            assert instance.look_up(hashes, 4) == (2, 1)
+            assert instance.look_up(hashes, 1) == (1, 1)
         async with Server(local=False).instance() as far:
             await far.attach()
-            assert not far.tells_prefixes
+            assert far.tells_prefixes is None
 
     asyncio.run(main())
-    assert seen == [(32, 1), (64, 4)]  # the other has two blocks in common, too; the last token is computed always
+
+
+def test_a_server_on_another_host_tells_by_events_what_it_has_cached(tmp_path: Path) -> None:
+    zmq, msgspec = pytest.importorskip("zmq"), pytest.importorskip("msgspec")
+    tokens = list(range(70))
+    hashes = hash_tokens(np.array(tokens), 16)
+    stored = {"type": "BlockStored", "block_hashes": [7, 8], "parent_block_hash": None, "token_ids": tokens[:32]}
+
+    async def main() -> None:
+        server = Server(local=False)
+        settings = EngineConfig(version="v1", enable_prefix_caching=True).settings(1000)
+        server.buffer.header[b.SETTINGS : b.SETTINGS + len(settings)] = settings
+        server.kv_events = {"endpoint": f"ipc://{tmp_path}/events", "topic": "kv"}
+        with zmq.Context() as context, context.socket(zmq.PUB) as publisher:
+            publisher.linger = 0
+            publisher.bind(server.kv_events["endpoint"])
+            async with server.instance() as instance:
+                await instance.attach()
+                assert instance.tells_prefixes == "events"
+                number = 0
+                async with asyncio.timeout(10):
+                    while instance.look_up(hashes, 4) != (2, 0):
+                        batch = [float(number), [{**stored, "block_size": 16}]]
+                        publisher.send_multipart([b"kv", number.to_bytes(8, "big"), msgspec.msgpack.encode(batch)])
+                        number += 1
+                        await asyncio.sleep(0.01)
+                await instance.detach()
+                assert instance.tells_prefixes is None
+
+    asyncio.run(main())
 
 
 def test_who_says_what_servers_have_cached(caplog: pytest.LogCaptureFixture) -> None:

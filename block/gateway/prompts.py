@@ -1,0 +1,187 @@
+"""What the prompt of a request is: how many tokens, and the hashes of its blocks, by which prefixes are found again.
+
+With the model's tokenizer both are what a server computes, so that its prefix cache can be looked up. Without one, the
+bytes of the text stand for tokens: good enough to know again what was sent before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol, TypeGuard
+
+import numpy as np
+
+from block.core.arrays import Ints
+from block.core.errors import one_line
+from block.core.hashing import hash_tokens, root
+from block.gateway.openai import BYTES_PER_TOKEN
+
+log = logging.getLogger(__name__)
+
+TIMEOUT, FAILED, NOT_TEXT = "timeout", "failed", "not_text"
+"""Why the tokens of a prompt are not known: too slow, the tokenizer or the chat template raised, or there are images,
+several prompts, or embeddings.
+"""
+
+
+class Prompt(NamedTuple):
+    """Of a request: its prompt's tokens, None if only its text tells; and the hashes of its full blocks, None if it is
+    not known what it shares.
+    """
+
+    tokens: int | None
+    hashes: Ints | None
+
+
+UNKNOWN = Prompt(None, None)
+
+
+class Prompts(Protocol):
+    """Reads prompts, one way or another."""
+
+    async def read(self, fields: Mapping[str, Any], block_size: int, adapter: str | None) -> Prompt:
+        """The prompt of the request with these fields, in blocks of so many tokens. adapter: the one it asks for."""
+        ...
+
+    def close(self) -> None:
+        """Read no more."""
+        ...
+
+
+class TextPieces:
+    """Hashes pieces of what was sent, as long as a block is about. They are those of no server's blocks."""
+
+    async def read(self, fields: Mapping[str, Any], block_size: int, adapter: str | None) -> Prompt:
+        """Of token ids, messages (with all that is in them), or text."""
+        keys = _extra_keys(fields, adapter)
+        said, messages = fields.get("prompt"), fields.get("messages")
+        if _is_tokens(said):
+            return _hashed(said, block_size, keys)
+        if isinstance(messages, list):
+            tools = fields.get("tools")
+            said = "\n".join(json.dumps(one) for one in ([tools, *messages] if tools else messages))
+        if not isinstance(said, str):
+            return UNKNOWN
+        text = np.frombuffer(said.encode("utf-8", "surrogatepass"), dtype=np.uint8)
+        return Prompt(None, hash_tokens(text.astype(np.int64), block_size * BYTES_PER_TOKEN, root(*keys)))
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+class TokenizedPrompts:
+    """Reads prompts as a vLLM server does, by its tokenizer and chat template, in a thread of its own.
+
+    tokenizer: of transformers. timeout_s: how long a request waits for that. fell_back: told why the tokens of a prompt
+    are not known.
+    """
+
+    def __init__(self, tokenizer: Any, timeout_s: float, fell_back: Callable[[str], None]) -> None:
+        self._tokenizer = tokenizer
+        self._timeout_s = timeout_s
+        self._fell_back = fell_back
+        self._thread = ThreadPoolExecutor(1, "tokenizer")
+        self._complained = False
+
+    async def read(self, fields: Mapping[str, Any], block_size: int, adapter: str | None) -> Prompt:
+        """As the server counts and hashes it; UNKNOWN, and that is counted, if there is no telling in time."""
+        keys = _extra_keys(fields, adapter)
+        said = fields.get("prompt")
+        if _is_tokens(said):
+            return _hashed(said, block_size, keys)
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                tokens = await loop.run_in_executor(self._thread, self.tokens, fields)
+        except TimeoutError:
+            self._fell_back(TIMEOUT)
+            return UNKNOWN
+        except Exception as error:  # templates raise whatever they like at messages that they do not like
+            self._fell_back(FAILED)
+            if not self._complained:
+                log.warning("a prompt's tokens are not known: %s", one_line(error))
+            self._complained = True
+            return UNKNOWN
+        if tokens is None:
+            self._fell_back(NOT_TEXT)
+            return UNKNOWN
+        return _hashed(tokens, block_size, keys)
+
+    def tokens(self, fields: Mapping[str, Any]) -> list[int] | None:
+        """The token ids of a request's prompt; None if they do not follow from its text. Any error of a template's."""
+        prompt, messages = fields.get("prompt"), fields.get("messages")
+        if isinstance(prompt, str):
+            special = bool(fields.get("add_special_tokens", True))
+            return list(self._tokenizer(prompt, add_special_tokens=special).input_ids)
+        if not isinstance(messages, list):
+            return None
+        flat = [_flat(message) for message in messages]
+        if None in flat:
+            return None
+        text = self._tokenizer.apply_chat_template(
+            flat,
+            tools=[_tool(one) for one in fields.get("tools") or ()] or None,
+            documents=fields.get("documents"),
+            chat_template=fields.get("chat_template"),
+            add_generation_prompt=fields.get("add_generation_prompt", True),
+            continue_final_message=fields.get("continue_final_message", False),
+            tokenize=False,
+            **(fields.get("chat_template_kwargs") or {}),
+        )
+        special = bool(fields.get("add_special_tokens", False))
+        return list(self._tokenizer(text, add_special_tokens=special).input_ids)
+
+    def close(self) -> None:
+        """Those that wait get no answer."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _flat(message: Any) -> dict[str, Any] | None:
+    """A message as vLLM hands it to most templates: its content one text, and its tools called with objects. None if it
+    is more than text.
+    """
+    flat = dict(message)
+    content, calls = flat.get("content"), flat.pop("tool_calls", None)
+    if isinstance(content, list):
+        parts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+        ]
+        if not all(isinstance(text, str) for text in parts):
+            return None
+        flat["content"] = "\n".join(parts)  # type: ignore[arg-type]
+    if calls:
+        flat["tool_calls"] = [{**call, "function": _called(call["function"])} for call in calls]
+    return flat
+
+
+def _called(function: Mapping[str, Any]) -> dict[str, Any]:
+    """A call of a function, with its arguments as an object; OpenAI has them as JSON."""
+    arguments = function.get("arguments") or {}
+    return {**function, "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments}
+
+
+def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool as vLLM hands it to templates: what is not given is None, and what it does not know is left out."""
+    function = tool["function"]
+    known = {name: function.get(name) for name in ("name", "description", "parameters")}
+    known |= {name: function[name] for name in ("strict", "defer_loading") if function.get(name) is not None}
+    return {"type": "function", "function": known}
+
+
+def _is_tokens(prompt: Any) -> TypeGuard[list[int]]:
+    return isinstance(prompt, list) and bool(prompt) and all(type(one) is int and 0 <= one < 2**31 for one in prompt)
+
+
+def _hashed(tokens: Sequence[int], block_size: int, keys: Sequence[str]) -> Prompt:
+    return Prompt(len(tokens), hash_tokens(np.array(tokens, dtype=np.int64), block_size, root(*keys)))
+
+
+def _extra_keys(fields: Mapping[str, Any], adapter: str | None) -> list[str]:
+    """What tells a prompt from others of the same tokens, as `block.vllm_plugin.prefixes` names it."""
+    keys = [f"adapter {adapter}"] if adapter else []
+    salt = fields.get("cache_salt")
+    return [*keys, f"salt {salt}"] if salt else keys
