@@ -143,7 +143,9 @@ def _jobs(figures: Mapping[str, Any], options: argparse.Namespace) -> Jobs:
         for search, each in ((False, module.RUNS), (True, getattr(module, "SEARCHES", ())))
         for point in everything.wanted(each)
     }
-    always = (f"backend={options.backend}", "tracking=none")
+    always = [f"backend={options.backend}", "tracking=none"]
+    if options.backend != "simulated":
+        always.append("engine.enable_prefix_caching=false")  # as the paper's
     composer = Composer(ROOT / "conf", always)
     made = composer.jobs([(search, point) for (search, _), point in wanted.items()])
     jobs = dict(zip(wanted, made, strict=True))

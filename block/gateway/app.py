@@ -12,12 +12,14 @@ import signal
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from block.cluster.instance import one_by_one
 from block.cluster.live import LiveDriver
 from block.core.clock import Clock
+from block.core.hashing import hash_tokens
 from block.core.types import Request
 from block.core.user_code import UserFault
 from block.dispatch.config import DispatchConfig
@@ -72,8 +74,9 @@ class Gateway:
         self._dispatch = dispatch
         self._rng = rng
         self._latency = latency
-        self._policy_block_size: int | None = getattr(policy, "block_size", None)
         self._tags = policy.needs is not Needs.COUNTS
+        # A policy that only counts, and has blocks, goes by what of prompts it sent itself.
+        self._policy_block_size: int | None = getattr(policy, "block_size", None) if not self._tags else None
         self._reader = lengths if self._tags and isinstance(lengths, Reader) else None
         self._outrun_share = float(lengths.outrun_share) if self._reader is not None else 0.0
         self._estimator: Estimator | None = None
@@ -132,6 +135,8 @@ class Gateway:
                 self._prompts = TokenizedPrompts(self._tokenizer, config.tokenize_timeout_s, metrics.not_tokenized)
             elif self._prefixes is not None or self._policy_block_size is not None:
                 self._prompts = TextPieces()
+            if self._prompts is not None:
+                hash_tokens(np.zeros(1, dtype=np.int64), 1)  # compiled before a request comes
             if self._reader is not None:
                 self._estimator = Estimator(
                     self._reader, config.estimate_timeout_s, metrics.not_estimated, metrics.estimated

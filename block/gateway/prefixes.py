@@ -11,6 +11,7 @@ from block.core.types import Request, RequestRecord, Views
 from block.dispatch.core import Dispatcher, Observer
 from block.dispatch.sent import SentPrefixes, ToldPrefixes
 from block.engine.config import EngineSettings
+from block.engine.prefix_table import held, new_table
 from block.gateway.upstreams import PluginInstance
 
 SOURCES = ("table", "events", "sent", "none")
@@ -30,6 +31,8 @@ class UpstreamPrefixes(Observer):
         self._exact = exact
         self._settings: EngineSettings | None = None
         self._index: ToldPrefixes | SentPrefixes | None = None
+        if exact:
+            held(new_table(1), np.zeros(1, dtype=np.int64), 1)  # compiled before a request comes
 
     def known(self) -> bool:
         """Whether any server that caches prefixes has come yet."""

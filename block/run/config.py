@@ -89,7 +89,9 @@ class RunConfig:
             if self.engine.async_scheduling:
                 raise ValueError("engine.async_scheduling=True: requests do not migrate then; take migration=none")
             if self.engine.enable_prefix_caching:
-                raise ValueError("engine.enable_prefix_caching=True: requests do not migrate then; take migration=none")
+                raise ValueError(
+                    "engine.enable_prefix_caching=True: requests do not migrate then; take false, or migration=none"
+                )
             if self.dispatch.dispatchers > 1:
                 raise ValueError(
                     f"dispatch.dispatchers={self.dispatch.dispatchers}: none would know what moved; take migration=none"

@@ -104,7 +104,7 @@ RULES = (
     Rule(
         ("dispatch.prefixes",),
         lambda run: _counts(run) or not run.engine.enable_prefix_caching,
-        "nobody asks what is cached; take engine.enable_prefix_caching=true and a policy that does, such as "
+        "nobody asks what is cached; take engine=vllm_v1, which caches, and a policy that does, such as "
         "scheduler=block_cache",
     ),
     Rule(
@@ -146,7 +146,7 @@ RULES = (
     Rule(
         ("scheduler.kappa", "scheduler.gamma", "scheduler.others"),
         lambda run: not run.engine.enable_prefix_caching,
-        "it prices what is not cached, and nothing is; set engine.enable_prefix_caching=true",
+        "it prices what is not cached, and nothing is; take engine=vllm_v1, which caches",
     ),
     Rule(
         ("lengths.encoder",),

@@ -18,7 +18,8 @@ from block.run.console import announce
 from block.run.effects import READ, RULES, refuse_in_all, without_effect
 
 PROMPTS = ["workload=trace", "workload.trace_path=gpteacher", "workload.arrivals=poisson"]
-CACHING = ("engine=vllm_v1", "engine.enable_prefix_caching=true")
+CACHING = ("engine=vllm_v1",)
+UNCACHED = ("engine=vllm_v1", "engine.enable_prefix_caching=false")
 PARALLEL = "model.tensor_parallel=2"
 URLS = "backend.urls=[http://h:1]"
 
@@ -91,9 +92,9 @@ IDLE: list[tuple[str, list[str], str]] = [
     ("serve", ["model.hf_id=mine/x"], "no server is started"),
     ("serve", ["cluster=mixed", "cluster.pools=[{gpu: h100, num_gpus: 4, tensor_parallel: 2}]", PARALLEL], "own"),
     ("serve", ["cluster.num_gpus=2", "backend.slowdown=[1,1,2]"], "more factors"),
-    ("serve", ["scheduler=block_cache", "engine=vllm_v1", "scheduler.kappa=1"], "engine.enable_prefix_caching=true"),
+    ("serve", ["scheduler=block_cache", "scheduler.kappa=1"], "engine=vllm_v1"),
     ("gateway", ["scheduler=round_robin", "gateway.tokenizer=x"], "looks at no prompts"),
-    ("serve", ["scheduler=block", "engine=vllm_v1", "dispatch.prefixes=sent"], "engine.enable_prefix_caching=true"),
+    ("serve", ["scheduler=block", *UNCACHED, "dispatch.prefixes=sent"], "engine=vllm_v1"),
     ("serve", ["scheduler=round_robin", *CACHING, "dispatch.prefixes=sent"], "a policy that does"),
     ("gateway", ["scheduler=cache_aware", "dispatch.prefixes=sent"], "does not ask what is cached"),
     # what other commands read

@@ -6,12 +6,14 @@ import json
 import os
 import re
 import subprocess
+from argparse import Namespace
 from datetime import date
 from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
-from commands import ROOT, command
+import pytest
+from commands import ROOT, command, load_script
 
 from block.run import campaign
 from paper_figures.catalogue import FIGURES
@@ -93,6 +95,15 @@ def test_every_figure_is_listed_and_comes_from_the_smallest_runs(tmp_path: Path)
     assert "**A quick look**: Simulated: 20 requests a run, seeds: 1." in (folder / "summary.md").read_text()
     assert "Gaps: " in (folder / "table2.md").read_text()
     assert "</html>" in (folder / "index.html").read_text()
+
+
+@pytest.mark.parametrize("backend", ["simulated", "emulated", "vllm"])
+def test_the_paper_s_engines_cache_no_prefixes(backend: str) -> None:
+    """V1's, of real engines, do by default."""
+    options = Namespace(backend=backend, requests=20, seeds=1)
+    jobs = load_script("reproduce")._jobs({"fig7": import_module("paper_figures.fig7")}, options).values()
+    assert {job.settings["engine"]["enable_prefix_caching"] for job in jobs} == {False}
+    assert {job.settings["engine"]["version"] for job in jobs} == {"v0" if backend == "simulated" else "v1"}
 
 
 def test_the_fault_of_one_figure_costs_no_other(tmp_path: Path) -> None:

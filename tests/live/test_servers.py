@@ -102,7 +102,7 @@ CHAT = [
     "workload.num_requests=60",
     "workload.qps=12",
 ]
-CACHING = ["engine=vllm_v1", "engine.enable_prefix_caching=true", "scheduler=block_cache", "cluster.num_gpus=4"]
+CACHING = ["engine=vllm_v1", "scheduler=block_cache", "cluster.num_gpus=4"]
 
 
 def test_four_emulated_engines_find_prefixes_as_simulated_ones_do_and_are_gone(
