@@ -23,4 +23,9 @@ FIGURES = (
     "robustness",
     "herding",
     "scale",
+    "prefix",
+    "prefix_capacity",
 )
+
+STUDIES = ("prefix", "prefix_capacity")
+"""Those that are drawn only if they are named: they take long."""

@@ -1,6 +1,6 @@
 """Reproduce the paper: run what is missing, draw every figure and table, and say what holds.
 
-    python scripts/reproduce.py                  all
+    python scripts/reproduce.py                  all but the studies, which take long: prefix, prefix_capacity
     python scripts/reproduce.py fig6 table2      some
     python scripts/reproduce.py --list           what there is, what is stored of it, and what the rest will take
 
@@ -45,7 +45,7 @@ from block.store.provenance import code_hash  # noqa: E402
 from block.store.results import Run, local_time  # noqa: E402
 from block.store.wandb import Tracking, log_figures, log_run  # noqa: E402
 from paper_figures import points, readme, report, style, verdicts  # noqa: E402
-from paper_figures.catalogue import FIGURES  # noqa: E402
+from paper_figures.catalogue import FIGURES, STUDIES  # noqa: E402
 
 FIGURE_FOLDER = Path("artifacts/figures")
 FULL = 10_000  # requests of a run, where its figure does not say otherwise
@@ -55,7 +55,7 @@ REAL_BACKENDS = ("emulated", "vllm")
 def main() -> int:
     """Parse, run, draw."""
     options = _options()
-    names = options.figures or [name for name in FIGURES if options.backend == "simulated" or _real(name)]
+    names = options.figures or [name for name in FIGURES if _by_default(name, options)]
     figures = {name: importlib.import_module(f"paper_figures.{name}") for name in names}
     if not options.list:
         try:
@@ -89,7 +89,9 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"some of {', '.join(FIGURES)} (default: all)")
+    parser.add_argument(
+        "figures", nargs="*", metavar="FIGURE", help=f"some of {', '.join(FIGURES)} (default: all but the studies)"
+    )
     parser.add_argument("--list", action="store_true", help="say what there is and what is stored of it")
     parser.add_argument("--fresh", action="store_true", help="run and search again what is stored, too")
     parser.add_argument("--out", type=Path, help=f"folder for the figures (default: {FIGURE_FOLDER})")
@@ -121,6 +123,11 @@ def _options() -> argparse.Namespace:
         quick = f"{options.backend}-{options.requests}x{options.seeds}"
         options.out = FIGURE_FOLDER if options.full else FIGURE_FOLDER / quick
     return options
+
+
+def _by_default(name: str, options: argparse.Namespace) -> bool:
+    """Whether a figure is meant if none is named."""
+    return (options.list or name not in STUDIES) and (options.backend == "simulated" or _real(name))
 
 
 def _real(name: str) -> bool:
