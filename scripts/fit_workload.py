@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from block.core.choices import did_you_mean
 from block.core.rng import generator
 from block.run.config_errors import Parser, piped
 from block.workload.length_sketch import LengthSketch
+from block.workload.sharing_sketch import SharingSketch, hit_rate
 from block.workload.spec import SKETCHES
 from block.workload.trace_formats import Columns, read
 from block.workload.traces import TRACES, Trace, find_data
@@ -36,11 +38,14 @@ ORIGINS = {
     "azure_conv": "Azure LLM inference trace 2023, conversation: github.com/Azure/AzurePublicDataset, CC-BY 4.0",
     "azure_code": "Azure LLM inference trace 2023, code: github.com/Azure/AzurePublicDataset, CC-BY 4.0",
     "burstgpt": "BurstGPT: github.com/HPMLL/BurstGPT, CC-BY 4.0",
+    "mooncake": "Mooncake's conversation trace: github.com/kvcache-ai/Mooncake, Apache 2.0",
 }
 # Mean request and response tokens as published; the spread and the independence of the two are assumptions.
 BURSTGPT_MEANS = (621.0, 126.0)
 BURSTGPT_CV = 1.0
 BURSTGPT_LONGEST = 4095
+CACHES = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""Sizes of caches that a sketch of sharing is measured by: the share of all blocks of the trace."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,43 @@ def fit(trace: Trace, origin: str, path: Path) -> tuple[LengthSketch, Quality]:
     return replace(sketch, source=source), quality
 
 
+def hit_rates(contents: Sequence[Ints]) -> dict[str, float]:
+    """What one cache finds, by the share of all blocks that it holds."""
+    blocks = len(np.unique(np.concatenate([content[:, 0] for content in contents])))
+    return {f"{share:g}": hit_rate(contents, math.ceil(share * blocks)) for share in CACHES}
+
+
+def fit_sharing(trace: Trace, origin: str, path: Path) -> SharingSketch:
+    """The sketch of a trace whose prompts share prefixes, with its source and what caches find written into it."""
+    assert trace.contents is not None
+    sketch = SharingSketch.fit(trace)
+    drawn = sketch.sample(len(trace.prompt), generator(0, "fit.quality"))
+    assert drawn.contents is not None
+    found, finds = hit_rates(trace.contents), hit_rates(drawn.contents)
+    source = {
+        "origin": origin,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "requests": len(trace.prompt),
+        "mean_prompt_tokens": round(float(trace.prompt.mean()), 2),
+        "mean_output_tokens": round(float(trace.output.mean()), 2),
+        "ks": [round(ks_distance(*pair), 4) for pair in ((trace.prompt, drawn.prompt), (trace.output, drawn.output))],
+        "hit_rates": {share: [round(rate, 4), round(finds[share], 4)] for share, rate in found.items()},
+    }
+    return replace(sketch, source=source)
+
+
+def report_sharing(name: str, sketch: SharingSketch) -> Table:
+    """What caches of several sizes find in the trace, and in a sample."""
+    source = sketch.source
+    table = Table(title=f"{name}: {source['requests']:,} requests", title_justify="left")
+    for column in ("cache, share of all blocks", "trace finds", "sketch finds"):
+        table.add_column(column, justify="right")
+    for share, (trace, drawn) in source["hit_rates"].items():
+        table.add_row(f"{float(share):.0%}", f"{trace:.1%}", f"{drawn:.1%}")
+    table.caption = f"KS distance of prompts {source['ks'][0]:.4f}, of responses {source['ks'][1]:.4f}"
+    return table
+
+
 def published_burstgpt() -> LengthSketch:
     """BurstGPT without its trace: lognormal lengths with the published means."""
     means = dict(zip(("mean_prompt_tokens", "mean_output_tokens"), BURSTGPT_MEANS, strict=True))
@@ -156,6 +198,11 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             path, timed = file
             trace = read(path, _columns(options), timed=timed)
+            if trace.contents is not None:
+                sharing = fit_sharing(trace, origin, path)
+                sharing.save(target)
+                console.print(report_sharing(name, sharing), f"-> {target}", soft_wrap=True)
+                continue
             sketch, quality = fit(trace, origin, path)
             sketch.save(target)
             console.print(report(name, sketch, trace, quality), f"-> {target}", soft_wrap=True)

@@ -63,8 +63,8 @@ class LengthSketch:
         order = np.argsort(prompt, kind="stable")
         parts = np.array_split(order, bins)
         sketch = cls(
-            _quantile_knots(prompt[order], min(PROMPT_SEGMENTS, count // 2)),
-            np.array([_quantile_knots(np.sort(output[part]), segments) for part in parts]),
+            quantile_knots(prompt[order], min(PROMPT_SEGMENTS, count // 2)),
+            np.array([quantile_knots(np.sort(output[part]), segments) for part in parts]),
         )
         if times is None:
             return sketch
@@ -85,8 +85,8 @@ class LengthSketch:
         """
         prompt = _lognormal_sample(prompt_mean, prompt_cv, longest)
         return cls(
-            _quantile_knots(prompt, 256),
-            _quantile_knots(_lognormal_sample(output_mean, output_cv, longest), 256)[None, :],
+            quantile_knots(prompt, 256),
+            quantile_knots(_lognormal_sample(output_mean, output_cv, longest), 256)[None, :],
         )
 
     def sample(self, count: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
@@ -155,7 +155,7 @@ def _stratified(group: Ints, rng: np.random.Generator) -> Floats:
     return values
 
 
-def _quantile_knots(ordered: Ints | Floats, segments: int) -> Floats:
+def quantile_knots(ordered: Ints | Floats, segments: int) -> Floats:
     """Least-squares piecewise-linear quantile function of an increasing sample, at `segments` + 1 uniform knots.
 
     Hat functions add up to 1, so the residuals of the fit sum to 0: it keeps the sample's mean, which interpolating the

@@ -27,6 +27,7 @@ from block.workload import content as content_of
 from block.workload import prompts, sessions
 from block.workload.arrivals import constant_gaps, gamma_gaps, recorded_gaps
 from block.workload.length_sketch import LengthSketch
+from block.workload.sharing_sketch import SharingSketch, load_sketch
 from block.workload.trace_formats import Columns, UnknownFormat, read
 from block.workload.traces import TRACES, Trace, find_data
 
@@ -139,7 +140,8 @@ class Workload:
             )
         if self.too_long is not None:
             _choice("too_long", self.too_long, TOO_LONG)
-            if self.source != "trace" and self.too_long != "cut":
+            shares = self.source == "sketch" and isinstance(_sketch(self.name), SharingSketch)
+            if self.source != "trace" and not shares and self.too_long != "cut":
                 raise ValueError(
                     f"workload.too_long={self.too_long}: source={self.source} is cut; of a trace it can be chosen"
                 )
@@ -258,7 +260,7 @@ def make(workload: Workload, seed: int) -> tuple[list[Request], Facts]:
     """
     if workload.source == "sessions":
         return _sessions(workload, seed)
-    trace = _trace(workload) if workload.source == "trace" else None
+    trace = _trace(workload, seed)
     rows = 0 if trace is None else len(trace.prompt)
     count = rows if workload.num_requests is None else workload.num_requests
     prompt, output = _lengths(workload, trace, count, generator(seed, "workload.lengths"))
@@ -266,7 +268,8 @@ def make(workload: Workload, seed: int) -> tuple[list[Request], Facts]:
     too_long = int(((prompt + output) > workload.max_total_tokens).sum())
     output = np.minimum(output, workload.max_total_tokens - 1)
     prompt = np.minimum(prompt, workload.max_total_tokens - output)
-    gaps, native = _gaps(workload, trace, count, generator(seed, "workload.arrivals"))
+    recorded = trace if workload.source == "trace" else None
+    gaps, native = _gaps(workload, recorded, count, generator(seed, "workload.arrivals"))
     arrival = np.cumsum(gaps) / workload.qps if workload.qps is not None else np.cumsum(gaps)
     outputs = output.tolist()
     texts = [None] * count if trace is None or trace.prompts is None else islice(cycle(trace.prompts), count)
@@ -279,7 +282,7 @@ def make(workload: Workload, seed: int) -> tuple[list[Request], Facts]:
         cut=too_long,
         mean_prompt=(float(asked.mean()), float(prompt.mean())),
         max_total_tokens=workload.max_total_tokens,
-        **({} if trace is None else _of_trace(workload, trace, count)),
+        **({} if recorded is None else _of_trace(workload, recorded, count)),
     )
     return list(map(Request, *numbers, repeat(None), texts, repeat(None), contents)), facts
 
@@ -337,7 +340,9 @@ def _lengths(workload: Workload, trace: Trace | None, count: int, rng: np.random
     if trace is not None:
         return np.resize(trace.prompt, count), np.resize(trace.output, count)
     if workload.source == "sketch":
-        return _sketch(workload.name).sample(count, rng)
+        sketch = _sketch(workload.name)
+        assert isinstance(sketch, LengthSketch)  # of the others a trace was drawn
+        return sketch.sample(count, rng)
     return _lognormal(workload).sample(count, rng)
 
 
@@ -368,9 +373,25 @@ def _gaps(workload: Workload, trace: Trace | None, count: int, rng: np.random.Ge
     return gaps if workload.qps is not None else gaps / native, native
 
 
-def _trace(workload: Workload) -> Trace:
-    """The trace's rows that are to be replayed."""
-    trace = _read(workload)
+def _trace(workload: Workload, seed: int) -> Trace | None:
+    """The rows of a trace that are to be replayed, or such as a sketch of sharing makes; None of other sources."""
+    if workload.source == "trace":
+        return _fitting(workload, _read(workload))
+    sketch = _sketch(workload.name) if workload.source == "sketch" else None
+    if not isinstance(sketch, SharingSketch):
+        return None
+    assert workload.num_requests is not None  # Workload refuses sketches without an end
+    drawn = wanted = workload.num_requests
+    while True:  # until enough of them are not too long
+        trace = _fitting(workload, sketch.sample(drawn, generator(seed, "workload.lengths")))
+        if len(trace.prompt) >= wanted:
+            contents = None if trace.contents is None else trace.contents[:wanted]
+            return replace(trace, prompt=trace.prompt[:wanted], output=trace.output[:wanted], contents=contents)
+        drawn *= 2
+
+
+def _fitting(workload: Workload, trace: Trace) -> Trace:
+    """What of a trace is not too long, or to be cut."""
     total = trace.prompt + trace.output
     fits = total <= workload.max_total_tokens
     beyond = int((~fits).sum())
@@ -454,14 +475,14 @@ def _held_out(workload: Workload) -> Trace:
     return Trace(prompt, held_out.tokens, None, held_out.prompts, "pairs of texts", split.rows, dropped)
 
 
-def _sketch(name: str) -> LengthSketch:
+def _sketch(name: str) -> LengthSketch | SharingSketch:
     path = SKETCHES / f"{name}.json"
     return _kept_sketch(path, file_state(path))
 
 
 @lru_cache
-def _kept_sketch(path: Path, state: tuple[int, ...]) -> LengthSketch:
-    return LengthSketch.load(path)
+def _kept_sketch(path: Path, state: tuple[int, ...]) -> LengthSketch | SharingSketch:
+    return load_sketch(path)
 
 
 def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:

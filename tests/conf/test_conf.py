@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -110,8 +109,6 @@ def test_every_scheduler_serves_every_request(scheduler: str) -> None:
 
 @pytest.mark.parametrize("workload", [choice for choice in choices("workload") if choice != "trace"])
 def test_every_workload_is_served(workload: str) -> None:
-    if workload == "mooncake" and "BLOCK_DATA" not in os.environ:
-        pytest.skip("BLOCK_DATA is not set: no public traces")
     check_all_ok(built(f"workload={workload}", *TINY, "workload.num_requests=40", "workload.qps=1"), 40)
 
 

@@ -4,7 +4,6 @@ no idle key; those that need data or a network name scripts, options and figures
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
@@ -52,8 +51,6 @@ def test_experiments_that_are_shown_exist() -> None:
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line not in REAL + BARE + OF_README])
 def test_a_command_runs(line: str, tmp_path: Path) -> None:
-    if "mooncake" in line and "BLOCK_DATA" not in os.environ:
-        pytest.skip("BLOCK_DATA is not set: no public traces")
     run_small(line, tmp_path)
 
 

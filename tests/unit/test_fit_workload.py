@@ -8,6 +8,7 @@ from commands import load_script
 from block.core.rng import generator
 from block.workload.arrivals import RateProfile
 from block.workload.length_sketch import LengthSketch
+from block.workload.sharing_sketch import load_sketch
 from block.workload.trace_formats import Columns, read
 from block.workload.traces import TRACES
 
@@ -163,7 +164,8 @@ def test_traces_that_are_not_there_are_skipped_aloud(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert fit_workload.main(["--out", str(tmp_path)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["burstgpt.json"]
-    assert [line.split()[2] for line in capsys.readouterr().err.splitlines()] == [f"{name}:" for name in MEASURED]
+    skipped = [line.split()[2] for line in capsys.readouterr().err.splitlines()]
+    assert skipped == [f"{name}:" for name in (*MEASURED, "mooncake")]
 
 
 @pytest.mark.parametrize(
@@ -212,11 +214,11 @@ def test_a_sketch_is_written_over_only_if_that_is_asked_for(tmp_path: Path, caps
 # --- the tracked sketches ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*MEASURED, "burstgpt"])
+@pytest.mark.parametrize("name", [*MEASURED, "burstgpt", "mooncake"])
 def test_tracked_sketches_are_small_and_name_their_source(name: str) -> None:
     path = TRACKED / f"{name}.json"
     assert path.stat().st_size <= 20_000
-    assert "github.com/" in LengthSketch.load(path).source["origin"]
+    assert "github.com/" in load_sketch(path).source["origin"]
 
 
 @pytest.mark.parametrize("name", MEASURED)

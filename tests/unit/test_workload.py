@@ -1,5 +1,4 @@
 import math
-import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -409,8 +408,6 @@ def test_every_choice_builds_and_repeats_no_default(path: Path, tmp_path: Path) 
         values["trace_path"] = own(tmp_path).trace_path
     if values.get("max_total_tokens") == "${engine.max_model_len}":
         values["max_total_tokens"] = 4096
-    if path.stem == "mooncake" and "BLOCK_DATA" not in os.environ:
-        pytest.skip("BLOCK_DATA is not set: no public traces")
     assert len(generate(Workload(**values, num_requests=20), 0)) == 20
 
 
