@@ -49,12 +49,12 @@ OTHERS = {"least_requests": ("least requests", "#666666", "d"), "block": ("Block
 POLICIES = {**ROUTERS, **OTHERS, "block_cache": ("Block, priced", "#D55E00", "o")}
 LOADS = (0.7, 0.85, 1.0)
 CAPACITY_QPS = {
-    (H100, "mooncake"): 8.0,
+    (H100, "mooncake"): 8.6,
     (H100, "chat"): 123.0,
     (H100, "agent"): 71.0,
     (H100, "sharegpt"): 150.0,
-    (A30, "mooncake"): 4.4,
-    (A30, "chat"): 37.0,
+    (A30, "mooncake"): 4.5,
+    (A30, "chat"): 37.5,
     (A30, "agent"): 20.0,
     (A30, "sharegpt"): 40.0,
 }

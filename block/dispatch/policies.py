@@ -292,14 +292,14 @@ class BlockCache:
     """Block that prices work: predicted latency + price × seconds of compute that the prompt takes there.
 
     What is cached is no work, so requests go where their prefix is, unless others would have to wait too long for that.
-    The price is `kappa` + `gamma` × the mean number of outstanding requests of an instance (work done twice is paid by
-    all, and the more so the more there are) + `others` × those of this one (whom it keeps waiting). aim: the latency,
-    "e2e" or "ttft". At price 0 it is `Block`.
+    Work delays whom it meets: those that come before it is worked off, and those that are there. So the price is `kappa`
+    + `gamma` × the mean number of outstanding requests of an instance + `others` × those of this one, the shares of it
+    that they pay (docs/prefix-caching.md has the study). aim: the latency, "e2e" or "ttft". At price 0 it is `Block`.
     """
 
-    kappa: float = 4.0
-    gamma: float = 0.3
-    others: float = 0.02
+    kappa: float = 0.0
+    gamma: float = 0.4
+    others: float = 0.035
     aim: str = "e2e"
     k: int | None = None
     needs: ClassVar[Needs] = Needs.FORECAST
