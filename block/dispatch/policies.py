@@ -291,10 +291,11 @@ class Block:
 class BlockCache:
     """Block that prices work: predicted latency + price × seconds of compute that the prompt takes there.
 
-    What is cached is no work, so requests go where their prefix is, unless others would have to wait too long for that.
-    Work delays whom it meets: those that come before it is worked off, and those that are there. So the price is `kappa`
-    + `gamma` × the mean number of outstanding requests of an instance + `others` × those of this one, the shares of it
-    that they pay (docs/prefix-caching.md has the study). aim: the latency, "e2e" or "ttft". At price 0 it is `Block`.
+    What is cached is no work, so requests go where their prefix is, unless others would have to wait too long for
+    that. Work delays whom it meets: those that come before it is worked off, and those that are there. So the price
+    is `kappa`, plus `gamma` × the mean number of outstanding requests of an instance, plus `others` × those of this
+    one: the shares of it that they pay (docs/prefix-caching.md has the study). aim: the latency, "e2e" or "ttft". At
+    price 0 it is `Block`.
     """
 
     kappa: float = 0.0

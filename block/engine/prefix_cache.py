@@ -46,10 +46,8 @@ class BlockPool(NamedTuple):
     """int64[n]: the one before it; of the null block the last"""
     alike_next: Ints
     """int64[n]: the block with the same hash that was cached next; 0: none"""
-    alike_last: Ints
-    """int64[n]: of the first block with a hash, the last one with it"""
     table: Ints
-    """int64[power of two, at least 2 n]: the first block with a hash, found from ``hash & (size − 1)`` on; 0: empty"""
+    """int64[power of two, at least 1.5 n]: the first block with a hash, found from ``hash & (size − 1)`` on; 0: empty"""
     counters: Ints
     """int64[COUNTERS]"""
 
@@ -57,7 +55,7 @@ class BlockPool(NamedTuple):
 @compiled
 def _table_size(num_gpu_blocks: Int) -> Int:
     size = np.int64(1)
-    while size < 2 * num_gpu_blocks:
+    while 2 * size < 3 * num_gpu_blocks:
         size <<= 1
     return size
 
@@ -65,7 +63,7 @@ def _table_size(num_gpu_blocks: Int) -> Int:
 @compiled
 def pool_size(num_gpu_blocks: Int) -> Int:
     """Entries that a pool takes of a cache."""
-    return COUNTERS + 6 * num_gpu_blocks + _table_size(num_gpu_blocks)
+    return COUNTERS + 5 * num_gpu_blocks + _table_size(num_gpu_blocks)
 
 
 @compiled
@@ -78,8 +76,7 @@ def pool_in(cache: Ints, num_gpu_blocks: Int) -> BlockPool:
         cache[at + 2 * n : at + 3 * n],
         cache[at + 3 * n : at + 4 * n],
         cache[at + 4 * n : at + 5 * n],
-        cache[at + 5 * n : at + 6 * n],
-        cache[at + 6 * n : at + 6 * n + _table_size(n)],
+        cache[at + 5 * n : at + 5 * n + _table_size(n)],
         cache[:COUNTERS],
     )
 
@@ -111,6 +108,14 @@ def cached_block(pool: BlockPool, block_hash: Int) -> Int:
 
 
 @compiled
+def _before(pool: BlockPool, first: Int, block: Int) -> Int:
+    """Of blocks with the same hash, from the first on, the one before this; before the null block is the last."""
+    while pool.alike_next[first] != block:
+        first = pool.alike_next[first]
+    return first
+
+
+@compiled
 def cache_block(pool: BlockPool, block: Int, block_hash: Int) -> None:
     """A block is full, or scheduled to be: it may be found by its hash. V1: ``cache_full_blocks``, of one block."""
     slot = _slot_of(pool, block_hash)
@@ -119,10 +124,8 @@ def cache_block(pool: BlockPool, block: Int, block_hash: Int) -> None:
     pool.alike_next[block] = NULL_BLOCK
     if first == NULL_BLOCK:
         pool.table[slot] = block
-        pool.alike_last[block] = block
     else:
-        pool.alike_next[pool.alike_last[first]] = block
-        pool.alike_last[first] = block
+        pool.alike_next[_before(pool, first, NULL_BLOCK)] = block
     pool.counters[NUM_CACHED] += 1
 
 
@@ -134,17 +137,11 @@ def _uncache(pool: BlockPool, block: Int) -> None:
     if first == block:
         second = pool.alike_next[block]
         if second != NULL_BLOCK:
-            pool.alike_last[second] = pool.alike_last[block]
             pool.table[slot] = second
         else:
             _empty(pool, slot)
     else:
-        before = first
-        while pool.alike_next[before] != block:
-            before = pool.alike_next[before]
-        pool.alike_next[before] = pool.alike_next[block]
-        if pool.alike_last[first] == block:
-            pool.alike_last[first] = before
+        pool.alike_next[_before(pool, first, block)] = pool.alike_next[block]
     pool.hashes[block] = NO_HASH
     pool.counters[NUM_CACHED] -= 1
     pool.counters[NUM_EVICTED] += 1

@@ -6,6 +6,7 @@ in each process (`--prefix-caching-hash-algo`). Adapter, salt and images of a re
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ class CachedPrefixes:
         )
         self._table = table
         self._block_size = block_size
-        self._changes: list[tuple[int, int, int]] = []  # as `note` takes them
+        self._changes = array("q")  # as `note` takes them, one after the other
         self._hash_of = [NO_HASH] * len(pool.blocks)  # by the number of the block
         self._hashes: dict[str, list[int]] = {}  # of the requests' first blocks
         held(table, hash_tokens(np.zeros(block_size, dtype=np.int64), block_size), 1)  # load what is compiled
@@ -55,8 +56,8 @@ class CachedPrefixes:
     def publish(self) -> None:
         """Write what has changed to the table, which readers look up in at any time."""
         if self._changes:
-            note(self._table, np.array(self._changes, dtype=np.int64))
-            self._changes.clear()
+            note(self._table, np.frombuffer(self._changes, dtype=np.int64).reshape(-1, 3))
+            self._changes = array("q")
 
     def _hashes_of(self, request: Any, blocks: int) -> list[int]:
         """Of at least the first `blocks` blocks of a request, which are full; none if its tokens are not known."""
@@ -75,22 +76,24 @@ class CachedPrefixes:
             block = blocks[place]
             if block.block_hash is not None and not block.is_null and self._hash_of[block.block_id] == NO_HASH:
                 self._hash_of[block.block_id] = hashes[place]
-                self._changes.append((hashes[place], 1, 1))
+                self._changes.extend((hashes[place], 1, 1))
 
     def lost(self, block: Any) -> None:
         """A block is found no more."""
         if (known := self._hash_of[block.block_id]) != NO_HASH:
             self._hash_of[block.block_id] = NO_HASH
-            self._changes.append((known, -1, -1 if block.ref_cnt > 0 else 0))
+            self._changes.extend((known, -1, -1 if block.ref_cnt > 0 else 0))
 
     def in_use(self, block: Any, more: int) -> None:
         """A block has come into use (1), or is in use no more (-1)."""
         if (known := self._hash_of[block.block_id]) != NO_HASH:
-            self._changes.append((known, 0, more))
+            self._changes.extend((known, 0, more))
 
     def cleared(self) -> None:
         """No block is found any more."""
-        self._changes += [(known, -1, 0) for known in self._hash_of if known != NO_HASH]
+        for known in self._hash_of:
+            if known != NO_HASH:
+                self._changes.extend((known, -1, 0))
         self._hash_of = [NO_HASH] * len(self._hash_of)
         self.publish()  # no step may come for long
 
