@@ -224,6 +224,8 @@ async def running_gateway(
             await mock.start()
         elif not mock.port:
             (mock.port,) = free_ports(1)
+    if tokenizer is not None:
+        keys["tokenizer"] = "of the test"
     keys = {"probe_interval_s": 0.05, "grace_s": 2.0, **keys}
     config = GatewayConfig(urls=tuple(mock.url for mock in mocks), **keys)
     gateway = Gateway(

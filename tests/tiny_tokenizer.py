@@ -11,11 +11,13 @@ SAID = [
 ]
 TEMPLATE = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
-    "{% for message in messages %}<{{ message.role }}>{{ message.content or '' }}"
+    "{% for message in messages %}<{{ message.role }}>"
+    "{{ message.name }}{{ message.odd }}{{ message.reasoning_content }}{{ message.content }}"
     "{% for call in message.tool_calls or [] %}{{ call.function.name }}({{ call.function.arguments | tojson }})"
     "{% endfor %}"
     "</{{ message.role }}>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% if mood %}({{ mood }}){% endif %}{% endif %}"
+    "{% if add_generation_prompt %}<assistant>{% if mood %}({{ mood }}){% endif %}"
+    "{{ reasoning_effort }}{{ enable_thinking }}{% endif %}"
 )
 
 

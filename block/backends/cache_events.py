@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -21,7 +23,7 @@ from block.engine.prefix_table import PrefixTable, new_table, note
 
 log = logging.getLogger(__name__)
 
-RETRY_S = 1.0
+SILENCE_S = 1.0
 """How long who replays events may be silent before they count as lost."""
 _END = (-1).to_bytes(8, "big", signed=True)  # of what is replayed, as vLLM's ZmqEventPublisher has it
 _FIELDS = {  # of events that come as lists, as vLLM's before 0.32 do, without the tag
@@ -44,7 +46,8 @@ class EventSource:
         host = urlsplit(url).hostname or "localhost"
 
         def reached(endpoint: str) -> str:
-            return endpoint.replace("//*:", f"//{f'[{host}]' if ':' in host else host}:")
+            reachable = f"//{f'[{host}]' if ':' in host else host}:"
+            return endpoint.replace("//*:", reachable).replace("//[::]:", reachable)
 
         return EventSource(reached(self.endpoint), self.replay and reached(self.replay), self.topic)
 
@@ -60,8 +63,7 @@ class CacheEvents:
     """The prefix cache of one server, as its events tell: `heard` is told each batch in turn, `table` has the outcome.
 
     Who uses a block is not told; no block of the table is in use. lost: how often batches were missed that nobody
-    could replay, each time of which begins anew with an empty table. readable: whether a hit is the longest run of
-    blocks, which it is not where layers have several caches.
+    could replay.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -69,7 +71,10 @@ class CacheEvents:
         self.next = 0
         """The number of the batch to come."""
         self.lost = 0
+        self.complete = False
+        """Whether all is known that the cache has: all was heard since the server began, or since all was cleared."""
         self.readable = True
+        """Whether a hit is the longest run of blocks, which it is not where layers have several caches."""
         self._block_size = block_size
         self._blocks: dict[int | bytes, _Block] = {}  # by vLLM's hash
         self._time = 0.0  # when the latest batch was made
@@ -83,7 +88,7 @@ class CacheEvents:
         return number < self.next and time > self._time
 
     def heard(self, number: int, batch: Sequence[Any]) -> None:
-        """A batch has come: when it was made, its events. One with a gap before it begins with an empty table."""
+        """A batch has come: when it was made, its events. What came before a gap is not known any more."""
         time, events = float(batch[0]), batch[1]
         if self.begun_anew(number, time):
             self._clear()
@@ -93,19 +98,26 @@ class CacheEvents:
         if number > self.next:
             self.lost += 1
             self._clear()
+        if number != self.next or number == 0:
+            self.complete = number == 0
         self.next, self._time = number + 1, time
-        changes = [change for event in events for change in self._changes(*_named(event))]
+        changes: list[tuple[int, int, int]] = []
+        for kind, event in map(_named, events):
+            if kind == "AllBlocksCleared":
+                self._clear()
+                self.complete = True
+                changes.clear()
+            else:
+                changes += self._changes(kind, event)
         if changes:
             self._grow(len(changes))
             note(self.table, np.array(changes, dtype=np.int64))
 
     def _changes(self, kind: str, event: Mapping[str, Any]) -> Iterator[tuple[int, int, int]]:
         """What an event changes, as `note` takes it."""
-        if kind == "AllBlocksCleared":
-            self._clear()
-        elif event.get("medium") not in (None, "GPU"):
+        if event.get("medium") not in (None, "GPU"):
             return
-        elif event.get("group_idx"):
+        if event.get("group_idx") or event.get("kv_cache_spec_sliding_window"):
             self.readable = False
         elif kind == "BlockRemoved":
             for theirs in event["block_hashes"]:
@@ -128,14 +140,20 @@ class CacheEvents:
             return  # what it stands behind came before we listened, and nobody knows it
         size = self._block_size
         tokens = np.array(event["token_ids"], dtype=np.int64)
-        keys = event.get("extra_keys") or [None] * len(theirs)
-        for place, (one, extra) in enumerate(zip(theirs, keys, strict=True)):
-            first = before is None and place == 0
-            parent ^= root(*_extra_keys(extra or (), event.get("lora_name"), first))
-            parent = int(hash_tokens(tokens[place * size : (place + 1) * size], size, parent)[0])
+        extra = event.get("extra_keys") or [None] * len(theirs)
+        names = [
+            _extra_keys(keys or (), event.get("lora_name"), before is None and place == 0)
+            for place, keys in enumerate(extra)
+        ]
+        apart = [place for place, named in enumerate(names) if named or place == 0]  # the others are hashed with them
+        hashes: list[int] = []
+        for begin, end in pairwise([*apart, len(names)]):
+            parent = (hashes[-1] if hashes else parent) ^ root(*names[begin])
+            hashes += hash_tokens(tokens[begin * size : end * size], size, parent).tolist()
+        for one, own in zip(theirs, hashes, strict=True):
             known = self._blocks.get(one)
-            self._blocks[one] = _Block(parent, 1 if known is None else known.copies + 1)
-            yield parent, 1, 0
+            self._blocks[one] = _Block(own, 1 if known is None else known.copies + 1)
+            yield own, 1, 0
 
     def _clear(self) -> None:
         self._blocks.clear()
@@ -168,54 +186,82 @@ def _extra_keys(keys: Sequence[Any], adapter: str | None, first: bool) -> list[s
     return named + [f"item {key[0]} at {key[1]}" for key in others if isinstance(key, list)]
 
 
-async def follow(source: EventSource, events: CacheEvents) -> None:
+async def follow(source: EventSource, events: CacheEvents, begun: asyncio.Event) -> None:
     """Tell `events` what a server publishes, from its first batch on if that is replayed; until cancelled.
 
-    ModuleNotFoundError without pyzmq and msgspec. What is not as vLLM publishes it is logged, and ends it.
+    begun: set once all is heard that is replayed. Any error is logged and ends it; `events` are not `readable` then.
+    ModuleNotFoundError without pyzmq and msgspec is such a one.
     """
-    import msgspec.msgpack
-    import zmq.asyncio
+    try:
+        import msgspec.msgpack
 
-    with zmq.asyncio.Context.instance().socket(zmq.SUB) as socket:
-        socket.connect(source.endpoint)
-        socket.subscribe(source.topic)
-        try:
+        with _socket("SUB", source.endpoint) as socket:
+            socket.subscribe(source.topic)
             await _catch_up(source, events, 0)
+            begun.set()
             while True:
-                _, number, payload = await socket.recv_multipart()
+                *_, number, payload = await socket.recv_multipart()
                 place, batch = int.from_bytes(number, "big"), msgspec.msgpack.decode(payload)
                 anew = events.begun_anew(place, batch[0])
                 if anew or place > events.next:
                     await _catch_up(source, events, 0 if anew else events.next)
                 events.heard(place, batch)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            events.readable = False
-            log.warning("%s: publishes no cache events as vLLM does: %s", source.endpoint, one_line(error))
+                await asyncio.sleep(0)  # a backlog is no reason to keep others waiting
+    except Exception as error:  # whatever another process sends, or a socket says
+        events.readable = False
+        log.warning("%s: cache events cannot be read: %s: %s", source.endpoint, type(error).__name__, one_line(error))
+    finally:
+        begun.set()
 
 
 async def _catch_up(source: EventSource, events: CacheEvents, since: int) -> None:
-    """Tell what was published from the batch `since` on, as far as it is still replayed."""
+    """Tell what was published from the batch `since` on, as far as it is still replayed.
+
+    A publisher that replays much drops some of it on the way: it is asked again from there.
+    """
     import msgspec.msgpack
-
-    async for number, payload in _replayed(source, since):
-        events.heard(number, msgspec.msgpack.decode(payload))
-
-
-async def _replayed(source: EventSource, since: int) -> AsyncIterator[tuple[int, bytes]]:
-    import zmq.asyncio
 
     if source.replay is None:
         return
-    with zmq.asyncio.Context.instance().socket(zmq.DEALER) as socket:
-        socket.linger = 0
-        socket.connect(source.replay)
+    while True:
+        progress, first = events.next, True
+        async with aclosing(_replayed(source.replay, since)) as replayed:
+            async for number, payload in replayed:
+                if number is None:
+                    if first and since == 0:
+                        events.complete = True  # it has published nothing yet
+                    return
+                if not first and number > events.next:
+                    break
+                events.heard(number, msgspec.msgpack.decode(payload))
+                first = False
+                await asyncio.sleep(0)
+        if events.next == progress:
+            log.warning("%s: replays nothing", source.replay)
+            return
+        since = events.next
+
+
+async def _replayed(endpoint: str, since: int) -> AsyncGenerator[tuple[int | None, bytes], None]:
+    """Batches from `since` on, by their numbers; None at the end of them all. It ends early after a silence."""
+    with _socket("DEALER", endpoint) as socket:
         await socket.send_multipart([b"", since.to_bytes(8, "big")])
         while True:
             try:
-                _, _, number, payload = await asyncio.wait_for(socket.recv_multipart(), RETRY_S)
+                *_, number, payload = await asyncio.wait_for(socket.recv_multipart(), SILENCE_S)
             except TimeoutError:
-                log.warning("%s: replays nothing", source.replay)
                 return
             if number == _END:
+                yield None, b""
                 return
             yield int.from_bytes(number, "big"), payload
+
+
+def _socket(kind: str, endpoint: str) -> Any:
+    """A socket of zmq, connected, which loses nothing on this side."""
+    import zmq.asyncio
+
+    socket = zmq.asyncio.Context.instance().socket(getattr(zmq, kind))
+    socket.linger, socket.rcvhwm, socket.ipv6 = 0, 0, True
+    socket.connect(endpoint)
+    return socket

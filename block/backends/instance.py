@@ -24,6 +24,7 @@ from block.core.clock import Clock
 from block.core.errors import message, one_line
 from block.core.snapshot import Snapshot
 from block.core.types import Request, RequestRecord
+from block.dispatch.prefixes import Kept
 from block.engine.config import EngineSettings
 from block.engine.prefix_table import PrefixTable, held
 from block.vllm_plugin.state_buffer import STEP, State, StateBuffer, read_dump
@@ -31,6 +32,7 @@ from block.vllm_plugin.tags import TAG_EXPECTED, TAG_ID, TAG_RESPONSE
 from block.workload.content import token_ids
 
 POLL_S = 0.01  # wall-clock seconds between two fetches of a remote snapshot
+REPLAY_S = 3.0  # that the replay of cache events is waited for
 
 
 # What comes of reading an answer that is not as vLLM gives: no JSON, not these keys, not these types.
@@ -66,6 +68,7 @@ class VLLMInstance:
         self._state: State | None = None
         self._background: list[asyncio.Task[None]] = []
         self._events: CacheEvents | None = None
+        self._nonce = 0
         self.models: Sequence[str] = ("",)
         """What the server calls its model; all other names that it knows are those of adapters."""
         self.vllm_version = ""
@@ -88,6 +91,7 @@ class VLLMInstance:
                 with self._as_vllm():
                     info = await response.json()
                     self.vllm_version, path, nonce = info["vllm"], str(info["buffer"]), int(info["nonce"])
+                    self._nonce = nonce
                     self._emulated = bool(info.get("emulated", False))
                     published = info.get("kv_events")
             try:
@@ -98,11 +102,27 @@ class VLLMInstance:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise InstanceFailed(f"{self.url}: {message(error)}") from error
         settings = self._read().settings
-        if published is not None and settings.enable_prefix_caching and self._prefix_table is None:
-            self._events = CacheEvents(settings.block_size)
-            source = EventSource(**published).seen_from(self.url)
-            self._background.append(asyncio.create_task(follow(source, self._events)))
+        if published is not None and self._prefix_table is None:
+            await self._follow(EventSource(**published).seen_from(self.url), settings.block_size)
         return settings
+
+    async def _follow(self, source: EventSource, block_size: int) -> None:
+        """Hear what the server publishes of its prefix cache; returns when what it replays was heard, or soon."""
+        self._events = CacheEvents(block_size)
+        begun = asyncio.Event()
+        self._background.append(asyncio.create_task(follow(source, self._events, begun)))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(begun.wait(), REPLAY_S)
+
+    async def is_same(self) -> bool:
+        """Whether the process that was attached to still answers, and publishes what can be read."""
+        try:
+            if self._buffer is not None:
+                self._buffer.read()
+            async with self._session.get(f"{self.url}/block/info") as response:
+                return response.status == 200 and int((await response.json())["nonce"]) == self._nonce
+        except (aiohttp.ClientError, TimeoutError, *_ODD):
+            return False
 
     @property
     def is_local(self) -> bool:
@@ -112,7 +132,7 @@ class VLLMInstance:
     @property
     def _prefix_table(self) -> PrefixTable | None:
         if self._events is not None:
-            return self._events.table if self._events.readable else None
+            return self._events.table if self._events.readable and self._events.complete else None
         return None if self._buffer is None else self._buffer.prefix_table
 
     @property
@@ -149,6 +169,12 @@ class VLLMInstance:
         """
         table = self._prefix_table
         return None if table is None else held(table, hashes, most)
+
+    def keep(self) -> Kept:
+        """What the server's prefix cache has now, to be looked up in later; as of `block.dispatch.prefixes`."""
+        table = self._prefix_table
+        kept = None if table is None else PrefixTable(table.hashes.copy(), table.counts.copy())
+        return lambda hashes, most: None if kept is None else held(kept, hashes, most)
 
     async def step_times(self, since: int) -> tuple[int, Floats]:
         """How many steps the engine has timed, and those after the first `since`: float[n, STEP]."""

@@ -12,7 +12,7 @@ from block.cluster.fleet import Fleet
 from block.cluster.instance import InstanceFailed, LaunchFailed
 from block.cluster.spec import Testbed
 from block.core.clock import Clock
-from block.dispatch.sent import ToldPrefixes
+from block.dispatch.prefixes import Kept, ToldPrefixes
 from block.engine.config import EngineSettings
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor
@@ -125,9 +125,21 @@ async def attached_fleet(
                 await instance.detach()
 
 
+class ServerPrefixes(ToldPrefixes):
+    """What servers tell of their prefix caches."""
+
+    def __init__(self, instances: Sequence[VLLMInstance], block_size: int) -> None:
+        super().__init__(lambda i, hashes, most: instances[i].look_up(hashes, most), block_size)
+        self._instances = instances
+
+    def keep(self, instance_id: int) -> Kept:
+        """What a server has now, to be looked up in later."""
+        return self._instances[instance_id].keep()
+
+
 def _prefixes(
     instances: Sequence[VLLMInstance], running: Sequence[VLLMInstance], settings: EngineSettings, testbed: Testbed
-) -> ToldPrefixes | None:
+) -> ServerPrefixes | None:
     """What servers with these settings tell of their prefix caches; None if they have none, or do not tell."""
     if not settings.enable_prefix_caching:
         return None
@@ -138,7 +150,7 @@ def _prefixes(
     elif silent:
         log.warning("what is cached is judged by what was sent there; not told by %s", ", ".join(silent))
     else:
-        return ToldPrefixes(lambda i, hashes, most: instances[i].look_up(hashes, most), settings.block_size)
+        return ServerPrefixes(instances, settings.block_size)
     return None
 
 

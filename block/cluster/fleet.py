@@ -13,7 +13,7 @@ from block.cluster.migration import Migrator
 from block.cluster.simulation import Simulation
 from block.cluster.spec import Testbed
 from block.core.clock import Clock
-from block.dispatch.core import PrefixIndex
+from block.dispatch.prefixes import Telling
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor, Predictors
 
@@ -30,7 +30,7 @@ class Fleet(NamedTuple):
     predictor: Predictor | Predictors | None
     engines: Mapping[str, Any]
     servers: ServerProcesses | None = None
-    prefixes: PrefixIndex | None = None
+    prefixes: Telling | None = None
 
 
 class SimulatedFleet(NamedTuple):

@@ -18,6 +18,7 @@ from block.core.arrays import Ints
 from block.core.snapshot import Snapshots
 from block.core.types import Request, RequestRecord
 from block.dispatch.core import Dispatcher
+from block.dispatch.prefixes import Kept
 from block.engine.batch import EngineBatch, Finished
 
 Process = Generator[float, None, None]
@@ -73,6 +74,16 @@ class Simulation:
         found = self.engines.cached_blocks(ids, request.block_hashes, (request.prompt_tokens - 1) // size, self.now)
         found[:, 0] *= size
         return found
+
+    def keep(self, instance_id: int) -> Kept:
+        """What an engine has now, to be looked up in later; as of `block.dispatch.prefixes`."""
+        kept, now = self.engines.copy(instance_id), self.now
+
+        def look_up(hashes: Ints, most: int) -> tuple[int, int]:
+            blocks, in_use = kept.cached_blocks([0], hashes, most, now)[0].tolist()
+            return blocks, in_use
+
+        return look_up
 
     def run(
         self,

@@ -54,5 +54,5 @@ def root(*keys: str) -> int:
     """What the hashes of a prompt begin with: 0, or what tells its extra keys (adapter, salt, images) from others."""
     if not keys:
         return 0
-    digest = hashlib.blake2b("\0".join(keys).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b("\0".join(keys).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -10,7 +10,8 @@ class DispatchConfig:
     """How requests get to instances (one Hydra node).
 
     ledger: count in requests that were placed and are not yet visible in a snapshot.
-    snapshot_interval_s: a snapshot is used again until it is this old; 0 takes a fresh one for every decision.
+    snapshot_interval_s: a snapshot is used again until it is this old, and so is what instances tell of their prefix
+        caches; 0 takes a fresh one for every decision.
     correction_steps: observed steps by which forecasts are corrected (`block.dispatch.correction`); 0: they are not.
     dispatchers: so many dispatchers, each with a state of its own; a request goes to one of them at random.
     forecast_noise: standard deviation of the Gaussian factor by which each forecast is off on purpose; 0 for none.

@@ -293,9 +293,9 @@ class BlockCache:
 
     What is cached is no work, so requests go where their prefix is, unless others would have to wait too long for
     that. Work delays whom it meets: those that come before it is worked off, and those that are there. So the price
-    is `kappa`, plus `gamma` × the mean number of outstanding requests of an instance, plus `others` × those of this
-    one: the shares of it that they pay (docs/prefix-caching.md has the study). aim: the latency, "e2e" or "ttft". At
-    price 0 it is `Block`.
+    is `kappa`, plus `gamma` × the mean number of requests of an instance, plus `others` × those of this one: the
+    shares of it that they pay, where requests are the outstanding ones and this one (docs/prefix-caching.md has the
+    study). aim: the latency, "e2e" or "ttft". At price 0 it is `Block`.
     """
 
     kappa: float = 0.0
@@ -318,10 +318,10 @@ class BlockCache:
         """Scores: seconds; inf without a forecast."""
         seen = Views.of(views)
         forecasts = _forecasts(seen)
-        price = self.kappa + self.gamma * sum(seen.outstanding) / len(seen)
+        price = self.kappa + self.gamma * (sum(seen.outstanding) + 1) / len(seen)
         latency = forecasts.e2e if self.aim == "e2e" else forecasts.ttft
         scores = [
-            one + (price + self.others * requests) * work
+            one + (price + self.others * (requests + 1)) * work
             for one, work, requests in zip(latency, forecasts.work, seen.outstanding, strict=True)
         ]
         return _least_known(views, scores, rng)

@@ -26,7 +26,7 @@ from block.core.snapshot import (
 )
 from block.core.types import Decision, InstanceView, Request, Views
 from block.dispatch.policies import Needs, check_at_least, least, snapshots_of
-from block.dispatch.sent import Sent
+from block.dispatch.prefixes import Sent
 
 REMEMBERED = 1 << 20
 """Blocks of an instance that an approximate router remembers: 2^26 characters, at 4 a token."""

@@ -47,7 +47,7 @@ class BlockPool(NamedTuple):
     alike_next: Ints
     """int64[n]: the block with the same hash that was cached next; 0: none"""
     table: Ints
-    """int64[power of two, at least 1.5 n]: the first block with a hash, found from ``hash & (size − 1)`` on; 0: empty"""
+    """int64[power of two, at least 1.5 n]: the first block with a hash, from ``hash & (size − 1)`` on; 0: empty"""
     counters: Ints
     """int64[COUNTERS]"""
 

@@ -52,7 +52,10 @@ def run_gateway(settings: DictConfig, policy: str) -> None:
             run.lengths.predict([""])  # what is wrong with the estimator is told now; and it is loaded
         except (OSError, ValueError) as error:
             raise ConfigError(explain(error)) from error
-    tokenizer = load_tokenizer(wanted.tokenizer, "gateway.tokenizer") if wanted.tokenizer is not None else None
+    try:
+        tokenizer = load_tokenizer(wanted.tokenizer, "gateway.tokenizer") if wanted.tokenizer is not None else None
+    except ValueError as error:
+        raise ConfigError(explain(error)) from error
     gateway = app.Gateway(wanted, run.policy, run.dispatch, random.Random(run.seed), latency, run.lengths, tokenizer)
 
     def listening(address: str) -> None:

@@ -46,6 +46,8 @@ DRAIN_POLL_S = 0.02
 LAST_BYTES_S = 0.5
 """For answers to be written out after the grace period."""
 BACKLOG = 2048
+TOKENIZE_S = 0.2
+"""That a request waits for its tokens, if `gateway.tokenize_timeout_s` does not say."""
 
 
 class Gateway:
@@ -132,7 +134,9 @@ class Gateway:
             )
             self._metrics = metrics = Metrics(self.upstreams, self.dispatcher, self._policy.needs, self._prefixes)
             if self._tokenizer is not None:
-                self._prompts = TokenizedPrompts(self._tokenizer, config.tokenize_timeout_s, metrics.not_tokenized)
+                self._prompts = TokenizedPrompts(
+                    self._tokenizer, config.tokenize_timeout_s or TOKENIZE_S, metrics.not_tokenized
+                )
             elif self._prefixes is not None or self._policy_block_size is not None:
                 self._prompts = TextPieces()
             if self._prompts is not None:
@@ -221,6 +225,8 @@ class Gateway:
         else:
             outcome = REFUSED if 400 <= reply.status < 500 else FAILED
         self._metrics.ended(record, outcome)
+        if prompt.exact and proxied.usage is not None and proxied.usage.tokens != prompt.tokens:
+            self._metrics.miscounted()
         return reply
 
     async def _read_prompt(self, fields: Mapping[str, Any]) -> Prompt:

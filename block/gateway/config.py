@@ -15,7 +15,7 @@ class GatewayConfig:
     expected_output_tokens: response length that policies assume where none is estimated. A request's own limit caps
         both. estimate_timeout_s: how long a request waits for its estimate before it goes by that.
     tokenizer: name or folder of the model's, so that prompts are counted, and looked up in prefix caches, by their
-        tokens; null: by the bytes of their text. tokenize_timeout_s: how long a request waits for that.
+        tokens; null: by the bytes of their text. tokenize_timeout_s: how long a request waits for that; null: 0.2.
     probe_interval_s: how often a server that was ejected is asked whether it is well again.
     connect_timeout_s: a server that takes longer to accept a connection is gone.
     read_timeout_s: longest silence of a server before its request fails.
@@ -28,7 +28,7 @@ class GatewayConfig:
     expected_output_tokens: int = 256
     estimate_timeout_s: float = 0.05
     tokenizer: str | None = None
-    tokenize_timeout_s: float = 0.2
+    tokenize_timeout_s: float | None = None
     probe_interval_s: float = 1.0
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 600.0
@@ -50,14 +50,13 @@ class GatewayConfig:
         for key in ("expected_output_tokens", "max_body_mib"):
             if getattr(self, key) < 1:
                 raise ValueError(f"gateway.{key}={getattr(self, key)}: must be at least 1")
-        for key in (
-            "estimate_timeout_s",
-            "tokenize_timeout_s",
-            "probe_interval_s",
-            "connect_timeout_s",
-            "read_timeout_s",
-        ):
-            if not 0 < getattr(self, key) < math.inf:
+        if self.tokenizer is None and self.tokenize_timeout_s is not None:
+            given = f"gateway.tokenize_timeout_s={self.tokenize_timeout_s}"
+            raise ValueError(f"{given}: has no effect without gateway.tokenizer")
+        times = ("estimate_timeout_s", "tokenize_timeout_s", "probe_interval_s", "connect_timeout_s", "read_timeout_s")
+        for key in times:
+            given_s = getattr(self, key)
+            if given_s is not None and not 0 < given_s < math.inf:
                 raise ValueError(f"gateway.{key}={getattr(self, key)}: must be greater than 0")
         if not 0 <= self.grace_s < math.inf:
             raise ValueError(f"gateway.grace_s={self.grace_s}: must be 0 or more seconds")

@@ -78,6 +78,11 @@ class Metrics:
         )
         for reason in (prompts.TIMEOUT, prompts.FAILED, prompts.NOT_TEXT):
             self._not_tokenized.labels(reason)
+        self._miscounted = Counter(
+            "block_prompt_mismatches",
+            "Prompts of which a server counted other tokens than the tokenizer",
+            registry=registry,
+        )
         self._prompt_tokens = Counter(
             "block_prompt_tokens", "Prompt tokens of answers that tell what was cached", ["instance"], registry=registry
         )
@@ -104,6 +109,10 @@ class Metrics:
     def not_estimated(self, reason: str) -> None:
         """A request goes by the constant length."""
         self._not_estimated.labels(reason).inc()
+
+    def miscounted(self) -> None:
+        """A server counted other tokens of a prompt than the tokenizer."""
+        self._miscounted.inc()
 
     def not_tokenized(self, reason: str) -> None:
         """A request goes by the bytes of its prompt, and shares nothing that is known."""

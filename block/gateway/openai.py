@@ -117,12 +117,21 @@ def completion_tokens(answer: bytes) -> int | None:
     return int(found[-1]) if found else None
 
 
-def cached_share(answer: bytes) -> float | None:
-    """The share of the prompt's tokens that were cached, by the last `usage` in these bytes; None if none tells."""
-    if b'"cached_tokens"' not in answer:
+class PromptUsage(NamedTuple):
+    """What an answer says of its prompt: its tokens, and how many of them were cached (None: that is not said)."""
+
+    tokens: int
+    cached: int | None
+
+
+def prompt_usage(answer: bytes) -> PromptUsage | None:
+    """By the last `usage` in these bytes; None if there is none, or it counts no token."""
+    if b'"prompt_tokens"' not in answer:
         return None
-    cached, prompt = _CACHED_TOKENS.findall(answer), _PROMPT_TOKENS.findall(answer)
-    return int(cached[-1]) / int(prompt[-1]) if cached and prompt and int(prompt[-1]) > 0 else None
+    prompt, cached = _PROMPT_TOKENS.findall(answer), _CACHED_TOKENS.findall(answer)
+    if not prompt or int(prompt[-1]) == 0:
+        return None
+    return PromptUsage(int(prompt[-1]), int(cached[-1]) if cached else None)
 
 
 _KINDS = {

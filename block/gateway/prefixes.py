@@ -9,7 +9,7 @@ import numpy as np
 from block.core.arrays import Ints
 from block.core.types import Request, RequestRecord, Views
 from block.dispatch.core import Dispatcher, Observer
-from block.dispatch.sent import SentPrefixes, ToldPrefixes
+from block.dispatch.prefixes import SentPrefixes, ToldPrefixes
 from block.engine.config import EngineSettings
 from block.engine.prefix_table import held, new_table
 from block.gateway.upstreams import PluginInstance
@@ -19,8 +19,8 @@ SOURCES = ("table", "events", "sent", "none")
 
 
 class UpstreamPrefixes(Observer):
-    """A `block.dispatch.core.PrefixIndex` of servers that may come and go, of which the first to come has the say: a
-    server with other blocks than it is not known to have any.
+    """A `block.dispatch.core.PrefixIndex` of servers that may come and go. The first to come has the say, until there
+    is none like it any more: a server with other blocks is not known to have any.
 
     exact: whether requests have the hashes of the servers' own blocks. Else, or if servers do not tell, what was sent
     to each counts.
@@ -30,18 +30,20 @@ class UpstreamPrefixes(Observer):
         self._servers = servers
         self._exact = exact
         self._settings: EngineSettings | None = None
-        self._index: ToldPrefixes | SentPrefixes | None = None
+        self._index: ToldPrefixes | None = None
         if exact:
             held(new_table(1), np.zeros(1, dtype=np.int64), 1)  # compiled before a request comes
 
     def known(self) -> bool:
         """Whether any server that caches prefixes has come yet."""
-        if self._index is None:
-            said = (one.settings for one in self._servers if one.settings is not None)
-            self._settings = next((settings for settings in said if settings.enable_prefix_caching), None)
-            if self._settings is not None:
-                sent = SentPrefixes(self._settings.block_size, self._settings.total_blocks, answers=False)
-                self._index = ToldPrefixes(self._look_up, self._settings.block_size, sent) if self._exact else sent
+        if not any(map(self._alike, self._servers)):
+            said = [one.settings for one in self._servers if one.settings is not None]
+            caching = [settings for settings in said if settings.enable_prefix_caching]
+            if caching:
+                self._settings, size = caching[0], caching[0].block_size
+                least = min(settings.total_blocks for settings in caching if settings.block_size == size)
+                sent = SentPrefixes(size, least, answers=False, exact=self._exact)
+                self._index = ToldPrefixes(self._look_up, size, sent)
         return self._index is not None
 
     @property
@@ -57,12 +59,14 @@ class UpstreamPrefixes(Observer):
         return (self._exact and server.tells_prefixes) or "sent"
 
     def _alike(self, server: PluginInstance) -> bool:
-        settings = server.settings
-        return settings is not None and settings.enable_prefix_caching and settings.block_size == self.block_size
+        one, like = server.settings, self._settings
+        return one is not None and like is not None and one.enable_prefix_caching and one.block_size == like.block_size
 
     def _look_up(self, instance_id: int, hashes: Ints, most: int) -> tuple[int, int] | None:
         server = self._servers[instance_id]
-        return server.look_up(hashes, most) if self._alike(server) else (0, 0)
+        if not self._alike(server):
+            return 0, 0
+        return server.look_up(hashes, most) if self._exact else None
 
     def hits(self, request: Request, ids: Sequence[int]) -> Ints:
         """What these servers have of a request that has block hashes."""

@@ -35,6 +35,8 @@ class Prompt(NamedTuple):
 
     tokens: int | None
     hashes: Ints | None
+    exact: bool = False
+    """Whether they are the tokens that a server has."""
 
 
 UNKNOWN = Prompt(None, None)
@@ -56,18 +58,18 @@ class TextPieces:
     """Hashes pieces of what was sent, as long as a block is about. They are those of no server's blocks."""
 
     async def read(self, fields: Mapping[str, Any], block_size: int, adapter: str | None) -> Prompt:
-        """Of token ids, messages (with all that is in them), or text."""
-        keys = _extra_keys(fields, adapter)
+        """Of token ids, text, or messages with tools."""
         said, messages = fields.get("prompt"), fields.get("messages")
         if _is_tokens(said):
-            return _hashed(said, block_size, keys)
+            return _hashed(said, block_size, _extra_keys(fields, adapter))
         if isinstance(messages, list):
-            tools = fields.get("tools")
-            said = "\n".join(json.dumps(one) for one in ([tools, *messages] if tools else messages))
+            said = _spelt_out(messages, fields.get("tools"))
         if not isinstance(said, str):
             return UNKNOWN
         text = np.frombuffer(said.encode("utf-8", "surrogatepass"), dtype=np.uint8)
-        return Prompt(None, hash_tokens(text.astype(np.int64), block_size * BYTES_PER_TOKEN, root(*keys)))
+        keys = [f"model {fields.get('model')}", *_extra_keys(fields, None)]
+        hashes = hash_tokens(text.astype(np.int64), block_size * BYTES_PER_TOKEN, root(*keys))
+        return Prompt(max(-(-len(text) // BYTES_PER_TOKEN), 1), hashes)
 
     def close(self) -> None:
         """There is nothing to end."""
@@ -114,6 +116,8 @@ class TokenizedPrompts:
     def tokens(self, fields: Mapping[str, Any]) -> list[int] | None:
         """The token ids of a request's prompt; None if they do not follow from its text. Any error of a template's."""
         prompt, messages = fields.get("prompt"), fields.get("messages")
+        if fields.get("truncate_prompt_tokens") is not None:
+            return None
         if isinstance(prompt, str):
             special = bool(fields.get("add_special_tokens", True))
             return list(self._tokenizer(prompt, add_special_tokens=special).input_ids)
@@ -130,7 +134,7 @@ class TokenizedPrompts:
             add_generation_prompt=fields.get("add_generation_prompt", True),
             continue_final_message=fields.get("continue_final_message", False),
             tokenize=False,
-            **(fields.get("chat_template_kwargs") or {}),
+            **_template_keys(fields),
         )
         special = bool(fields.get("add_special_tokens", False))
         return list(self._tokenizer(text, add_special_tokens=special).input_ids)
@@ -140,22 +144,53 @@ class TokenizedPrompts:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def _flat(message: Any) -> dict[str, Any] | None:
-    """A message as vLLM hands it to most templates: its content one text, and its tools called with objects. None if it
-    is more than text.
+def _template_keys(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a request has its template know, and what vLLM adds to it; templates use what they know."""
+    own = dict(fields.get("chat_template_kwargs") or {})
+    effort = fields.get("reasoning_effort")
+    if effort is not None:
+        own = {"enable_thinking": effort != "none", **own, "reasoning_effort": effort}
+    return own
+
+
+def _spelt_out(messages: list[Any], tools: Any) -> str | None:
+    """All that messages and tools say, in one text; None if there is more than text."""
+    said = [json.dumps(tools, ensure_ascii=False)] if tools else []
+    for message in messages:
+        try:
+            flat = _flat(message)
+        except (TypeError, ValueError, LookupError, AttributeError):  # no message
+            return None
+        if flat is None:
+            return None
+        calls = json.dumps(flat["tool_calls"], ensure_ascii=False) if "tool_calls" in flat else ""
+        said.append(f"{flat['role']}: {flat['content']}{calls}")
+    return "\n".join(said)
+
+
+def _flat(message: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A message as vLLM hands it to most templates: its content one text, its tools called with objects, and nothing
+    that vLLM does not know. None if it is more than text.
     """
-    flat = dict(message)
-    content, calls = flat.get("content"), flat.pop("tool_calls", None)
+    role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
     if isinstance(content, list):
         parts = [
             part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
         ]
         if not all(isinstance(text, str) for text in parts):
             return None
-        flat["content"] = "\n".join(parts)  # type: ignore[arg-type]
-    if calls:
+        content = "\n".join(parts)  # type: ignore[arg-type]
+    flat = {"role": role, "content": "" if content is None else content}
+    if role == "assistant" and calls:
         flat["tool_calls"] = [{**call, "function": _called(call["function"])} for call in calls]
-    return flat
+    thoughts = message.get("reasoning") if message.get("reasoning") is not None else message.get("reasoning_content")
+    if role == "assistant" and thoughts is not None:
+        flat["reasoning"] = flat["reasoning_content"] = thoughts
+    if role == "tool" and "tool_call_id" in message:
+        flat["tool_call_id"] = message["tool_call_id"]
+    if role == "developer":
+        flat["tools"] = message.get("tools")
+    return flat | {name: message[name] for name in ("name", "task") if isinstance(message.get(name), str)}
 
 
 def _called(function: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +212,7 @@ def _is_tokens(prompt: Any) -> TypeGuard[list[int]]:
 
 
 def _hashed(tokens: Sequence[int], block_size: int, keys: Sequence[str]) -> Prompt:
-    return Prompt(len(tokens), hash_tokens(np.array(tokens, dtype=np.int64), block_size, root(*keys)))
+    return Prompt(len(tokens), hash_tokens(np.array(tokens, dtype=np.int64), block_size, root(*keys)), exact=True)
 
 
 def _extra_keys(fields: Mapping[str, Any], adapter: str | None) -> list[str]:

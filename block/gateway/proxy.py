@@ -15,7 +15,7 @@ from block.cluster.instance import InstanceFailed, RequestFailed
 from block.core.clock import Clock
 from block.core.types import RequestRecord
 from block.dispatch.core import Dispatcher
-from block.gateway.openai import ERROR_EVENT, cached_share, completion_tokens, error_event, error_response
+from block.gateway.openai import ERROR_EVENT, PromptUsage, completion_tokens, error_event, error_response, prompt_usage
 from block.gateway.transport import Answer, NotHTTP, ServerSilent, TransportError
 from block.gateway.upstreams import Upstream
 
@@ -65,6 +65,8 @@ class ProxiedRequest:
         self.reply: web.StreamResponse | None = None
         self.record: RequestRecord | None = None
         self.client_gone = False
+        self.usage: PromptUsage | None = None
+        """What the answer has said of the prompt."""
 
     async def deliver(self, record: RequestRecord) -> None:
         """Have its instance answer the client, and note in `record` when it did, and its tokens.
@@ -101,7 +103,15 @@ class ProxiedRequest:
             raise RequestFailed(f"{upstream.url}: answered {status}")
         record.finished = self._clock.now()
         record.output_tokens = completion_tokens(body) or 0
-        _note_cached(record, body)
+        self._note_usage(record, body)
+
+    def _note_usage(self, record: RequestRecord, answer: bytes) -> None:
+        """Note what an answer says of its prompt; in the record, what was cached, in tokens as the gateway counts."""
+        said = prompt_usage(answer)
+        if said is not None:
+            self.usage = said
+            if said.cached is not None:
+                record.cached_tokens = round(said.cached / said.tokens * record.request.prompt_tokens)
 
     async def _stream(self, upstream: Upstream, answer: Answer, record: RequestRecord) -> None:
         chunk = await self._read(upstream, answer)
@@ -119,7 +129,7 @@ class ProxiedRequest:
                 failed = failed or chunk.startswith(ERROR_EVENT)
                 events += chunk.count(b"\n\n")
                 tokens = completion_tokens(chunk) or tokens
-                _note_cached(record, chunk)
+                self._note_usage(record, chunk)
                 chunk = await self._read(upstream, answer)
             record.finished = self._clock.now()
             await reply.write_eof()
@@ -170,13 +180,6 @@ class ProxiedRequest:
             return RequestFailed(text)
         # What is no HTTP is an error of the server's, but tells nothing of the next request.
         return InstanceFailed(text, gone=not isinstance(error, NotHTTP))
-
-
-def _note_cached(record: RequestRecord, answer: bytes) -> None:
-    """Note in a record what an answer says was cached of its prompt, in tokens as the gateway counts them."""
-    share = cached_share(answer)
-    if share is not None:
-        record.cached_tokens = round(share * record.request.prompt_tokens)
 
 
 def request_headers(http: web.BaseRequest) -> list[tuple[bytes, bytes]]:

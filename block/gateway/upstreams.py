@@ -111,6 +111,7 @@ class PluginInstance(HTTPInstance):
         """What it says of itself, once it is attached to."""
         self._clock = clock
         self._view: VLLMInstance | None = None
+        self._attaching = asyncio.Lock()
         self._complaint = ""
 
     def snapshot(self) -> Snapshot:
@@ -120,20 +121,27 @@ class PluginInstance(HTTPInstance):
 
     async def healthy(self) -> bool:
         """Whether /health says so, and the plugin answers too: a server that comes back publishes elsewhere."""
-        if not await super().healthy():
-            return False
+        async with self._attaching:
+            if not await super().healthy():
+                return False
+            if self._view is not None and await self._view.is_same():
+                return True
+            return await self._attach()
+
+    async def _attach(self) -> bool:
         view = VLLMInstance(self.instance_id, self.url, self._session, self._clock)
         try:
             async with asyncio.timeout(HEALTH_S):
                 settings = await view.attach()
             settings.check()
+            view, self._view, self.settings = self._view, view, settings  # type: ignore[assignment]
+            return True
         except Exception as error:  # whatever answers there, it is not what can be looked at
-            await view.detach()
             self._complain(f"{self.url}: {error}")
             return False
-        await self.detach()
-        self._view, self.settings = view, settings
-        return True
+        finally:  # the one before, or one that is of no use
+            if view is not None:
+                await view.detach()
 
     @property
     def models(self) -> Sequence[str]:

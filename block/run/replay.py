@@ -30,7 +30,7 @@ from block.dispatch.counterfactual import Counterfactuals, sample
 from block.dispatch.monitor import Monitor
 from block.dispatch.noise import NoisyForecaster
 from block.dispatch.policies import Needs
-from block.dispatch.sent import SentPrefixes
+from block.dispatch.prefixes import OldLookUps, SentPrefixes, Telling, ToldPrefixes
 from block.engine.predictor import Predictor, Predictors
 from block.lengths import tag
 from block.run.config import RunConfig
@@ -129,6 +129,7 @@ def _simulate(
         outcome,
         simulation,
         min(kind.total_blocks for kind in run.testbed.kinds) if run.engine.enable_prefix_caching else None,
+        lambda: simulation.now,
     )
     monitor = outcome.monitor = Monitor(simulation.snapshot_many, lambda: dispatchers[0].active, run.sample_every_s)
     if migrator is not None:
@@ -194,6 +195,7 @@ async def _replay(
             outcome,
             fleet.prefixes,
             _cache_blocks(run, fleet.engines),
+            clock.now,
         )
         shown = bool(fleet.predictor)
         monitor = outcome.monitor = Monitor(
@@ -239,14 +241,16 @@ def _dispatchers(
     snapshot_many: SnapshotMany,
     observers: Sequence[Observer],
     outcome: Outcome,
-    told: PrefixIndex | None,
+    told: Telling | None,
     cache_blocks: int | None,
+    now: Callable[[], float],
 ) -> list[Dispatcher]:
     """The run's dispatchers, which know nothing of each other but keep one history.
 
     told: what the instances tell of their prefix caches, if they do. cache_blocks: KV blocks of an instance, the least
-    that one has; None: they have no such caches.
+    that one has; None: they have no such caches. now: tells the time.
     """
+    interval_s = run.dispatch.snapshot_interval_s
     answers = isinstance(run.backend, Simulated | Emulated)
     forecaster = _forecaster(run, predictor)
     history = outcome.history = History()
@@ -254,7 +258,9 @@ def _dispatchers(
     for i in range(run.dispatch.dispatchers):
         policy = run.policy if i == 0 else run.peers[i - 1] if i <= len(run.peers) else run.policy
         asks = cache_blocks is not None and policy.needs is not Needs.COUNTS
-        prefixes = told if asks else None
+        prefixes: PrefixIndex | None = told if asks else None
+        if prefixes is not None and told is not None and interval_s > 0:
+            prefixes = ToldPrefixes(OldLookUps(told, interval_s, now), told.block_size)
         if asks and cache_blocks and (told is None or run.dispatch.prefixes == "sent"):
             prefixes = SentPrefixes(run.engine.block_size, cache_blocks, answers=answers)
         dispatcher = Dispatcher(

@@ -116,6 +116,7 @@ class Publishing:
         plain = len(specs) == 1 and isinstance(specs[0], FullAttentionSpec)
         plain = plain and not (specs[0].sliding_window or specs[0].attention_chunk_size or config.speculative_config)
         alone = config.parallel_config.data_parallel_size == 1
+        self._buffer.header[state_buffer.PLAIN_HITS] = plain and alone
         if not (plain and alone and places <= state_buffer.MOST_PLACES):
             return None
         self._buffer.header[state_buffer.PLACES] = places

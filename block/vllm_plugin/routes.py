@@ -15,7 +15,7 @@ from urllib.parse import parse_qs
 
 from block.vllm_plugin.environment import EMULATED, STATE_BUFFER
 from block.vllm_plugin.requirements import vllm_version
-from block.vllm_plugin.state_buffer import NONCE, StateBuffer
+from block.vllm_plugin.state_buffer import NONCE, PLAIN_HITS, StateBuffer
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -52,7 +52,7 @@ class SnapshotView:
                 "nonce": int(state.header[NONCE]),
                 "emulated": EMULATED in os.environ,
                 "settings": state.settings._asdict(),
-                "kv_events": _published_events(scope),
+                "kv_events": _published_events(scope) if state.header[PLAIN_HITS] else None,
             }
             return 200, b"application/json", json.dumps(info).encode()
         if path == "/block/steps":
@@ -63,14 +63,18 @@ class SnapshotView:
 
 
 def _published_events(scope: Scope) -> dict[str, str | None] | None:
-    """Where vLLM's own events of the prefix cache come from, if it publishes them where others can know."""
+    """Where vLLM's own events of the prefix cache come from, if others can connect there: it binds what has a ``*`` or
+    ``::``, and a port of 0 is known to the engine only.
+    """
     vllm_config = getattr(getattr(scope.get("app"), "state", None), "vllm_config", None)
     events = getattr(vllm_config, "kv_events_config", None)
-    if (
-        events is None
-        or not events.enable_kv_cache_events
-        or events.publisher != "zmq"
-        or events.endpoint.endswith(":0")
-    ):
+    if events is None or not events.enable_kv_cache_events or events.publisher != "zmq":
         return None
-    return {"endpoint": events.endpoint, "replay": events.replay_endpoint, "topic": events.topic}
+
+    def reachable(endpoint: str | None) -> bool:
+        return endpoint is not None and endpoint.startswith(("tcp://*:", "tcp://[::]:")) and not endpoint.endswith(":0")
+
+    if not reachable(events.endpoint):
+        return None
+    replay = events.replay_endpoint if reachable(events.replay_endpoint) else None
+    return {"endpoint": events.endpoint, "replay": replay, "topic": events.topic}

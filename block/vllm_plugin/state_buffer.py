@@ -47,6 +47,7 @@ FINISHED = 12  # requests that have gone so far, the latest GONE of them in `Sta
 NONCE = 16  # tells state buffers apart: a path may mean another file on another host
 _FIELDS = 17
 PLACES = 18  # of the table of what is in the prefix cache; 0: that is not told
+PLAIN_HITS = 19  # 1 if a hit of the prefix cache is the longest run of blocks, and there is one scheduler; else 0
 SETTINGS = 20  # the engine's, in the order of `EngineSettings`
 _HEADER = 64
 

@@ -69,12 +69,12 @@ class SharingSketch:
     """Quantile functions at uniform knots, rows by class; lengths are tokens.
 
     block: tokens of a block, the least that is shared. common: blocks that all begin with. going_on: share of the
-    requests that go on from an earlier one. first: float[knots], prompts that begin anew. earlier: float[classes + 1],
-    bounds of the classes of prompts that are gone on from. age: float[classes, knots], requests since then. whole:
-    float[classes], how often all full blocks are kept; kept: float[classes, knots], the share of blocks that is kept
-    else. added: float[classes, knots]. prompts: float[classes + 1], bounds of classes of all prompts; output:
-    float[classes, knots], responses by these. profile: how the arrival rate moved, if there are times. source: where
-    the numbers come from, for people.
+    requests that go on from an earlier one. first: float[knots], prompts that begin anew. earlier: float[classes +
+    1], bounds of the classes of prompts that are gone on from; weight: float[classes], how many are of each. age:
+    float[classes, knots], requests since then. whole: float[classes], how often all full blocks are kept; kept:
+    float[classes, knots], the share of blocks that is kept else. added: float[classes, knots]. prompts: float[classes
+    + 1], bounds of classes of all prompts; output: float[classes, knots], responses by these. profile: how the
+    arrival rate moved, if there are times. source: where the numbers come from, for people.
     """
 
     block: int
@@ -82,6 +82,7 @@ class SharingSketch:
     going_on: float
     first: Floats
     earlier: Floats
+    weight: Floats
     age: Floats
     whole: Floats
     kept: Floats
@@ -114,8 +115,9 @@ class SharingSketch:
             len(on) / len(prompt),
             _knots(prompt[earlier < 0], FIRST_SEGMENTS),
             bounds,
+            np.array([mine.mean() for mine in groups]),
             np.array([_knots((on - before)[mine], SEGMENTS) for mine in groups]),
-            np.array([whole[mine].mean() for mine in groups]),
+            np.array([whole[mine].mean() if mine.any() else 0.0 for mine in groups]),
             np.array([_knots((blocks[on] / length)[mine & ~whole], SEGMENTS) for mine in groups]),
             np.array([_knots((prompt[on] - blocks[on] * block)[mine], SEGMENTS) for mine in groups]),
             by_prompt,
@@ -151,7 +153,8 @@ class SharingSketch:
 
     def _going_on(self, count: int, rng: np.random.Generator) -> list[_GoingOn]:
         """So many requests that go on from others."""
-        group = (_strata(count, rng) * CLASSES).astype(np.int64)
+        upto = np.cumsum(self.weight)
+        group = np.searchsorted(upto[:-1] / upto[-1], _strata(count, rng), side="right")
         age, kept, added = (np.empty(count) for _ in range(3))
         for one in range(CLASSES):
             mine = group == one

@@ -69,7 +69,9 @@ class Server:
 @contextlib.asynccontextmanager
 async def following(source: EventSource) -> AsyncIterator[CacheEvents]:
     events = CacheEvents(4)
-    task = asyncio.create_task(follow(source, events))
+    begun = asyncio.Event()
+    task = asyncio.create_task(follow(source, events, begun))
+    await asyncio.wait_for(begun.wait(), 10)
     yield events
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -93,7 +95,7 @@ def test_events_are_followed_from_the_first_on_over_gaps_and_restarts(vllm: Any,
         server.publish(removed(2))
         server.publisher._event_queue.join()
         async with following(server.source) as events:
-            await until(lambda: events.next == 2)  # from before, replayed
+            assert (events.next, events.complete) == (2, True)  # from before, replayed
             assert known(events) == [0, 1]
             server.publish(stored(2, 4))
             await until(lambda: events.next == 3)
@@ -109,7 +111,40 @@ def test_events_are_followed_from_the_first_on_over_gaps_and_restarts(vllm: Any,
                 while known(events) != [0]:  # what comes before it is connected again is replayed with what follows
                     server.publish()
                     await asyncio.sleep(0.05)
-            assert events.lost == 0
+            assert (events.lost, events.complete) == (0, True)
+        server.publisher.shutdown()
+
+    asyncio.run(main())
+
+
+def test_nothing_published_yet_is_an_empty_cache_and_nobody_there_is_none(vllm: Any, tmp_path: Path) -> None:
+    async def main() -> None:
+        server = Server(tmp_path)
+        async with following(server.source) as events:
+            assert (events.next, events.complete) == (0, True)
+        async with following(EventSource(server.source.endpoint, None, "kv")) as events:
+            assert not events.complete
+            await asyncio.sleep(0.5)  # to be connected
+            server.publish(stored(0, 2))
+            await until(lambda: events.complete)
+            assert known(events) == [0, 1]
+        server.publisher.shutdown()
+
+    asyncio.run(main())
+
+
+def test_a_long_replay_of_which_some_is_dropped_is_asked_for_again(vllm: Any, tmp_path: Path) -> None:
+    """vLLM's publisher sends more than its socket takes, 1,000 messages, and does not know it."""
+
+    async def main() -> None:
+        server = Server(tmp_path)
+        for _ in range(5000):
+            server.publish(*[stored(0, 10), removed(*range(10))] * 3)
+        server.publish(stored(0, 2))
+        server.publisher._event_queue.join()
+        async with following(server.source) as events:
+            assert (events.next, events.lost, events.complete) == (5001, 0, True)
+            assert known(events) == [0, 1]
         server.publisher.shutdown()
 
     asyncio.run(main())
@@ -126,4 +161,4 @@ def test_what_no_server_of_vllm_s_publishes_ends_the_following(
         server.publisher.shutdown()
 
     asyncio.run(main())
-    assert f"{tmp_path}/events: publishes no cache events as vLLM does" in caplog.text
+    assert f"{tmp_path}/events: cache events cannot be read" in caplog.text

@@ -24,6 +24,7 @@ CALLED = [
     {"role": "tool", "tool_call_id": "1", "content": "now"},
     USER,
 ]
+THOUGHT = {"role": "assistant", "content": None, "reasoning_content": "hm"}
 PARTS = [{"type": "text", "text": SAID[1]}, {"type": "text", "text": SAID[2]}]
 REQUESTS: dict[str, dict[str, Any]] = {
     "a text": {"prompt": SAID[1]},
@@ -33,6 +34,11 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "a chat with tools": {"messages": TURNS, "tools": [TOOL], "tool_choice": "none"},
     "a chat with a strict tool": {"messages": TURNS, "tools": [STRICT], "tool_choice": "none"},
     "a chat whose tools were called": {"messages": CALLED},
+    "a chat with an effort": {"messages": TURNS, "reasoning_effort": "low"},
+    "a chat with thoughts": {
+        "messages": [USER, {**THOUGHT, "reasoning": SAID[2], "reasoning_content": "not that"}, USER]
+    },
+    "a chat with names and what is not known": {"messages": [{**USER, "name": "me", "odd": 1}, THOUGHT]},
     "a chat that goes on": {"messages": TURNS[:3], "add_generation_prompt": False, "continue_final_message": True},
     "a chat whose template is told something": {"messages": TURNS, "chat_template_kwargs": {"mood": "glad"}},
     "a chat with special tokens": {"messages": TURNS, "add_special_tokens": True},

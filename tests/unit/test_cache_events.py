@@ -55,12 +55,11 @@ def test_events_come_as_lists_of_older_servers() -> None:
 def test_adapter_and_salt_tell_blocks_of_the_same_tokens_apart() -> None:
     """As whoever has a prompt hashes it; vLLM has the adapter's name with each block, and the salt with the first."""
     adapted = heard([stored(0, 2, lora_name="wolf", extra_keys=[["wolf", "pepper"], ["wolf"]])])
-    assert list(contents(adapted.table)) == hash_tokens(TOKENS[:8], 4, root("adapter wolf", "salt pepper")).tolist()
+    assert set(contents(adapted.table)) == set(hash_tokens(TOKENS[:8], 4, root("adapter wolf", "salt pepper")).tolist())
     untold = heard([stored(0, 1, lora_name="wolf")])  # by a server that tells no extra keys
     assert list(contents(untold.table)) == [hash_tokens(TOKENS[:4], 4, root("adapter wolf"))[0]]
-    pictured = heard([stored(0, 2, extra_keys=[None, [["cat", 5]]])])
-    assert HASHES[0] in contents(pictured.table)
-    assert HASHES[1] not in contents(pictured.table)
+    pictured = set(contents(heard([stored(0, 4, extra_keys=[None, [["cat", 5]], None, None])]).table))
+    assert pictured == {HASHES[0], *hash_tokens(TOKENS[4:16], 4, HASHES[0] ^ root("item cat at 5")).tolist()}
 
 
 @pytest.mark.parametrize(
@@ -76,6 +75,7 @@ def test_what_cannot_be_found_is_left_out(event: dict[str, Any]) -> None:
 
 def test_several_caches_of_layers_cannot_be_read() -> None:
     assert not heard([stored(0, 1, group_idx=1)]).readable
+    assert not heard([stored(0, 1, group_idx=0, kv_cache_spec_sliding_window=128)]).readable
     assert heard([stored(0, 1, group_idx=0)]).readable
 
 
@@ -83,9 +83,29 @@ def test_a_gap_that_is_not_filled_begins_with_an_empty_table() -> None:
     events = heard([stored(0, 2)])
     events.heard(0, [0.0, [stored(2, 3)]])  # it has been heard
     assert len(events) == 2
+    assert events.complete
     events.heard(4, [4.0, [stored(2, 3), stored(0, 1)]])
     assert contents(events.table) == {HASHES[0]: (1, 0)}
-    assert (events.lost, events.next) == (1, 5)
+    assert (events.lost, events.next, events.complete) == (1, 5, False)
+    events.heard(5, [5.0, [{"type": "AllBlocksCleared"}, stored(0, 1)]])
+    assert contents(events.table) == {HASHES[0]: (1, 0)}
+    assert events.complete  # nothing is left of what was not heard
+    events.heard(9, [9.0, []])
+    events.heard(0, [10.0, [stored(0, 2)]])  # another process
+    assert (len(events), events.complete) == (2, True)
+
+
+def test_who_hears_nothing_knows_nothing() -> None:
+    assert not CacheEvents(4).complete
+    late = CacheEvents(4)
+    late.heard(7, [7.0, [stored(0, 1)]])
+    assert not late.complete
+
+
+def test_what_is_stored_and_cleared_in_one_batch_is_gone() -> None:
+    events = heard([stored(0, 3), {"type": "AllBlocksCleared"}])
+    assert contents(events.table) == {}
+    assert len(events) == 0
 
 
 def test_a_table_grows() -> None:
@@ -102,4 +122,5 @@ def test_an_endpoint_is_reached_at_the_server_s_host() -> None:
     source = EventSource("tcp://*:5557", "tcp://*:5558", "kv")
     assert source.seen_from("http://node-7:8000") == EventSource("tcp://node-7:5557", "tcp://node-7:5558", "kv")
     assert source.seen_from("http://[::1]:8000").endpoint == "tcp://[::1]:5557"
+    assert EventSource("tcp://[::]:5557").seen_from("http://10.0.0.7:8000").endpoint == "tcp://10.0.0.7:5557"
     assert EventSource("tcp://10.0.0.1:5557").seen_from("http://h:1") == EventSource("tcp://10.0.0.1:5557")

@@ -23,8 +23,8 @@ from block.core.snapshot import (
 )
 from block.core.types import Decision, Forecasts, Request, Views
 from block.dispatch.policies import BlockCache, Policy
+from block.dispatch.prefixes import Sent
 from block.dispatch.routers import LLMD, AIBrix, CacheAware, Dynamo, LMetric, Preble, Sticky
-from block.dispatch.sent import Sent
 
 
 def asked(*hashes: int, prompt: int | None = None, output: int = 10, session: int | None = None) -> Request:
@@ -232,10 +232,10 @@ def test_block_cache_prices_work_by_congestion_and_by_those_there() -> None:
     seen = views([30, 10], forecasts=forecasts)
     assert choose(BlockCache(kappa=0.0, gamma=0.0, others=0.0), asked(1), seen).scores == [5.0, 6.0]
     priced = choose(BlockCache(kappa=4.0, gamma=0.3, others=0.0), asked(1), seen)
-    assert priced.scores == pytest.approx([5.0 + (4 + 0.3 * 20) * 0.5, 6.0 + (4 + 0.3 * 20) * 0.1])
+    assert priced.scores == pytest.approx([5.0 + (4 + 0.3 * 20.5) * 0.5, 6.0 + (4 + 0.3 * 20.5) * 0.1])
     assert priced.instance_id == 1
     theirs = choose(BlockCache(kappa=0.0, gamma=0.0, others=0.1, aim="ttft"), asked(1), seen)
-    assert theirs.scores == pytest.approx([1.0 + 0.1 * 30 * 0.5, 2.0 + 0.1 * 10 * 0.1])
+    assert theirs.scores == pytest.approx([1.0 + 0.1 * 31 * 0.5, 2.0 + 0.1 * 11 * 0.1])
 
 
 @pytest.mark.parametrize(

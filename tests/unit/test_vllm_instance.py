@@ -172,6 +172,7 @@ def test_what_a_server_has_cached_is_looked_up_in_its_table() -> None:
             await instance.attach()
             assert instance.tells_prefixes is None
             assert instance.look_up(hashes, 4) is None
+            assert instance.keep()(hashes, 4) is None
             server.buffer.header[b.PLACES] = table_size(10)
             table = server.buffer.prefix_table
             assert instance.tells_prefixes == "table"
@@ -179,6 +180,10 @@ def test_what_a_server_has_cached_is_looked_up_in_its_table() -> None:
             note_changes(table, np.array([(hashes[0], 1, 1), (hashes[1], 2, 0)]))
             assert instance.look_up(hashes, 4) == (2, 1)
             assert instance.look_up(hashes, 1) == (1, 1)
+            kept = instance.keep()
+            note_changes(table, np.array([(hashes[1], -2, 0)]))
+            assert instance.look_up(hashes, 4) == (1, 1)
+            assert kept(hashes, 4) == (2, 1)
         async with Server(local=False).instance() as far:
             await far.attach()
             assert far.tells_prefixes is None
@@ -202,14 +207,21 @@ def test_a_server_on_another_host_tells_by_events_what_it_has_cached(tmp_path: P
             publisher.bind(server.kv_events["endpoint"])
             async with server.instance() as instance:
                 await instance.attach()
-                assert instance.tells_prefixes == "events"
-                number = 0
+                assert instance.tells_prefixes is None  # nothing was heard
+                now = 0.0
                 async with asyncio.timeout(10):
-                    while instance.look_up(hashes, 4) != (2, 0):
-                        batch = [float(number), [{**stored, "block_size": 16}]]
-                        publisher.send_multipart([b"kv", number.to_bytes(8, "big"), msgspec.msgpack.encode(batch)])
-                        number += 1
+                    while instance.look_up(hashes, 4) != (2, 0):  # until the socket is connected
+                        now += 1
+                        batch = [now, [{**stored, "block_size": 16}]]
+                        publisher.send_multipart([b"kv", bytes(8), msgspec.msgpack.encode(batch)])
                         await asyncio.sleep(0.01)
+                assert instance.tells_prefixes == "events"
+                gap = msgspec.msgpack.encode([now + 1, []])
+                publisher.send_multipart([b"kv", (7).to_bytes(8, "big"), gap])
+                async with asyncio.timeout(10):
+                    while instance.tells_prefixes is not None:
+                        await asyncio.sleep(0.01)
+                assert instance.look_up(hashes, 4) is None
                 await instance.detach()
                 assert instance.tells_prefixes is None
 

@@ -15,8 +15,8 @@ from mock_servers import LIMITS, PluginMock, RunningGateway, run, running_gatewa
 from block.core.hashing import hash_tokens, root
 from block.dispatch import policies, routers
 from block.engine.prefix_table import note, table_size
-from block.gateway.openai import cached_share
-from block.gateway.prompts import TextPieces, TokenizedPrompts
+from block.gateway.openai import PromptUsage, prompt_usage
+from block.gateway.prompts import UNKNOWN, TextPieces, TokenizedPrompts
 from block.vllm_plugin import state_buffer as b
 
 CACHING = LIMITS._replace(enable_prefix_caching=True)
@@ -145,22 +145,70 @@ def test_an_answer_tells_that_less_was_cached_than_was_thought_and_metrics_count
             metrics = await one.metrics()
             assert metrics['block_prompt_tokens_total{instance="0"}'] == 160
             assert metrics['block_cached_tokens_total{instance="0"}'] == 80
+            assert "block_prompt_mismatches_total" not in metrics  # by its bytes, it is not the tokens
+            index, request = one.dispatcher._prefixes, one.dispatcher.history.records[-1].request
+            assert index is not None
+            assert index.hits(request, [0]).tolist() == [
+                [64, 0]
+            ]  # all but the last block, whose end is computed always
             mock.answer = says(200, usage % 0)
-            await served_by(one, asking(LONG))
+            await served_by(one, asking(OTHER), asking(LONG))
             assert one.dispatcher.history.records[-1].cached_tokens == 0
+            assert index.hits(one.dispatcher.history.records[-2].request, [0]).tolist() == [[64, 0]]
 
     run(main())
 
 
-def test_a_server_with_other_blocks_is_not_known_to_have_any() -> None:
+def test_half_of_what_was_thought_is_no_miss_if_it_was_thought_by_text() -> None:
+    usage = b'{"usage": {"prompt_tokens": 100, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 70}}}'
+
+    async def main() -> None:
+        async with running_gateway([CachingMock(says(200, usage))], policies.BlockCache()) as one:
+            await served_by(one, *[asking(letter * 320) for letter in "abcd"], asking("d" * 320))
+            index, records = one.dispatcher._prefixes, one.dispatcher.history.records
+            assert index is not None
+            assert [index.hits(record.request, [0])[0, 0] for record in records] == [64] * 5
+
+    run(main())
+
+
+def test_a_tokenizer_that_is_not_the_servers_is_noticed() -> None:
+    usage = b'{"usage": {"prompt_tokens": %d, "completion_tokens": 5}}'
+
+    async def main() -> None:
+        mock = CachingMock(says(200, usage % (len(LONG) + 1)))
+        async with running_gateway([mock], policies.BlockCache(), tokenizer=Letters()) as one:
+            await served_by(one, asking(LONG))
+            assert "block_prompt_mismatches_total" not in await one.metrics()
+            mock.answer = says(200, usage % 99)
+            await served_by(one, asking(LONG))
+            assert (await one.metrics())["block_prompt_mismatches_total"] == 1
+
+    run(main())
+
+
+@pytest.mark.parametrize("tokenizer", [Letters(), None], ids=["by tokens", "by text"])
+def test_a_server_with_other_blocks_is_not_known_to_have_any(tokenizer: Letters | None) -> None:
+    def cached_in(gateway: RunningGateway) -> list[list[int]]:
+        """Of a prompt like the last one, what each server is thought to have."""
+        index = gateway.dispatcher._prefixes
+        assert index is not None
+        return index.hits(gateway.dispatcher.history.records[-1].request, [0, 1, 2]).tolist()
+
     async def main() -> None:
         mocks = [CachingMock(), CachingMock(block_size=32), PluginMock(says(200))]
-        async with running_gateway(mocks, policies.BlockCache(), tokenizer=Letters()) as one:
-            assert await sources(one) == ["table", "none", "none"]
-            assert isinstance(mocks[1], CachingMock)
-            mocks[1].has(tokens(LONG))
-            assert await served_by(one, asking(LONG)) != []
-            assert one.dispatcher.history.records[-1].forecast is not None
+        async with running_gateway(mocks, policies.BlockCache(), tokenizer=tokenizer) as one:
+            assert await sources(one) == ["table" if tokenizer else "sent", "none", "none"]
+            first, second = mocks[:2]
+            assert isinstance(first, CachingMock)
+            assert isinstance(second, CachingMock)
+            second.has(tokens(LONG))
+            for _ in range(6):
+                await served_by(one, asking(LONG))
+            first.has(tokens(LONG)[:48])
+            at_first, at_others = cached_in(one)[0], cached_in(one)[1:]
+            assert at_others == [[0, 0], [0, 0]]
+            assert at_first[0] >= (48 if tokenizer else 0)
 
     run(main())
 
@@ -234,6 +282,19 @@ def test_pieces_of_text_share_what_messages_share() -> None:
         assert whole is not None
         assert len(whole) > len(short) > 4
         assert (short == whole[: len(short)]).all()
+        said = await pieces.read({"messages": turns, "tools": [1]}, 16, None)
+        assert said.tokens is not None
+        assert said.tokens // 16 == len(whole)  # what is counted is what is hashed
+        tools = [{"function": {"description": "x" * 4000}}]
+        one, two = [
+            await pieces.read({"messages": [{"role": "user", "content": text * 20}], "tools": tools}, 16, None)
+            for text in ("我们都是服务器。", "今天天气很好吗？")
+        ]
+        assert one.hashes is not None
+        assert two.hashes is not None
+        assert one.tokens == two.tokens
+        alike = int((one.hashes == two.hashes).sum())
+        assert alike == len(f"{json.dumps(tools)}\nuser: ") // 64  # the tools, and nothing of what is asked
         other = (await pieces.read({"messages": turns, "tools": [2]}, 16, None)).hashes
         assert other is not None
         assert not set(other.tolist()) & set(whole.tolist())
@@ -241,7 +302,13 @@ def test_pieces_of_text_share_what_messages_share() -> None:
         assert exact.tokens == 40
         assert exact.hashes is not None
         assert exact.hashes.tolist() == hash_tokens(np.arange(40), 16).tolist()
-        assert await pieces.read({"prompt": [LONG, OTHER]}, 16, None) == (None, None)
+        assert await pieces.read({"prompt": [LONG, OTHER]}, 16, None) == UNKNOWN
+        assert (
+            await pieces.read({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 16, None) == UNKNOWN
+        )
+        named = [(await pieces.read({"prompt": LONG, "model": name}, 16, None)).hashes for name in "ab"]
+        assert named[0] is not None
+        assert (named[0] != named[1]).all()
 
     run(main())
 
@@ -259,16 +326,17 @@ def test_token_ids_need_no_tokenizer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "share"),
+    ("answer", "usage"),
     [
-        (b'{"usage":{"prompt_tokens":40,"prompt_tokens_details":{"cached_tokens":10}}}', 0.25),
-        (b'"prompt_tokens":8,"cached_tokens":8,"prompt_tokens":40,"cached_tokens": 4', 0.1),
+        (b'{"usage":{"prompt_tokens":40,"prompt_tokens_details":{"cached_tokens":10}}}', (40, 10)),
+        (b'"prompt_tokens":8,"cached_tokens":8,"prompt_tokens":40,"cached_tokens": 4', (40, 4)),
         (b'{"usage":{"prompt_tokens":0,"prompt_tokens_details":{"cached_tokens":0}}}', None),
-        (b'{"usage":{"prompt_tokens":40}}', None),
+        (b'{"usage":{"prompt_tokens":40}}', (40, None)),
+        (b'{"usage":{}}', None),
     ],
 )
-def test_an_answer_tells_which_share_of_the_prompt_was_cached(answer: bytes, share: float | None) -> None:
-    assert cached_share(answer) == share
+def test_an_answer_tells_what_its_prompt_was(answer: bytes, usage: PromptUsage | None) -> None:
+    assert prompt_usage(answer) == usage
 
 
 ODD = [
@@ -279,6 +347,9 @@ ODD = [
     {"messages": [{"role": 5, "content": {"a": 1}, "tool_calls": [7]}], "chat_template_kwargs": [1]},
     {"messages": [{"role": "user", "content": [5, {"type": "text"}]}], "tools": [{"function": 1}]},
     {"messages": [], "prompt": "\ud800", "documents": 1},
+    {"prompt": "x", "cache_salt": "\ud800", "model": "\ud800"},
+    {"prompt": [1, 2, 3], "cache_salt": "\ud800"},
+    {"prompt": "x", "truncate_prompt_tokens": 3, "reasoning_effort": 7},
     {},
 ]
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from block.core.arrays import Ints
 from block.core.types import Request, RequestRecord, Views
-from block.dispatch.core import Dispatcher, Observer
+from block.dispatch.core import Dispatcher, Observer, PrefixIndex
 
 
 class Sent:
@@ -100,13 +101,17 @@ class SentPrefixes(Observer):
     """A `block.dispatch.core.PrefixIndex` of what a dispatcher has sent itself: for servers that do not tell.
 
     block_size: tokens of a KV block. capacity: KV blocks of an instance, the least that one has. answers: whether the
-    responses are those of the requests' hashes, and not what a real model says. Where an answer says that less was
-    cached than was thought, what was used less recently than the block that was missing is thought to be gone, too.
+    responses are those of the requests' hashes, and not what a real model says. exact: whether hashes are of tokens,
+    and not of text, which tells about how many tokens there are.
+
+    Where an answer says that less was cached than was thought (less than half of it, if that is not exact), what was
+    used less recently than the block that was missing is thought to be gone, too.
     """
 
-    def __init__(self, block_size: int, capacity: int, *, answers: bool = True) -> None:
+    def __init__(self, block_size: int, capacity: int, *, answers: bool = True, exact: bool = True) -> None:
         self.block_size = block_size
         self._answers = answers
+        self._exact = exact
         self._sent = Sent(capacity)
         self._in_use: defaultdict[int, BlockUsers] = defaultdict(BlockUsers)  # by instance
         self._thought: dict[int, _Thought] = {}  # by request
@@ -145,7 +150,8 @@ class SentPrefixes(Observer):
             self._sent.discard(hashes[max(len(used), users.leading(hashes)) :], instance_id)
             return
         cached = record.cached_tokens // self.block_size
-        if in_use <= cached < len(used):  # those in use may not have been computed yet
+        expected = len(used) if self._exact else (len(used) + 1) // 2
+        if in_use <= cached < expected:  # those in use may not have been computed yet
             self._sent.forget(instance_id, used[cached])
         request = record.request
         tokens = request.prompt_tokens + (request.output_tokens - 1 if self._answers else 0)
@@ -165,6 +171,39 @@ LookUp = Callable[[int, Ints, int], tuple[int, int] | None]
 """Of an instance, of the first so many of a prompt's blocks by their hashes: how many are cached there, and how many of
 these are in use; None if it does not tell.
 """
+
+Kept = Callable[[Ints, int], tuple[int, int] | None]
+"""The same of what one instance had when this was made."""
+
+
+class Telling(PrefixIndex, Protocol):
+    """A `PrefixIndex` of instances that tell what they have."""
+
+    def keep(self, instance_id: int) -> Kept:
+        """What an instance has now, to be looked up in later."""
+        ...
+
+
+class OldLookUps:
+    """A `LookUp` in what instances had at most `interval_s` seconds ago, as snapshots may be as old.
+
+    now: tells the time, in seconds.
+    """
+
+    def __init__(self, told: Telling, interval_s: float, now: Callable[[], float]) -> None:
+        self._told = told
+        self._interval_s = interval_s
+        self._now = now
+        self._kept: dict[int, tuple[float, Kept]] = {}
+
+    def __call__(self, instance_id: int, hashes: Ints, most: int) -> tuple[int, int] | None:
+        """As of `LookUp`."""
+        now = self._now()
+        made, kept = self._kept.get(instance_id, (-math.inf, None))
+        if kept is None or now - made >= self._interval_s:
+            kept = self._told.keep(instance_id)
+            self._kept[instance_id] = now, kept
+        return kept(hashes, most)
 
 
 class ToldPrefixes(Observer):
@@ -188,17 +227,17 @@ class ToldPrefixes(Observer):
         asked = request.block_hashes[:most]
         hashes = asked.tolist()
         found = np.zeros((len(ids), 2), dtype=np.int64)
+        silent = []
         for place, instance_id in enumerate(ids):
             told = self._look_up(instance_id, asked, most)
             if told is None:
-                if self._sent is not None:
-                    found[place] = self._sent.hits(request, [instance_id])[0]
+                silent.append(place)
                 continue
             blocks, in_use = told
             there = self._there[instance_id].leading(hashes)
-            if there > blocks:
-                blocks = in_use = there
-            found[place] = blocks * self.block_size, in_use
+            found[place] = max(blocks, there) * self.block_size, max(in_use, there)
+        if silent and self._sent is not None:
+            found[silent] = self._sent.hits(request, [ids[place] for place in silent])
         return found
 
     def placed(self, dispatcher: Dispatcher, record: RequestRecord, views: Views, now: float) -> None:
@@ -207,8 +246,8 @@ class ToldPrefixes(Observer):
             hashes = known[: record.request.prompt_tokens // self.block_size].tolist()
             self._hashes[record.request.id] = record.instance_id, hashes
             self._there[record.instance_id].add(hashes)
-        if self._sent is not None:
-            self._sent.placed(dispatcher, record, views, now)
+            if self._sent is not None and self._look_up(record.instance_id, known, 0) is None:
+                self._sent.placed(dispatcher, record, views, now)
 
     def left(self, dispatcher: Dispatcher, record: RequestRecord, now: float) -> None:
         """It is there no more."""

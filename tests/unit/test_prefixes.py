@@ -11,7 +11,7 @@ from commands import built
 
 from block.core.types import Request, RequestRecord
 from block.dispatch.config import DispatchConfig
-from block.dispatch.sent import Sent, SentPrefixes, ToldPrefixes
+from block.dispatch.prefixes import OldLookUps, Sent, SentPrefixes, ToldPrefixes
 from block.run.replay import Outcome, replay, requests_of
 
 ANY: Any = None
@@ -158,6 +158,9 @@ def test_instances_tell_what_they_have_and_others_go_by_what_they_were_sent() ->
     there, elsewhere = placed(known, asked(1, 1, 2, 3), 0), placed(known, asked(2, 1, 2, 3), 1)
     other = placed(known, asked(3, 1, 9), 0)
     assert known.hits(asked(4, 1, 2, 3), [0, 1]).tolist() == [[30, 3], [30, 3]]  # it is not told yet, but will be there
+    told[0] = 3, 0
+    assert known.hits(asked(4, 1, 2, 3), [0]).tolist() == [[30, 3]]  # it is told, but not who uses it
+    told[0] = 2, 1
     leave(known, there)
     assert known.hits(asked(4, 1, 2, 3), [0]).tolist() == [[20, 1]]
     told[0] = 0, 0
@@ -174,3 +177,40 @@ def test_who_tells_nothing_and_was_judged_by_nothing_has_nothing() -> None:
     leave(known, placed(known, asked(1, 1, 2), 0))
     leave(known, placed(known, Request(2, 0.0, 30, 1, 1), 0))
     assert known.hits(asked(3, 1, 2), [0]).tolist() == [[0, 0]]
+
+
+def test_what_instances_have_is_as_old_as_snapshots_may_be() -> None:
+    """Each is looked at again when what is kept of it is 5 s old."""
+    now = [0.0]
+    has = {0: 1, 1: 2}
+
+    class Told:
+        def keep(self, i: int) -> Any:
+            blocks = has[i]
+            return lambda hashes, most: (min(blocks, most), 0)
+
+    told: Any = Told()
+    old = OldLookUps(told, 5.0, lambda: now[0])
+    hashes = np.arange(1, 9)
+    assert old(0, hashes, 8) == (1, 0)
+    now[0], has[0] = 4.9, 7
+    assert (old(0, hashes, 8), old(1, hashes, 8)) == ((1, 0), (2, 0))
+    now[0], has[1] = 5.0, 8
+    assert (old(0, hashes, 8), old(1, hashes, 8)) == ((7, 0), (2, 0))
+
+
+def test_a_run_with_old_snapshots_finds_less() -> None:
+    """With snapshots that are never taken again nothing is known to be cached but of requests that are still there."""
+
+    def found(interval_s: float) -> int:
+        keys = ["engine=vllm_v1", "scheduler=block_cache", "cluster.num_gpus=8", "tracking=none", "workload=chat"]
+        keys += ["workload.num_requests=300", "workload.qps=6", "workload.gap_s=12"]
+        run = built(*keys, f"dispatch.snapshot_interval_s={interval_s}")
+        outcome = Outcome()
+        replay(run, requests_of(run)[0], outcome)
+        assert all(record.status == "ok" for record in outcome.history.records)
+        return sum(record.cached_tokens for record in outcome.history.records)
+
+    fresh, old, never = found(0), found(1), found(1000)
+    assert fresh == pytest.approx(old, rel=0.1)
+    assert never < 0.9 * fresh
