@@ -10,6 +10,7 @@ import copy
 import gc
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -77,8 +78,9 @@ class Job:
 class Composer:
     """Makes the jobs of points, from the config files in `folder`; `always`: overrides of all of them.
 
-    Hydra takes long to compose a choice of files, and so does hashing what they name; both are kept on disk for the
-    next call, until a file of the project changes. What hangs on other files is hashed by each call.
+    Hydra takes long to compose a choice of files (and of keys that others refer to), and so does hashing what they
+    name; both are kept on disk for the next call, until a file of the project changes. What hangs on other files is
+    hashed by each call.
     """
 
     def __init__(self, folder: Path, always: Sequence[str]) -> None:
@@ -88,18 +90,21 @@ class Composer:
         self._folder = folder
         self._always = tuple(always)
         self._state = _state(folder)
+        self._composed = {*hydra_schema.GROUPS, *hydra_schema.CHOICES, *_referred(folder)}
 
     def jobs(self, points: Sequence[tuple[bool, Mapping[str, Any]]]) -> list[Job]:
         """The jobs of points, of which each is to be searched or run. KeyError if one names a setting that there is
         not.
         """
-        chosen = [(*(f"{key}={point[key]}" for key in _groups(point)), *self._always) for _, point in points]
+        chosen = [
+            (*(f"{key}={point[key]}" for key in point if key in self._composed), *self._always) for _, point in points
+        ]
         composed = self._once(_compose, [(str(self._folder), one, self._state) for one in (*chosen, self._always)])
         usual = composed.pop()[0]
         all_settings = []
         for (_, point), (base, _) in zip(points, composed, strict=True):
             all_settings.append(copy.deepcopy(base))
-            for key in point.keys() - _groups(point):
+            for key in point.keys() - self._composed:
                 _set(all_settings[-1], key, point[key])
         hashes = self._once(_fingerprints, [(_same(usual, settings), self._state) for settings in all_settings])
         both = zip(points, all_settings, composed, hashes, strict=True)
@@ -118,9 +123,10 @@ class Composer:
         return [known[arguments] for arguments in all_arguments]
 
 
-def _groups(point: Mapping[str, Any]) -> list[str]:
-    """The keys of a point that choose a file."""
-    return [key for key in point if key in hydra_schema.GROUPS or key in hydra_schema.CHOICES]
+def _referred(folder: Path) -> set[str]:
+    """The keys whose values others take over in these files, such as engine.max_model_len."""
+    files = [path.read_text(encoding="utf-8") for path in folder.rglob("*.yaml")]
+    return {key for text in files for key in re.findall(r"\$\{([a-z_]+(?:\.[a-z_]+)+)\}", text)}
 
 
 def _same(usual: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

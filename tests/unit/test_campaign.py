@@ -35,6 +35,8 @@ def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         {"scheduler": "po_k", "scheduler.k": 4, "lengths": "compact"},
         {"cluster": "mixed", "scheduler": "infaas", "dispatch.ledger": False},
         {"scheduler": "block", "backend.slowdown": [1.5, 1.5], "dispatch.correction_steps": 200},
+        {"scheduler": "preble", "workload": "mooncake", "engine": "vllm_v1", "engine.max_model_len": 8192},
+        {"scheduler": "sticky", "engine": "vllm_v1", "engine.block_size": 32, "workload": "agent"},
     ],
 )
 def test_a_job_is_what_the_command_line_makes_of_the_same_overrides(point: dict[str, Any]) -> None:
