@@ -96,14 +96,16 @@ def _text_tokens(text: str) -> int:
 def tagged(body: bytes, fields: dict[str, Any], number: int, expected_tokens: int) -> bytes:
     """The body with the tag that the plugin reads, in front of all that it holds; the rest keeps its bytes.
 
-    Where that cannot be, because there are `vllm_xargs` already or the encoding is not UTF-8, it is written anew.
+    Where that cannot be, because there are `vllm_xargs` already or the encoding is not UTF-8, it is written anew. A
+    request does not get to have vLLM report in its cache events what was cached before: that would be counted twice.
     """
     tag = {TAG_ID: number, TAG_EXPECTED: expected_tokens}
     if "vllm_xargs" in fields or json.detect_encoding(body) != "utf-8":
         own = fields.get("vllm_xargs") or {}
         if not isinstance(own, dict):
             return body  # the server will refuse it
-        return json.dumps({**fields, "vllm_xargs": {**own, **tag}}).encode()
+        kept = {name: value for name, value in own.items() if name != "kv_cache_report_mode"}
+        return json.dumps({**fields, "vllm_xargs": {**kept, **tag}}).encode()
     head, brace, rest = body.partition(b"{")
     comma = b"," if fields else b""
     return b'%s%s"vllm_xargs":%s%s%s' % (head, brace, json.dumps(tag).encode(), comma, rest)

@@ -63,6 +63,7 @@ def test_a_tag_goes_in_front_and_the_rest_keeps_its_bytes(body: bytes, with_tag:
     [
         (b'{"vllm_xargs": {"mine": 1, "block_id": 9}, "a": 2}', {"mine": 1}),
         (b'{"vllm_xargs": null, "a": 2}', {}),
+        (b'{"vllm_xargs": {"kv_cache_report_mode": "full", "mine": 1}, "a": 2}', {"mine": 1}),
         ('{"a": 2}'.encode("utf-16"), {}),
         ('{"a": 2}'.encode("utf-16-le"), {}),
         ('{"a": 2}'.encode("utf-8-sig"), {}),
