@@ -152,4 +152,7 @@ def test_a_sketch_is_offered_only_where_there_is_one(
     assert fetch_data.main(["sharegpt", "mooncake"]) == 2
     sharegpt, mooncake = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert sharegpt.endswith(" (workload.source=sketch needs no file)")
-    assert mooncake.endswith(f"save it as {tmp_path}/traces/mooncake_conversation.jsonl.gz")
+    assert mooncake.endswith(" (workload.source=sketch needs no file)")
+    monkeypatch.setattr(fetch_data, "SKETCHES", tmp_path)
+    assert fetch_data.main(["mooncake"]) == 2
+    assert capsys.readouterr().err.endswith(f"save it as {tmp_path}/traces/mooncake_conversation.jsonl.gz\n")
