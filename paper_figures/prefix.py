@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from paper_figures import points, settings, style
 from paper_figures.verdicts import Claim, above, order, value
@@ -118,10 +119,15 @@ def draw(table: pd.DataFrame) -> Any:
             for policy, (name, colour, marker) in POLICIES.items():
                 for how, line in (("told", "-"), ("sent", "--")):
                     one = part[(part["policy"] == policy) & (part["knowledge"] == how)]
+                    if one.empty:
+                        continue
                     by = one.groupby("load")[metric].mean()
                     label = name if how == "told" else f"{name}, not told"
                     axis.plot(100 * by.index, by, line, marker=marker, color=colour, label=label)
             axis.set(yscale="log", xticks=[70, 85, 100])
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
             axis.set_title(f"{workload}\n{cluster}" if metric == "ttft_p99_s" else "")
         row[0].set_ylabel(METRICS[metric])
     for axis in axes[-1]:
