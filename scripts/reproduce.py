@@ -55,7 +55,8 @@ REAL_BACKENDS = ("emulated", "vllm")
 def main() -> int:
     """Parse, run, draw."""
     options = _options()
-    names = options.figures or [name for name in FIGURES if _by_default(name, options)]
+    by_default = [name for name in FIGURES if name not in STUDIES]
+    names = options.figures or [name for name in by_default if options.backend == "simulated" or _real(name)]
     figures = {name: importlib.import_module(f"paper_figures.{name}") for name in names}
     if not options.list:
         try:
@@ -123,11 +124,6 @@ def _options() -> argparse.Namespace:
         quick = f"{options.backend}-{options.requests}x{options.seeds}"
         options.out = FIGURE_FOLDER if options.full else FIGURE_FOLDER / quick
     return options
-
-
-def _by_default(name: str, options: argparse.Namespace) -> bool:
-    """Whether a figure is meant if none is named."""
-    return (options.list or name not in STUDIES) and (options.backend == "simulated" or _real(name))
 
 
 def _real(name: str) -> bool:

@@ -70,15 +70,14 @@ def test_every_figure_is_listed_and_comes_from_the_smallest_runs(tmp_path: Path)
     def listed() -> list[str]:
         done = reproduce(tmp_path, "--list", *smallest)
         assert done.returncode == 0, done.stderr
-        assert [line.split()[0] for line in done.stdout.splitlines()] == list(FIGURES)
+        assert [line.split()[0] for line in done.stdout.splitlines()] == [one for one in FIGURES if one not in STUDIES]
         return done.stdout.splitlines()
 
     costly = [line for line in listed() if re.search(r" 0 of +[1-9]\d* stored, about \d+ min ", line)]
     assert "fig6" in [line.split()[0] for line in costly]
     assert not (tmp_path / "artifacts").exists()
     drawn = reproduce(tmp_path, *smallest, "--out", "out", timeout=900)
-    left = [line.split()[0] for line in listed() if not re.search(r" (\d+) of +\1 stored  ", line)]
-    assert tuple(left) == STUDIES
+    assert not [line for line in listed() if not re.search(r" (\d+) of +\1 stored  ", line)]
     assert (drawn.returncode, said(drawn.stderr)) == (0, [])
     folder = tmp_path / "out"
     drawn_ones = set(FIGURES) - set(STUDIES)
