@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator
 
 from paper_figures import points, style
 
@@ -45,9 +45,7 @@ def draw(table: pd.DataFrame) -> Any:
                 one = part[part["scheduler"] == scheduler]
                 axis.plot(one[metric], one["share"], color=style.COLOURS[name], label=name)
             axis.set(xscale="log", xlabel=label)
-            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.xaxis.set_minor_formatter(NullFormatter())
+            style.plain_ticks(axis.xaxis, LogLocator(subs=(1.0, 3.0)))
         row[0].set_ylabel("share of requests")
     for axis, qps in zip(axes[0], QPS, strict=True):
         axis.set_title(f"{qps} requests/s")

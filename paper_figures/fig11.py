@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from matplotlib.ticker import FixedLocator, NullFormatter
+from matplotlib.ticker import FixedLocator
 
 from paper_figures import points, settings, style
 from paper_figures.verdicts import PUBLISHED, Claim, above, order, value
@@ -60,9 +60,7 @@ def draw(table: pd.DataFrame) -> Any:
     axes[2].set(title="capacity (requests/s), P99 TTFT ≤ 10 s")
     style.zoom(axes[2], searched["capacity_qps"], 1.0)
     axes[1].set_yscale("log")
-    axes[1].yaxis.set_major_locator(FixedLocator([2, 5, 10, 20, 50]))
-    axes[1].yaxis.set_major_formatter("{x:g}")
-    axes[1].yaxis.set_minor_formatter(NullFormatter())
+    style.plain_ticks(axes[1].yaxis, FixedLocator([2, 5, 10, 20, 50]))
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xticks(SHAPES, [f"{shape:g}" for shape in SHAPES])

@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from matplotlib.ticker import FixedLocator, NullFormatter
+from matplotlib.ticker import FixedLocator
 
 from paper_figures import points, settings, style
 from paper_figures.verdicts import Claim, above, order, value
@@ -72,12 +72,8 @@ def draw(table: pd.DataFrame) -> Any:
                 axis.plot(by.index, by["mean"], line, marker="o" if ledger else "s", color=colours[k], label=name)
                 axis.fill_between(by.index, by["min"], by["max"], color=colours[k], alpha=0.12, linewidth=0)
             axis.set(xscale="log", yscale="log")
-            axis.xaxis.set_major_locator(FixedLocator([1, 4, 16]))
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.xaxis.set_minor_formatter(NullFormatter())
-            axis.yaxis.set_major_locator(FixedLocator(ticks))
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter(NullFormatter())
+            style.plain_ticks(axis.xaxis, FixedLocator([1, 4, 16]))
+            style.plain_ticks(axis.yaxis, FixedLocator(ticks))
         row[0].set_ylabel(label)
     for axis, age in zip(axes[0], AGES, strict=True):
         axis.set_title("fresh snapshots" if age == 0 else f"snapshots up to {age} s old")

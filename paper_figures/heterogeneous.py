@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator
 
 from paper_figures import points, style, verdicts
 
@@ -30,9 +30,7 @@ def draw(table: pd.DataFrame) -> Any:
     for axis, (metric, label) in zip(axes, PANELS.items(), strict=True):
         style.lines(table, axis, "workload.qps", metric)
         axis.set(xlabel="requests/s", title=label, yscale="log", xticks=QPS)
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        style.plain_ticks(axis.yaxis, LogLocator(subs=(1.0, 2.0, 5.0)))
     sns.despine(figure)
     style.legend(figure, axes[0])
     return figure

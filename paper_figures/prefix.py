@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator
 
 from paper_figures import points, settings, style
 from paper_figures.verdicts import Claim, above, order, value
@@ -125,9 +125,7 @@ def draw(table: pd.DataFrame) -> Any:
                     label = name if how == "told" else f"{name}, not told"
                     axis.plot(100 * by.index, by, line, marker=marker, color=colour, label=label)
             axis.set(yscale="log", xticks=[70, 85, 100])
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter(NullFormatter())
+            style.plain_ticks(axis.yaxis, LogLocator(subs=(1, 2, 5)))
             axis.set_title(f"{workload}\n{cluster}" if metric == "ttft_p99_s" else "")
         row[0].set_ylabel(METRICS[metric])
     for axis in axes[-1]:

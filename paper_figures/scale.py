@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from matplotlib.ticker import FixedLocator, NullFormatter
+from matplotlib.ticker import FixedLocator
 
 from paper_figures import points, style
 from paper_figures.verdicts import Claim, value
@@ -73,13 +73,9 @@ def draw(table: pd.DataFrame) -> Any:
         axis.set(xscale="log", xlabel="instances", title=label)
         if metric != "e2e_p99_s":
             axis.set_yscale("log")
-        axis.xaxis.set_major_locator(FixedLocator([12, 50, 100, 200, 1000]))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        style.plain_ticks(axis.xaxis, FixedLocator([12, 50, 100, 200, 1000]))
     for axis, ticks in ((axes[1], [0.5, 1, 2, 3, 5]), (axes[2], [50, 100, 150, 200, 300, 400, 600, 800, 1200])):
-        axis.yaxis.set_major_locator(FixedLocator(ticks))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        style.plain_ticks(axis.yaxis, FixedLocator(ticks))
     sns.despine(figure)
     style.legend(figure, axes[0], 3)
     return figure

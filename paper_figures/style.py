@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from matplotlib.ticker import Locator, NullFormatter
 
 # Names as the paper writes them, in its order; colours of Okabe and Ito, which the colour-blind can tell apart.
 POLICIES = {
@@ -106,6 +107,13 @@ def zoom(axis: Any, values: pd.Series, share: float = 0.15) -> None:
         return
     spread = float(values.max() - values.min()) or 1.0
     axis.set_ylim(max(0.0, values.min() - share * spread - 0.5), values.max() + share * spread)
+
+
+def plain_ticks(axis: Any, at: Locator) -> None:
+    """Ticks at these places of a logarithmic x or y axis, as plain numbers, and none between them."""
+    axis.set_major_locator(at)
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def slo(axis: Any, seconds: Sequence[float], first: float, last: float) -> None:

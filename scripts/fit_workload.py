@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -96,15 +97,20 @@ def fit(trace: Trace, origin: str, path: Path) -> tuple[LengthSketch, Quality]:
     """The sketch of a trace, with its source and its quality written into it."""
     sketch = LengthSketch.fit(trace.prompt, trace.output, trace.times)
     quality = measure(sketch, trace)
-    source = {
+    distances = (quality.ks_prompt, quality.ks_output, quality.ks_total)
+    return replace(sketch, source=_source(trace, origin, path, distances)), quality
+
+
+def _source(trace: Trace, origin: str, path: Path, distances: Sequence[float]) -> dict[str, Any]:
+    """What a sketch says of its trace, and how far a sample of it is from that."""
+    return {
         "origin": origin,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "requests": len(trace.prompt),
         "mean_prompt_tokens": round(float(trace.prompt.mean()), 2),
         "mean_output_tokens": round(float(trace.output.mean()), 2),
-        "ks": [round(value, 4) for value in (quality.ks_prompt, quality.ks_output, quality.ks_total)],
+        "ks": [round(value, 4) for value in distances],
     }
-    return replace(sketch, source=source), quality
 
 
 def hit_rates(contents: Sequence[Ints]) -> dict[str, float]:
@@ -120,15 +126,9 @@ def fit_sharing(trace: Trace, origin: str, path: Path) -> SharingSketch:
     drawn = sketch.sample(len(trace.prompt), generator(0, "fit.quality"))
     assert drawn.contents is not None
     found, finds = hit_rates(trace.contents), hit_rates(drawn.contents)
-    source = {
-        "origin": origin,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "requests": len(trace.prompt),
-        "mean_prompt_tokens": round(float(trace.prompt.mean()), 2),
-        "mean_output_tokens": round(float(trace.output.mean()), 2),
-        "ks": [round(ks_distance(*pair), 4) for pair in ((trace.prompt, drawn.prompt), (trace.output, drawn.output))],
-        "hit_rates": {share: [round(rate, 4), round(finds[share], 4)] for share, rate in found.items()},
-    }
+    distances = (ks_distance(trace.prompt, drawn.prompt), ks_distance(trace.output, drawn.output))
+    rates = {share: [round(rate, 4), round(finds[share], 4)] for share, rate in found.items()}
+    source = {**_source(trace, origin, path, distances), "hit_rates": rates}
     return replace(sketch, source=source)
 
 

@@ -1,7 +1,7 @@
 """What a server has in its prefix cache, by the events that vLLM itself publishes over ZMQ (``--kv-events-config``).
 
-For servers whose state buffer is out of reach: on another host, or without this package's plugin. Events carry token
-ids, so that blocks get this package's own hashes (`block.core.hashing`), whatever vLLM hashes them with.
+For servers whose state buffer is out of reach, on another host. Events carry token ids, so that blocks get this
+package's own hashes (`block.core.hashing`), whatever vLLM hashes them with.
 """
 
 from __future__ import annotations

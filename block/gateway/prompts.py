@@ -116,8 +116,8 @@ class TokenizedPrompts:
     def tokens(self, fields: Mapping[str, Any]) -> list[int] | None:
         """The token ids of a request's prompt; None if they do not follow from its text. Any error of a template's."""
         prompt, messages = fields.get("prompt"), fields.get("messages")
-        if fields.get("truncate_prompt_tokens") is not None:
-            return None
+        if fields.get("truncate_prompt_tokens") is not None or fields.get("chat_template") is not None:
+            return None  # a template that a client sends is not to be run here
         if isinstance(prompt, str):
             special = bool(fields.get("add_special_tokens", True))
             return list(self._tokenizer(prompt, add_special_tokens=special).input_ids)
@@ -130,7 +130,6 @@ class TokenizedPrompts:
             flat,
             tools=[_tool(one) for one in fields.get("tools") or ()] or None,
             documents=fields.get("documents"),
-            chat_template=fields.get("chat_template"),
             add_generation_prompt=fields.get("add_generation_prompt", True),
             continue_final_message=fields.get("continue_final_message", False),
             tokenize=False,

@@ -241,6 +241,7 @@ def test_a_gateway_that_starts_before_its_servers_knows_them_when_they_come() ->
             "not_text",
         ),
         (json.dumps({"prompt": [LONG, OTHER]}).encode(), Letters(), "not_text"),
+        (json.dumps({"messages": [], "chat_template": "{{ 1 }}"}).encode(), Letters(), "not_text"),
     ],
 )
 def test_a_prompt_whose_tokens_are_not_known_goes_by_its_bytes_and_is_counted(
