@@ -237,9 +237,11 @@ def _csv(path: Path, text: str) -> Table:
     twice = [name for name in header if header.count(name) > 1]
     if twice:
         raise ValueError(f"{path}: line 1 has the column {twice[0]!r} twice")
+    own = pa.BufferOutputStream()  # Arrow reads ahead in a thread, which must need no Python when this process ends
+    own.write(text.encode())
     try:
         table = arrow_csv.read_csv(
-            io.BytesIO(text.encode()),
+            pa.BufferReader(own.getvalue()),
             parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values='"' in text),
             convert_options=arrow_csv.ConvertOptions(null_values=[""], true_values=[], false_values=[]),
         )
