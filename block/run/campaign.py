@@ -40,6 +40,7 @@ FEW = 8  # so many are computed one after the other
 SEARCH_RUNS = 5  # runs that a search takes, about
 _FINGERPRINTED = ("model", "cluster", "engine", "backend", "lengths", "workload")  # nodes that they hang on
 REQUEST_S = 1.4e-4  # seconds that a request of a simulated run takes, about
+CACHED_REQUEST_S = 7e-4  # the same of a run with prefix caches, whose prompts are longer
 
 
 @dataclass
@@ -61,6 +62,12 @@ class Job:
     def requests(self) -> int:
         """How many it serves, those of all runs of a search; about, if they are not numbered."""
         return int(self.settings["workload"]["num_requests"] or 10_000) * (SEARCH_RUNS if self.search else 1)
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes one core in simulation, about."""
+        cached = self.settings["engine"]["enable_prefix_caching"]
+        return self.requests * (CACHED_REQUEST_S if cached else REQUEST_S)
 
     def find(self, stored: Mapping[str, Sequence[Run]]) -> Run | searches.Search | None:
         """What is stored of it, the latest among runs by their config hash; None if there is none that is current."""

@@ -74,6 +74,10 @@ class Crossings(NamedTuple):
     reasons: dict[float, str]
 
 
+class NoSuchRate(Exception):
+    """Requests cannot come at a rate; the message says why."""
+
+
 class _Nowhere(Exception):
     """An objective is crossed nowhere; the message says why."""
 
@@ -82,7 +86,8 @@ def crossings(latency: Callable[[float], float], config: CapacityConfig) -> Cros
     """Where `latency(qps)` crosses each objective. What was tried for one objective serves the others.
 
     An objective that is missed at 1/100 of `low` (or at the least rate there is, `tolerance`), or still met at 100
-    times `high`, is crossed nowhere: so it is with few requests, which all fit into the instances at once.
+    times `high`, is crossed nowhere: so it is with few requests, which all fit into the instances at once. So it is too
+    if `latency` raises NoSuchRate on the way, unless at the first rate of all.
     """
     tried: dict[int, float] = {}  # latency by rate, in units of `tolerance`
 
@@ -98,6 +103,11 @@ def crossings(latency: Callable[[float], float], config: CapacityConfig) -> Cros
         except _Nowhere as why:
             rates.append(math.nan)
             reasons[slo] = str(why)
+        except NoSuchRate as why:
+            if not tried:
+                raise
+            rates.append(math.nan)
+            reasons[slo] = f"{config.metric} meets {slo:g} s even at {_qps(max(tried), config):,.4g} requests/s; {why}"
     return Crossings(rates, [Point(_qps(rate, config), tried[rate]) for rate in sorted(tried)], reasons)
 
 

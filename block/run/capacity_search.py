@@ -15,7 +15,7 @@ from rich.console import Console
 from block.core.files import NotStored, check_writable, reason
 from block.core.user_code import user_errors
 from block.run import effects
-from block.run.capacity import crossings
+from block.run.capacity import NoSuchRate, crossings
 from block.run.config import build, node, plain
 from block.run.config_errors import ConfigError
 from block.run.console import progress, tell
@@ -103,7 +103,10 @@ def search_one(config: DictConfig, choices: Mapping[str, str], files: Sequence[P
     def latency(qps: float) -> float:
         settings = config.copy()
         settings.workload.qps = qps
-        at_rate = build(settings)
+        try:
+            at_rate = build(settings)
+        except ConfigError as error:  # it is sound at another rate
+            raise NoSuchRate(str(error)) from error
         outcome = Outcome()
         with user_errors():
             replay(at_rate, requests_of(at_rate)[0], outcome)
@@ -113,7 +116,10 @@ def search_one(config: DictConfig, choices: Mapping[str, str], files: Sequence[P
             raise ConfigError(f"capacity.metric={wanted.metric}: a run's summary has no such number")
         return float(value)
 
-    found = crossings(latency, wanted)
+    try:
+        found = crossings(latency, wanted)
+    except NoSuchRate as error:
+        raise ConfigError(f"capacity.low={wanted.low:g}: {error}") from error
     document = {
         "created": datetime.now(UTC).isoformat(),
         "choices": {

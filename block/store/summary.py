@@ -46,6 +46,32 @@ def e2e_error(columns: Columns) -> NDArray[np.float64]:
     return np.abs(forecast[known] - actual[known]) / actual[known]
 
 
+def goodput(columns: Columns, ttft_s: float, tpot_s: float) -> float | None:
+    """The share of all requests that are ok with both TTFT and TPOT within these objectives; None if there are none."""
+    ok = only_ok(columns)
+    good = ttft(ok) <= ttft_s
+    good[ok["output_tokens"] > 1] &= tpot(ok) <= tpot_s
+    return int(good.sum()) / len(columns["arrival"]) if len(columns["arrival"]) else None
+
+
+def imbalance(columns: Columns, instances: int) -> float | None:
+    """How far requests crowd: those of the instance that has most, over those of an instance in the mean, both in the
+    mean of all moments at which a request is dispatched. 1: all have the same. None if no request is ok.
+
+    instances: how many there are, those without requests among them.
+    """
+    ok = only_ok(columns)
+    if not len(ok["dispatched"]):
+        return None
+    moments = np.sort(ok["dispatched"])
+    there = np.zeros((instances, len(moments)), dtype=np.int64)
+    for instance_id, count in enumerate(there):
+        mine = ok["instance_id"] == instance_id
+        began, ended = np.sort(ok["dispatched"][mine]), np.sort(ok["finished"][mine])
+        count += np.searchsorted(began, moments, "right") - np.searchsorted(ended, moments, "right")
+    return float(there.max(axis=0).mean() / there.mean())
+
+
 def only_ok(columns: Columns) -> dict[str, NDArray[Any]]:
     """The rows with status "ok"."""
     ok = np.asarray(columns["status"]) == "ok"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from block.run.capacity import CapacityConfig, crossings
+from block.run.capacity import CapacityConfig, NoSuchRate, crossings
 
 
 def exponential(qps: float, at: float = 30.0, per: float = 2.0) -> float:
@@ -67,6 +67,20 @@ def test_an_objective_that_is_crossed_nowhere_is_a_gap_that_tells_how_far_it_loo
     (rate,), _, reasons = crossings(lambda qps: 9.0, settings(3.0))
     assert math.isnan(rate)
     assert re.fullmatch(r"ttft_p99_s misses 3 s even at 0\.\d+ requests/s", reasons[3.0])
+
+
+def test_a_rate_that_no_workload_has_ends_the_search_as_a_gap() -> None:
+    def latency(qps: float) -> float:
+        if qps > 500:
+            raise NoSuchRate("workload.gap_s=30.0: too many turns")
+        return 0.1
+
+    (rate,), points, reasons = crossings(latency, settings(3.0))
+    assert math.isnan(rate)
+    said = f"ttft_p99_s meets 3 s even at {points[-1].qps:g} requests/s; workload.gap_s=30.0: too many turns"
+    assert reasons[3.0] == said
+    with pytest.raises(NoSuchRate):
+        crossings(lambda qps: latency(1000), settings(3.0))
 
 
 def test_one_objective_that_is_crossed_nowhere_leaves_the_other() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from block.store.summary import interval, summarise
+from block.store.summary import goodput, imbalance, interval, summarise
 
 NAN = float("nan")
 
@@ -31,6 +31,21 @@ THREE = [
     (1.0, NAN, NAN, 999, 0, 7, 1.0, "failed"),
     (9.0, NAN, NAN, 999, 0, 0, NAN, "pending"),
 ]
+
+
+def test_goodput_is_the_share_of_all_that_met_both_objectives():
+    assert goodput(columns(THREE), 1.0, 0.1) == 2 / 5  # the second has no TPOT to miss; two never ended
+    assert goodput(columns(THREE), 0.9, 0.1) == goodput(columns(THREE), 1.0, 0.09) == 1 / 5
+    assert goodput(columns(THREE), 3.0, 0.3) == 3 / 5
+    assert goodput(columns([]), 3.0, 0.3) is None
+
+
+def test_imbalance_is_what_the_fullest_has_over_the_mean():
+    rows = [(0.0, 1.0, finished, 1, 1, 0, NAN, "ok") for finished in (4.0, 3.5, 9.0, 5.0)]
+    where = {"dispatched": np.array([0.0, 1.0, 2.0, 4.0]), "instance_id": np.array([0, 0, 1, 1])}
+    # At 0, 1, 2 and 4 s the first has 1, 2, 2 and 0 (one ends at 4, too), the second 0, 0, 1 and 2, the third none.
+    assert imbalance(columns(rows, **where), 3) == pytest.approx((1 + 2 + 2 + 2) / (1 + 2 + 3 + 2) * 3)
+    assert imbalance(columns([], dispatched=np.array([]), instance_id=np.array([])), 3) is None
 
 
 def test_a_summary_is_what_was_worked_out_by_hand():
