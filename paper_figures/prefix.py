@@ -106,7 +106,7 @@ def table(stored: points.Stored) -> pd.DataFrame:
         known = next((name for name, less in LESS.items() if less.items() <= point.items()), "told")
         which = {"policy": point["scheduler"], "knowledge": known, "seed": point["seed"]}
         numbers = {name: run.summary[name] for name in (*METRICS, "ttft_mean_s", "e2e_p99_s", "prefix_hit_rate")}
-        columns = {name: column.to_numpy() for name, column in run.requests().items()}
+        columns = {str(name): column.to_numpy() for name, column in run.requests().items()}
         numbers["tpot_mean_s"] = run.summary["tpot_mean_s"]
         numbers["goodput"] = goodput(columns, **GOOD)
         numbers["imbalance"] = imbalance(columns, run.config["cluster"]["num_gpus"])

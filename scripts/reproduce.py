@@ -168,7 +168,8 @@ def _list(figures: Mapping[str, Any], jobs: Jobs, options: argparse.Namespace) -
         mine = [job for job, _ in _of(module, jobs, options)]
         have, distinct = sum(job.stored is not None for job in mine), campaign.distinct(mine)
         seconds = sum(job.seconds for job in distinct if job.stored is None) / (os.cpu_count() or 1)
-        cost = "" if seconds == 0 else f", about {max(seconds / 60, 1):.0f} min" if options.backend == "simulated" else ""
+        told = seconds > 0 and options.backend == "simulated"
+        cost = f", about {max(seconds / 60, 1):.0f} min" if told else ""
         print(f"{name:10}{have:4} of {len(mine):3} stored{cost:16}  {module.TITLE} ({module.PAPER})")
 
 
