@@ -95,6 +95,7 @@ class Mock:
     cancelled: int = 0
     port: int = 0
     prefix: str = ""
+    models: Sequence[str] = ("tiny", "m")  # all but the first are adapters
 
     def __post_init__(self) -> None:
         self.go, self.never = asyncio.Event(), asyncio.Event()
@@ -116,13 +117,15 @@ class Mock:
         return web.Response(status=200 if self.well else 503)
 
     async def _models(self, http: web.Request) -> web.Response:
-        return web.Response(body=b'{"data": [{"id": "tiny"}]}', headers={"Content-Type": "application/json"})
+        cards = [{"id": name, "parent": self.models[0] if i else None} for i, name in enumerate(self.models)]
+        return web.json_response({"object": "list", "data": [{**card, "by": self.port} for card in cards]})
 
     def routes(self, app: web.Application) -> None:
         app.router.add_post(f"{self.prefix}/v1/completions", self._complete)
         app.router.add_post(f"{self.prefix}/v1/chat/completions", self._complete)
         app.router.add_get(f"{self.prefix}/v1/models", self._models)
         app.router.add_get(f"{self.prefix}/health", self._health)
+        app.router.add_route("*", "/{any:(?!block/).*}", self._complete)
 
     async def start(self) -> None:
         app = web.Application(client_max_size=2**30)
@@ -226,7 +229,7 @@ async def running_gateway(
             (mock.port,) = free_ports(1)
     if tokenizer is not None:
         keys["tokenizer"] = "of the test"
-    keys = {"probe_interval_s": 0.05, "grace_s": 2.0, **keys}
+    keys = {"probe_interval_s": 0.05, "models_interval_s": 0.05, "grace_s": 2.0, **keys}
     config = GatewayConfig(urls=tuple(mock.url for mock in mocks), **keys)
     gateway = Gateway(
         config,
@@ -237,17 +240,14 @@ async def running_gateway(
         lengths if lengths is not None else Oracle(),
         tokenizer,
     )
-    runner = web.AppRunner(gateway.application(), handler_cancellation=True, shutdown_timeout=0.5)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    _, port = await gateway.start("127.0.0.1", 0)
     try:
         async with aiohttp.ClientSession(auto_decompress=False) as client:
-            url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-            running = RunningGateway(gateway.dispatcher, mocks, url, client, runner.cleanup)
+            running = RunningGateway(gateway.dispatcher, mocks, f"http://127.0.0.1:{port}", client, gateway.stop)
             yield running
             await eventually(lambda: running.in_flight() == 0)
     finally:
-        await runner.cleanup()
+        await gateway.stop()
         for mock in mocks:
             if hasattr(mock, "runner"):
                 await mock.runner.cleanup()

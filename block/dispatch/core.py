@@ -21,7 +21,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol, TypeVar
 
 from block.core.arrays import Ints
@@ -211,6 +211,8 @@ class Dispatcher:
         self._index: dict[int, int] = {}  # request id → how many had arrived before it, of those that are here
         self._lost_on: dict[int, list[int]] = {}  # request id → instances that have failed it
         self._moved: dict[int, int] = {}  # request id → instance that it has migrated to
+        self._by: dict[int, Policy] = {}  # request id → the policy that places it, if not the usual one
+        self._among: dict[int, Collection[int]] = {}  # request id → the only instances that may serve it
         self.starting: set[int] = set()
         """Instances that requests were placed on and that do not take any yet: the driver holds these requests."""
         self.history = history or History()
@@ -230,16 +232,25 @@ class Dispatcher:
 
     # ------------------------------------------------------------------------------------------------ what happens
 
-    def arrived(self, request: Request, now: float) -> RequestRecord:
+    def arrived(
+        self, request: Request, now: float, by: Policy | None = None, among: Collection[int] | None = None
+    ) -> RequestRecord:
         """A request has come: place it. Its record says where it goes (`instance_id`), and is "failed" if no instance
         is left.
+
+        by: a policy that needs counts only and places this one instead, which snapshots and the ledger do not show.
+        among: the only instances that may serve it; None: all.
         """
         record = RequestRecord(request)
         self.history.records.append(record)
         self._index[request.id] = self._requests
         self._requests += 1
-        if self._active:
-            self._place(record, self._active, now)
+        if by is not None:
+            self._by[request.id] = by
+        if among is not None:
+            self._among[request.id] = among
+        if active := self._eligible(request):
+            self._place(record, active, now)
         else:
             self._end(record, "no instance is left")
         return record
@@ -247,7 +258,7 @@ class Dispatcher:
     def delivered(self, record: RequestRecord, now: float) -> None:
         """A request has got to its instance, whose next snapshots may show it."""
         record.dispatched = now
-        if self._keeps_ledger:
+        if self._keeps_ledger and not (self._by and record.request.id in self._by):
             self._state.delivered[record.instance_id].add(record.request.id)
         for observer in self._observers:
             observer.delivered(self, record, now)
@@ -263,6 +274,10 @@ class Dispatcher:
         del self._index[record.request.id]
         if self._lost_on:
             self._lost_on.pop(record.request.id, None)
+        if self._by:
+            self._by.pop(record.request.id, None)
+        if self._among:
+            self._among.pop(record.request.id, None)
         self._release(record, now)
 
     def failed(self, record: RequestRecord, reason: str, now: float, *, gone: bool = True) -> bool:
@@ -281,7 +296,7 @@ class Dispatcher:
             record.first_token = math.nan
             record.output_tokens = 0
         self._release(record, now)
-        left = [i for i in self._active if i not in lost_on] if retried else []
+        left = [i for i in self._eligible(record.request) if i not in lost_on] if retried else []
         if left:
             self._place(record, left, now)
         else:
@@ -329,20 +344,26 @@ class Dispatcher:
 
     # -------------------------------------------------------------------------------------------------- where it goes
 
+    def _eligible(self, request: Request) -> Sequence[int]:
+        """The active instances that may serve a request."""
+        among = self._among.get(request.id) if self._among else None
+        return self._active if among is None else [i for i in self._active if i in among]
+
     def _place(self, record: RequestRecord, active: Sequence[int], now: float) -> None:
         """Decide to which of the instances `active` a request goes."""
         request = record.request
-        candidates = self._policy.candidates(len(active), self._index[request.id], self._rng)
+        policy = self._by.get(request.id, self._policy) if self._by else self._policy
+        candidates = policy.candidates(len(active), self._index[request.id], self._rng)
         if len(active) < self._count:
             candidates = [active[candidate] for candidate in candidates]
-        views = self._views(candidates, request, now)
+        views = self._views(candidates, request, now, policy.needs)
         for observer in self._observers:
             joining = observer.arriving(self, views, now)
             if joining is not None:
                 decision, views = self._joined_by(joining, views, request, now)
                 break
         else:
-            decision = self._policy.choose(request, views, self._rng)
+            decision = policy.choose(request, views, self._rng)
         chosen = record.instance_id = decision.instance_id
         if views.forecasts is not None and chosen in views.ids:
             forecast = views.forecasts[views.ids.index(chosen)]
@@ -351,20 +372,20 @@ class Dispatcher:
         self.history.decisions.append((now, decision, request.id))
         if views.snapshots is not None and views.snapshots.hits is not None and chosen in views.ids:
             self._held[request.id] = tuple(views.snapshots.hits.found[views.ids.index(chosen)].tolist())
-        self._state.place(request, chosen, now, in_ledger=self._keeps_ledger)
+        self._state.place(request, chosen, now, in_ledger=self._keeps_ledger and policy is self._policy)
         for observer in self._observers:
             observer.placed(self, record, views, now)
 
     def _joined_by(self, joining: int, views: Views, request: Request, now: float) -> tuple[Decision, Views]:
         """The decision for an instance that joins, and what it was decided by."""
         if joining in self._active:
-            views = self._views([joining], request, now)
+            views = self._views([joining], request, now, self._policy.needs)
             return self._policy.choose(request, views, self._rng), views
         self.starting.add(joining)  # which has nothing to show yet
         return Decision(joining, [joining], [math.nan]), views
 
-    def _views(self, candidates: Sequence[int], request: Request, now: float) -> Views:
-        needs, state = self._policy.needs, self._state
+    def _views(self, candidates: Sequence[int], request: Request, now: float, needs: Needs) -> Views:
+        state = self._state
         snapshots: Snapshots | None = None
         forecasts: Sequence[Forecast] | None = None
         if needs is not Needs.COUNTS:
@@ -434,3 +455,5 @@ class Dispatcher:
     def _forget(self, record: RequestRecord) -> None:
         del self._index[record.request.id]
         self._lost_on.pop(record.request.id, None)
+        self._by.pop(record.request.id, None)
+        self._among.pop(record.request.id, None)

@@ -5,37 +5,42 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import json
 import logging
 import random
+import resource
 import secrets
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
+import aiohttp
 import numpy as np
-from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from block.cluster.instance import one_by_one
-from block.cluster.live import LiveDriver
 from block.core.clock import Clock
 from block.core.hashing import hash_tokens
 from block.core.types import Request
-from block.core.user_code import UserFault
 from block.dispatch.config import DispatchConfig
 from block.dispatch.core import Dispatcher, History
 from block.dispatch.correction import CorrectedForecaster
-from block.dispatch.policies import Needs, Policy
+from block.dispatch.policies import LeastRequests, Needs, Policy
 from block.engine.latency import LatencyModel
+from block.gateway.client_connections import ClientConnection
 from block.gateway.config import GatewayConfig
 from block.gateway.estimates import Estimator
-from block.gateway.metrics import CANCELLED, FAILED, OK, REFUSED, Metrics
-from block.gateway.openai import error_response, prompt_text, read, tagged
+from block.gateway.exchange import Exchange, Surroundings
+from block.gateway.http1 import HTTPRequest, TooLong, passed_on, unpacked
+from block.gateway.metrics import Metrics
+from block.gateway.models import Models
+from block.gateway.openai import JSON, Asked, PromptUsage, error_json, model_of, prompt_text, read, tagged
 from block.gateway.prefixes import UpstreamPrefixes
 from block.gateway.prompts import UNKNOWN, Prompt, Prompts, TextPieces, TokenizedPrompts
-from block.gateway.proxy import ProxiedRequest, answer_headers, request_headers
-from block.gateway.transport import TransportError, transport_errors
-from block.gateway.upstreams import PluginInstance, Upstream, make_upstreams, open_session, short_timeout
+from block.gateway.routes import GENERATES, changes_servers
+from block.gateway.server_connections import ServerPool
+from block.gateway.upstreams import PluginInstance, Upstream, make_upstreams, open_session
 from block.lengths import Lengths, Oracle, Reader
 
 log = logging.getLogger(__name__)
@@ -46,12 +51,16 @@ DRAIN_POLL_S = 0.02
 LAST_BYTES_S = 0.5
 """For answers to be written out after the grace period."""
 BACKLOG = 2048
+SWEEP_S = 1.0
+"""From one search for idle connections to the next."""
+IDLE_S = 75.0
+"""A client's connection may be without a request, or in the midst of one, so long."""
 TOKENIZE_S = 0.2
 """That a request waits for its tokens, if `gateway.tokenize_timeout_s` does not say."""
 
 
 class Gateway:
-    """A gateway to `config.urls`, by `policy`; `application` serves it.
+    """A gateway to `config.urls`, by `policy`: `start` it, and `stop` it at the end.
 
     latency: the servers' step times; policies that need forecasts need it. lengths: estimates responses, if it reads
     prompts and the policy looks at more than counts; else each is expected to have `config.expected_output_tokens`.
@@ -85,149 +94,242 @@ class Gateway:
         self._tokenizer = tokenizer
         self._prompts: Prompts | None = None
         self._prefixes: UpstreamPrefixes | None = None
+        self.models = Models(len(config.urls))
+        """What the servers serve."""
+        self._least = LeastRequests()  # for what asks for no response
         self._clock = Clock()
-        self._driver = LiveDriver(self._clock)
         # Requests of several gateways, or of one that was started again, must not share a number on a server.
         self._numbers = itertools.count(secrets.randbits(52))
+        self._open = AsyncExitStack()
+        self._server: asyncio.Server | None = None
+        self.max_body = config.max_body_mib * 2**20
+        """As of `block.gateway.client_connections.Owner`, like the next two."""
+        self.draining = False
+        self.clients: set[ClientConnection] = set()
 
-    def application(self) -> web.Application:
-        """The routes. To be run with `handler_cancellation`: clients that go away cancel their requests."""
-        app = web.Application(client_max_size=self._config.max_body_mib * 2**20)
-        app.router.add_post("/v1/completions", self._complete)
-        app.router.add_post("/v1/chat/completions", self._complete)
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/health", self._health)
-        app.router.add_get("/metrics", self._show_metrics)
-        app.router.add_route("*", "/{any:.*}", self._unknown)
-        app.cleanup_ctx.append(self._open)
-        app.on_shutdown.append(self._drain)
-        return app
+    # ---------------------------------------------------------------------------------------------- start and stop
 
-    async def _open(self, app: web.Application) -> AsyncIterator[None]:
-        """What lives as long as the application does."""
+    async def start(self, host: str, port: int) -> tuple[str, int]:
+        """Take requests at an address, which is returned: the port may be chosen here. OSError if it cannot be."""
+        raise_open_files()
+        await self._prepare()
+        gc.freeze()  # what is there now stays, and need not be searched for garbage while requests wait
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: ClientConnection(self), host, port, backlog=BACKLOG)
+        at = self._server.sockets[0].getsockname()
+        return str(at[0]), int(at[1])
+
+    async def _prepare(self) -> None:
+        """What lives as long as the gateway does."""
         config = self._config
-        async with open_session(config.connect_timeout_s, config.read_timeout_s) as self._session:
-            self.upstreams, forecaster = make_upstreams(
-                config.urls,
-                self._session,
-                self._clock,
-                self._policy.needs,
-                self._latency,
-                self._outrun_share,
+        self._session = await self._open.enter_async_context(open_session(config.connect_timeout_s))
+        pools = [ServerPool(url, config.connect_timeout_s, config.read_timeout_s) for url in config.urls]
+        self.upstreams, forecaster = make_upstreams(
+            pools, self._session, self._clock, self._policy.needs, self._latency, self._outrun_share
+        )
+        if forecaster is not None and self._latency is not None and self._dispatch.correction_steps > 0:
+            forecaster = CorrectedForecaster(forecaster, self._latency, self._dispatch.correction_steps)
+        plugins = [one for one in self.upstreams if isinstance(one, PluginInstance)]
+        if plugins:
+            exact = self._tokenizer is not None and self._dispatch.prefixes == "told"
+            self._prefixes = UpstreamPrefixes(plugins, exact=exact)
+        for plugin in plugins:
+            self._open.push_async_callback(plugin.detach)
+        self.dispatcher = Dispatcher(
+            len(self.upstreams),
+            self._policy,
+            forecaster,
+            self._dispatch,
+            self._rng,
+            snapshot_many=one_by_one(self.upstreams),
+            prefixes=self._prefixes,
+            observers=[] if self._prefixes is None else [self._prefixes],
+            history=History(HISTORY),
+        )
+        self._metrics = metrics = Metrics(self.upstreams, self.dispatcher, self._policy.needs, self._prefixes)
+        self._around = Surroundings(self.upstreams, self.dispatcher, self._clock, metrics)
+        if self._tokenizer is not None:
+            self._prompts = TokenizedPrompts(
+                self._tokenizer, config.tokenize_timeout_s or TOKENIZE_S, metrics.not_tokenized
             )
-            if forecaster is not None and self._latency is not None and self._dispatch.correction_steps > 0:
-                forecaster = CorrectedForecaster(forecaster, self._latency, self._dispatch.correction_steps)
-            plugins = [one for one in self.upstreams if isinstance(one, PluginInstance)]
-            if plugins:
-                exact = self._tokenizer is not None and self._dispatch.prefixes == "told"
-                self._prefixes = UpstreamPrefixes(plugins, exact=exact)
-            self.dispatcher = Dispatcher(
-                len(self.upstreams),
-                self._policy,
-                forecaster,
-                self._dispatch,
-                self._rng,
-                snapshot_many=one_by_one(self.upstreams),
-                prefixes=self._prefixes,
-                observers=[] if self._prefixes is None else [self._prefixes],
-                history=History(HISTORY),
+        elif self._prefixes is not None or self._policy_block_size is not None:
+            self._prompts = TextPieces()
+        if self._prompts is not None:
+            hash_tokens(np.zeros(1, dtype=np.int64), 1)  # compiled before a request comes
+            self._open.callback(self._prompts.close)
+        if self._reader is not None:
+            self._estimator = Estimator(
+                self._reader, config.estimate_timeout_s, metrics.not_estimated, metrics.estimated
             )
-            self._metrics = metrics = Metrics(self.upstreams, self.dispatcher, self._policy.needs, self._prefixes)
-            if self._tokenizer is not None:
-                self._prompts = TokenizedPrompts(
-                    self._tokenizer, config.tokenize_timeout_s or TOKENIZE_S, metrics.not_tokenized
-                )
-            elif self._prefixes is not None or self._policy_block_size is not None:
-                self._prompts = TextPieces()
-            if self._prompts is not None:
-                hash_tokens(np.zeros(1, dtype=np.int64), 1)  # compiled before a request comes
-            if self._reader is not None:
-                self._estimator = Estimator(
-                    self._reader, config.estimate_timeout_s, metrics.not_estimated, metrics.estimated
-                )
-            for upstream, well in zip(
-                self.upstreams, await asyncio.gather(*(one.healthy() for one in self.upstreams)), strict=True
-            ):
-                if not well:
-                    reason = f"{upstream.url} does not answer yet"
-                    self.dispatcher.instance_down(upstream.instance_id, reason, self._clock.now())
-            watches = [asyncio.create_task(self._watch(upstream)) for upstream in self.upstreams]
-            yield
-            for watch in watches:
-                watch.cancel()
-            await asyncio.gather(*watches, return_exceptions=True)
+            self._open.callback(self._estimator.close)
+        for upstream, well in zip(
+            self.upstreams, await asyncio.gather(*(one.healthy() for one in self.upstreams)), strict=True
+        ):
+            if not well:
+                reason = f"{upstream.url} does not answer yet"
+                self.dispatcher.instance_down(upstream.instance_id, reason, self._clock.now())
+        await asyncio.gather(*(self._ask_models(self.upstreams[i]) for i in self.dispatcher.active))
+        watches = [self._watch(upstream) for upstream in self.upstreams]
+        self._open.push_async_callback(_cancel, [asyncio.create_task(one) for one in (*watches, self._sweep())])
+
+    async def stop(self) -> None:
+        """Take no new connections, let requests finish for `grace_s`, and close what is left."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+            self.draining = True
+            for client in [one for one in self.clients if one.http is None]:
+                client.close()
+            deadline = self._clock.now() + self._config.grace_s
+            while self._clock.now() < deadline and any(one.http is not None for one in self.clients):
+                await asyncio.sleep(DRAIN_POLL_S)
+            for client in [one for one in self.clients if one.http is not None]:
+                client.abort()
+            deadline = self._clock.now() + LAST_BYTES_S
+            while self._clock.now() < deadline and self.clients:
+                await asyncio.sleep(DRAIN_POLL_S)
             for upstream in self.upstreams:
-                if isinstance(upstream, PluginInstance):
-                    await upstream.detach()
-            if self._estimator is not None:
-                self._estimator.close()
-            if self._prompts is not None:
-                self._prompts.close()
+                upstream.pool.close_idle(0.0)
+            await _cancel(list(self._around.tasks))
+        await self._open.aclose()
 
     async def _watch(self, upstream: Upstream) -> None:
-        """Readmit an instance that was ejected once it is well."""
-        i = upstream.instance_id
+        """Readmit an instance that was ejected once it is well, and ask one that is well for its models."""
+        i, asked = upstream.instance_id, self._clock.now()
         while True:
             await asyncio.sleep(self._config.probe_interval_s)
             if i not in self.dispatcher.active and await upstream.healthy():
+                await self._ask_models(upstream)
                 self.dispatcher.instance_up(i, self._clock.now())
                 log.warning("instance %d gets requests: %s is well", i, upstream.url)
+            elif i in self.dispatcher.active and self._clock.now() - asked >= self._config.models_interval_s:
+                asked = self._clock.now()
+                await self._ask_models(upstream)
 
-    async def _drain(self, app: web.Application) -> None:
-        """No new connections come in any more; let requests finish."""
-        deadline = self._clock.now() + self._config.grace_s
-        while self._clock.now() < deadline and any(
-            self.dispatcher.outstanding(one.instance_id) for one in self.upstreams
-        ):
-            await asyncio.sleep(DRAIN_POLL_S)
+    async def _ask_models(self, upstream: Upstream) -> None:
+        """What an instance serves; what it told before holds while it does not answer."""
+        with suppress(OSError):
+            self.models.tell(upstream.instance_id, await upstream.cards())
+
+    async def _sweep(self) -> None:
+        """Close connections that nobody has used for long."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            for upstream in self.upstreams:
+                upstream.pool.close_idle()
+            long_ago = loop.time() - IDLE_S
+            for client in [one for one in self.clients if one.http is None and one.heard < long_ago]:
+                client.close()
 
     # ------------------------------------------------------------------------------------------------------- routes
 
-    async def _complete(self, http: web.Request) -> web.StreamResponse:
-        """A completion or chat completion."""
+    def serve(self, client: ClientConnection, http: HTTPRequest) -> None:
+        """Have a request answered."""
+        path = http.path
+        if path in GENERATES and http.method == b"POST":
+            self._generate(client, http)
+        elif path == b"/health" and http.method in (b"GET", b"HEAD"):
+            active = len(self.dispatcher.active)
+            told = json.dumps({"active": active, "instances": len(self.upstreams)}).encode()
+            client.reply(200 if active else 503, JSON, told)
+        elif path == b"/metrics" and http.method in (b"GET", b"HEAD"):
+            client.reply(200, [(b"Content-Type", CONTENT_TYPE_LATEST.encode())], self._metrics.text())
+        elif path == b"/v1/models" and http.method in (b"GET", b"HEAD") and (cards := self.models.cards()):
+            client.reply(200, JSON, json.dumps({"object": "list", "data": cards}).encode())
+        elif http.method not in (b"GET", b"HEAD", b"OPTIONS") and changes_servers(path):
+            self._change_servers(client, http)
+        else:
+            self._pass(client, http)
+
+    def refused(self) -> None:
+        """What came from a client was no request."""
+        self._metrics.refused_unplaced()
+
+    def _refuse(self, client: ClientConnection, status: int, message: str) -> None:
+        self._metrics.refused_unplaced()
+        client.reply(status, JSON, error_json(status, message))
+
+    def _pass(self, client: ClientConnection, http: HTTPRequest) -> None:
+        """What asks for no response of a model's goes by outstanding work, unread but for its model."""
         try:
-            body = await http.read()
+            among = self.models.places(model := model_of(http)) if self.models.differ else None
+        except KeyError:
+            self._refuse_model(client, model)
+            return
+        request = Request(next(self._numbers), self._clock.now(), 1, 1, 1)
+        exchange = Exchange(self._around, client, http, generates=False)
+        exchange.place(request, http.body, by=self._least, among=among)
+
+    def _refuse_model(self, client: ClientConnection, model: object) -> None:
+        served = ", ".join(self.models.names)
+        self._refuse(client, 404, f"The model `{model}` does not exist; there are {served}")
+
+    def _generate(self, client: ClientConnection, http: HTTPRequest) -> None:
+        """What asks a model for a response: read it, and have the policy place it."""
+        try:
+            body, http = self._unpack(http)
             asked = read(body)
-        except web.HTTPRequestEntityTooLarge:
-            self._metrics.refused_unplaced()
-            return error_response(413, f"the body exceeds gateway.max_body_mib={self._config.max_body_mib}")
-        except (ValueError, web.RequestPayloadError) as error:
-            self._metrics.refused_unplaced()
-            return error_response(400, str(error))
+        except TooLong:
+            self._refuse(client, 413, f"the body exceeds gateway.max_body_mib={self._config.max_body_mib}")
+            return
+        except ValueError as error:
+            self._refuse(client, 400, str(error))
+            return
+        try:
+            among = self.models.places(model := asked.fields.get("model"))
+        except KeyError:
+            self._refuse_model(client, model)
+            return
         number, arrived = next(self._numbers), self._clock.now()
+        exchange = Exchange(self._around, client, http)
+        if self._estimator is None and self._prompts is None:
+            self._place(exchange, asked, body, number, arrived, among)
+        else:
+            reading = self._read_and_place(exchange, asked, body, number, arrived, among)
+            exchange.prepare(asyncio.get_running_loop().create_task(reading))
+
+    def _unpack(self, http: HTTPRequest) -> tuple[bytes, HTTPRequest]:
+        """The body without its Content-Encoding, and the request without the header that says so."""
+        for name, value in http.headers:
+            if name.lower() == b"content-encoding":
+                headers = [one for one in http.headers if one[0].lower() != b"content-encoding"]
+                return unpacked(http.body, value, self.max_body), http._replace(headers=headers)
+        return http.body, http
+
+    async def _read_and_place(
+        self, exchange: Exchange, asked: Asked, body: bytes, number: int, arrived: float, among: Collection[int] | None
+    ) -> None:
         estimate = await self._estimator.tokens(prompt_text(asked.fields)) if self._estimator is not None else None
         prompt = await self._read_prompt(asked.fields)
+        self._place(exchange, asked, body, number, arrived, among, estimate, prompt)
+
+    def _place(
+        self,
+        exchange: Exchange,
+        asked: Asked,
+        body: bytes,
+        number: int,
+        arrived: float,
+        among: Collection[int] | None,
+        estimate: int | None = None,
+        prompt: Prompt = UNKNOWN,
+    ) -> None:
+        """Send a request to where the policy says, `among` those that serve its model.
+
+        estimate: of its response's tokens, if there is one.
+        """
         tokens = asked.prompt_tokens if prompt.tokens is None else max(prompt.tokens, 1)
         expected = asked.capped(self._config.expected_output_tokens if estimate is None else estimate)
         if self._tags:
             body = tagged(body, asked.fields, number, expected)
         request = Request(number, arrived, tokens, expected, expected, block_hashes=prompt.hashes)
-        proxied = ProxiedRequest(http, self.upstreams, self.dispatcher, self._clock, body, self._metrics.attempted)
-        try:
-            record = await self._driver.submit(self.dispatcher, request, proxied.deliver)
-        except asyncio.CancelledError:
-            if proxied.record is not None:
-                self._metrics.ended(proxied.record, CANCELLED)
-            raise
-        except Exception as error:
-            if isinstance(error, UserFault):
-                log.error("request %d: %s", number, error)  # which says where
-            else:
-                log.exception("request %d", number)
-            if proxied.record is not None:
-                self._metrics.ended(proxied.record, FAILED)
-            return error_response(500, "the gateway failed; its log says why")
-        reply = proxied.reply or error_response(503, record.error or "")
-        if record.status == "ok":
-            outcome = OK
-        elif proxied.client_gone:
-            outcome = CANCELLED
-        else:
-            outcome = REFUSED if 400 <= reply.status < 500 else FAILED
-        self._metrics.ended(record, outcome)
-        if prompt.exact and proxied.usage is not None and proxied.usage.tokens != prompt.tokens:
-            self._metrics.miscounted()
-        return reply
+
+        def compare(usage: PromptUsage) -> None:
+            if usage.tokens != prompt.tokens:
+                self._metrics.miscounted()
+
+        exchange.place(request, body, among=among, on_usage=compare if prompt.exact else None)
 
     async def _read_prompt(self, fields: Mapping[str, Any]) -> Prompt:
         """Its tokens and blocks, as far as the policy asks for them and they can be known."""
@@ -245,35 +347,74 @@ class Gateway:
         """What servers call their models, of those that tell."""
         return {name for one in self.upstreams if isinstance(one, PluginInstance) for name in one.models}
 
-    async def _models(self, http: web.Request) -> web.Response:
-        """The models of the first server that answers; all are taken to serve the same."""
-        for i in list(self.dispatcher.active):
-            asked = self._session.get(
-                f"{self.upstreams[i].url}/v1/models",
-                headers=[(name.decode(), value.decode("latin-1")) for name, value in request_headers(http)],
-                allow_redirects=False,
-                timeout=short_timeout(self._session),
-            )
-            try:
-                with transport_errors():
-                    async with asked as answer:
-                        body = await answer.read()
-            except TransportError:
-                continue
-            if answer.status < 500:
-                return web.Response(status=answer.status, headers=answer_headers(answer.headers), body=body)
-        return error_response(503, "no instance answers")
+    def _change_servers(self, client: ClientConnection, http: HTTPRequest) -> None:
+        """What changes a server goes to every server, if it may."""
+        if not self._config.admin:
+            path = http.path.decode("latin-1")
+            self._refuse(client, 403, f"{path} may change a server, and is passed on with gateway.admin=true only")
+            return
+        client.serving = everywhere = _Everywhere(client, self._session, [one.url for one in self.upstreams], http)
+        everywhere.task = asyncio.get_running_loop().create_task(everywhere.ask())
 
-    async def _health(self, http: web.Request) -> web.Response:
-        """Whether there is an instance to send requests to."""
-        active = len(self.dispatcher.active)
-        return web.json_response({"active": active, "instances": len(self.upstreams)}, status=200 if active else 503)
 
-    async def _show_metrics(self, http: web.Request) -> web.Response:
-        return web.Response(body=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+class _Everywhere:
+    """A request to all servers, whose client gets the answer of the first that refuses, or else of the first."""
 
-    async def _unknown(self, http: web.Request) -> web.Response:
-        return error_response(404, f"no such route: {http.method} {http.path}")
+    task: asyncio.Task[None]
+
+    def __init__(
+        self, client: ClientConnection, session: aiohttp.ClientSession, urls: Sequence[str], http: HTTPRequest
+    ) -> None:
+        self._client = client
+        self._session = session
+        self._urls = urls
+        self._http = http
+
+    async def ask(self) -> None:
+        """Send it, and answer."""
+        answers = await asyncio.gather(*map(self._ask_one, self._urls))
+        status, headers, body = next((one for one in answers if one[0] >= 300), answers[0])
+        self._client.reply(status, headers, body)
+
+    async def _ask_one(self, url: str) -> tuple[int, Sequence[tuple[bytes, bytes]], bytes]:
+        http = self._http
+        asked = self._session.request(
+            http.method.decode(),
+            f"{url}{http.target.decode('latin-1')}",
+            data=http.body or None,
+            headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in http.headers],
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(),
+        )
+        try:
+            async with asked as answer:
+                body = await answer.read()
+                kept = [one for one in passed_on(answer.raw_headers) if one[0].lower() != b"content-encoding"]
+                return answer.status, kept, body
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return 502, JSON, error_json(502, f"{url}: {error}")
+
+    def client_left(self) -> None:
+        """What servers are told is told to all of them nevertheless."""
+
+    def pause(self) -> None:
+        """Answers are short."""
+
+    def resume(self) -> None:
+        """Answers are short."""
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def raise_open_files() -> None:
+    """As many connections as the system lets this process have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def listen(gateway: Gateway, host: str, port: int, listening: Callable[[str], None]) -> None:
@@ -285,17 +426,11 @@ async def listen(gateway: Gateway, host: str, port: int, listening: Callable[[st
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    runner = web.AppRunner(
-        gateway.application(), handler_cancellation=True, access_log=None, shutdown_timeout=LAST_BYTES_S
-    )
     try:
-        await runner.setup()
-        gc.freeze()  # what is there now stays, and need not be searched for garbage while requests wait
-        await web.TCPSite(runner, host, port, backlog=BACKLOG).start()
-        host, port = runner.addresses[0][:2]
+        host, port = await gateway.start(host, port)
         listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         await stop.wait()
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-        await runner.cleanup()
+        await gateway.stop()

@@ -16,10 +16,12 @@ class GatewayConfig:
         both. estimate_timeout_s: how long a request waits for its estimate before it goes by that.
     tokenizer: name or folder of the model's, so that prompts are counted, and looked up in prefix caches, by their
         tokens; null: by the bytes of their text. tokenize_timeout_s: how long a request waits for that; null: 0.2.
-    probe_interval_s: how often a server that was ejected is asked whether it is well again.
+    probe_interval_s: how often a server that was ejected is asked whether it is well again. models_interval_s: how
+        often one that is well is asked which models it serves.
     connect_timeout_s: a server that takes longer to accept a connection is gone.
     read_timeout_s: longest silence of a server before its request fails.
     grace_s: how long requests may go on after SIGTERM. max_body_mib: largest request body.
+    admin: whether clients may change servers (`/sleep`, `/v1/load_lora_adapter` …), all of them at once.
     """
 
     urls: tuple[str, ...] = ()
@@ -30,10 +32,12 @@ class GatewayConfig:
     tokenizer: str | None = None
     tokenize_timeout_s: float | None = None
     probe_interval_s: float = 1.0
+    models_interval_s: float = 5.0
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 600.0
     grace_s: float = 30.0
     max_body_mib: int = 64
+    admin: bool = False
 
     def __post_init__(self) -> None:
         urls = tuple(url.rstrip("/") for url in self.urls)  # Hydra passes a list
@@ -53,8 +57,7 @@ class GatewayConfig:
         if self.tokenizer is None and self.tokenize_timeout_s is not None:
             given = f"gateway.tokenize_timeout_s={self.tokenize_timeout_s}"
             raise ValueError(f"{given}: has no effect without gateway.tokenizer")
-        times = ("estimate_timeout_s", "tokenize_timeout_s", "probe_interval_s", "connect_timeout_s", "read_timeout_s")
-        for key in times:
+        for key in [one for one in vars(self) if one.endswith(("_timeout_s", "_interval_s"))]:
             given_s = getattr(self, key)
             if given_s is not None and not 0 < given_s < math.inf:
                 raise ValueError(f"gateway.{key}={getattr(self, key)}: must be greater than 0")

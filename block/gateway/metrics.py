@@ -122,12 +122,12 @@ class Metrics:
         """A request has waited so long for its estimate."""
         self._estimate_s.observe(seconds)
 
-    def ended(self, record: RequestRecord, status: str) -> None:
-        """A request was answered, refused or given up."""
+    def ended(self, record: RequestRecord, status: str, generates: bool = True) -> None:
+        """A request was answered, refused or given up. generates: whether it asked a model for a response."""
         self._requests[record.instance_id, status].inc()
         if record.retries:
             self._retries.inc(record.retries)
-        if status != OK:
+        if status != OK or not generates:
             return
         if record.cached_tokens >= 0:
             self._prompt_tokens.labels(self._urls[record.instance_id]).inc(record.request.prompt_tokens)

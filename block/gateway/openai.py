@@ -1,13 +1,16 @@
-"""OpenAI's words: what the body of a request asks for, the tag that tells a server its number, and errors."""
+"""OpenAI's words: what the body of a request asks for, the tag that tells a server its number, and errors.
+
+Those of OpenAI's responses and of Anthropic's messages are read as well, as vLLM speaks them.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
-from aiohttp import web
-
+from block.gateway.http1 import HTTPRequest
 from block.vllm_plugin.tags import TAG_EXPECTED, TAG_ID
 
 BYTES_PER_TOKEN = 4
@@ -15,12 +18,13 @@ BYTES_PER_TOKEN = 4
 TOKENS_PER_MESSAGE = 4
 """What a chat template adds to each message, about."""
 
-ERROR_EVENT = b'data: {"error"'
-"""How a server tells of an error within a stream."""
+JSON = [(b"Content-Type", b"application/json"), (b"Access-Control-Allow-Origin", b"*")]
+"""Headers of the gateway's own answers; browsers may read them, as vLLM lets them."""
 
-_PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
-_CACHED_TOKENS = re.compile(rb'"cached_tokens":\s*(\d+)')
-_COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
+_PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d+)')
+_CACHED_TOKENS = re.compile(rb'"(?:cached|cache_read_input)_tokens":\s*(\d+)')
+_MODEL_IN_FORM = re.compile(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')
+_COMPLETION_TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s*(\d+)')
 
 
 class Asked(NamedTuple):
@@ -47,15 +51,36 @@ def read(body: bytes) -> Asked:
         raise ValueError(f"the body is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError("the body is not a JSON object")
-    tokens = _prompt_tokens(fields.get("prompt")) + _message_tokens(fields.get("messages"))
-    allowed = fields.get("max_completion_tokens") or fields.get("max_tokens")
+    asked = fields.get("input")  # of a response: a text, or messages
+    tokens = _prompt_tokens(fields.get("prompt")) + _message_tokens(fields.get("messages")) + _message_tokens(asked)
+    tokens += sum(_prompt_tokens(fields.get(key)) for key in ("system", "instructions"))
+    tokens += _prompt_tokens(asked) if isinstance(asked, str) else 0
+    allowed = fields.get("max_completion_tokens") or fields.get("max_tokens") or fields.get("max_output_tokens")
     limit = int(allowed) if isinstance(allowed, int) and allowed > 0 else None
     return Asked(max(tokens, 1), limit, fields)
+
+
+def model_of(http: HTTPRequest) -> str | None:
+    """The model that a request names in its path, or in its body, JSON or a form; None if it names none."""
+    if http.path.startswith(b"/v1/models/"):
+        return unquote(http.path.removeprefix(b"/v1/models/").decode("latin-1"))
+    kind = next((value for name, value in http.headers if name.lower() == b"content-type"), b"")
+    if kind.startswith(b"multipart/form-data"):
+        found = _MODEL_IN_FORM.search(http.body)
+        return None if found is None else found[1].decode(errors="replace")
+    try:
+        fields = json.loads(http.body)
+    except (ValueError, RecursionError):
+        return None
+    named = fields.get("model") if isinstance(fields, dict) else None
+    return named if isinstance(named, str) else None
 
 
 def prompt_text(fields: dict[str, Any]) -> str | None:
     """The text that is asked about: the prompt, or all messages in their order; None if it is token ids, or nothing."""
     prompt, messages = fields.get("prompt"), fields.get("messages")
+    if (asked := fields.get("input")) is not None:
+        prompt, messages = asked, asked
     texts = prompt if isinstance(prompt, list) else [prompt]
     if isinstance(messages, list):
         texts = [text for message in messages for text in _texts(message)]
@@ -113,7 +138,7 @@ def tagged(body: bytes, fields: dict[str, Any], number: int, expected_tokens: in
 
 def completion_tokens(answer: bytes) -> int | None:
     """Response tokens by the last `usage` in these bytes; None if there is none."""
-    if b'"completion_tokens"' not in answer:
+    if b'_tokens"' not in answer:
         return None
     found = _COMPLETION_TOKENS.findall(answer)
     return int(found[-1]) if found else None
@@ -128,7 +153,7 @@ class PromptUsage(NamedTuple):
 
 def prompt_usage(answer: bytes) -> PromptUsage | None:
     """By the last `usage` in these bytes; None if there is none, or it counts no token."""
-    if b'"prompt_tokens"' not in answer:
+    if b'_tokens"' not in answer:
         return None
     prompt, cached = _PROMPT_TOKENS.findall(answer), _CACHED_TOKENS.findall(answer)
     if not prompt or int(prompt[-1]) == 0:
@@ -137,24 +162,20 @@ def prompt_usage(answer: bytes) -> PromptUsage | None:
 
 
 _KINDS = {
-    400: "BadRequestError",
+    403: "PermissionDeniedError",
     404: "NotFoundError",
-    413: "BadRequestError",
     500: "InternalServerError",
     502: "BadGatewayError",
     503: "ServiceUnavailableError",
     504: "TimeoutError",
 }
+"""Of errors that are not the client's: "BadRequestError"."""
 
 
 def error_json(status: int, message: str) -> bytes:
     """An error as OpenAI's API words it."""
-    return json.dumps({"error": {"message": message, "type": _KINDS[status], "param": None, "code": status}}).encode()
-
-
-def error_response(status: int, message: str) -> web.Response:
-    """The response with `error_json`."""
-    return web.Response(status=status, body=error_json(status, message), content_type="application/json")
+    kind = _KINDS.get(status, "BadRequestError")
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": status}}).encode()
 
 
 def error_event(status: int, message: str) -> bytes:

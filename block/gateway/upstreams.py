@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-import socket
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import aiohttp
 
@@ -22,31 +22,27 @@ from block.dispatch.policies import Needs
 from block.engine.config import EngineConfig, EngineSettings
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor, forecast_each
-from block.gateway.transport import Transport, TransportError, transport_errors
+from block.gateway.models import Card
+from block.gateway.server_connections import ServerPool
 
 log = logging.getLogger(__name__)
 
 HEALTH_S = 5.0
 """How long an answer to /health may take."""
-PEER_DEAD_S = 20
-"""Seconds without a sign of TCP's after which a host counts as lost; a busy server's host still gives one."""
-
-_KEEPALIVE = {
-    "TCP_KEEPIDLE": PEER_DEAD_S // 4,
-    "TCP_KEEPINTVL": PEER_DEAD_S // 4,
-    "TCP_KEEPCNT": 3,
-    "TCP_USER_TIMEOUT": PEER_DEAD_S * 1000,
-}
 
 
 class Upstream(Instance, Protocol):
-    """An instance that requests are proxied to, over its `transport`."""
+    """An instance that requests are proxied to, over the connections of its `pool`."""
 
     url: str
-    transport: Transport
+    pool: ServerPool
 
     async def healthy(self) -> bool:
         """Whether it would serve a request now."""
+        ...
+
+    async def cards(self) -> Sequence[Card] | None:
+        """The models that it serves; None if it does not tell. OSError if it does not answer."""
         ...
 
 
@@ -58,21 +54,21 @@ class Upstreams(NamedTuple):
 
 
 def make_upstreams(
-    urls: Sequence[str],
+    pools: Sequence[ServerPool],
     session: aiohttp.ClientSession,
     clock: Clock,
     needs: Needs,
     latency: LatencyModel | None,
     outrun_share: float,
 ) -> Upstreams:
-    """Instances for the servers at `urls` that can show what a policy needs. Nothing is asked of them yet.
+    """Instances for the servers of `pools` that can show what a policy needs. Nothing is asked of them yet.
 
-    session: of all connections to them. clock: what snapshots are dated by.
+    session: for all but what is proxied. clock: what snapshots are dated by.
     needs: of the policy. latency: the servers' step times, for forecasts. outrun_share: as of `Predictor`.
     """
     if needs is Needs.COUNTS:
-        return Upstreams([HTTPInstance(i, url, session) for i, url in enumerate(urls)], None)
-    instances = [PluginInstance(i, url, session, clock) for i, url in enumerate(urls)]
+        return Upstreams([HTTPInstance(i, pool, session) for i, pool in enumerate(pools)], None)
+    instances = [PluginInstance(i, pool, session, clock) for i, pool in enumerate(pools)]
     if needs is Needs.SNAPSHOT:
         return Upstreams(instances, None)
     assert latency is not None, "who asks for forecasts has a latency model"
@@ -82,10 +78,10 @@ def make_upstreams(
 class HTTPInstance:
     """A server of which nothing is known but that it answers. It is proxied to."""
 
-    def __init__(self, instance_id: int, url: str, session: aiohttp.ClientSession) -> None:
+    def __init__(self, instance_id: int, pool: ServerPool, session: aiohttp.ClientSession) -> None:
         self.instance_id = instance_id
-        self.url = url
-        self.transport = Transport(url, session)
+        self.url = pool.url
+        self.pool = pool
         self._session = session
 
     def snapshot(self) -> Snapshot:
@@ -95,18 +91,30 @@ class HTTPInstance:
     async def healthy(self) -> bool:
         """Whether /health says so."""
         try:
-            with transport_errors():
-                async with self._session.get(f"{self.url}/health", timeout=short_timeout(self._session)) as answer:
-                    return answer.status == 200
-        except TransportError:
+            async with self._session.get(f"{self.url}/health") as answer:
+                return answer.status == 200
+        except (aiohttp.ClientError, TimeoutError, OSError):
             return False
+
+    async def cards(self) -> Sequence[Card] | None:
+        """The models that it serves, as /v1/models tells; None if it does not. OSError if it does not answer."""
+        try:
+            async with self._session.get(f"{self.url}/v1/models") as answer:
+                if answer.status >= 500:
+                    raise ConnectionError(f"{self.url}: answered {answer.status}")
+                found = json.loads(await answer.read())["data"]
+                return found if found and all(isinstance(card["id"], str) for card in found) else None
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise ConnectionError(f"{self.url}: {error}") from error
+        except (ValueError, LookupError, TypeError):
+            return None
 
 
 class PluginInstance(HTTPInstance):
     """A server with this package's plugin. It can be looked at once `healthy`, which attaches to it, was true."""
 
-    def __init__(self, instance_id: int, url: str, session: aiohttp.ClientSession, clock: Clock) -> None:
-        super().__init__(instance_id, url, session)
+    def __init__(self, instance_id: int, pool: ServerPool, session: aiohttp.ClientSession, clock: Clock) -> None:
+        super().__init__(instance_id, pool, session)
         self.settings: EngineSettings | None = None
         """What it says of itself, once it is attached to."""
         self._clock = clock
@@ -207,29 +215,9 @@ def _fitting(request: Request, settings: EngineSettings) -> Request:
     return request if request.prompt_tokens <= longest else replace(request, prompt_tokens=longest)
 
 
-def short_timeout(session: aiohttp.ClientSession) -> aiohttp.ClientTimeout:
-    """The patience for questions that any server answers at once."""
-    return aiohttp.ClientTimeout(total=HEALTH_S, sock_connect=session.timeout.sock_connect)
-
-
-def open_session(connect_timeout_s: float, read_timeout_s: float) -> aiohttp.ClientSession:
-    """Connections to the servers: as many as there are requests, adding and changing nothing."""
-
-    def keepalive_socket(address: Any) -> socket.socket:
-        """A socket that finds out when the host at the other end is gone, also while it waits for an answer."""
-        one = socket.socket(address[0], address[1], address[2])
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEPALIVE.items():
-            if hasattr(socket, option):  # else not Linux
-                one.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        return one
-
-    # vLLM closes connections that are idle for 5 s; who sends into the closing loses the request.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0, socket_factory=keepalive_socket)
+def open_session(connect_timeout_s: float) -> aiohttp.ClientSession:
+    """For questions that any server answers at once."""
     return aiohttp.ClientSession(
-        connector=connector,
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=read_timeout_s),
+        timeout=aiohttp.ClientTimeout(total=HEALTH_S, sock_connect=connect_timeout_s),
         cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
     )

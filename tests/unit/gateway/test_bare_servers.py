@@ -25,8 +25,9 @@ async def bare_server(*answers: bytes | None) -> AsyncIterator[tuple[Mock, list[
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
-                if head.startswith(b"GET /health"):
-                    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                if head.startswith(b"GET "):
+                    status = b"200 OK" if b" /health " in head else b"404 Not Found"
+                    writer.write(b"HTTP/1.1 %s\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % status)
                     return
                 await reader.readexactly(len(ASKED))
                 came.append(number)

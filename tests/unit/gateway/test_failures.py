@@ -191,7 +191,7 @@ def test_a_gateway_without_a_server_answers_with_errors_and_is_not_healthy() -> 
             for path in ("/health", "/v1/models"):
                 async with gateway.client.get(gateway.url + path) as answer:
                     assert answer.status == 503
-            assert (await gateway.metrics())['block_requests_total{instance="none",status="failed"}'] == 1
+            assert (await gateway.metrics())['block_requests_total{instance="none",status="failed"}'] == 2
             await gateway.mocks[1].start()
             await eventually(lambda: len(gateway.dispatcher.active) == 1)
             async with gateway.client.get(gateway.url + "/health") as answer:

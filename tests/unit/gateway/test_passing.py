@@ -166,14 +166,3 @@ def test_a_client_that_does_not_read_holds_up_its_server_and_does_not_fill_the_g
             await eventually(lambda: gateway.mocks[0].cancelled == 1)
 
     run(main())
-
-
-def test_models_come_from_the_first_server_that_answers() -> None:
-    async def main() -> None:
-        async with running_gateway([Mock(), Mock(), Mock()], started=[1, 2]) as gateway:
-            for _ in range(2):
-                async with gateway.client.get(gateway.url + "/v1/models") as answer:
-                    assert (answer.status, await answer.json()) == (200, {"data": [{"id": "tiny"}]})
-                gateway.dispatcher.instance_up(0, 0.0)  # where nobody listens
-
-    run(main())

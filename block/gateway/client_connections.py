@@ -1,0 +1,339 @@
+"""Connections of clients: requests are read from them by llhttp, one after the other, and answers written to them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, cast
+
+import httptools
+
+from block.gateway.http1 import (
+    CONTINUE,
+    LAST_CHUNK,
+    NOT_OF_REQUESTS,
+    Header,
+    HTTPRequest,
+    chunk,
+    header_lines,
+    passed_on,
+    status_line,
+)
+from block.gateway.openai import JSON, error_json
+
+MAX_HEAD = 128 * 1024
+"""Bytes of a request's first line and headers: vLLM takes headers of 64 KiB."""
+TOO_LONG = f"the headers exceed {MAX_HEAD // 1024} KiB"
+MAX_TARGET = 64 * 1024
+"""Bytes of a path and its query."""
+MAX_WAITING = 16
+"""Requests of a connection that wait for the answers before theirs; while there are more, nothing is read."""
+LINGER_S = 2.0
+"""For a client to read why it is refused, while it still sends."""
+
+
+class Owner(Protocol):
+    """Whose the connections are."""
+
+    max_body: int
+    """Bytes of the longest body."""
+    draining: bool
+    """Whether connections end with the answer that is under way."""
+    clients: set[ClientConnection]
+    """Those that are open."""
+
+    def serve(self, client: ClientConnection, http: HTTPRequest) -> None:
+        """Have a request answered, at once or later; `client.serving` is to be who is told of what happens."""
+        ...
+
+    def refused(self) -> None:
+        """Something that is no request was answered with an error."""
+        ...
+
+
+class Serving(Protocol):
+    """Who answers a request."""
+
+    def client_left(self) -> None:
+        """Nobody waits for the answer any more."""
+        ...
+
+    def pause(self) -> None:
+        """The client does not read as fast as it is written to."""
+        ...
+
+    def resume(self) -> None:
+        """It has read."""
+        ...
+
+
+class _Refusal(NamedTuple):
+    """What is answered to what is no request; no other request is read after it."""
+
+    status: int
+    message: str
+
+
+class ClientConnection(asyncio.Protocol):
+    """A client's connection. Its requests are answered in their order, with `reply`, or `begin`, `write` and `end`."""
+
+    __slots__ = (
+        "_body",
+        "_deaf",
+        "_head",
+        "_headers",
+        "_in_body",
+        "_lingers",
+        "_loop_runs",
+        "_owner",
+        "_parser",
+        "_paused",
+        "_size",
+        "_target",
+        "_transport",
+        "_waiting",
+        "begun",
+        "heard",
+        "http",
+        "serving",
+    )
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self._parser = httptools.HttpRequestParser(self)
+        self._waiting: deque[HTTPRequest | _Refusal] = deque()
+        self._deaf = False  # nothing more is read as a request
+        self._lingers = False  # and what is sent still is waited for, or the client would not see why
+        self._paused = False
+        self._loop_runs = False
+        self._head = 0  # bytes of the head that is being read
+        self.http: HTTPRequest | None = None
+        """The request that is being answered."""
+        self.serving: Serving | None = None
+        """Who answers it, if that takes longer than this moment."""
+        self.begun = False
+        """Whether the answer has begun to be written."""
+        self.heard = asyncio.get_running_loop().time()
+        """When something came or was answered last, by the loop's clock."""
+        self.on_message_begin()
+
+    # ------------------------------------------------------------------------------------------------------ the wire
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """It is open."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._owner.clients.add(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """It is closed, by whomever."""
+        self._owner.clients.discard(self)
+        self._deaf = True
+        self._waiting.clear()
+        serving, self.serving = self.serving, None
+        if serving is not None:
+            serving.client_left()
+
+    def pause_writing(self) -> None:
+        """What was written waits to be sent."""
+        if self.serving is not None:
+            self.serving.pause()
+
+    def resume_writing(self) -> None:
+        """It was sent."""
+        if self.serving is not None:
+            self.serving.resume()
+
+    def data_received(self, data: bytes) -> None:
+        """Read the requests in it."""
+        if self._deaf:
+            return
+        self.heard = asyncio.get_running_loop().time()
+        self._head += len(data)
+        try:
+            self._read(data)
+        except httptools.HttpParserError as error:
+            self._refuse(400, f"this is no request: {error}")
+        if self._head > MAX_HEAD:
+            self._refuse(431, TOO_LONG)
+        if self._waiting:
+            self._answer_next()
+
+    def _read(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as error:  # llhttp reads no further, but no other protocol is spoken here
+            version = self._parser.get_http_version().encode()
+            first = b"%s %s HTTP/%s\r\n" % (self._parser.get_method(), self._target, version)
+            same = header_lines(one for one in self._headers if one[0].lower() != b"upgrade")
+            self._parser = httptools.HttpRequestParser(self)
+            self._read(first + same + b"\r\n" + data[error.args[0] :])
+
+    # ------------------------------------------------------------------------------------------------- what llhttp says
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._target = b""
+        self._headers: list[Header] = []
+        self._body: list[bytes] = []
+        self._size = 0
+        self._in_body = False
+
+    def on_url(self, url: bytes) -> None:
+        """A part of its target."""
+        self._target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or, behind the body, a trailer, which nobody asks for."""
+        if not self._in_body:
+            self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """The head is whole."""
+        self._in_body = True
+        self._head = 0
+        if len(self._target) > MAX_TARGET:
+            self._refuse(414, f"the path exceeds {MAX_TARGET // 1024} KiB")
+        if sum(len(name) + len(value) for name, value in self._headers) > MAX_HEAD:
+            self._refuse(431, TOO_LONG)
+        for name, value in self._headers:
+            lower = name.lower()
+            if lower == b"content-length" and int(value) > self._owner.max_body:
+                self._refuse_body()
+            elif lower == b"expect":
+                if value.lower() != b"100-continue":
+                    self._refuse(417, f"Expect: {value.decode('latin-1')} is not known")
+                elif self.http is None and not self._waiting and not self._deaf:
+                    self._transport.write(CONTINUE)
+
+    def on_body(self, data: bytes) -> None:
+        """A part of its body."""
+        self._head = 0
+        self._size += len(data)
+        if self._size > self._owner.max_body:
+            self._refuse_body()
+        elif not self._deaf:
+            self._body.append(data)
+
+    def on_message_complete(self) -> None:
+        """It is whole."""
+        self._head = 0
+        if self._deaf or self._parser.should_upgrade():
+            return
+        parser, body = self._parser, self._body
+        target = self._target
+        if not target.startswith((b"/", b"*")):  # as a proxy is asked
+            target = b"/" + target.partition(b"://")[2].partition(b"/")[2]
+        request = HTTPRequest(
+            parser.get_method(),
+            target,
+            passed_on(self._headers, NOT_OF_REQUESTS),
+            body[0] if len(body) == 1 else b"".join(body),
+            parser.should_keep_alive(),
+            parser.get_http_version() != "1.0",
+        )
+        self._waiting.append(request)
+        if len(self._waiting) > MAX_WAITING and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def _refuse_body(self) -> None:
+        self._refuse(413, f"the body exceeds gateway.max_body_mib={self._owner.max_body // 2**20}")
+
+    def _refuse(self, status: int, message: str) -> None:
+        if not self._deaf:
+            self._deaf = self._lingers = True
+            self._waiting.append(_Refusal(status, message))
+
+    # ------------------------------------------------------------------------------------------------------- answering
+
+    def _answer_next(self) -> None:
+        """Have what waits answered, until one takes longer."""
+        if self._loop_runs:
+            return
+        self._loop_runs = True
+        while self._waiting and self.http is None:
+            one = self._waiting.popleft()
+            if self._paused and len(self._waiting) <= MAX_WAITING:
+                self._paused = False
+                self._transport.resume_reading()
+            if isinstance(one, _Refusal):
+                self._owner.refused()
+                self.http = HTTPRequest(b"GET", b"", (), b"", keeps=False)
+                self.reply(one.status, JSON, error_json(one.status, one.message))
+            else:
+                self.http = one
+                self._owner.serve(self, one)
+        self._loop_runs = False
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody reads what is written."""
+        return self._transport.is_closing()
+
+    def reply(self, status: int, headers: Sequence[Header], body: bytes, length: int | None = None) -> None:
+        """The whole answer. length: what is said of the body's length where none is sent (HEAD, 304)."""
+        if not self.gone:
+            bare = status == 204 or (status == 304 and length is None)
+            says = b"" if bare else b"Content-Length: %d\r\n" % (len(body) if length is None else length)
+            assert self.http is not None
+            sent = b"" if self.http.method == b"HEAD" else body
+            self._transport.write(
+                b"%s%s%s%s\r\n%s" % (status_line(status), header_lines(headers), says, self._stays(), sent)
+            )
+        self._ended(self.http is not None and self.http.keeps)
+
+    def begin(self, status: int, headers: Sequence[Header]) -> None:
+        """The head of an answer whose length is not known; its body follows by `write` and `end`."""
+        self.begun = True
+        assert self.http is not None
+        how = b"Transfer-Encoding: chunked\r\n" if self.http.chunks else b""
+        self._transport.write(b"%s%s%s%s\r\n" % (status_line(status), header_lines(headers), how, self._stays()))
+
+    def write(self, data: bytes) -> None:
+        """A part of the body."""
+        assert self.http is not None
+        self._transport.write(chunk(data) if self.http.chunks else data)
+
+    def end(self) -> None:
+        """The body is whole."""
+        assert self.http is not None
+        if self.http.chunks:
+            self._transport.write(LAST_CHUNK)
+        self._ended(self.http.keeps and self.http.chunks)
+
+    def cut(self) -> None:
+        """Break the answer off, so that the client sees that it is not whole."""
+        self.serving = None
+        self.abort()
+
+    def abort(self) -> None:
+        """Hang up, as if the client had."""
+        self._deaf = True
+        self._transport.abort()
+
+    def close(self) -> None:
+        """Say no more; what was written is sent."""
+        self._deaf = True
+        self._transport.close()
+
+    def _stays(self) -> bytes:
+        assert self.http is not None
+        if not self.http.keeps or self._owner.draining or (self.begun and not self.http.chunks):
+            return b"Connection: close\r\n"
+        return b"" if self.http.chunks else b"Connection: keep-alive\r\n"
+
+    def _ended(self, keeps: bool) -> None:
+        self.http = self.serving = None
+        self.begun = False
+        if keeps and not self._owner.draining and (self._waiting or not self._deaf):
+            self.heard = asyncio.get_running_loop().time()
+            if self._waiting:
+                self._answer_next()
+            return
+        self._waiting.clear()
+        self._deaf = True
+        if self._lingers:
+            asyncio.get_running_loop().call_later(LINGER_S, self._transport.close)
+        else:
+            self._transport.close()

@@ -1,0 +1,58 @@
+"""Which models the servers serve, adapters among them, and so where a request for one may go."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+Card = Mapping[str, Any]
+"""What a server says of one of its models; `id` is its name."""
+
+
+class Models:
+    """What each of `count` servers has told last. A server that does not tell, as without its key, may serve any."""
+
+    def __init__(self, count: int) -> None:
+        self._told: list[Sequence[Card] | None] = [None] * count
+        self._places: dict[str, Collection[int] | None] = {}  # by name, as of `places`
+        self._silent: set[int] = set(range(count))
+
+    def tell(self, instance_id: int, cards: Sequence[Card] | None) -> None:
+        """A server serves these; None: it does not say."""
+        if cards == self._told[instance_id]:
+            return
+        self._told[instance_id] = cards
+        self._silent = {i for i, one in enumerate(self._told) if one is None}
+        names = {str(card["id"]) for one in self._told for card in one or ()}
+        self._places = {}
+        for name in names:
+            there = {i for i, one in enumerate(self._told) if one is None or any(card["id"] == name for card in one)}
+            self._places[name] = None if len(there) == len(self._told) else there
+
+    def places(self, name: object) -> Collection[int] | None:
+        """The servers that may serve a model; None if all may. KeyError if none does."""
+        if not isinstance(name, str) or not name:
+            return None  # the server takes its own, or says what is wrong
+        if name in self._places:
+            return self._places[name]
+        if not self._silent:
+            raise KeyError(name)
+        return None if len(self._silent) == len(self._told) else self._silent
+
+    @property
+    def differ(self) -> bool:
+        """Whether there is a model that not all may serve."""
+        return any(there is not None for there in self._places.values())
+
+    @property
+    def names(self) -> list[str]:
+        """All that are served, as far as servers tell."""
+        return sorted(self._places)
+
+    def cards(self) -> list[Card]:
+        """Each model once, as the first server that has it tells of it."""
+        found: dict[str, Card] = {}
+        for cards in self._told:
+            for card in cards or ():
+                found.setdefault(str(card["id"]), card)
+        return list(found.values())

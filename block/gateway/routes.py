@@ -1,0 +1,45 @@
+"""Which paths are what: those that ask a model for a response, those that change a server, and those of the gateway."""
+
+from __future__ import annotations
+
+from urllib.parse import unquote_to_bytes
+
+GENERATES = frozenset(
+    {b"/v1/completions", b"/v1/chat/completions", b"/v1/responses", b"/v1/messages", b"/inference/v1/generate"}
+)
+"""Placed by the policy. All that is not named here goes by outstanding work, unchanged."""
+
+CHANGES = frozenset(
+    {
+        b"/abort_requests",
+        b"/collective_rpc",
+        b"/fault_tolerance/apply",
+        b"/finish_weight_update",
+        b"/init_weight_transfer_engine",
+        b"/pause",
+        b"/release_kv_cache_memory",
+        b"/reset_encoder_cache",
+        b"/reset_mm_cache",
+        b"/reset_prefix_cache",
+        b"/resume",
+        b"/scale_elastic_ep",
+        b"/shutdown_weight_transfer_engine",
+        b"/sleep",
+        b"/start_draft_weight_update",
+        b"/start_profile",
+        b"/start_weight_update",
+        b"/stop_profile",
+        b"/update_weight_version",
+        b"/update_weights",
+        b"/v1/load_lora_adapter",
+        b"/v1/unload_lora_adapter",
+        b"/wake_up",
+    }
+)
+"""Change a server, by vLLM 0.32's routes: for `gateway.admin=true` only, and then for every server."""
+
+
+def changes_servers(path: bytes) -> bool:
+    """Whether a path is one of these, however it is written: servers may see past slashes and escapes."""
+    plain = unquote_to_bytes(path).lower()
+    return b"/" + plain.strip(b"/") in CHANGES or b"//" in plain or b"/." in plain

@@ -1,0 +1,384 @@
+"""Connections to a server: requests are written to them, and answers read from them by llhttp, as bytes come."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import ssl
+from typing import Protocol, cast
+from urllib.parse import urlsplit
+
+import httptools
+
+from block.core.errors import message
+from block.gateway.http1 import AnswerHead, Header, HTTPRequest, header_lines, passed_on
+
+STALE_S = 1.0
+"""A connection that was kept and fails sooner than this was closed before the request came."""
+KEPT_S = 3.0
+"""Connections are kept so long without a request. vLLM closes those that are idle for 5 s; who sends into the closing
+loses the request.
+"""
+PEER_DEAD_S = 20
+"""Seconds without a sign of TCP's after which a host counts as lost; a busy server's host still gives one."""
+
+_KEEPALIVE = {
+    "TCP_KEEPIDLE": PEER_DEAD_S // 4,
+    "TCP_KEEPINTVL": PEER_DEAD_S // 4,
+    "TCP_KEEPCNT": 3,
+    "TCP_USER_TIMEOUT": PEER_DEAD_S * 1000,
+}
+_OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+"""What goes wrong here, and tells nothing of a server."""
+
+
+class TransportError(Exception):
+    """What can go wrong between us and a server; the message says what did."""
+
+
+class ConnectionLost(TransportError):
+    """There is no connection to it, or no longer."""
+
+
+class ServerSilent(TransportError):
+    """It has said nothing for as long as was to be waited. It may be busy."""
+
+
+class NotHTTP(TransportError):
+    """What it says is no HTTP."""
+
+
+class OutOfResources(TransportError):
+    """This process cannot open a connection, to whomever."""
+
+
+class Asking(Protocol):
+    """Who has sent a request, and is told of the answer: its head, its parts, and its end; or that it is lost."""
+
+    def answer_begins(self, head: AnswerHead) -> None:
+        """Its status and headers are there."""
+        ...
+
+    def answer_goes_on(self, data: bytes) -> None:
+        """So much more of its body has come."""
+        ...
+
+    def answer_ends(self) -> None:
+        """It is whole."""
+        ...
+
+    def lost(self, error: TransportError) -> None:
+        """It will not be whole."""
+        ...
+
+
+class Sending:
+    """A request on its way to a server, and its answer on the way back; `cancel` gives both up."""
+
+    __slots__ = ("asking", "connection", "heard", "paused", "request", "timer")
+
+    def __init__(self, asking: Asking, request: bytes) -> None:
+        self.asking = asking
+        self.request = request
+        self.connection: ServerConnection | asyncio.Task[None] | None = None
+        """That it was written to; a task while there is none yet, and None once the answer has ended."""
+        self.heard = 0.0
+        self.timer: asyncio.TimerHandle | None = None
+        self.paused = False
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer: hang up, which cancels the request there. Nothing more is told."""
+        connection = self.over()
+        if isinstance(connection, asyncio.Task):
+            connection.cancel()
+        elif connection is not None:
+            connection.close()
+
+    def over(self) -> ServerConnection | asyncio.Task[None] | None:
+        """Nothing more is told; returns what is left of it."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        connection, self.connection = self.connection, None
+        if isinstance(connection, ServerConnection):
+            connection.sending = None
+        return connection
+
+    def pause(self) -> None:
+        """Read no more of the answer, which holds up the server."""
+        self.paused = True
+        if isinstance(self.connection, ServerConnection) and not self.connection.transport.is_closing():
+            self.connection.transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on."""
+        self.paused = False
+        if isinstance(self.connection, ServerConnection) and not self.connection.transport.is_closing():
+            self.connection.transport.resume_reading()
+
+
+class ServerConnection(asyncio.Protocol):
+    """A connection of `pool`; one request at a time."""
+
+    __slots__ = (
+        "_ended",
+        "_extra",
+        "_head_done",
+        "_headers",
+        "_interim",
+        "_keeps",
+        "_length",
+        "_parser",
+        "_parts",
+        "_pool",
+        "_until_close",
+        "_uses",
+        "idle_since",
+        "sending",
+        "transport",
+    )
+
+    def __init__(self, pool: ServerPool) -> None:
+        self._pool = pool
+        self._parser = httptools.HttpResponseParser(self)
+        self._uses = 0
+        self._headers: list[Header] = []
+        self.sending: Sending | None = None
+        self.idle_since = 0.0
+        self.on_message_begin()
+
+    def begin(self, sending: Sending, now: float) -> None:
+        """Write a request."""
+        self.sending, sending.connection = sending, self
+        sending.heard = now
+        self._uses += 1
+        self._parts: list[bytes] = []
+        self._ended = self._extra = self._interim = self._head_done = False
+        self._keeps = self._until_close = False
+        self.transport.write(sending.request)
+
+    # ------------------------------------------------------------------------------------------------------ the wire
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """It is open."""
+        self.transport = cast(asyncio.Transport, transport)
+        opened = transport.get_extra_info("socket")
+        if opened is not None and opened.family in (socket.AF_INET, socket.AF_INET6):
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEPALIVE.items():
+                if hasattr(socket, option):  # else not Linux
+                    opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """It is closed, by whomever."""
+        sending = self.sending
+        if sending is None:
+            self._pool.forget(self)
+        elif self._head_done and self._until_close and error is None:
+            self._end(sending)
+        else:
+            loop = asyncio.get_running_loop()
+            sending.over()
+            said = "the server closed the connection" if error is None else message(error)
+            begun = self._head_done or self._headers
+            if self._uses > 1 and not begun and loop.time() - sending.heard < STALE_S:
+                self._pool.begin(sending)  # it may have been closed before the request came
+            else:
+                sending.asking.lost(ConnectionLost(said))
+
+    def data_received(self, data: bytes) -> None:
+        """Tell who asked what is in it."""
+        sending = self.sending
+        if sending is None:  # nothing was asked
+            self.close()
+            return
+        sending.heard = asyncio.get_running_loop().time()
+        told = self._head_done
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._ended = False
+            self._tell(sending, told)
+            if self.sending is sending:
+                sending.cancel()
+                sending.asking.lost(NotHTTP(message(error)))
+            return
+        self._tell(sending, told)
+        if self._ended and self.sending is sending:
+            self._end(sending)
+
+    def _tell(self, sending: Sending, told: bool) -> None:
+        """What has come, of the head unless it was `told` before, and of the body."""
+        asking = sending.asking
+        if self._head_done and not told:
+            asking.answer_begins(AnswerHead(self._parser.get_status_code(), passed_on(self._headers), self._length))
+        if self._parts and self.sending is sending:
+            data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+            self._parts = []
+            asking.answer_goes_on(data)
+
+    def _end(self, sending: Sending) -> None:
+        sending.over()
+        if self._keeps and not self._extra and not self.transport.is_closing():
+            if sending.paused:
+                self.transport.resume_reading()
+            self._headers = []
+            self._pool.keep(self)
+        else:
+            self.close()
+        sending.asking.answer_ends()
+
+    def close(self) -> None:
+        """Hang up."""
+        self.transport.abort()
+
+    # ------------------------------------------------------------------------------------------------- what llhttp says
+
+    def on_message_begin(self) -> None:
+        """An answer begins."""
+        if self.sending is not None and self._ended:
+            self._extra = True  # nobody asked for another
+            return
+        self._headers = []
+        self._length: int | None = None
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or, behind the body, a trailer, which is not passed on."""
+        if not self._head_done:
+            self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """The head is whole."""
+        if self._ended:
+            return
+        status = self._parser.get_status_code()
+        self._interim = 100 <= status < 200
+        if self._interim:
+            return
+        self._head_done = True
+        chunked = False
+        for name, value in self._headers:
+            lower = name.lower()
+            if lower == b"content-length":
+                self._length = int(value)
+            elif lower == b"transfer-encoding":
+                chunked = True
+        self._keeps = self._parser.should_keep_alive()
+        assert self.sending is not None
+        if self.sending.request.startswith(b"HEAD "):  # llhttp would wait for a body
+            self._ended, self._keeps = True, False
+        elif self._length is None and not chunked and status not in (204, 304):
+            self._until_close = True
+
+    def on_body(self, data: bytes) -> None:
+        """A part of its body."""
+        if not self._ended:
+            self._parts.append(data)
+
+    def on_message_complete(self) -> None:
+        """It is whole, or was only announced."""
+        if self._interim:
+            self._interim = False
+            self._headers = []
+        else:
+            self._ended = True
+
+
+class ServerPool:
+    """Connections to the server at `url`, http or https, with a path before all others if it has one.
+
+    connect_timeout_s: for it to accept a connection. read_timeout_s: longest silence before a request is lost.
+    """
+
+    def __init__(self, url: str, connect_timeout_s: float, read_timeout_s: float) -> None:
+        self.url = url
+        parts = urlsplit(url)
+        assert parts.hostname is not None
+        self._host = parts.hostname
+        self._secure = ssl.create_default_context() if parts.scheme == "https" else None
+        self._port = parts.port or (443 if self._secure else 80)
+        self._prefix = parts.path.rstrip("/").encode()
+        self._names = parts.netloc.encode()
+        self._connect_timeout_s = connect_timeout_s
+        self._read_timeout_s = read_timeout_s
+        self._idle: list[ServerConnection] = []  # the one that was used last is used next
+
+    def send(self, asking: Asking, http: HTTPRequest, body: bytes) -> Sending:
+        """Send a request, with another body; `asking` is told what comes of it, and nothing before this returns."""
+        length = b"Content-Length: %d\r\n" % len(body) if body or http.method not in (b"GET", b"HEAD") else b""
+        sending = Sending(
+            asking,
+            b"%s %s%s HTTP/1.1\r\nHost: %s\r\n%s%s\r\n%s"
+            % (http.method, self._prefix, http.target, self._names, header_lines(http.headers), length, body),
+        )
+        self.begin(sending)
+        return sending
+
+    def begin(self, sending: Sending) -> None:
+        """Write a request to a connection that is kept, or to a new one."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        sending.heard = now
+        sending.timer = loop.call_later(self._read_timeout_s, self._listen, sending)
+        while self._idle:
+            connection = self._idle.pop()
+            if now - connection.idle_since < KEPT_S and not connection.transport.is_closing():
+                connection.begin(sending, now)
+                return
+            connection.close()
+        sending.connection = loop.create_task(self._connect(sending))
+
+    async def _connect(self, sending: Sending) -> None:
+        loop = asyncio.get_running_loop()
+        error: TransportError
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                _, connection = await loop.create_connection(
+                    lambda: ServerConnection(self), self._host, self._port, ssl=self._secure
+                )
+        except TimeoutError:
+            error = ConnectionLost(f"accepts no connection within {self._connect_timeout_s:g} s")
+        except Exception as cause:  # also what is no OSError, such as a name that cannot be encoded
+            ours = isinstance(cause, OSError) and cause.errno in _OURS
+            error = (OutOfResources if ours else ConnectionLost)(message(cause))
+        else:
+            if sending.connection is None:  # given up meanwhile
+                connection.close()
+            else:
+                connection.begin(sending, loop.time())
+                if sending.paused:
+                    sending.pause()
+            return
+        if sending.connection is not None:
+            sending.over()
+            sending.asking.lost(error)
+
+    def _listen(self, sending: Sending) -> None:
+        """The time is over in which it was to say something, if it has not."""
+        loop = asyncio.get_running_loop()
+        silent = loop.time() - sending.heard
+        if silent < self._read_timeout_s or sending.paused:
+            left = self._read_timeout_s - (0.0 if sending.paused else silent)
+            sending.timer = loop.call_later(left, self._listen, sending)
+            return
+        sending.cancel()
+        sending.asking.lost(ServerSilent(f"silent for {self._read_timeout_s:g} s"))
+
+    def keep(self, connection: ServerConnection) -> None:
+        """A connection is free."""
+        connection.idle_since = asyncio.get_running_loop().time()
+        self._idle.append(connection)
+
+    def forget(self, connection: ServerConnection) -> None:
+        """A connection that was free is closed."""
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    def close_idle(self, older_s: float = KEPT_S) -> None:
+        """Close those that have been free for so long."""
+        now = asyncio.get_running_loop().time()
+        old = [one for one in self._idle if now - one.idle_since >= older_s]
+        self._idle = [one for one in self._idle if now - one.idle_since < older_s]
+        for connection in old:
+            connection.close()

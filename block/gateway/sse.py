@@ -1,0 +1,81 @@
+"""Server-sent events, as far as the gateway reads them: how a stream begins, and whether it has said that it ends."""
+
+from __future__ import annotations
+
+import json
+import re
+
+MOST = 2**20
+"""Bytes of a stream that are looked at for its first event."""
+DONE = b"[DONE]"
+
+_DONE = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\]")
+_ERROR = re.compile(rb'(?:^|[\r\n])data: ?\{\s*"error"\s*:\s*[^n\s]')
+_TAIL = 32
+"""Bytes of what came last that may be the beginning of what is looked for."""
+
+
+class Events:
+    """The events of one stream, as its bytes come."""
+
+    __slots__ = ("_held", "_tail", "count", "done", "failed")
+
+    def __init__(self) -> None:
+        self._held: bytes | None = b""
+        self._tail = b""
+        self.count = 0
+        """Ends of events that have come."""
+        self.done = False
+        """Whether it has told that nothing follows, with ``[DONE]``."""
+        self.failed = False
+        """Whether an event of it is an error."""
+
+    def first(self, data: bytes) -> bytes | None:
+        """More of a stream whose first event with data is not whole yet: all that came, once it is, and then `failed`
+        tells whether that event is an error.
+        """
+        assert self._held is not None
+        self._held += data
+        said = _first_data(self._held)
+        if said is None and len(self._held) < MOST:
+            return None
+        self.failed = said is not None and _is_error(said)
+        whole, self._held = self._held, None
+        return whole
+
+    @property
+    def held(self) -> bytes:
+        """What has come while the first event is not whole."""
+        return self._held or b""
+
+    def note(self, data: bytes) -> None:
+        """What these bytes, which follow those before, tell."""
+        self.count += data.count(b"\n\n")
+        if DONE in data or b'"error"' in data or self._tail:
+            seen = self._tail + data
+            self.done = self.done or _DONE.search(seen) is not None
+            self.failed = self.failed or _ERROR.search(seen) is not None
+        self._tail = b"" if data.endswith(b"\n\n") else data[-_TAIL:]
+
+
+def _first_data(stream: bytes) -> bytes | None:
+    """The data of the first event that has some, if it is whole; lines may end in any of the standard's ways."""
+    text = stream.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    for event in text.split(b"\n\n")[:-1]:
+        fields = [line.partition(b":") for line in event.split(b"\n")]
+        data = [value.removeprefix(b" ") for name, _, value in fields if name == b"data"]
+        if data:
+            return b"\n".join(data)
+    return None
+
+
+def _is_error(data: bytes) -> bool:
+    if b"error" not in data:
+        return False
+    try:
+        said = json.loads(data)
+    except ValueError:
+        return False
+    return isinstance(said, dict) and (
+        said.get("error") is not None or "error" in (said.get("type"), said.get("object"))
+    )
