@@ -1,11 +1,15 @@
-"""What the gateway adds to a direct connection, what one process of it carries, and what a killed server costs.
+"""What the gateway and other routers add to a direct connection, what one process of each carries, and what a killed
+server costs.
 
-    python benchmarks/server.py [realtime]
+    python benchmarks/gateway.py [peers=FOLDER] [rounds=5] [kill] [realtime]
 
-Four mock servers answer at once, or after as many ms as a request asks tokens, so that the gateway's own time is what
-is seen. The gateway has one core for itself; the load and the mocks, which are bare protocols, share another one.
-Rounds with the gateway and without take turns, so that what else the machine does meets both. `realtime` runs all of
-it before what else there is (SCHED_RR, which root may): P99 on a machine that is shared is that of its scheduler."""
+FOLDER holds the commands `vllm-router` and `sglang-router` (both are packages of Python's registry, best in an
+environment of their own); those that are there are measured, too. Four mock servers answer at once, or after as many ms
+as a request asks tokens, so that a router's own time is what is seen. The routers share one core, of which one of them
+at a time has work; the load and the mocks, which are bare protocols, share another one. Rounds through each router and
+directly take turns, so that what else the machine does meets all. `realtime` runs all of it before what else there is
+(SCHED_RR, which root may): P99 on a machine that is shared is that of its scheduler.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ import asyncio
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -26,7 +31,8 @@ import uvloop
 from block.backends.launch import free_ports
 
 RATE = 1000  # requests/s
-ROUNDS = 5
+SETTINGS = {key: value for key, _, value in (one.partition("=") for one in sys.argv[1:])}
+ROUNDS = int(SETTINGS.get("rounds", 5))
 ROUND_S = 3.0
 CLIENTS = 64
 MOCKS = 4
@@ -188,24 +194,33 @@ class Load:
 
 
 class Bench:
-    """The mocks and the gateway, as processes."""
+    """The mocks and the routers, as processes."""
 
-    def __init__(self, mock_core: set[int], gateway_core: set[int]) -> None:
-        *self.ports, self.port = free_ports(MOCKS + 1)
+    def __init__(self, mock_core: set[int], router_core: set[int]) -> None:
+        port, *theirs = free_ports(5)
+        self.ports = free_ports(MOCKS)
         self.mock_core = mock_core
         self.mocks = [self.start_mock(port) for port in self.ports]
-        urls = ",".join(f"http://127.0.0.1:{port}" for port in self.ports)
         time.sleep(3.0)
-        arguments = ["scheduler=round_robin", f"gateway.urls=[{urls}]", f"gateway.port={self.port}"]
-        self.gateway = subprocess.Popen(
-            [sys.executable, "-m", "block.gateway", *arguments],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        os.sched_setaffinity(self.gateway.pid, gateway_core)
-        assert self.gateway.stdout is not None
-        print(self.gateway.stdout.readline().decode().split(": http")[0])
+        urls = [f"http://127.0.0.1:{port}" for port in self.ports]
+        ours = ["scheduler=round_robin", f"gateway.urls=[{','.join(urls)}]", f"gateway.port={port}"]
+        commands = {"block": (port, [sys.executable, "-m", "block.gateway", "gateway.host=127.0.0.1", *ours])}
+        alike = ["--host", "127.0.0.1", "--policy", "round_robin", "--worker-urls", *urls]
+        peers = Path(SETTINGS.get("peers", "/nowhere"))
+        for name, its_port, metrics, launch in (
+            ("vllm-router", theirs[0], theirs[1], []),
+            ("sglang-router", theirs[2], theirs[3], ["launch"]),
+        ):
+            if (command := peers / name).exists():
+                ports = ["--port", str(its_port), "--prometheus-port", str(metrics)]
+                commands[name] = its_port, [str(command), *launch, *ports, *alike]
+        self.routers = {}
+        for name, (its_port, command) in commands.items():
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            process = subprocess.Popen(command, cwd=ROOT, preexec_fn=lambda: os.sched_setaffinity(0, router_core), **quiet)
+            self.routers[name] = its_port, process
+            wait_for(its_port)
+        print(f"round robin over {MOCKS} mocks: {', '.join(self.routers)}")
 
     def start_mock(self, port: int) -> subprocess.Popen[bytes]:
         mock = subprocess.Popen([sys.executable, __file__, "mock", str(port)])
@@ -213,68 +228,93 @@ class Bench:
         return mock
 
     def stop(self) -> None:
-        for process in (self.gateway, *self.mocks):
+        for process in (*(process for _, process in self.routers.values()), *self.mocks):
             process.kill()
             process.wait()
 
-    def door_cpu_s(self) -> float:
-        fields = Path(f"/proc/{self.gateway.pid}/stat").read_text().rpartition(")")[2].split()
+    def cpu_s(self, name: str) -> float:
+        """The CPU time of a router."""
+        fields = Path(f"/proc/{self.routers[name][1].pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
+    def loads(self, *, stream: bool) -> dict[str, Load]:
+        return {
+            "direct": Load(self.ports, stream=stream),
+            **{name: Load([port], stream=stream) for name, (port, _) in self.routers.items()},
+        }
+
     async def added(self, *, stream: bool) -> None:
-        arms = [Load(self.ports, stream=stream), Load([self.port], stream=stream)]
+        loads = self.loads(stream=stream)
         rounds = []
         for _ in range(ROUNDS + 1):
-            pair = []
-            for load in arms:
+            found = []
+            for load in loads.values():
                 load.firsts.clear()
                 load.seconds.clear()
                 await load.open_loop(RATE, ROUND_S)
-                pair.append(np.percentile([load.firsts, load.seconds], [50, 99], axis=1) * 1e3)
-            rounds.append(pair)
+                found.append(np.percentile([load.firsts, load.seconds], [50, 99], axis=1) * 1e3)
+            rounds.append(found)
         kept = np.median(rounds[1:], axis=0)  # the first one warms up; [arm, percentile, first byte or last]
-        for which, name in enumerate(("first byte", "last byte") if stream else ("answer",)):
-            (p50, p99), (door_p50, door_p99) = kept[:, :, which]
-            print(
-                f"  {name:10}  P50 {p50:.2f} -> {door_p50:.2f} ms, added {door_p50 - p50:.2f};"
-                f"  P99 {p99:.2f} -> {door_p99:.2f} ms, added {door_p99 - p99:.2f}"
-            )
-        for load in arms:
-            assert load.lost == load.broken == 0
+        for which, what in enumerate(("first byte", "last byte") if stream else ("answer",)):
+            direct = kept[0, :, which]
+            print(f"  {what}, direct: P50 {direct[0]:.2f} ms, P99 {direct[1]:.2f} ms; added by")
+            for name, one in zip(list(loads)[1:], kept[1:, :, which], strict=True):
+                print(f"    {name:14} P50 {one[0] - direct[0]:6.2f} ms, P99 {one[1] - direct[1]:6.2f} ms")
+        for name, load in loads.items():
+            assert load.lost == load.broken == 0, name
             load.close()
 
     async def most(self, *, stream: bool) -> None:
-        rates = []
-        for ports in (self.ports, [self.port]):
-            load = Load(ports, stream=stream)
+        for name, load in self.loads(stream=stream).items():
             await load.closed_loop(CLIENTS, 1.0)
-            load.seconds.clear()
-            before = self.door_cpu_s()
-            rates.append(await load.closed_loop(CLIENTS, 4.0))
-            cpu = (self.door_cpu_s() - before) / len(load.seconds)
+            rates, cpu = [], []
+            for _ in range(3):
+                load.seconds.clear()
+                before = self.cpu_s(name) if name in self.routers else 0.0
+                rates.append(await load.closed_loop(CLIENTS, 2.0))
+                cpu.append(((self.cpu_s(name) if name in self.routers else 0.0) - before) / len(load.seconds))
             load.close()
-        print(
-            f"  {rates[1]:,.0f} requests/s ({rates[0]:,.0f} without the gateway); its CPU {cpu * 1e6:.0f} µs a request"
-        )
+            what = "" if name == "direct" else f", {np.median(cpu) * 1e6:.0f} µs of CPU each"
+            print(f"    {name:14} {np.median(rates):8,.0f} requests/s{what}")
 
     async def kill_one(self, *, stream: bool) -> None:
-        load = Load([self.port], stream=stream, tokens=20)
-        asyncio.get_running_loop().call_later(1.5, self.mocks[0].kill)
-        await load.open_loop(RATE, 3.0)
-        load.close()
-        print(f"  {len(load.seconds)} answers, {load.lost} lost, {load.broken} broken off after their first byte")
-        self.mocks[0].wait()
-        self.mocks[0] = self.start_mock(self.ports[0])
-        await asyncio.sleep(4.0)  # so that it is readmitted
+        for name, (port, _) in self.routers.items():
+            load = Load([port], stream=stream, tokens=20)
+            asyncio.get_running_loop().call_later(1.5, self.mocks[0].kill)
+            await load.open_loop(RATE, 3.0)
+            load.close()
+            p99 = np.percentile(load.seconds, 99) * 1e3
+            told = f"{len(load.seconds)} answers, {load.lost} lost, {load.broken} broken off, P99 {p99:.0f} ms"
+            print(f"    {name:14} {told}")
+            self.mocks[0].wait()
+            self.mocks[0] = self.start_mock(self.ports[0])
+            await asyncio.sleep(20.0)  # so that it is readmitted by all
 
     async def run(self) -> None:
         for stream, what in ((False, "Answers"), (True, f"Streams of {EVENTS} events, one a ms")):
-            print(f"{what}, {RATE} requests/s open loop over {MOCKS} mocks, without the gateway -> through it")
+            print(f"{what}, {RATE} requests/s open loop")
             await self.added(stream=stream)
             print(f"{what}, {CLIENTS} clients that ask without pause")
             await self.most(stream=stream)
-            print(f"{what}, {RATE} requests/s, the first byte after 20 ms, one of {MOCKS} mocks killed")
-            await self.kill_one(stream=stream)
+            if "kill" in SETTINGS:
+                print(f"{what}, {RATE} requests/s, the first byte after 20 ms, one of {MOCKS} mocks killed")
+                await self.kill_one(stream=stream)
+
+
+def wait_for(port: int) -> None:
+    """Until somebody listens there, and answers a request."""
+    body = b'{"model":"mock","prompt":"x"}'
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    for _ in range(300):
+        time.sleep(0.2)
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=2) as client:
+                client.sendall(head + b"content-length: %d\r\n\r\n%s" % (len(body), body))
+                if client.recv(100).startswith(b"HTTP/1.1 200"):
+                    return
+        except OSError:
+            continue
+    raise SystemExit(f"nobody answers on port {port}")
 
 
 async def serve_mock(port: int) -> None:
@@ -285,7 +325,7 @@ async def serve_mock(port: int) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["mock"]:
         uvloop.run(serve_mock(int(sys.argv[2])))
-    if "realtime" in sys.argv:
+    if "realtime" in SETTINGS:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     cores = sorted(os.sched_getaffinity(0))
     mine, doors = set(cores[1:2] or cores), set(cores[:1])
