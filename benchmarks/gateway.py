@@ -217,7 +217,9 @@ class Bench:
         self.routers = {}
         for name, (its_port, command) in commands.items():
             quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            process = subprocess.Popen(command, cwd=ROOT, preexec_fn=lambda: os.sched_setaffinity(0, router_core), **quiet)
+            process = subprocess.Popen(
+                command, cwd=ROOT, preexec_fn=lambda: os.sched_setaffinity(0, router_core), **quiet
+            )
             self.routers[name] = its_port, process
             wait_for(its_port)
         print(f"round robin over {MOCKS} mocks: {', '.join(self.routers)}")

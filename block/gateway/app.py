@@ -114,6 +114,7 @@ class Gateway:
         raise_open_files()
         await self._prepare()
         gc.freeze()  # what is there now stays, and need not be searched for garbage while requests wait
+        gc.set_threshold(50_000, 20, 100)  # nor what a request leaves: it goes by itself
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: ClientConnection(self), host, port, backlog=BACKLOG)
         at = self._server.sockets[0].getsockname()

@@ -194,9 +194,9 @@ class ClientConnection(asyncio.Protocol):
         self._head = 0
         if len(self._target) > MAX_TARGET:
             self._refuse(414, f"the path exceeds {MAX_TARGET // 1024} KiB")
-        if sum(len(name) + len(value) for name, value in self._headers) > MAX_HEAD:
-            self._refuse(431, TOO_LONG)
+        size = 0
         for name, value in self._headers:
+            size += len(name) + len(value)
             lower = name.lower()
             if lower == b"content-length" and int(value) > self._owner.max_body:
                 self._refuse_body()
@@ -205,6 +205,8 @@ class ClientConnection(asyncio.Protocol):
                     self._refuse(417, f"Expect: {value.decode('latin-1')} is not known")
                 elif self.http is None and not self._waiting and not self._deaf:
                     self._transport.write(CONTINUE)
+        if size > MAX_HEAD:
+            self._refuse(431, TOO_LONG)
 
     def on_body(self, data: bytes) -> None:
         """A part of its body."""

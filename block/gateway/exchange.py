@@ -132,9 +132,7 @@ class Exchange:
     def answer_begins(self, head: AnswerHead) -> None:
         """The status and headers of its answer: as of `Asking`, like the next three."""
         self._head = head
-        kind = head.header(b"content-type")
-        packed = head.header(b"content-encoding")
-        if head.status == 200 and kind.startswith(b"text/event-stream") and not packed:
+        if head.status == 200 and head.kind.startswith(b"text/event-stream") and not head.packed:
             self._events = Events()
 
     def answer_goes_on(self, data: bytes) -> None:
@@ -167,7 +165,7 @@ class Exchange:
     def _whole(self) -> bool:
         """Whether the answer is passed on once it is whole: errors, and JSON."""
         head = self._head
-        return head.status >= 400 or head.header(b"content-type").startswith(b"application/json")
+        return head.status >= 400 or head.kind.startswith(b"application/json")
 
     def _pass_on(self, data: bytes) -> None:
         events = self._events

@@ -55,15 +55,16 @@ class HTTPRequest(NamedTuple):
 
 
 class AnswerHead(NamedTuple):
-    """How a server's answer begins; headers: those that are passed on. length: of its body in bytes; None: unknown."""
+    """How a server's answer begins; headers: those that are passed on. length: of its body in bytes; None: unknown.
+
+    kind, packed: its Content-Type and Content-Encoding, empty if it has none.
+    """
 
     status: int
     headers: Sequence[Header]
     length: int | None
-
-    def header(self, name: bytes) -> bytes:
-        """The value of a header by its name in lower case; empty if it has none."""
-        return next((value for known, value in self.headers if known.lower() == name), b"")
+    kind: bytes
+    packed: bytes
 
 
 def passed_on(headers: Iterable[Header], more: frozenset[bytes] = frozenset()) -> list[Header]:

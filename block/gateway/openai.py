@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -51,10 +52,10 @@ def read(body: bytes) -> Asked:
         raise ValueError(f"the body is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError("the body is not a JSON object")
-    asked = fields.get("input")  # of a response: a text, or messages
-    tokens = _prompt_tokens(fields.get("prompt")) + _message_tokens(fields.get("messages")) + _message_tokens(asked)
-    tokens += sum(_prompt_tokens(fields.get(key)) for key in ("system", "instructions"))
-    tokens += _prompt_tokens(asked) if isinstance(asked, str) else 0
+    tokens = 0
+    for key, counted in _COUNTED:
+        if key in fields:
+            tokens += counted(fields[key])
     allowed = fields.get("max_completion_tokens") or fields.get("max_tokens") or fields.get("max_output_tokens")
     limit = int(allowed) if isinstance(allowed, int) and allowed > 0 else None
     return Asked(max(tokens, 1), limit, fields)
@@ -114,8 +115,21 @@ def _texts(message: Any) -> list[str]:
     return [text for text in texts if isinstance(text, str)]
 
 
+def _input_tokens(asked: Any) -> int:
+    return _text_tokens(asked) if isinstance(asked, str) else _message_tokens(asked)
+
+
 def _text_tokens(text: str) -> int:
     return -(-len(text.encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN)
+
+
+_COUNTED: list[tuple[str, Callable[[Any], int]]] = [
+    ("prompt", _prompt_tokens),
+    ("messages", _message_tokens),
+    ("system", _prompt_tokens),
+    ("input", _input_tokens),  # of a response: a text, or messages
+    ("instructions", _prompt_tokens),
+]
 
 
 def tagged(body: bytes, fields: dict[str, Any], number: int, expected_tokens: int) -> bytes:

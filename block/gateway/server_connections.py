@@ -76,15 +76,16 @@ class Asking(Protocol):
 class Sending:
     """A request on its way to a server, and its answer on the way back; `cancel` gives both up."""
 
-    __slots__ = ("asking", "connection", "heard", "paused", "request", "timer")
+    __slots__ = ("asking", "connection", "heard", "paused", "pool", "request")
 
-    def __init__(self, asking: Asking, request: bytes) -> None:
+    def __init__(self, pool: ServerPool, asking: Asking, request: bytes) -> None:
+        self.pool = pool
         self.asking = asking
         self.request = request
         self.connection: ServerConnection | asyncio.Task[None] | None = None
         """That it was written to; a task while there is none yet, and None once the answer has ended."""
         self.heard = 0.0
-        self.timer: asyncio.TimerHandle | None = None
+        """When something came of it last, by the loop's clock."""
         self.paused = False
 
     def cancel(self) -> None:
@@ -97,9 +98,7 @@ class Sending:
 
     def over(self) -> ServerConnection | asyncio.Task[None] | None:
         """Nothing more is told; returns what is left of it."""
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
+        self.pool.under_way.discard(self)
         connection, self.connection = self.connection, None
         if isinstance(connection, ServerConnection):
             connection.sending = None
@@ -114,6 +113,7 @@ class Sending:
     def resume(self) -> None:
         """Read on."""
         self.paused = False
+        self.heard = asyncio.get_running_loop().time()
         if isinstance(self.connection, ServerConnection) and not self.connection.transport.is_closing():
             self.connection.transport.resume_reading()
 
@@ -124,11 +124,11 @@ class ServerConnection(asyncio.Protocol):
     __slots__ = (
         "_ended",
         "_extra",
+        "_head",
         "_head_done",
         "_headers",
         "_interim",
         "_keeps",
-        "_length",
         "_parser",
         "_parts",
         "_pool",
@@ -212,7 +212,7 @@ class ServerConnection(asyncio.Protocol):
         """What has come, of the head unless it was `told` before, and of the body."""
         asking = sending.asking
         if self._head_done and not told:
-            asking.answer_begins(AnswerHead(self._parser.get_status_code(), passed_on(self._headers), self._length))
+            asking.answer_begins(self._head)
         if self._parts and self.sending is sending:
             data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
             self._parts = []
@@ -241,7 +241,6 @@ class ServerConnection(asyncio.Protocol):
             self._extra = True  # nobody asked for another
             return
         self._headers = []
-        self._length: int | None = None
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header, or, behind the body, a trailer, which is not passed on."""
@@ -257,18 +256,24 @@ class ServerConnection(asyncio.Protocol):
         if self._interim:
             return
         self._head_done = True
-        chunked = False
+        length: int | None = None
+        chunked, kind, packed = False, b"", b""
         for name, value in self._headers:
             lower = name.lower()
             if lower == b"content-length":
-                self._length = int(value)
+                length = int(value)
+            elif lower == b"content-type":
+                kind = value
+            elif lower == b"content-encoding":
+                packed = value
             elif lower == b"transfer-encoding":
                 chunked = True
+        self._head = AnswerHead(status, passed_on(self._headers), length, kind, packed)
         self._keeps = self._parser.should_keep_alive()
         assert self.sending is not None
         if self.sending.request.startswith(b"HEAD "):  # llhttp would wait for a body
             self._ended, self._keeps = True, False
-        elif self._length is None and not chunked and status not in (204, 304):
+        elif length is None and not chunked and status not in (204, 304):
             self._until_close = True
 
     def on_body(self, data: bytes) -> None:
@@ -302,12 +307,17 @@ class ServerPool:
         self._names = parts.netloc.encode()
         self._connect_timeout_s = connect_timeout_s
         self._read_timeout_s = read_timeout_s
+        self._watch_s = min(1.0, read_timeout_s / 8)
         self._idle: list[ServerConnection] = []  # the one that was used last is used next
+        self.under_way: set[Sending] = set()
+        """What has been sent, and not been answered whole."""
+        self._watched = False
 
     def send(self, asking: Asking, http: HTTPRequest, body: bytes) -> Sending:
         """Send a request, with another body; `asking` is told what comes of it, and nothing before this returns."""
         length = b"Content-Length: %d\r\n" % len(body) if body or http.method not in (b"GET", b"HEAD") else b""
         sending = Sending(
+            self,
             asking,
             b"%s %s%s HTTP/1.1\r\nHost: %s\r\n%s%s\r\n%s"
             % (http.method, self._prefix, http.target, self._names, header_lines(http.headers), length, body),
@@ -320,7 +330,10 @@ class ServerPool:
         loop = asyncio.get_running_loop()
         now = loop.time()
         sending.heard = now
-        sending.timer = loop.call_later(self._read_timeout_s, self._listen, sending)
+        self.under_way.add(sending)
+        if not self._watched:
+            self._watched = True
+            loop.call_later(self._watch_s, self._watch)
         while self._idle:
             connection = self._idle.pop()
             if now - connection.idle_since < KEPT_S and not connection.transport.is_closing():
@@ -354,16 +367,16 @@ class ServerPool:
             sending.over()
             sending.asking.lost(error)
 
-    def _listen(self, sending: Sending) -> None:
-        """The time is over in which it was to say something, if it has not."""
+    def _watch(self) -> None:
+        """Give up what the server is silent about; a timer for each request would cost more than all its writing."""
         loop = asyncio.get_running_loop()
-        silent = loop.time() - sending.heard
-        if silent < self._read_timeout_s or sending.paused:
-            left = self._read_timeout_s - (0.0 if sending.paused else silent)
-            sending.timer = loop.call_later(left, self._listen, sending)
-            return
-        sending.cancel()
-        sending.asking.lost(ServerSilent(f"silent for {self._read_timeout_s:g} s"))
+        long_ago = loop.time() - self._read_timeout_s
+        for sending in [one for one in self.under_way if one.heard < long_ago and not one.paused]:
+            sending.cancel()
+            sending.asking.lost(ServerSilent(f"silent for {self._read_timeout_s:g} s"))
+        self._watched = bool(self.under_way)
+        if self._watched:
+            loop.call_later(self._watch_s, self._watch)
 
     def keep(self, connection: ServerConnection) -> None:
         """A connection is free."""
