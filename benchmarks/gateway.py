@@ -1,7 +1,7 @@
 """What the gateway and other routers add to a direct connection, what one process of each carries, and what a killed
 server costs.
 
-    python benchmarks/gateway.py [peers=FOLDER] [rounds=5] [kill] [realtime]
+    python benchmarks/gateway.py [peers=FOLDER] [rounds=5] [kill] [hang] [realtime]
 
 FOLDER holds the commands `vllm-router` and `sglang-router` (both are packages of Python's registry, best in an
 environment of their own); those that are there are measured, too. Four mock servers answer at once, or after as many ms
@@ -17,6 +17,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -292,7 +293,23 @@ class Bench:
             self.mocks[0] = self.start_mock(self.ports[0])
             await asyncio.sleep(20.0)  # so that it is readmitted by all
 
+    async def stop_one(self) -> None:
+        """One mock is stopped for half of the time, as a server that hangs: it accepts connections and says nothing."""
+        for name, (port, _) in self.routers.items():
+            load = Load([port], tokens=20)
+            loop = asyncio.get_running_loop()
+            loop.call_later(5, self.mocks[0].send_signal, signal.SIGSTOP)
+            loop.call_later(30, self.mocks[0].send_signal, signal.SIGCONT)
+            await load.open_loop(200, 50.0)
+            load.close()
+            p99, most = np.percentile(load.seconds, [99, 100])
+            print(f"    {name:14} {len(load.seconds)} answers, {load.lost} lost, P99 {p99:.2f} s, at most {most:.1f} s")
+
     async def run(self) -> None:
+        if "hang" in SETTINGS:
+            print(f"Answers after 20 ms, 200 requests/s for 50 s, one of {MOCKS} mocks hangs from 5 to 30 s")
+            await self.stop_one()
+            return
         for stream, what in ((False, "Answers"), (True, f"Streams of {EVENTS} events, one a ms")):
             print(f"{what}, {RATE} requests/s open loop")
             await self.added(stream=stream)

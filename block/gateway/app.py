@@ -12,7 +12,7 @@ import resource
 import secrets
 import signal
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from typing import Any
 
 import aiohttp
@@ -41,6 +41,7 @@ from block.gateway.prompts import UNKNOWN, Prompt, Prompts, TextPieces, Tokenize
 from block.gateway.routes import GENERATES, changes_servers
 from block.gateway.server_connections import ServerPool
 from block.gateway.upstreams import PluginInstance, Upstream, make_upstreams, open_session
+from block.gateway.watch import Watch
 from block.lengths import Lengths, Oracle, Reader
 
 log = logging.getLogger(__name__)
@@ -148,7 +149,8 @@ class Gateway:
             history=History(HISTORY),
         )
         self._metrics = metrics = Metrics(self.upstreams, self.dispatcher, self._policy.needs, self._prefixes)
-        self._around = Surroundings(self.upstreams, self.dispatcher, self._clock, metrics)
+        watch = Watch(self.upstreams, self.dispatcher, self._clock, config, self.models)
+        self._around = Surroundings(self.upstreams, self.dispatcher, self._clock, metrics, watch)
         if self._tokenizer is not None:
             self._prompts = TokenizedPrompts(
                 self._tokenizer, config.tokenize_timeout_s or TOKENIZE_S, metrics.not_tokenized
@@ -169,9 +171,8 @@ class Gateway:
             if not well:
                 reason = f"{upstream.url} does not answer yet"
                 self.dispatcher.instance_down(upstream.instance_id, reason, self._clock.now())
-        await asyncio.gather(*(self._ask_models(self.upstreams[i]) for i in self.dispatcher.active))
-        watches = [self._watch(upstream) for upstream in self.upstreams]
-        self._open.push_async_callback(_cancel, [asyncio.create_task(one) for one in (*watches, self._sweep())])
+        await asyncio.gather(*(watch.ask_models(self.upstreams[i]) for i in self.dispatcher.active))
+        self._open.push_async_callback(_cancel, [asyncio.create_task(one) for one in (watch.run(), self._sweep())])
 
     async def stop(self) -> None:
         """Take no new connections, let requests finish for `grace_s`, and close what is left."""
@@ -193,24 +194,6 @@ class Gateway:
                 upstream.pool.close_idle(0.0)
             await _cancel(list(self._around.tasks))
         await self._open.aclose()
-
-    async def _watch(self, upstream: Upstream) -> None:
-        """Readmit an instance that was ejected once it is well, and ask one that is well for its models."""
-        i, asked = upstream.instance_id, self._clock.now()
-        while True:
-            await asyncio.sleep(self._config.probe_interval_s)
-            if i not in self.dispatcher.active and await upstream.healthy():
-                await self._ask_models(upstream)
-                self.dispatcher.instance_up(i, self._clock.now())
-                log.warning("instance %d gets requests: %s is well", i, upstream.url)
-            elif i in self.dispatcher.active and self._clock.now() - asked >= self._config.models_interval_s:
-                asked = self._clock.now()
-                await self._ask_models(upstream)
-
-    async def _ask_models(self, upstream: Upstream) -> None:
-        """What an instance serves; what it told before holds while it does not answer."""
-        with suppress(OSError):
-            self.models.tell(upstream.instance_id, await upstream.cards())
 
     async def _sweep(self) -> None:
         """Close connections that nobody has used for long."""

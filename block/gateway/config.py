@@ -18,6 +18,8 @@ class GatewayConfig:
         tokens; null: by the bytes of their text. tokenize_timeout_s: how long a request waits for that; null: 0.2.
     probe_interval_s: how often a server that was ejected is asked whether it is well again. models_interval_s: how
         often one that is well is asked which models it serves.
+    hang_floor_s, hang_factor: a server that has requests and is silent for the first is asked whether it is well; its
+        step in flight, or its first byte, may take the second times what was to be expected, and the first, more.
     connect_timeout_s: a server that takes longer to accept a connection is gone.
     read_timeout_s: longest silence of a server before its request fails.
     grace_s: how long requests may go on after SIGTERM. max_body_mib: largest request body.
@@ -33,6 +35,8 @@ class GatewayConfig:
     tokenize_timeout_s: float | None = None
     probe_interval_s: float = 1.0
     models_interval_s: float = 5.0
+    hang_floor_s: float = 1.0
+    hang_factor: float = 4.0
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 600.0
     grace_s: float = 30.0
@@ -57,7 +61,7 @@ class GatewayConfig:
         if self.tokenizer is None and self.tokenize_timeout_s is not None:
             given = f"gateway.tokenize_timeout_s={self.tokenize_timeout_s}"
             raise ValueError(f"{given}: has no effect without gateway.tokenizer")
-        for key in [one for one in vars(self) if one.endswith(("_timeout_s", "_interval_s"))]:
+        for key in [one for one in vars(self) if one.endswith(("_timeout_s", "_interval_s", "_floor_s", "_factor"))]:
             given_s = getattr(self, key)
             if given_s is not None and not 0 < given_s < math.inf:
                 raise ValueError(f"gateway.{key}={getattr(self, key)}: must be greater than 0")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -23,8 +24,11 @@ from block.gateway.openai import JSON, PromptUsage, completion_tokens, error_eve
 from block.gateway.server_connections import NotHTTP, OutOfResources, Sending, ServerSilent, TransportError
 from block.gateway.sse import Events
 from block.gateway.upstreams import Upstream
+from block.gateway.watch import Watch
 
 log = logging.getLogger(__name__)
+
+_STREAMS = re.compile(rb'"stream"\s*:\s*true')
 
 TURNED_AWAY = (502, 503)
 """Statuses by which a server says that another one may serve the request."""
@@ -38,6 +42,7 @@ class Surroundings:
     dispatcher: Dispatcher
     clock: Clock
     metrics: Metrics
+    watch: Watch
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     """What goes on for no request in particular; an event loop keeps no hold of its tasks."""
 
@@ -62,10 +67,11 @@ class Exchange:
         "_kept",
         "_on_usage",
         "_over",
-        "_passing",
         "_preparing",
         "_record",
         "_sending",
+        "passing",
+        "streams",
     )
 
     def __init__(
@@ -82,6 +88,8 @@ class Exchange:
         self._checking: asyncio.Task[None] | None = None
         self._kept: tuple[int, Sequence[Header], bytes, int | None] | None = None  # the answer, if none is better
         self._on_usage: Callable[[PromptUsage], None] | None = None
+        self.streams = generates and _STREAMS.search(http.body) is not None
+        self.passing = False
         self._over = False  # the dispatcher and the metrics have been told how it ended
         client.serving = self
 
@@ -122,7 +130,7 @@ class Exchange:
         around.metrics.attempted()
         around.dispatcher.delivered(record, around.clock.now())
         self._held: list[bytes] = []
-        self._passing = False
+        self.passing = False
         self._events: Events | None = None
         pool = around.upstreams[record.instance_id].pool
         self._sending = pool.send(self, self._http, self._body)
@@ -169,7 +177,7 @@ class Exchange:
 
     def _pass_on(self, data: bytes) -> None:
         events = self._events
-        if not self._passing:
+        if not self.passing:
             if events is not None:
                 first = events.first(data)
                 if first is None:
@@ -194,14 +202,17 @@ class Exchange:
     def _begin_passing(self) -> None:
         record = self._record
         assert record is not None
-        self._passing = True
-        self._around.dispatcher.first_token(record, self._around.clock.now())
+        self.passing = True
+        now = self._around.clock.now()
+        self._around.dispatcher.first_token(record, now)
+        if self._events is not None:
+            self._around.watch.began(record.instance_id, now - record.dispatched)
         if self._client is not None:
             self._client.begin(self._head.status, self._head.headers)
 
     def _ends(self) -> None:
         events = self._events
-        if not self._passing and events is not None and self._checking is None:
+        if not self.passing and events is not None and self._checking is None:
             if events.held:
                 self._begin_passing()
                 if self._client is not None:
@@ -210,7 +221,7 @@ class Exchange:
                 self._begin_passing()
         if self._checking is not None:  # which goes on when it is done
             return
-        if self._passing:
+        if self.passing:
             client, self._client = self._client, None
             if not self._over:
                 self._finish()
@@ -267,7 +278,7 @@ class Exchange:
             if (client := self._client) is not None:
                 self._client = None
                 client.end()
-        elif self._passing:
+        elif self.passing:
             self._break_off(text)
         elif isinstance(error, ServerSilent):  # the next one would be as slow
             self._kept = 504, JSON, error_json(504, text), None

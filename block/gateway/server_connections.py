@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import socket
 import ssl
 from typing import Protocol, cast
@@ -49,12 +50,21 @@ class NotHTTP(TransportError):
     """What it says is no HTTP."""
 
 
+class ServerHangs(TransportError):
+    """It accepts requests, and does nothing with them."""
+
+
 class OutOfResources(TransportError):
     """This process cannot open a connection, to whomever."""
 
 
 class Asking(Protocol):
     """Who has sent a request, and is told of the answer: its head, its parts, and its end; or that it is lost."""
+
+    streams: bool
+    """Whether the answer is asked for as a stream."""
+    passing: bool
+    """Whether the answer has begun to be passed on, so that the request cannot begin anew elsewhere."""
 
     def answer_begins(self, head: AnswerHead) -> None:
         """Its status and headers are there."""
@@ -76,7 +86,7 @@ class Asking(Protocol):
 class Sending:
     """A request on its way to a server, and its answer on the way back; `cancel` gives both up."""
 
-    __slots__ = ("asking", "connection", "heard", "paused", "pool", "request")
+    __slots__ = ("asking", "connection", "heard", "paused", "pool", "request", "sent")
 
     def __init__(self, pool: ServerPool, asking: Asking, request: bytes) -> None:
         self.pool = pool
@@ -84,8 +94,9 @@ class Sending:
         self.request = request
         self.connection: ServerConnection | asyncio.Task[None] | None = None
         """That it was written to; a task while there is none yet, and None once the answer has ended."""
-        self.heard = 0.0
-        """When something came of it last, by the loop's clock."""
+        self.sent = asyncio.get_running_loop().time()
+        """When it was sent, and when something came of it last, by the loop's clock."""
+        self.heard = self.sent
         self.paused = False
 
     def cancel(self) -> None:
@@ -193,7 +204,7 @@ class ServerConnection(asyncio.Protocol):
         if sending is None:  # nothing was asked
             self.close()
             return
-        sending.heard = asyncio.get_running_loop().time()
+        sending.heard = self._pool.heard = asyncio.get_running_loop().time()
         told = self._head_done
         try:
             self._parser.feed_data(data)
@@ -311,6 +322,8 @@ class ServerPool:
         self._idle: list[ServerConnection] = []  # the one that was used last is used next
         self.under_way: set[Sending] = set()
         """What has been sent, and not been answered whole."""
+        self.heard = 0.0
+        """When something came from the server last, by the loop's clock."""
         self._watched = False
 
     def send(self, asking: Asking, http: HTTPRequest, body: bytes) -> Sending:
@@ -377,6 +390,22 @@ class ServerPool:
         self._watched = bool(self.under_way)
         if self._watched:
             loop.call_later(self._watch_s, self._watch)
+
+    def quiet_s(self) -> float:
+        """For how long the server has said nothing to what waits for it; 0 if nothing does."""
+        since = min((one.sent for one in self.under_way if not one.paused), default=math.inf)
+        return max(asyncio.get_running_loop().time() - max(since, self.heard), 0.0)
+
+    def longest_wait_s(self) -> float:
+        """How long the oldest request for a stream has waited whose answer has not begun; 0 if there is none."""
+        waiting = [one.sent for one in self.under_way if one.asking.streams and not one.asking.passing]
+        return asyncio.get_running_loop().time() - min(waiting) if waiting else 0.0
+
+    def give_up(self, error: TransportError) -> None:
+        """Lose all whose answers have not begun to be passed on."""
+        for sending in [one for one in self.under_way if not one.asking.passing]:
+            sending.cancel()
+            sending.asking.lost(error)
 
     def keep(self, connection: ServerConnection) -> None:
         """A connection is free."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -15,13 +16,14 @@ from block.backends.instance import VLLMInstance
 from block.cluster.instance import Instance
 from block.core.arrays import Ints
 from block.core.clock import Clock
-from block.core.snapshot import Snapshot
+from block.core.snapshot import NUM_SCHEDULED_TOKENS, Snapshot
 from block.core.types import Forecasts, Request
 from block.dispatch.core import Forecaster
 from block.dispatch.policies import Needs
 from block.engine.config import EngineConfig, EngineSettings
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor, forecast_each
+from block.engine.scheduler import step_time
 from block.gateway.models import Card
 from block.gateway.server_connections import ServerPool
 
@@ -43,6 +45,14 @@ class Upstream(Instance, Protocol):
 
     async def cards(self) -> Sequence[Card] | None:
         """The models that it serves; None if it does not tell. OSError if it does not answer."""
+        ...
+
+    async def hangs(self, patience_s: float) -> bool:
+        """Whether it does not say within so long that it is well."""
+        ...
+
+    def overrun(self, floor_s: float, factor: float) -> str | None:
+        """Why its step in flight shows that it hangs; None if it does not, or shows none."""
         ...
 
 
@@ -68,7 +78,7 @@ def make_upstreams(
     """
     if needs is Needs.COUNTS:
         return Upstreams([HTTPInstance(i, pool, session) for i, pool in enumerate(pools)], None)
-    instances = [PluginInstance(i, pool, session, clock) for i, pool in enumerate(pools)]
+    instances = [PluginInstance(i, pool, session, clock, latency) for i, pool in enumerate(pools)]
     if needs is Needs.SNAPSHOT:
         return Upstreams(instances, None)
     assert latency is not None, "who asks for forecasts has a latency model"
@@ -96,6 +106,20 @@ class HTTPInstance:
         except (aiohttp.ClientError, TimeoutError, OSError):
             return False
 
+    async def hangs(self, patience_s: float) -> bool:
+        """Whether /health is silent for so long."""
+        try:
+            async with self._session.get(f"{self.url}/health", timeout=aiohttp.ClientTimeout(patience_s)):
+                return False
+        except TimeoutError:
+            return True
+        except (aiohttp.ClientError, OSError):
+            return False  # it is gone, which its requests find out themselves
+
+    def overrun(self, floor_s: float, factor: float) -> str | None:
+        """None: it shows no step."""
+        return None
+
     async def cards(self) -> Sequence[Card] | None:
         """The models that it serves, as /v1/models tells; None if it does not. OSError if it does not answer."""
         try:
@@ -113,8 +137,17 @@ class HTTPInstance:
 class PluginInstance(HTTPInstance):
     """A server with this package's plugin. It can be looked at once `healthy`, which attaches to it, was true."""
 
-    def __init__(self, instance_id: int, pool: ServerPool, session: aiohttp.ClientSession, clock: Clock) -> None:
+    def __init__(
+        self,
+        instance_id: int,
+        pool: ServerPool,
+        session: aiohttp.ClientSession,
+        clock: Clock,
+        latency: LatencyModel | None,
+    ) -> None:
         super().__init__(instance_id, pool, session)
+        self._packed = None if latency is None else latency.pack()
+        self._stuck = math.nan  # when the step began that was the last to be overrun
         self.settings: EngineSettings | None = None
         """What it says of itself, once it is attached to."""
         self._clock = clock
@@ -133,8 +166,23 @@ class PluginInstance(HTTPInstance):
             if not await super().healthy():
                 return False
             if self._view is not None and await self._view.is_same():
-                return True
+                return self.snapshot().step_started != self._stuck
             return await self._attach()
+
+    def overrun(self, floor_s: float, factor: float) -> str | None:
+        """By the step's forecast; without a latency model, by the longest of its latest steps."""
+        seen = self.snapshot()
+        took = seen.taken_at - seen.step_started
+        if not took > floor_s:  # or it is idle: NaN
+            return None
+        if self._packed is None:
+            expected = self._view.longest_step_s if self._view is not None else 0.0
+        else:
+            expected = step_time(seen.seqs, 0, seen.running + seen.stale, NUM_SCHEDULED_TOKENS, self._packed)
+        if took <= floor_s + factor * expected:
+            return None
+        self._stuck = seen.step_started
+        return f"a step of {expected:.2g} s has taken {took:.1f} s"
 
     async def _attach(self) -> bool:
         view = VLLMInstance(self.instance_id, self.url, self._session, self._clock)
