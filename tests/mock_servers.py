@@ -178,11 +178,15 @@ class PluginMock(Mock):
 class RunningGateway:
     """A gateway with its mock servers, and a client."""
 
-    dispatcher: Dispatcher
+    gateway: Gateway
     mocks: Sequence[Mock]
     url: str
     client: aiohttp.ClientSession
     stop: Callable[[], Awaitable[None]]
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        return self.gateway.dispatcher
 
     async def ask(
         self, body: bytes = ASKED, path: str = "/v1/completions", **options: Any
@@ -243,7 +247,7 @@ async def running_gateway(
     _, port = await gateway.start("127.0.0.1", 0)
     try:
         async with aiohttp.ClientSession(auto_decompress=False) as client:
-            running = RunningGateway(gateway.dispatcher, mocks, f"http://127.0.0.1:{port}", client, gateway.stop)
+            running = RunningGateway(gateway, mocks, f"http://127.0.0.1:{port}", client, gateway.stop)
             yield running
             await eventually(lambda: running.in_flight() == 0)
     finally:

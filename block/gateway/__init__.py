@@ -1,11 +1,15 @@
-"""The gateway: an OpenAI-compatible HTTP server over a `Dispatcher`, in front of any set of vLLM servers.
+"""The gateway: HTTP with OpenAI's API, and all else that vLLM serves, over a `Dispatcher` in front of vLLM servers.
 
-app        routes, probes, start and stop
-proxy      one request, proxied
-openai     what a request asks for, and errors as OpenAI words them
-upstreams  the servers as instances
-transport  HTTP to them
-estimates  how long a response will be
-metrics    what /metrics says
-config     the node `gateway`
+app                 routes, start and stop
+client_connections  requests read from clients, and answers written to them
+exchange            one request: placed, sent, its answer passed on, or begun anew
+server_connections  requests written to a server, and answers read from it
+http1, sse, openai  what is on these wires: HTTP/1.1, events, bodies
+routes, models      which paths are what; which server has which model
+upstreams           the servers as instances
+watch               which of them hang, and are well again
+prompts, prefixes   prompts as tokens or pieces of text; what caches have of them
+estimates           how long a response will be
+metrics             what /metrics says
+config              the node `gateway`
 """

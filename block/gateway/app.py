@@ -11,6 +11,7 @@ import random
 import resource
 import secrets
 import signal
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
@@ -54,6 +55,8 @@ LAST_BYTES_S = 0.5
 BACKLOG = 2048
 SWEEP_S = 1.0
 """From one search for idle connections to the next."""
+OTHER_FILES = 64
+"""Open files that are not for requests: code, logs, probes."""
 IDLE_S = 75.0
 """A client's connection may be without a request, or in the midst of one, so long."""
 TOKENIZE_S = 0.2
@@ -104,15 +107,16 @@ class Gateway:
         self._open = AsyncExitStack()
         self._server: asyncio.Server | None = None
         self.max_body = config.max_body_mib * 2**20
-        """As of `block.gateway.client_connections.Owner`, like the next two."""
+        """As of `block.gateway.client_connections.Owner`, like the next three."""
         self.draining = False
         self.clients: set[ClientConnection] = set()
+        self.most_clients = 0
 
     # ---------------------------------------------------------------------------------------------- start and stop
 
     async def start(self, host: str, port: int) -> tuple[str, int]:
         """Take requests at an address, which is returned: the port may be chosen here. OSError if it cannot be."""
-        raise_open_files()
+        self.most_clients = most_connections()
         await self._prepare()
         gc.freeze()  # what is there now stays, and need not be searched for garbage while requests wait
         gc.set_threshold(50_000, 20, 100)  # nor what a request leaves: it goes by itself
@@ -226,12 +230,12 @@ class Gateway:
         else:
             self._pass(client, http)
 
-    def refused(self) -> None:
-        """What came from a client was no request."""
-        self._metrics.refused_unplaced()
+    def refused(self, status: int) -> None:
+        """What came from a client was no request, or one too many."""
+        self._metrics.refused_unplaced(status)
 
     def _refuse(self, client: ClientConnection, status: int, message: str) -> None:
-        self._metrics.refused_unplaced()
+        self._metrics.refused_unplaced(status)
         client.reply(status, JSON, error_json(status, message))
 
     def _pass(self, client: ClientConnection, http: HTTPRequest) -> None:
@@ -394,11 +398,14 @@ async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def raise_open_files() -> None:
-    """As many connections as the system lets this process have."""
+def most_connections() -> int:
+    """How many clients there can be, each with a connection to a server, by the open files that this process may have;
+    it gets all that it may.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return max((hard - OTHER_FILES) // 2, 1) if hard != resource.RLIM_INFINITY else sys.maxsize
 
 
 async def listen(gateway: Gateway, host: str, port: int, listening: Callable[[str], None]) -> None:

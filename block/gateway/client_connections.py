@@ -42,13 +42,15 @@ class Owner(Protocol):
     """Whether connections end with the answer that is under way."""
     clients: set[ClientConnection]
     """Those that are open."""
+    most_clients: int
+    """How many of them may be."""
 
     def serve(self, client: ClientConnection, http: HTTPRequest) -> None:
         """Have a request answered, at once or later; `client.serving` is to be who is told of what happens."""
         ...
 
-    def refused(self) -> None:
-        """Something that is no request was answered with an error."""
+    def refused(self, status: int) -> None:
+        """What is no request, or one too many, was answered with an error."""
         ...
 
 
@@ -124,6 +126,9 @@ class ClientConnection(asyncio.Protocol):
         """It is open."""
         self._transport = cast(asyncio.Transport, transport)
         self._owner.clients.add(self)
+        if len(self._owner.clients) > self._owner.most_clients:
+            self._refuse(503, f"there are {self._owner.most_clients} connections already, as many as open files allow")
+            self._answer_next()
 
     def connection_lost(self, error: Exception | None) -> None:
         """It is closed, by whomever."""
@@ -260,7 +265,7 @@ class ClientConnection(asyncio.Protocol):
                 self._paused = False
                 self._transport.resume_reading()
             if isinstance(one, _Refusal):
-                self._owner.refused()
+                self._owner.refused(one.status)
                 self.http = HTTPRequest(b"GET", b"", (), b"", keeps=False)
                 self.reply(one.status, JSON, error_json(one.status, one.message))
             else:

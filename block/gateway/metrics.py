@@ -143,9 +143,9 @@ class Metrics:
                 self._predicted[what].observe(predicted)
                 self._ratio[what].observe(predicted / max(actual, 1e-3))
 
-    def refused_unplaced(self) -> None:
+    def refused_unplaced(self, status: int) -> None:
         """A request was refused before any instance was chosen."""
-        self._requests[-1, REFUSED].inc()
+        self._requests[-1, REFUSED if status < 500 else FAILED].inc()
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from urllib.parse import unquote_to_bytes
 
-GENERATES = frozenset(
-    {b"/v1/completions", b"/v1/chat/completions", b"/v1/responses", b"/v1/messages", b"/inference/v1/generate"}
-)
+GENERATES = frozenset({b"/v1/completions", b"/v1/chat/completions", b"/v1/responses", b"/v1/messages"})
 """Placed by the policy. All that is not named here goes by outstanding work, unchanged."""
 
 CHANGES = frozenset(

@@ -21,6 +21,8 @@ KEPT_S = 3.0
 """Connections are kept so long without a request. vLLM closes those that are idle for 5 s; who sends into the closing
 loses the request.
 """
+AGAIN_S = 0.05
+"""From one try to open a connection to the next, while this process has too many open."""
 PEER_DEAD_S = 20
 """Seconds without a sign of TCP's after which a host counts as lost; a busy server's host still gives one."""
 
@@ -357,17 +359,24 @@ class ServerPool:
 
     async def _connect(self, sending: Sending) -> None:
         loop = asyncio.get_running_loop()
-        error: TransportError
+        error: TransportError = ConnectionLost(f"accepts no connection within {self._connect_timeout_s:g} s")
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await loop.create_connection(
-                    lambda: ServerConnection(self), self._host, self._port, ssl=self._secure
-                )
+                while True:
+                    try:
+                        _, connection = await loop.create_connection(
+                            lambda: ServerConnection(self), self._host, self._port, ssl=self._secure
+                        )
+                        break
+                    except OSError as cause:
+                        if cause.errno not in _OURS:
+                            raise
+                        error = OutOfResources(message(cause))
+                        await asyncio.sleep(AGAIN_S)
         except TimeoutError:
-            error = ConnectionLost(f"accepts no connection within {self._connect_timeout_s:g} s")
+            pass
         except Exception as cause:  # also what is no OSError, such as a name that cannot be encoded
-            ours = isinstance(cause, OSError) and cause.errno in _OURS
-            error = (OutOfResources if ours else ConnectionLost)(message(cause))
+            error = ConnectionLost(message(cause))
         else:
             if sending.connection is None:  # given up meanwhile
                 connection.close()

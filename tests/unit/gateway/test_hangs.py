@@ -40,8 +40,8 @@ class Silent(Mock):
     silent = True
 
     async def _health(self, http: web.Request) -> web.Response:
-        if self.silent:
-            await self.never.wait()
+        while self.silent:
+            await asyncio.sleep(0.01)
         return await super()._health(http)
 
     async def _complete(self, http: web.Request) -> web.StreamResponse:
