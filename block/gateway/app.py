@@ -36,7 +36,17 @@ from block.gateway.exchange import Exchange, Surroundings
 from block.gateway.http1 import HTTPRequest, TooLong, passed_on, unpacked
 from block.gateway.metrics import Metrics
 from block.gateway.models import Models
-from block.gateway.openai import JSON, Asked, PromptUsage, error_json, model_of, prompt_text, read, tagged
+from block.gateway.openai import (
+    JSON,
+    Asked,
+    BytesPerToken,
+    PromptUsage,
+    error_json,
+    model_of,
+    prompt_text,
+    read,
+    tagged,
+)
 from block.gateway.prefixes import UpstreamPrefixes
 from block.gateway.prompts import UNKNOWN, Prompt, Prompts, TextPieces, TokenizedPrompts
 from block.gateway.routes import GENERATES, changes_servers
@@ -100,6 +110,7 @@ class Gateway:
         self._prefixes: UpstreamPrefixes | None = None
         self.models = Models(len(config.urls))
         """What the servers serve."""
+        self._bytes_per_token = BytesPerToken()
         self._least = LeastRequests()  # for what asks for no response
         self._clock = Clock()
         # Requests of several gateways, or of one that was started again, must not share a number on a server.
@@ -152,7 +163,9 @@ class Gateway:
             observers=[] if self._prefixes is None else [self._prefixes],
             history=History(HISTORY),
         )
-        self._metrics = metrics = Metrics(self.upstreams, self.dispatcher, self._policy.needs, self._prefixes)
+        self._metrics = metrics = Metrics(
+            self.upstreams, self.dispatcher, self._policy.needs, self._prefixes, self._bytes_per_token
+        )
         watch = Watch(self.upstreams, self.dispatcher, self._clock, config, self.models)
         self._around = Surroundings(self.upstreams, self.dispatcher, self._clock, metrics, watch)
         if self._tokenizer is not None:
@@ -307,17 +320,23 @@ class Gateway:
 
         estimate: of its response's tokens, if there is one.
         """
-        tokens = asked.prompt_tokens if prompt.tokens is None else max(prompt.tokens, 1)
+        rates = self._bytes_per_token
+        if prompt.tokens is None:
+            tokens = asked.prompt_tokens(rates.of(asked.fields.get("model")))
+        else:
+            tokens = max(prompt.tokens, 1)
         expected = asked.capped(self._config.expected_output_tokens if estimate is None else estimate)
         if self._tags:
             body = tagged(body, asked.fields, number, expected)
         request = Request(number, arrived, tokens, expected, expected, block_hashes=prompt.hashes)
 
-        def compare(usage: PromptUsage) -> None:
-            if usage.tokens != prompt.tokens:
+        def learn(usage: PromptUsage) -> None:
+            if not prompt.exact:
+                rates.learn(asked, usage.tokens)
+            elif usage.tokens != prompt.tokens:
                 self._metrics.miscounted()
 
-        exchange.place(request, body, among=among, on_usage=compare if prompt.exact else None)
+        exchange.place(request, body, among=among, on_usage=learn)
 
     async def _read_prompt(self, fields: Mapping[str, Any]) -> Prompt:
         """Its tokens and blocks, as far as the policy asks for them and they can be known."""

@@ -46,6 +46,7 @@ class Metrics:
         dispatcher: Dispatcher,
         needs: Needs,
         prefixes: UpstreamPrefixes | None = None,
+        bytes_per_token: Iterable[tuple[str, float]] = (),
     ) -> None:
         self._registry = registry = CollectorRegistry()
         self._dispatcher = dispatcher
@@ -55,9 +56,9 @@ class Metrics:
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(name, text, buckets=buckets, registry=registry)
 
-        registry.register(_Counts(upstreams, dispatcher, prefixes))
+        registry.register(_Counts(upstreams, dispatcher, prefixes, bytes_per_token))
         requests = Counter(
-            "block_requests", "Requests by their last instance and outcome", ["instance", "status"], registry=registry
+            "block_requests", "Requests by their last instance and outcome", ["server", "status"], registry=registry
         )
         self._requests = {
             (i, status): requests.labels(url, status)  # so that each is there from the beginning
@@ -84,10 +85,10 @@ class Metrics:
             registry=registry,
         )
         self._prompt_tokens = Counter(
-            "block_prompt_tokens", "Prompt tokens of answers that tell what was cached", ["instance"], registry=registry
+            "block_prompt_tokens", "Prompt tokens of answers that tell what was cached", ["server"], registry=registry
         )
         self._cached_tokens = Counter(
-            "block_cached_tokens", "Prompt tokens that were cached, by the answers", ["instance"], registry=registry
+            "block_cached_tokens", "Prompt tokens that were cached, by the answers", ["server"], registry=registry
         )
         self._estimate_s = histogram("block_length_seconds", "Time that a request waits for its estimate", _ESTIMATE)
         self._forecast_s = histogram("block_forecast_seconds", "Time that one forecast takes", _FORECAST)
@@ -156,20 +157,25 @@ class _Counts(Collector):
     """What the dispatcher counts itself, read when it is asked for."""
 
     def __init__(
-        self, upstreams: Sequence[Upstream], dispatcher: Dispatcher, prefixes: UpstreamPrefixes | None
+        self,
+        upstreams: Sequence[Upstream],
+        dispatcher: Dispatcher,
+        prefixes: UpstreamPrefixes | None,
+        bytes_per_token: Iterable[tuple[str, float]],
     ) -> None:
         self._upstreams = upstreams
         self._dispatcher = dispatcher
         self._prefixes = prefixes
+        self._bytes_per_token = bytes_per_token
 
     def collect(self) -> Iterable[Metric]:
         """The metrics of this moment."""
         dispatcher = self._dispatcher
-        in_flight = GaugeMetricFamily("block_in_flight", "Requests placed and not finished", labels=["instance"])
-        active = GaugeMetricFamily("block_instance_active", "Whether requests may go there", labels=["instance"])
-        ejections = CounterMetricFamily("block_ejections", "Times an instance was ejected", labels=["instance"])
+        in_flight = GaugeMetricFamily("block_in_flight", "Requests placed and not finished", labels=["server"])
+        active = GaugeMetricFamily("block_instance_active", "Whether requests may go there", labels=["server"])
+        ejections = CounterMetricFamily("block_ejections", "Times an instance was ejected", labels=["server"])
         sources = GaugeMetricFamily(
-            "block_prefix_source", "How it is known what its prefix cache has", labels=["instance", "source"]
+            "block_prefix_source", "How it is known what its prefix cache has", labels=["server", "source"]
         )
         for upstream in self._upstreams:
             i, url = upstream.instance_id, upstream.url
@@ -181,4 +187,7 @@ class _Counts(Collector):
                 for one in SOURCES:
                     sources.add_metric([url, one], one == source)
         count = GaugeMetricFamily("block_active_instances", "Instances that requests may go to", len(dispatcher.active))
-        return [in_flight, active, ejections, count, sources]
+        rates = GaugeMetricFamily("block_bytes_per_token", "Of prompts, as servers count them", labels=["model"])
+        for model, rate in self._bytes_per_token:
+            rates.add_metric([model], rate)
+        return [in_flight, active, ejections, count, sources, rates]

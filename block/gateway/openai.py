@@ -6,8 +6,9 @@ Those of OpenAI's responses and of Anthropic's messages are read as well, as vLL
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -15,7 +16,7 @@ from block.gateway.http1 import HTTPRequest
 from block.vllm_plugin.tags import TAG_EXPECTED, TAG_ID
 
 BYTES_PER_TOKEN = 4
-"""Length of an average token in UTF-8, for prompts that are text."""
+"""Length of an average token in UTF-8, for prompts that are text, as long as nothing else is known."""
 TOKENS_PER_MESSAGE = 4
 """What a chat template adds to each message, about."""
 
@@ -29,11 +30,19 @@ _COMPLETION_TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s*(\d+)')
 
 
 class Asked(NamedTuple):
-    """What a body asks for; `fields` are its own, parsed, `allowed_tokens` the most that it lets a response have."""
+    """What a body asks for; `fields` are its own, parsed, `allowed_tokens` the most that it lets a response have.
 
-    prompt_tokens: int
+    known_tokens: of the prompt, those of token ids and of templates. text_bytes: of its text, in UTF-8.
+    """
+
+    known_tokens: int
+    text_bytes: int
     allowed_tokens: int | None
     fields: dict[str, Any]
+
+    def prompt_tokens(self, bytes_per_token: float) -> int:
+        """Of the whole prompt, at least 1; of several prompts, the sum."""
+        return max(self.known_tokens + math.ceil(self.text_bytes / bytes_per_token), 1)
 
     def capped(self, tokens: int) -> int:
         """So many response tokens, or as many as are allowed."""
@@ -41,24 +50,22 @@ class Asked(NamedTuple):
 
 
 def read(body: bytes) -> Asked:
-    """What `body` asks for. ValueError if it is no JSON object; all else is for the server to judge.
-
-    Prompt tokens are exact for prompts of token ids, and estimated from the length of the text otherwise; of several
-    prompts they are the sum.
-    """
+    """What `body` asks for. ValueError if it is no JSON object; all else is for the server to judge."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the body is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError("the body is not a JSON object")
-    tokens = 0
+    tokens = size = 0
     for key, counted in _COUNTED:
         if key in fields:
-            tokens += counted(fields[key])
+            more, text = counted(fields[key])
+            tokens += more
+            size += text
     allowed = fields.get("max_completion_tokens") or fields.get("max_tokens") or fields.get("max_output_tokens")
     limit = int(allowed) if isinstance(allowed, int) and allowed > 0 else None
-    return Asked(max(tokens, 1), limit, fields)
+    return Asked(tokens, size, limit, fields)
 
 
 def model_of(http: HTTPRequest) -> str | None:
@@ -89,22 +96,25 @@ def prompt_text(fields: dict[str, Any]) -> str | None:
     return "\n".join(said) if said else None
 
 
-def _prompt_tokens(prompt: Any) -> int:
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
-        return len(prompt)
-    prompts = prompt if isinstance(prompt, list) else [prompt]
-    return sum(
-        _text_tokens(one) if isinstance(one, str) else len(one) for one in prompts if isinstance(one, str | list)
+_Size = tuple[int, int]  # known tokens, and bytes of text
+
+
+def _prompt_size(prompt: Any) -> _Size:
+    if isinstance(prompt, str):
+        return 0, _bytes(prompt)
+    if not isinstance(prompt, list):
+        return 0, 0
+    if prompt and isinstance(prompt[0], int):
+        return len(prompt), 0
+    return sum(len(one) for one in prompt if isinstance(one, list)), sum(
+        _bytes(one) for one in prompt if isinstance(one, str)
     )
 
 
-def _message_tokens(messages: Any) -> int:
+def _messages_size(messages: Any) -> _Size:
     if not isinstance(messages, list):
-        return 0
-    tokens = 0
-    for message in messages:
-        tokens += TOKENS_PER_MESSAGE + sum(map(_text_tokens, _texts(message)))
-    return tokens
+        return 0, 0
+    return TOKENS_PER_MESSAGE * len(messages), sum(_bytes(text) for message in messages for text in _texts(message))
 
 
 def _texts(message: Any) -> list[str]:
@@ -115,21 +125,58 @@ def _texts(message: Any) -> list[str]:
     return [text for text in texts if isinstance(text, str)]
 
 
-def _input_tokens(asked: Any) -> int:
-    return _text_tokens(asked) if isinstance(asked, str) else _message_tokens(asked)
+def _input_size(asked: Any) -> _Size:
+    return (0, _bytes(asked)) if isinstance(asked, str) else _messages_size(asked)
 
 
-def _text_tokens(text: str) -> int:
-    return -(-len(text.encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN)
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
-_COUNTED: list[tuple[str, Callable[[Any], int]]] = [
-    ("prompt", _prompt_tokens),
-    ("messages", _message_tokens),
-    ("system", _prompt_tokens),
-    ("input", _input_tokens),  # of a response: a text, or messages
-    ("instructions", _prompt_tokens),
+_COUNTED: list[tuple[str, Callable[[Any], _Size]]] = [
+    ("prompt", _prompt_size),
+    ("messages", _messages_size),
+    ("system", _prompt_size),
+    ("input", _input_size),  # of a response: a text, or messages
+    ("instructions", _prompt_size),
 ]
+
+
+class BytesPerToken:
+    """How long a token of each model is in UTF-8: 4 at first, and then by what servers count of prompts."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, tuple[float, float]] = {}  # by model: bytes and tokens, the older ones less
+
+    def of(self, model: object) -> float:
+        """By what is known of a model."""
+        known = self._of.get(model) if isinstance(model, str) else None
+        return BYTES_PER_TOKEN if known is None else known[0] / known[1]
+
+    def learn(self, asked: Asked, tokens: int) -> None:
+        """A server has counted so many tokens of a prompt."""
+        model, more = asked.fields.get("model"), tokens - asked.known_tokens
+        if not isinstance(model, str) or more <= 0 or asked.text_bytes == 0 or not _only_text(asked.fields):
+            return
+        size, count = self._of.get(model, (BYTES_PER_TOKEN * _PRIOR, _PRIOR))
+        kept = max(1.0 - more / _REMEMBERED, 0.0)
+        self._of[model] = kept * size + asked.text_bytes, kept * count + more
+
+    def __iter__(self) -> Iterator[tuple[str, float]]:
+        """Models, and the bytes of their tokens."""
+        return ((model, size / count) for model, (size, count) in self._of.items())
+
+
+def _only_text(fields: dict[str, Any]) -> bool:
+    """Whether nothing but what is counted is in a prompt: no tools, images or sounds."""
+    messages = fields.get("messages", fields.get("input"))
+    contents = [one.get("content") for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return "tools" not in fields and all(isinstance(part, dict) and "text" in part for part in parts)
+
+
+_PRIOR = 500.0  # tokens that this counts as
+_REMEMBERED = 100_000  # tokens that are not forgotten yet
 
 
 def tagged(body: bytes, fields: dict[str, Any], number: int, expected_tokens: int) -> bytes:

@@ -24,7 +24,7 @@ def test_a_client_that_goes_away_cancels_its_request(answer: Answer, body: bytes
             asked.cancel()
             await eventually(lambda: mock.cancelled == 1 and gateway.in_flight() == 0)
             assert list(gateway.dispatcher.active) == [0]
-            assert (await gateway.metrics())['block_requests_total{instance="0",status="cancelled"}'] == 1
+            assert (await gateway.metrics())['block_requests_total{server="0",status="cancelled"}'] == 1
 
     run(main())
 
@@ -46,7 +46,7 @@ def test_a_client_that_goes_away_while_it_is_written_to_is_not_its_server_s_faul
                 writer.transport.abort()
             await eventually(lambda: gateway.in_flight() == 0 and gateway.mocks[0].cancelled == 20)
             assert list(gateway.dispatcher.active) == [0]
-            assert (await gateway.metrics())['block_requests_total{instance="0",status="cancelled"}'] == 20
+            assert (await gateway.metrics())['block_requests_total{server="0",status="cancelled"}'] == 20
 
     run(main())
 

@@ -46,7 +46,7 @@ def test_a_request_whose_answer_breaks_before_its_first_byte_begins_anew_elsewhe
             assert gateway.mocks[1].seen[0][2] == ASKED
             metrics = await gateway.metrics()
             assert metrics["block_retries_total"] == 1
-            assert metrics['block_ejections_total{instance="0"}'] == 1
+            assert metrics['block_ejections_total{server="0"}'] == 1
             assert metrics["block_active_instances"] == 1
 
     run(main())
@@ -96,7 +96,7 @@ def test_an_error_that_a_healthy_server_answers_is_passed_on(status: int) -> Non
             assert list(gateway.dispatcher.active) == [0, 1]
             assert len(gateway.mocks[1].seen) == 0
             outcome = "refused" if status < 500 else "failed"
-            assert (await gateway.metrics())[f'block_requests_total{{instance="0",status="{outcome}"}}'] == 1
+            assert (await gateway.metrics())[f'block_requests_total{{server="0",status="{outcome}"}}'] == 1
 
     run(main())
 
@@ -124,7 +124,7 @@ def test_an_error_that_a_healthy_server_streams_is_passed_on() -> None:
         async with running_gateway([Mock(begins_with_an_error), Mock()]) as gateway:
             assert (await gateway.ask(STREAMED))[:2] == (200, DEAD + DONE)
             assert list(gateway.dispatcher.active) == [0, 1]
-            assert (await gateway.metrics())['block_requests_total{instance="0",status="failed"}'] == 1
+            assert (await gateway.metrics())['block_requests_total{server="0",status="failed"}'] == 1
 
     run(main())
 
@@ -191,7 +191,7 @@ def test_a_gateway_without_a_server_answers_with_errors_and_is_not_healthy() -> 
             for path in ("/health", "/v1/models"):
                 async with gateway.client.get(gateway.url + path) as answer:
                     assert answer.status == 503
-            assert (await gateway.metrics())['block_requests_total{instance="none",status="failed"}'] == 2
+            assert (await gateway.metrics())['block_requests_total{server="none",status="failed"}'] == 2
             await gateway.mocks[1].start()
             await eventually(lambda: len(gateway.dispatcher.active) == 1)
             async with gateway.client.get(gateway.url + "/health") as answer:

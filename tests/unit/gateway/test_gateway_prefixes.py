@@ -71,7 +71,7 @@ async def sources(gateway: RunningGateway) -> list[str]:
         i: how
         for i in range(len(gateway.mocks))
         for how in ("table", "events", "sent", "none")
-        if f'block_prefix_source{{instance="{i}",source="{how}"}}' in metrics
+        if f'block_prefix_source{{server="{i}",source="{how}"}}' in metrics
     }
     return [found[i] for i in sorted(found)]
 
@@ -142,8 +142,8 @@ def test_an_answer_tells_that_less_was_cached_than_was_thought_and_metrics_count
             await served_by(one, asking(LONG), asking(LONG))
             assert one.dispatcher.history.records[-1].cached_tokens == 40
             metrics = await one.metrics()
-            assert metrics['block_prompt_tokens_total{instance="0"}'] == 160
-            assert metrics['block_cached_tokens_total{instance="0"}'] == 80
+            assert metrics['block_prompt_tokens_total{server="0"}'] == 160
+            assert metrics['block_cached_tokens_total{server="0"}'] == 80
             assert "block_prompt_mismatches_total" not in metrics  # by its bytes, it is not the tokens
             index, request = one.dispatcher._prefixes, one.dispatcher.history.records[-1].request
             assert index is not None

@@ -58,6 +58,6 @@ def test_a_client_too_many_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
             assert head.startswith(b"HTTP/1.1 503 ")
             assert "1 connections already" in json.loads(body)["error"]["message"]
             assert (await gateway.ask())[0] == 200
-            assert (await gateway.metrics())['block_requests_total{instance="none",status="failed"}'] == 1
+            assert (await gateway.metrics())['block_requests_total{server="none",status="failed"}'] == 1
 
     run(main())

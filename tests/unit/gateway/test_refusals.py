@@ -19,7 +19,7 @@ def test_a_body_that_is_no_json_object_reaches_no_server(body: bytes) -> None:
             assert error["message"].startswith("the body is not ")
             assert headers["Content-Type"].startswith("application/json")
             assert gateway.mocks[0].seen == []
-            assert (await gateway.metrics())['block_requests_total{instance="none",status="refused"}'] == 1
+            assert (await gateway.metrics())['block_requests_total{server="none",status="refused"}'] == 1
 
     run(main())
 
@@ -37,7 +37,7 @@ def test_what_changes_a_server_reaches_none(path: str) -> None:
             assert (answer.status, error["type"]) == (403, "PermissionDeniedError")
             assert "gateway.admin=true" in error["message"]
             assert gateway.mocks[0].seen == []
-            assert (await gateway.metrics())['block_requests_total{instance="none",status="refused"}'] == 1
+            assert (await gateway.metrics())['block_requests_total{server="none",status="refused"}'] == 1
 
     run(main())
 

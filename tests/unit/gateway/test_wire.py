@@ -102,7 +102,7 @@ def test_what_is_no_request_gets_its_status_reaches_no_server_and_is_not_logged(
             error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
             assert (error["code"], error["type"]) == (status, "BadRequestError")
             assert gateway.mocks[0].seen == []
-            assert (await gateway.metrics())['block_requests_total{instance="none",status="refused"}'] == 1
+            assert (await gateway.metrics())['block_requests_total{server="none",status="refused"}'] == 1
 
     run(main())
     assert caplog.records == []
@@ -115,7 +115,7 @@ def test_headers_of_64_kib_pass() -> None:
             asked = HEAD + large + b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(ASKED), ASKED)
             # The mock, which is no vLLM, takes no header of more than 8 kB: that it says so is an answer of its own.
             assert statuses(await talk(gateway, asked)) == [400]
-            assert (await gateway.metrics())['block_requests_total{instance="0",status="refused"}'] == 1
+            assert (await gateway.metrics())['block_requests_total{server="0",status="refused"}'] == 1
 
     run(main())
 
@@ -309,7 +309,7 @@ def test_an_answer_is_whole_at_done_and_who_leaves_there_has_cancelled_nothing()
             await eventually(lambda: gateway.in_flight() == 0)
             gateway.mocks[0].go.set()
             metrics = await gateway.metrics()
-            assert metrics['block_requests_total{instance="0",status="ok"}'] == 1
+            assert metrics['block_requests_total{server="0",status="ok"}'] == 1
             assert metrics["block_e2e_seconds_count"] == 1
             assert not any("cancelled" in name for name in metrics)
             assert gateway.dispatcher.history.records[0].output_tokens == 5
