@@ -6,7 +6,8 @@ exchange            one request: placed, sent, its answer passed on, or begun an
 server_connections  requests written to a server, and answers read from it
 http1, sse, openai  what is on these wires: HTTP/1.1, events, bodies
 routes, models      which paths are what; which server has which model
-upstreams           the servers as instances
+upstreams, fleet    the servers as instances, of the kind that the policy needs
+modelled            those without the plugin, by what was sent to them
 watch               which of them hang, and are well again
 prompts, prefixes   prompts as tokens or pieces of text; what caches have of them
 estimates           how long a response will be

@@ -41,6 +41,8 @@ def run_gateway(settings: DictConfig, policy: str) -> None:
     for key, off in (("forecast_noise", 0), ("dispatchers", 1)):
         if (value := getattr(run.dispatch, key)) != off:
             raise ConfigError(f"dispatch.{key}={value}: for experiments only; a gateway has {off}")
+    if not wanted.plugin and run.policy.needs is Needs.COUNTS:
+        raise ConfigError(f"gateway.plugin=False: has no effect, for scheduler={policy} looks at no server's state")
     import uvloop
 
     from block.gateway import app

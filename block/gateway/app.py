@@ -25,7 +25,7 @@ from block.core.clock import Clock
 from block.core.hashing import hash_tokens
 from block.core.types import Request
 from block.dispatch.config import DispatchConfig
-from block.dispatch.core import Dispatcher, History
+from block.dispatch.core import Dispatcher, History, Observer
 from block.dispatch.correction import CorrectedForecaster
 from block.dispatch.policies import LeastRequests, Needs, Policy
 from block.engine.latency import LatencyModel
@@ -33,8 +33,10 @@ from block.gateway.client_connections import ClientConnection
 from block.gateway.config import GatewayConfig
 from block.gateway.estimates import Estimator
 from block.gateway.exchange import Exchange, Surroundings
+from block.gateway.fleet import make_upstreams
 from block.gateway.http1 import HTTPRequest, TooLong, passed_on, unpacked
 from block.gateway.metrics import Metrics
+from block.gateway.modelled import Going, ModelledInstance
 from block.gateway.models import Models
 from block.gateway.openai import (
     JSON,
@@ -51,7 +53,7 @@ from block.gateway.prefixes import UpstreamPrefixes
 from block.gateway.prompts import UNKNOWN, Prompt, Prompts, TextPieces, TokenizedPrompts
 from block.gateway.routes import GENERATES, changes_servers
 from block.gateway.server_connections import ServerPool
-from block.gateway.upstreams import PluginInstance, Upstream, make_upstreams, open_session
+from block.gateway.upstreams import SeenInstance, Upstream, open_session
 from block.gateway.watch import Watch
 from block.lengths import Lengths, Oracle, Reader
 
@@ -104,6 +106,7 @@ class Gateway:
         self._policy_block_size: int | None = getattr(policy, "block_size", None) if not self._tags else None
         self._reader = lengths if self._tags and isinstance(lengths, Reader) else None
         self._outrun_share = float(lengths.outrun_share) if self._reader is not None else 0.0
+        self._assumed = None if config.plugin else config.assumed()
         self._estimator: Estimator | None = None
         self._tokenizer = tokenizer
         self._prompts: Prompts | None = None
@@ -142,16 +145,20 @@ class Gateway:
         self._session = await self._open.enter_async_context(open_session(config.connect_timeout_s))
         pools = [ServerPool(url, config.connect_timeout_s, config.read_timeout_s) for url in config.urls]
         self.upstreams, forecaster = make_upstreams(
-            pools, self._session, self._clock, self._policy.needs, self._latency, self._outrun_share
+            pools, self._session, self._clock, self._policy.needs, self._latency, self._outrun_share, self._assumed
         )
         if forecaster is not None and self._latency is not None and self._dispatch.correction_steps > 0:
             forecaster = CorrectedForecaster(forecaster, self._latency, self._dispatch.correction_steps)
-        plugins = [one for one in self.upstreams if isinstance(one, PluginInstance)]
-        if plugins:
+        observers: list[Observer] = []
+        seen = [one for one in self.upstreams if isinstance(one, SeenInstance)]
+        if seen:
             exact = self._tokenizer is not None and self._dispatch.prefixes == "told"
-            self._prefixes = UpstreamPrefixes(plugins, exact=exact)
-        for plugin in plugins:
-            self._open.push_async_callback(plugin.detach)
+            self._prefixes = UpstreamPrefixes(seen, exact=exact)
+            observers.append(self._prefixes)
+        for one in seen:
+            self._open.push_async_callback(one.detach)
+        if modelled := [one for one in seen if isinstance(one, ModelledInstance)]:
+            observers.append(Going(modelled))
         self.dispatcher = Dispatcher(
             len(self.upstreams),
             self._policy,
@@ -160,7 +167,7 @@ class Gateway:
             self._rng,
             snapshot_many=one_by_one(self.upstreams),
             prefixes=self._prefixes,
-            observers=[] if self._prefixes is None else [self._prefixes],
+            observers=observers,
             history=History(HISTORY),
         )
         self._metrics = metrics = Metrics(
@@ -352,7 +359,7 @@ class Gateway:
     @property
     def _served(self) -> set[str]:
         """What servers call their models, of those that tell."""
-        return {name for one in self.upstreams if isinstance(one, PluginInstance) for name in one.models}
+        return {name for one in self.upstreams if isinstance(one, SeenInstance) for name in one.models}
 
     def _change_servers(self, client: ClientConnection, http: HTTPRequest) -> None:
         """What changes a server goes to every server, if it may."""

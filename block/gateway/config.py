@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from block.engine.config import EngineConfig
+
 
 @dataclass(frozen=True)
 class GatewayConfig:
@@ -23,6 +25,9 @@ class GatewayConfig:
     connect_timeout_s: a server that takes longer to accept a connection is gone.
     read_timeout_s: longest silence of a server before its request fails.
     grace_s: how long requests may go on after SIGTERM. max_body_mib: largest request body.
+    plugin: whether servers have this package's plugin, if the policy looks at them; false: what they do is modelled by
+        what this gateway sends to them. max_num_seqs, max_num_batched_tokens: of servers without it, as vLLM has them;
+        null: 256 and 2048.
     admin: whether clients may change servers (`/sleep`, `/v1/load_lora_adapter` …), all of them at once.
     """
 
@@ -41,6 +46,9 @@ class GatewayConfig:
     read_timeout_s: float = 600.0
     grace_s: float = 30.0
     max_body_mib: int = 64
+    plugin: bool = True
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     admin: bool = False
 
     def __post_init__(self) -> None:
@@ -55,9 +63,12 @@ class GatewayConfig:
                 raise ValueError(f"gateway.urls={url}: given twice")
         if not 0 <= self.port < 65536:
             raise ValueError(f"gateway.port={self.port}: must be between 1 and 65535, or 0 for any that is free")
-        for key in ("expected_output_tokens", "max_body_mib"):
-            if getattr(self, key) < 1:
+        for key in ("expected_output_tokens", "max_body_mib", "max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"gateway.{key}={getattr(self, key)}: must be at least 1")
+        for key in ("max_num_seqs", "max_num_batched_tokens"):
+            if self.plugin and getattr(self, key) is not None:
+                raise ValueError(f"gateway.{key}={getattr(self, key)}: servers tell it; it is for gateway.plugin=false")
         if self.tokenizer is None and self.tokenize_timeout_s is not None:
             given = f"gateway.tokenize_timeout_s={self.tokenize_timeout_s}"
             raise ValueError(f"{given}: has no effect without gateway.tokenizer")
@@ -67,6 +78,15 @@ class GatewayConfig:
                 raise ValueError(f"gateway.{key}={getattr(self, key)}: must be greater than 0")
         if not 0 <= self.grace_s < math.inf:
             raise ValueError(f"gateway.grace_s={self.grace_s}: must be 0 or more seconds")
+
+    def assumed(self) -> EngineConfig:
+        """What engines without the plugin are like, where they do not tell."""
+        return EngineConfig(
+            "v1",
+            max_num_seqs=self.max_num_seqs or 256,
+            max_num_batched_tokens=self.max_num_batched_tokens or 2048,
+            enable_prefix_caching=True,
+        )
 
 
 def _is_server(url: str) -> bool:

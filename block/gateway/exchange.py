@@ -59,6 +59,7 @@ class Exchange:
         "_body",
         "_checking",
         "_client",
+        "_counted",
         "_events",
         "_generates",
         "_head",
@@ -130,6 +131,7 @@ class Exchange:
         around.metrics.attempted()
         around.dispatcher.delivered(record, around.clock.now())
         self._held: list[bytes] = []
+        self._counted = False
         self.passing = False
         self._events: Events | None = None
         pool = around.upstreams[record.instance_id].pool
@@ -192,6 +194,9 @@ class Exchange:
             self._begin_passing()
         if events is not None:
             events.note(data)
+            record = self._record
+            if record is not None and not self._counted:
+                record.output_tokens = events.count  # about, as long as nobody has counted them
             self._note(data)
         client = self._client
         if client is not None:
@@ -261,6 +266,7 @@ class Exchange:
         tokens, said = completion_tokens(answer), prompt_usage(answer)
         if tokens is not None:
             record.output_tokens = tokens
+            self._counted = True
         if said is not None:
             if said.cached is not None:
                 record.cached_tokens = round(said.cached / said.tokens * record.request.prompt_tokens)
@@ -384,7 +390,7 @@ class Exchange:
         record, around = self._record, self._around
         assert record is not None
         events = self._events
-        if events is not None and not record.output_tokens:
+        if events is not None and not self._counted:
             record.output_tokens = max(events.count - events.done, 0)  # without usage, a guess
         if events is not None and events.failed:
             self._refuse(f"{self._url}: the stream tells of an error")

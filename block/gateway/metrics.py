@@ -23,7 +23,7 @@ from block.gateway import prompts
 from block.gateway.estimates import FAILED as FAILED_TO
 from block.gateway.estimates import NO_TEXT, TIMEOUT
 from block.gateway.prefixes import SOURCES, UpstreamPrefixes
-from block.gateway.upstreams import PluginInstance, Upstream
+from block.gateway.upstreams import SeenInstance, Upstream
 
 OK, REFUSED, FAILED, CANCELLED = "ok", "refused", "failed", "cancelled"
 NONE = "none"
@@ -182,7 +182,7 @@ class _Counts(Collector):
             in_flight.add_metric([url], dispatcher.outstanding(i))
             active.add_metric([url], i in dispatcher.active)
             ejections.add_metric([url], dispatcher.ejected(i))
-            if self._prefixes is not None and isinstance(upstream, PluginInstance):
+            if self._prefixes is not None and isinstance(upstream, SeenInstance):
                 source = self._prefixes.source(upstream)
                 for one in SOURCES:
                     sources.add_metric([url, one], one == source)

@@ -12,7 +12,7 @@ from block.dispatch.core import Dispatcher, Observer
 from block.dispatch.prefixes import SentPrefixes, ToldPrefixes
 from block.engine.config import EngineSettings
 from block.engine.prefix_table import held, new_table
-from block.gateway.upstreams import PluginInstance
+from block.gateway.upstreams import SeenInstance
 
 SOURCES = ("table", "events", "sent", "none")
 """How it is known: by the table in the server's state buffer, by vLLM's events, by what was sent there, or not."""
@@ -26,7 +26,7 @@ class UpstreamPrefixes(Observer):
     to each counts.
     """
 
-    def __init__(self, servers: Sequence[PluginInstance], *, exact: bool) -> None:
+    def __init__(self, servers: Sequence[SeenInstance], *, exact: bool) -> None:
         self._servers = servers
         self._exact = exact
         self._settings: EngineSettings | None = None
@@ -52,13 +52,13 @@ class UpstreamPrefixes(Observer):
         assert self._settings is not None, "asked for requests with hashes, which need it"
         return self._settings.block_size
 
-    def source(self, server: PluginInstance) -> str:
+    def source(self, server: SeenInstance) -> str:
         """How it is known what this server has: one of SOURCES."""
         if not self.known() or not self._alike(server):
             return "none"
         return (self._exact and server.tells_prefixes) or "sent"
 
-    def _alike(self, server: PluginInstance) -> bool:
+    def _alike(self, server: SeenInstance) -> bool:
         one, like = server.settings, self._settings
         return one is not None and like is not None and one.enable_prefix_caching and one.block_size == like.block_size
 

@@ -1,4 +1,4 @@
-"""The servers behind the gateway, as instances: any server for policies that count, servers with the plugin else."""
+"""The servers behind the gateway, as instances: any server for policies that count, and servers with the plugin."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import aiohttp
 
@@ -17,12 +16,8 @@ from block.cluster.instance import Instance
 from block.core.arrays import Ints
 from block.core.clock import Clock
 from block.core.snapshot import NUM_SCHEDULED_TOKENS, Snapshot
-from block.core.types import Forecasts, Request
-from block.dispatch.core import Forecaster
-from block.dispatch.policies import Needs
-from block.engine.config import EngineConfig, EngineSettings
+from block.engine.config import EngineSettings
 from block.engine.latency import LatencyModel
-from block.engine.predictor import Predictor, forecast_each
 from block.engine.scheduler import step_time
 from block.gateway.models import Card
 from block.gateway.server_connections import ServerPool
@@ -54,35 +49,6 @@ class Upstream(Instance, Protocol):
     def overrun(self, floor_s: float, factor: float) -> str | None:
         """Why its step in flight shows that it hangs; None if it does not, or shows none."""
         ...
-
-
-class Upstreams(NamedTuple):
-    """The instances, and what makes forecasts for them if the policy needs any."""
-
-    instances: Sequence[Upstream]
-    forecaster: Forecaster | None
-
-
-def make_upstreams(
-    pools: Sequence[ServerPool],
-    session: aiohttp.ClientSession,
-    clock: Clock,
-    needs: Needs,
-    latency: LatencyModel | None,
-    outrun_share: float,
-) -> Upstreams:
-    """Instances for the servers of `pools` that can show what a policy needs. Nothing is asked of them yet.
-
-    session: for all but what is proxied. clock: what snapshots are dated by.
-    needs: of the policy. latency: the servers' step times, for forecasts. outrun_share: as of `Predictor`.
-    """
-    if needs is Needs.COUNTS:
-        return Upstreams([HTTPInstance(i, pool, session) for i, pool in enumerate(pools)], None)
-    instances = [PluginInstance(i, pool, session, clock, latency) for i, pool in enumerate(pools)]
-    if needs is Needs.SNAPSHOT:
-        return Upstreams(instances, None)
-    assert latency is not None, "who asks for forecasts has a latency model"
-    return Upstreams(instances, FleetForecaster(instances, latency, outrun_share))
 
 
 class HTTPInstance:
@@ -134,7 +100,34 @@ class HTTPInstance:
             return None
 
 
-class PluginInstance(HTTPInstance):
+class SeenInstance(HTTPInstance):
+    """A server whose state can be looked at."""
+
+    settings: EngineSettings | None = None
+    """Its engine's, once they are known."""
+
+    @property
+    def models(self) -> Sequence[str]:
+        """What the server calls its model; all other names that it knows are those of adapters."""
+        raise NotImplementedError
+
+    @property
+    def tells_prefixes(self) -> str | None:
+        """How it tells what its prefix cache has: by a "table" or by "events"; None: it does not."""
+        raise NotImplementedError
+
+    def look_up(self, hashes: Ints, most: int) -> tuple[int, int] | None:
+        """Of the first `most` blocks with these hashes, how many the server's prefix cache has, and how many of these
+        are in use; None if it does not tell.
+        """
+        raise NotImplementedError
+
+    async def detach(self) -> None:
+        """Stop looking."""
+        raise NotImplementedError
+
+
+class PluginInstance(SeenInstance):
     """A server with this package's plugin. It can be looked at once `healthy`, which attaches to it, was true."""
 
     def __init__(
@@ -148,8 +141,6 @@ class PluginInstance(HTTPInstance):
         super().__init__(instance_id, pool, session)
         self._packed = None if latency is None else latency.pack()
         self._stuck = math.nan  # when the step began that was the last to be overrun
-        self.settings: EngineSettings | None = None
-        """What it says of itself, once it is attached to."""
         self._clock = clock
         self._view: VLLMInstance | None = None
         self._attaching = asyncio.Lock()
@@ -201,18 +192,16 @@ class PluginInstance(HTTPInstance):
 
     @property
     def models(self) -> Sequence[str]:
-        """What the server calls its model."""
+        """As of `SeenInstance`, like the next two."""
         return self._view.models if self._view is not None else ()
 
     @property
     def tells_prefixes(self) -> str | None:
-        """How it tells what its prefix cache has: by a "table" or by "events"; None: it does not."""
+        """By the plugin's table, or on another host by vLLM's events."""
         return self._view.tells_prefixes if self._view is not None else None
 
     def look_up(self, hashes: Ints, most: int) -> tuple[int, int] | None:
-        """Of the first `most` blocks with these hashes, how many the server's prefix cache has, and how many of these
-        are in use; None if it does not tell.
-        """
+        """In what `tells_prefixes`."""
         return self._view.look_up(hashes, most) if self._view is not None else None
 
     async def detach(self) -> None:
@@ -225,42 +214,6 @@ class PluginInstance(HTTPInstance):
         if complaint != self._complaint:
             log.warning("%s", complaint)
         self._complaint = complaint
-
-
-class FleetForecaster:
-    """Forecasts for servers that may differ in their settings, as they report them, but not in their step times."""
-
-    def __init__(self, instances: Sequence[PluginInstance], latency: LatencyModel, outrun_share: float) -> None:
-        self._outrun_share = outrun_share
-        self._instances = instances
-        self._latency = latency
-        self._predictors: dict[EngineSettings, Predictor] = {}
-        Predictor(EngineConfig().settings(1000), latency).warm_up()
-
-    def forecasts(
-        self, snapshots: Sequence[Snapshot], in_transit: Sequence[Sequence[Request]], request: Request, now: float
-    ) -> Forecasts:
-        """One forecast for each snapshot, in a compiled call for each kind of server."""
-        kinds = [self._settings(snapshot.instance_id) for snapshot in snapshots]
-        theirs = [[_fitting(one, settings) for one in some] for some, settings in zip(in_transit, kinds, strict=True)]
-        requests = [_fitting(request, settings) for settings in kinds]
-        return forecast_each([self._predictor(settings) for settings in kinds], snapshots, theirs, requests, now)
-
-    def _settings(self, instance_id: int) -> EngineSettings:
-        settings = self._instances[instance_id].settings
-        assert settings is not None, "only servers that are attached to show snapshots"
-        return settings
-
-    def _predictor(self, settings: EngineSettings) -> Predictor:
-        if settings not in self._predictors:
-            self._predictors[settings] = Predictor(settings, self._latency, outrun_share=self._outrun_share)
-        return self._predictors[settings]
-
-
-def _fitting(request: Request, settings: EngineSettings) -> Request:
-    """The request, no longer than a server takes: what is estimated too long would bring the twin to a halt."""
-    longest = settings.max_model_len - 1
-    return request if request.prompt_tokens <= longest else replace(request, prompt_tokens=longest)
 
 
 def open_session(connect_timeout_s: float) -> aiohttp.ClientSession:

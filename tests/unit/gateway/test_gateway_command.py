@@ -55,6 +55,10 @@ def test_a_wrong_key_is_told_with_its_value(keys: dict[str, Any], says: str) -> 
         (["gateway.urls=[h1:8000]"], "error: gateway.urls=h1:8000: must be"),
         (["gateway.prot=80"], "error: gateway.prot: no such key; did you mean port? choose from urls, host, port"),
         (["gateway.port=http"], "error: gateway.port=http: wants an integer"),
+        (
+            ["gateway.urls=[http://h:1]", "scheduler=random", "gateway.plugin=false"],
+            "error: gateway.plugin=False: has no effect, for scheduler=random looks at no server's state",
+        ),
         (["scheduler=roundrobin"], "error: scheduler=roundrobin: did you mean round_robin?"),
         (
             ["gateway.urls=[http://h:1]", "scheduler=random", "scheduler._target_=nobody_s_policy.Two"],
