@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from block.core.paths import shipped
 from block.dispatch import policy_checks
 from block.dispatch.policies import Needs
+from block.gateway.admission import Slo
 from block.lengths import Reader
 from block.run import cli, config, effects, hydra_schema
 from block.run.config_errors import ConfigError, explain
@@ -43,6 +44,10 @@ def run_gateway(settings: DictConfig, policy: str) -> None:
             raise ConfigError(f"dispatch.{key}={value}: for experiments only; a gateway has {off}")
     if not wanted.plugin and run.policy.needs is Needs.COUNTS:
         raise ConfigError(f"gateway.plugin=False: has no effect, for scheduler={policy} looks at no server's state")
+    if wanted.slo != Slo() and run.policy.needs is not Needs.FORECAST:
+        raise ConfigError(
+            f"gateway.slo: has no effect, for scheduler={policy} makes no forecasts; take scheduler=block"
+        )
     import uvloop
 
     from block.gateway import app

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import numpy as np
@@ -29,6 +29,7 @@ from block.dispatch.core import Dispatcher, History, Observer
 from block.dispatch.correction import CorrectedForecaster
 from block.dispatch.policies import LeastRequests, Needs, Policy
 from block.engine.latency import LatencyModel
+from block.gateway.admission import Objectives, Queue
 from block.gateway.client_connections import ClientConnection
 from block.gateway.config import GatewayConfig
 from block.gateway.estimates import Estimator
@@ -102,6 +103,7 @@ class Gateway:
         self._rng = rng
         self._latency = latency
         self._tags = policy.needs is not Needs.COUNTS
+        self._forecasts = policy.needs is Needs.FORECAST
         # A policy that only counts, and has blocks, goes by what of prompts it sent itself.
         self._policy_block_size: int | None = getattr(policy, "block_size", None) if not self._tags else None
         self._reader = lengths if self._tags and isinstance(lengths, Reader) else None
@@ -174,7 +176,8 @@ class Gateway:
             self.upstreams, self.dispatcher, self._policy.needs, self._prefixes, self._bytes_per_token
         )
         watch = Watch(self.upstreams, self.dispatcher, self._clock, config, self.models)
-        self._around = Surroundings(self.upstreams, self.dispatcher, self._clock, metrics, watch)
+        queue = Queue()
+        self._around = Surroundings(self.upstreams, self.dispatcher, self._clock, metrics, watch, config.slo, queue)
         if self._tokenizer is not None:
             self._prompts = TokenizedPrompts(
                 self._tokenizer, config.tokenize_timeout_s or TOKENIZE_S, metrics.not_tokenized
@@ -196,7 +199,9 @@ class Gateway:
                 reason = f"{upstream.url} does not answer yet"
                 self.dispatcher.instance_down(upstream.instance_id, reason, self._clock.now())
         await asyncio.gather(*(watch.ask_models(self.upstreams[i]) for i in self.dispatcher.active))
-        self._open.push_async_callback(_cancel, [asyncio.create_task(one) for one in (watch.run(), self._sweep())])
+        self._open.push_async_callback(
+            _cancel, [asyncio.create_task(one) for one in (watch.run(), queue.watch(), self._sweep())]
+        )
 
     async def stop(self) -> None:
         """Take no new connections, let requests finish for `grace_s`, and close what is left."""
@@ -278,6 +283,7 @@ class Gateway:
         try:
             body, http = self._unpack(http)
             asked = read(body)
+            objectives = self._config.slo.of(http.headers) if self._forecasts else None
         except TooLong:
             self._refuse(client, 413, f"the body exceeds gateway.max_body_mib={self._config.max_body_mib}")
             return
@@ -289,13 +295,12 @@ class Gateway:
         except KeyError:
             self._refuse_model(client, model)
             return
-        number, arrived = next(self._numbers), self._clock.now()
+        one = _Asked(next(self._numbers), self._clock.now(), asked, body, among, objectives)
         exchange = Exchange(self._around, client, http)
         if self._estimator is None and self._prompts is None:
-            self._place(exchange, asked, body, number, arrived, among)
+            self._place(exchange, one)
         else:
-            reading = self._read_and_place(exchange, asked, body, number, arrived, among)
-            exchange.prepare(asyncio.get_running_loop().create_task(reading))
+            exchange.prepare(asyncio.get_running_loop().create_task(self._read_and_place(exchange, one)))
 
     def _unpack(self, http: HTTPRequest) -> tuple[bytes, HTTPRequest]:
         """The body without its Content-Encoding, and the request without the header that says so."""
@@ -305,37 +310,22 @@ class Gateway:
                 return unpacked(http.body, value, self.max_body), http._replace(headers=headers)
         return http.body, http
 
-    async def _read_and_place(
-        self, exchange: Exchange, asked: Asked, body: bytes, number: int, arrived: float, among: Collection[int] | None
-    ) -> None:
-        estimate = await self._estimator.tokens(prompt_text(asked.fields)) if self._estimator is not None else None
-        prompt = await self._read_prompt(asked.fields)
-        self._place(exchange, asked, body, number, arrived, among, estimate, prompt)
+    async def _read_and_place(self, exchange: Exchange, one: _Asked) -> None:
+        fields = one.asked.fields
+        estimate = await self._estimator.tokens(prompt_text(fields)) if self._estimator is not None else None
+        self._place(exchange, one, estimate, await self._read_prompt(fields))
 
-    def _place(
-        self,
-        exchange: Exchange,
-        asked: Asked,
-        body: bytes,
-        number: int,
-        arrived: float,
-        among: Collection[int] | None,
-        estimate: int | None = None,
-        prompt: Prompt = UNKNOWN,
-    ) -> None:
-        """Send a request to where the policy says, `among` those that serve its model.
-
-        estimate: of its response's tokens, if there is one.
-        """
-        rates = self._bytes_per_token
+    def _place(self, exchange: Exchange, one: _Asked, estimate: int | None = None, prompt: Prompt = UNKNOWN) -> None:
+        """Send a request to where the policy says. estimate: of its response's tokens, if there is one."""
+        asked, body, rates = one.asked, one.body, self._bytes_per_token
         if prompt.tokens is None:
             tokens = asked.prompt_tokens(rates.of(asked.fields.get("model")))
         else:
             tokens = max(prompt.tokens, 1)
         expected = asked.capped(self._config.expected_output_tokens if estimate is None else estimate)
         if self._tags:
-            body = tagged(body, asked.fields, number, expected)
-        request = Request(number, arrived, tokens, expected, expected, block_hashes=prompt.hashes)
+            body = tagged(body, asked.fields, one.number, expected)
+        request = Request(one.number, one.arrived, tokens, expected, expected, block_hashes=prompt.hashes)
 
         def learn(usage: PromptUsage) -> None:
             if not prompt.exact:
@@ -343,7 +333,7 @@ class Gateway:
             elif usage.tokens != prompt.tokens:
                 self._metrics.miscounted()
 
-        exchange.place(request, body, among=among, on_usage=learn)
+        exchange.place(request, body, among=one.among, objectives=one.objectives, on_usage=learn)
 
     async def _read_prompt(self, fields: Mapping[str, Any]) -> Prompt:
         """Its tokens and blocks, as far as the policy asks for them and they can be known."""
@@ -369,6 +359,19 @@ class Gateway:
             return
         client.serving = everywhere = _Everywhere(client, self._session, [one.url for one in self.upstreams], http)
         everywhere.task = asyncio.get_running_loop().create_task(everywhere.ask())
+
+
+class _Asked(NamedTuple):
+    """A request for a response: its number, when it came, what its `body` asks for, the only servers that may serve it
+    (None: all), and its objectives.
+    """
+
+    number: int
+    arrived: float
+    asked: Asked
+    body: bytes
+    among: Collection[int] | None
+    objectives: Objectives | None
 
 
 class _Everywhere:

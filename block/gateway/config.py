@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from block.engine.config import EngineConfig
+from block.gateway.admission import Slo
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class GatewayConfig:
     plugin: whether servers have this package's plugin, if the policy looks at them; false: what they do is modelled by
         what this gateway sends to them. max_num_seqs, max_num_batched_tokens: of servers without it, as vLLM has them;
         null: 256 and 2048.
+    slo: objectives, and what is done about requests that would miss them.
     admin: whether clients may change servers (`/sleep`, `/v1/load_lora_adapter` …), all of them at once.
     """
 
@@ -50,6 +52,7 @@ class GatewayConfig:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     admin: bool = False
+    slo: Slo = field(default_factory=Slo)
 
     def __post_init__(self) -> None:
         urls = tuple(url.rstrip("/") for url in self.urls)  # Hydra passes a list

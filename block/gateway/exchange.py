@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +18,19 @@ from block.core.types import Request, RequestRecord
 from block.core.user_code import UserFault
 from block.dispatch.core import Dispatcher
 from block.dispatch.policies import Policy
+from block.gateway.admission import QUEUE, SERVE, Objectives, Queue, Slo
 from block.gateway.client_connections import ClientConnection
 from block.gateway.http1 import AnswerHead, Header, HTTPRequest
-from block.gateway.metrics import CANCELLED, FAILED, OK, REFUSED, Metrics
+from block.gateway.metrics import (
+    CANCELLED,
+    FAILED,
+    OK,
+    OUTCOME_MET,
+    OUTCOME_MISSED,
+    OUTCOME_REFUSED,
+    REFUSED,
+    Metrics,
+)
 from block.gateway.openai import JSON, PromptUsage, completion_tokens, error_event, error_json, prompt_usage
 from block.gateway.server_connections import NotHTTP, OutOfResources, Sending, ServerSilent, TransportError
 from block.gateway.sse import Events
@@ -28,8 +39,12 @@ from block.gateway.watch import Watch
 
 log = logging.getLogger(__name__)
 
+EXPLAIN = b"x-block-explain"
+"""A request with this header is told in its answer's where it went."""
+
 _STREAMS = re.compile(rb'"stream"\s*:\s*true')
 
+MISSES = "its forecast misses its objective"
 TURNED_AWAY = (502, 503)
 """Statuses by which a server says that another one may serve the request."""
 
@@ -43,6 +58,8 @@ class Surroundings:
     clock: Clock
     metrics: Metrics
     watch: Watch
+    slo: Slo
+    queue: Queue
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     """What goes on for no request in particular; an event loop keeps no hold of its tasks."""
 
@@ -66,6 +83,7 @@ class Exchange:
         "_held",
         "_http",
         "_kept",
+        "_objectives",
         "_on_usage",
         "_over",
         "_preparing",
@@ -106,22 +124,59 @@ class Exchange:
         body: bytes,
         by: Policy | None = None,
         among: Collection[int] | None = None,
+        objectives: Objectives | None = None,
         on_usage: Callable[[PromptUsage], None] | None = None,
     ) -> None:
-        """Send it where the dispatcher says, as `request`, with `body`.
+        """Send it where the dispatcher says, as `request`, with `body`; or let it wait, or refuse it, if it would miss
+        its `objectives`.
 
         by: another policy than the dispatcher's. among: the only instances that may serve it; None: all. on_usage: told
         what its answer says of its prompt.
         """
-        around = self._around
         self._preparing = None
         self._body = body
         self._on_usage = on_usage
+        self._objectives = objectives
+        queue, now = self._around.queue, self._around.clock.now()
+        behind_others = objectives is not None and len(queue) > 0
+        if behind_others or not self._try(request, by, among, None):
+            queue.add(lambda: self._try(request, by, among, now))
+
+    def _try(
+        self, request: Request, by: Policy | None, among: Collection[int] | None, waits_since: float | None
+    ) -> bool:
+        """Place it, unless its forecast misses; returns whether it need not be tried again.
+
+        waits_since: when it began to wait, if it does.
+        """
+        around, slo = self._around, self._around.slo
+        if self._over:  # the client has gone
+            return True
         try:
-            self._record = around.dispatcher.arrived(request, around.clock.now(), by, among)
-            self._attempt(self._record)
+            record = around.dispatcher.arrived(request, around.clock.now(), by, among)
+            late_s = 0.0 if self._objectives is None else self._objectives.missed_by_s(record.forecast)
+            if late_s > 0 and record.status == "pending" and slo.missed != SERVE:
+                around.dispatcher.refused(record, MISSES, around.clock.now())
+                waited_s = 0.0 if waits_since is None else around.clock.now() - waits_since
+                if slo.missed == QUEUE and waited_s < slo.queue_s:
+                    return False
+                self._turn_away(late_s)
+                return True
+            self._record = record
+            self._attempt(record)
         except Exception as error:
             self._crashed(error)
+        return True
+
+    def _turn_away(self, late_s: float) -> None:
+        """It would be too late."""
+        self._over = True
+        self._around.metrics.refused_unplaced(429)
+        self._around.metrics.judged(OUTCOME_REFUSED)
+        client, self._client = self._client, None
+        if client is not None:
+            wait = (b"Retry-After", b"%d" % max(math.ceil(late_s), 1))
+            client.reply(429, [*JSON, wait], error_json(429, f"{MISSES} by {late_s:.1f} s"))
 
     def _attempt(self, record: RequestRecord) -> None:
         around = self._around
@@ -213,7 +268,7 @@ class Exchange:
         if self._events is not None:
             self._around.watch.began(record.instance_id, now - record.dispatched)
         if self._client is not None:
-            self._client.begin(self._head.status, self._head.headers)
+            self._client.begin(self._head.status, [*self._head.headers, *self._explained()])
 
     def _ends(self) -> None:
         events = self._events
@@ -236,7 +291,7 @@ class Exchange:
         head = self._head
         body = b"".join(self._held)
         unsent = head.length if self._http.method == b"HEAD" or head.status == 304 else None
-        self._kept = head.status, head.headers, body, unsent
+        self._kept = head.status, [*head.headers, *self._explained()], body, unsent
         if head.status >= 500:
             self._check(f"{self._url}: answered {head.status}", gone_only=head.status not in TURNED_AWAY)
         else:
@@ -398,6 +453,8 @@ class Exchange:
         self._over = True
         around.dispatcher.finished(record, around.clock.now())
         around.metrics.ended(record, OK, self._generates)
+        if self._objectives is not None and (met := self._objectives.met(record)) is not None:
+            around.metrics.judged(OUTCOME_MET if met else OUTCOME_MISSED)
 
     def _refuse(self, why: str) -> None:
         """It cannot be served."""
@@ -448,6 +505,16 @@ class Exchange:
         """It reads again."""
         if self._sending is not None and self._checking is None:
             self._sending.resume()
+
+    def _explained(self) -> Sequence[Header]:
+        """Where it went and what was forecast, for a client that asks for it."""
+        record = self._record
+        if record is None or not any(name.lower() == EXPLAIN for name, _ in self._http.headers):
+            return ()
+        found = [(b"x-block-instance", self._url.encode())]
+        if record.forecast is not None:
+            found.append((b"x-block-forecast", b"ttft=%.3f, e2e=%.3f" % (record.forecast.ttft, record.forecast.e2e)))
+        return found
 
     @property
     def _url(self) -> str:

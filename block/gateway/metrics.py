@@ -26,6 +26,7 @@ from block.gateway.prefixes import SOURCES, UpstreamPrefixes
 from block.gateway.upstreams import SeenInstance, Upstream
 
 OK, REFUSED, FAILED, CANCELLED = "ok", "refused", "failed", "cancelled"
+OUTCOME_MET, OUTCOME_MISSED, OUTCOME_REFUSED = "met", "missed", "refused"
 NONE = "none"
 """In place of an instance, for requests that reached none."""
 
@@ -66,6 +67,10 @@ class Metrics:
             for status in (OK, REFUSED, FAILED, CANCELLED)
         }
         self._retries = Counter("block_retries", "Attempts that were repeated on another instance", registry=registry)
+        judged = Counter(
+            "block_slo", "Requests with objectives, by what became of them", ["outcome"], registry=registry
+        )
+        self._objectives = {one: judged.labels(one) for one in (OUTCOME_MET, OUTCOME_MISSED, OUTCOME_REFUSED)}
         self._fallbacks = Counter(
             "block_fallbacks", "Decisions not by the policy's own rule", ["reason"], registry=registry
         )
@@ -106,6 +111,10 @@ class Metrics:
             self._fallbacks.labels(fallback).inc()
         if self._forecasts:
             self._forecast_s.observe(dispatcher.history.forecast_s[-1])
+
+    def judged(self, outcome: str) -> None:
+        """A request met or missed its objectives, or was refused because it would have missed them."""
+        self._objectives[outcome].inc()
 
     def not_estimated(self, reason: str) -> None:
         """A request goes by the constant length."""

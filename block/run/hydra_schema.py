@@ -118,7 +118,7 @@ def schema(cls: type) -> type:
     """
     hints = get_type_hints(cls)
     fields: list[tuple[str, Any, Any]] = [
-        (f.name, _mutable(hints[f.name]), field(default=f.default, default_factory=f.default_factory))
+        (f.name, _mutable(hints[f.name]), field(default=f.default, default_factory=_default(f, hints[f.name])))
         for f in dataclasses.fields(cls)
     ]
     fields.append(("_target_", str, field(default=f"{cls.__module__}.{cls.__qualname__}")))
@@ -129,8 +129,21 @@ def schema(cls: type) -> type:
 copyreg.pickle(type(dataclasses.MISSING), lambda missing: "MISSING")
 
 
+@cache
+def _nested(cls: type) -> type:
+    """One schema of a class, however often it is asked for: a field's type and its default must have the same."""
+    return schema(cls)
+
+
+def _default(one: dataclasses.Field[Any], hint: Any) -> Any:
+    """What makes the default of a field: of one that is a dataclass, its schema."""
+    return _mutable(hint) if dataclasses.is_dataclass(hint) else one.default_factory
+
+
 def _mutable(hint: Any) -> Any:
-    """A list of schemas for a tuple of dataclasses; any other type as it is."""
+    """A schema for a dataclass, a list of them for a tuple of dataclasses; any other type as it is."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _nested(hint)
     item, *_ = get_args(hint) or (None,)
     return list[schema(item)] if get_origin(hint) is tuple and dataclasses.is_dataclass(item) else hint  # type: ignore
 
