@@ -176,11 +176,6 @@ class VLLMInstance:
         kept = None if table is None else PrefixTable(table.hashes.copy(), table.counts.copy())
         return lambda hashes, most: None if kept is None else held(kept, hashes, most)
 
-    @property
-    def longest_step_s(self) -> float:
-        """Of the latest steps; 0 if they are not seen, as on another host."""
-        return 0.0 if self._buffer is None else float(self._buffer.steps[:, -1].max())
-
     async def step_times(self, since: int) -> tuple[int, Floats]:
         """How many steps the engine has timed, and those after the first `since`: float[n, STEP]."""
         if self._buffer is not None:

@@ -208,6 +208,9 @@ class Dispatcher:
         self._keeps_ledger = config.ledger and policy.needs is not Needs.COUNTS
         self._active = list(range(instances))[:initial]
         self._requests = 0  # so many have arrived
+        self._others: dict[
+            tuple[Policy | None, frozenset[int] | None], int
+        ] = {}  # so many have, by who may place where
         self._index: dict[int, int] = {}  # request id → how many had arrived before it, of those that are here
         self._lost_on: dict[int, list[int]] = {}  # request id → instances that have failed it
         self._moved: dict[int, int] = {}  # request id → instance that it has migrated to
@@ -243,14 +246,19 @@ class Dispatcher:
         """
         record = RequestRecord(request)
         self.history.records.append(record)
-        self._index[request.id] = self._requests
-        self._requests += 1
+        if by is None and among is None:
+            self._index[request.id] = self._requests
+            self._requests += 1
+        else:  # which are counted by themselves: a policy that takes turns takes them among these
+            kind = by, None if among is None else frozenset(among)
+            self._index[request.id] = self._others.setdefault(kind, 0)
+            self._others[kind] += 1
         if by is not None:
             self._by[request.id] = by
         if among is not None:
             self._among[request.id] = among
         if active := self._eligible(request):
-            self._place(record, active, now)
+            self._place_or_end(record, active, now)
         else:
             self._end(record, "no instance is left")
         return record
@@ -290,18 +298,22 @@ class Dispatcher:
         lost_on.append(record.instance_id)
         if gone:
             self.instance_down(record.instance_id, reason, now)
-        retried = record.retries < MAX_RETRIES
-        if retried:
+        self._release(record, now)
+        again = record.retries < MAX_RETRIES
+        left = [i for i in self._eligible(record.request) if i not in lost_on] if again else []
+        if left:
             record.retries += 1
             record.first_token = math.nan
             record.output_tokens = 0
-        self._release(record, now)
-        left = [i for i in self._eligible(record.request) if i not in lost_on] if retried else []
-        if left:
-            self._place(record, left, now)
+            self._place_or_end(record, left, now)
         else:
             self._end(record, reason)
         return bool(left)
+
+    def has_another(self, record: RequestRecord) -> bool:
+        """Whether a request that is placed could begin anew on an instance that has not failed it."""
+        tried = {record.instance_id, *self._lost_on.get(record.request.id, ())}
+        return record.retries < MAX_RETRIES and any(i not in tried for i in self._eligible(record.request))
 
     def refused(self, record: RequestRecord, reason: str, now: float) -> None:
         """It cannot be served, or not any more, and that is not the instance's fault."""
@@ -348,6 +360,14 @@ class Dispatcher:
         """The active instances that may serve a request."""
         among = self._among.get(request.id) if self._among else None
         return self._active if among is None else [i for i in self._active if i in among]
+
+    def _place_or_end(self, record: RequestRecord, active: Sequence[int], now: float) -> None:
+        """Place it; if the policy raises, it has failed, and is at no instance."""
+        try:
+            self._place(record, active, now)
+        except BaseException:
+            self._end(record, "the policy failed")
+            raise
 
     def _place(self, record: RequestRecord, active: Sequence[int], now: float) -> None:
         """Decide to which of the instances `active` a request goes."""

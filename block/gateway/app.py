@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, NamedTuple
+from urllib.parse import unquote_to_bytes
 
 import aiohttp
 import numpy as np
@@ -36,7 +37,7 @@ from block.gateway.estimates import Estimator
 from block.gateway.exchange import Exchange, Surroundings
 from block.gateway.fleet import make_upstreams
 from block.gateway.http1 import HTTPRequest, TooLong, passed_on, unpacked
-from block.gateway.metrics import Metrics
+from block.gateway.metrics import FAILED, REFUSED, Metrics
 from block.gateway.modelled import Going, ModelledInstance
 from block.gateway.models import Models
 from block.gateway.openai import (
@@ -63,6 +64,8 @@ log = logging.getLogger(__name__)
 HISTORY = 1000
 """Requests that the dispatcher remembers; nothing here needs more than the latest."""
 DRAIN_POLL_S = 0.02
+LAST_REQUESTS_S = 0.1
+"""For requests to come that were sent before their clients could know."""
 LAST_BYTES_S = 0.5
 """For answers to be written out after the grace period."""
 BACKLOG = 2048
@@ -209,13 +212,14 @@ class Gateway:
         if server is not None:
             server.close()
             self.draining = True
-            for client in [one for one in self.clients if one.http is None]:
-                client.close()
             deadline = self._clock.now() + self._config.grace_s
-            while self._clock.now() < deadline and any(one.http is not None for one in self.clients):
+            await asyncio.sleep(min(LAST_REQUESTS_S, self._config.grace_s))
+            while self._clock.now() < deadline and any(one.busy for one in self.clients):
+                for client in [one for one in self.clients if not one.busy]:
+                    client.close()
                 await asyncio.sleep(DRAIN_POLL_S)
-            for client in [one for one in self.clients if one.http is not None]:
-                client.abort()
+            for client in list(self.clients):
+                client.abort() if client.busy else client.close()
             deadline = self._clock.now() + LAST_BYTES_S
             while self._clock.now() < deadline and self.clients:
                 await asyncio.sleep(DRAIN_POLL_S)
@@ -232,14 +236,14 @@ class Gateway:
             for upstream in self.upstreams:
                 upstream.pool.close_idle()
             long_ago = loop.time() - IDLE_S
-            for client in [one for one in self.clients if one.http is None and one.heard < long_ago]:
-                client.close()
+            for client in [one for one in self.clients if one.stalls(long_ago)]:
+                client.abort()
 
     # ------------------------------------------------------------------------------------------------------- routes
 
     def serve(self, client: ClientConnection, http: HTTPRequest) -> None:
         """Have a request answered."""
-        path = http.path
+        path = unquote_to_bytes(http.path) if b"%" in http.path else http.path
         if path in GENERATES and http.method == b"POST":
             self._generate(client, http)
         elif path == b"/health" and http.method in (b"GET", b"HEAD"):
@@ -257,19 +261,24 @@ class Gateway:
 
     def refused(self, status: int) -> None:
         """What came from a client was no request, or one too many."""
-        self._metrics.refused_unplaced(status)
+        self._metrics.unplaced(FAILED if status == 503 else REFUSED)
 
     def _refuse(self, client: ClientConnection, status: int, message: str) -> None:
-        self._metrics.refused_unplaced(status)
+        self._metrics.unplaced(REFUSED)
         client.reply(status, JSON, error_json(status, message))
 
     def _pass(self, client: ClientConnection, http: HTTPRequest) -> None:
         """What asks for no response of a model's goes by outstanding work, unread but for its model."""
         try:
-            among = self.models.places(model := model_of(http)) if self.models.differ else None
+            among = None
+            if self.models.differ:
+                body, _ = self._unpack(http)
+                among = self.models.places(model := model_of(http._replace(body=body)))
         except KeyError:
             self._refuse_model(client, model)
             return
+        except ValueError:  # it is packed in a way that the server may know
+            among = None
         request = Request(next(self._numbers), self._clock.now(), 1, 1, 1)
         exchange = Exchange(self._around, client, http, generates=False)
         exchange.place(request, http.body, by=self._least, among=among)
@@ -296,11 +305,12 @@ class Gateway:
             self._refuse_model(client, model)
             return
         one = _Asked(next(self._numbers), self._clock.now(), asked, body, among, objectives)
-        exchange = Exchange(self._around, client, http)
+        streams = asked.fields.get("stream") is True
+        exchange = Exchange(self._around, client, http, streams=streams)
         if self._estimator is None and self._prompts is None:
             self._place(exchange, one)
         else:
-            exchange.prepare(asyncio.get_running_loop().create_task(self._read_and_place(exchange, one)))
+            exchange.prepare(self._read_and_place(exchange, one))
 
     def _unpack(self, http: HTTPRequest) -> tuple[bytes, HTTPRequest]:
         """The body without its Content-Encoding, and the request without the header that says so."""
@@ -357,7 +367,7 @@ class Gateway:
             path = http.path.decode("latin-1")
             self._refuse(client, 403, f"{path} may change a server, and is passed on with gateway.admin=true only")
             return
-        client.serving = everywhere = _Everywhere(client, self._session, [one.url for one in self.upstreams], http)
+        client.serving = everywhere = _Everywhere(client, self._session, self.upstreams, self._around.watch, http)
         everywhere.task = asyncio.get_running_loop().create_task(everywhere.ask())
 
 
@@ -380,16 +390,23 @@ class _Everywhere:
     task: asyncio.Task[None]
 
     def __init__(
-        self, client: ClientConnection, session: aiohttp.ClientSession, urls: Sequence[str], http: HTTPRequest
+        self,
+        client: ClientConnection,
+        session: aiohttp.ClientSession,
+        upstreams: Sequence[Upstream],
+        watch: Watch,
+        http: HTTPRequest,
     ) -> None:
         self._client = client
         self._session = session
-        self._urls = urls
+        self._upstreams = upstreams
+        self._watch = watch
         self._http = http
 
     async def ask(self) -> None:
-        """Send it, and answer."""
-        answers = await asyncio.gather(*map(self._ask_one, self._urls))
+        """Send it, and answer, once it is known what has changed."""
+        answers = await asyncio.gather(*(self._ask_one(one.url) for one in self._upstreams))
+        await asyncio.gather(*map(self._watch.ask_models, self._upstreams))
         status, headers, body = next((one for one in answers if one[0] >= 300), answers[0])
         self._client.reply(status, headers, body)
 
@@ -408,7 +425,7 @@ class _Everywhere:
                 body = await answer.read()
                 kept = [one for one in passed_on(answer.raw_headers) if one[0].lower() != b"content-encoding"]
                 return answer.status, kept, body
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             return 502, JSON, error_json(502, f"{url}: {error}")
 
     def client_left(self) -> None:

@@ -29,6 +29,10 @@ MAX_TARGET = 64 * 1024
 """Bytes of a path and its query."""
 MAX_WAITING = 16
 """Requests of a connection that wait for the answers before theirs; while there are more, nothing is read."""
+MAX_WAITING_BYTES = 2**20
+"""The same of the bytes of their bodies."""
+AT_ONCE = 16
+"""Requests sent ahead that are answered before others have a turn."""
 LINGER_S = 2.0
 """For a client to read why it is refused, while it still sends."""
 
@@ -83,6 +87,7 @@ class ClientConnection(asyncio.Protocol):
     __slots__ = (
         "_body",
         "_deaf",
+        "_full",
         "_head",
         "_headers",
         "_in_body",
@@ -90,6 +95,7 @@ class ClientConnection(asyncio.Protocol):
         "_loop_runs",
         "_owner",
         "_parser",
+        "_partial",
         "_paused",
         "_size",
         "_target",
@@ -99,15 +105,18 @@ class ClientConnection(asyncio.Protocol):
         "heard",
         "http",
         "serving",
+        "unsent",
     )
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
-        self._parser = httptools.HttpRequestParser(self)
+        self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._waiting: deque[HTTPRequest | _Refusal] = deque()
         self._deaf = False  # nothing more is read as a request
         self._lingers = False  # and what is sent still is waited for, or the client would not see why
         self._paused = False
+        self._full = False  # more is written than is sent
+        self._partial = False  # a request has begun to come, and is not whole
         self._loop_runs = False
         self._head = 0  # bytes of the head that is being read
         self.http: HTTPRequest | None = None
@@ -117,8 +126,10 @@ class ClientConnection(asyncio.Protocol):
         self.begun = False
         """Whether the answer has begun to be written."""
         self.heard = asyncio.get_running_loop().time()
-        """When something came or was answered last, by the loop's clock."""
-        self.on_message_begin()
+        """When something came, was answered or sent last, by the loop's clock."""
+        self.unsent = 0
+        """Bytes that were waiting to be sent when `stalls` was asked last."""
+        self._begin()
 
     # ------------------------------------------------------------------------------------------------------ the wire
 
@@ -135,19 +146,25 @@ class ClientConnection(asyncio.Protocol):
         self._owner.clients.discard(self)
         self._deaf = True
         self._waiting.clear()
+        self._begin()
+        self._parser = None  # which has this connection, too: none of both would go by itself
+        self.http = None
         serving, self.serving = self.serving, None
         if serving is not None:
             serving.client_left()
 
     def pause_writing(self) -> None:
         """What was written waits to be sent."""
+        self._full = True
         if self.serving is not None:
             self.serving.pause()
 
     def resume_writing(self) -> None:
         """It was sent."""
+        self._full = False
         if self.serving is not None:
             self.serving.resume()
+        self._answer_next()
 
     def data_received(self, data: bytes) -> None:
         """Read the requests in it."""
@@ -161,23 +178,32 @@ class ClientConnection(asyncio.Protocol):
             self._refuse(400, f"this is no request: {error}")
         if self._head > MAX_HEAD:
             self._refuse(431, TOO_LONG)
-        if self._waiting:
-            self._answer_next()
+        self._answer_next()
 
     def _read(self, data: bytes) -> None:
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as error:  # llhttp reads no further, but no other protocol is spoken here
-            version = self._parser.get_http_version().encode()
-            first = b"%s %s HTTP/%s\r\n" % (self._parser.get_method(), self._target, version)
-            same = header_lines(one for one in self._headers if one[0].lower() != b"upgrade")
-            self._parser = httptools.HttpRequestParser(self)
-            self._read(first + same + b"\r\n" + data[error.args[0] :])
+        while data and not self._deaf and (parser := self._parser) is not None:
+            try:
+                parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as error:  # llhttp reads no further, but no other protocol is spoken
+                method = parser.get_method()
+                if method == b"CONNECT":
+                    self._refuse(501, "CONNECT: this is no proxy to anywhere")
+                    return
+                first = b"%s %s HTTP/%s\r\n" % (method, self._target, parser.get_http_version().encode())
+                same = header_lines(one for one in self._headers if one[0].lower() != b"upgrade")
+                self._parser = httptools.HttpRequestParser(self)
+                data = first + same + b"\r\n" + data[error.args[0] :]
 
     # ------------------------------------------------------------------------------------------------- what llhttp says
 
     def on_message_begin(self) -> None:
         """A request begins."""
+        self._begin()
+        self._partial = True
+
+    def _begin(self) -> None:
+        self._partial = False
         self._target = b""
         self._headers: list[Header] = []
         self._body: list[bytes] = []
@@ -199,19 +225,27 @@ class ClientConnection(asyncio.Protocol):
         self._head = 0
         if len(self._target) > MAX_TARGET:
             self._refuse(414, f"the path exceeds {MAX_TARGET // 1024} KiB")
-        size = 0
+        size = hosts = 0
+        expects = False
         for name, value in self._headers:
             size += len(name) + len(value)
             lower = name.lower()
+            hosts += lower == b"host"
             if lower == b"content-length" and int(value) > self._owner.max_body:
                 self._refuse_body()
             elif lower == b"expect":
-                if value.lower() != b"100-continue":
+                expects = value.lower() == b"100-continue"
+                if not expects:
                     self._refuse(417, f"Expect: {value.decode('latin-1')} is not known")
-                elif self.http is None and not self._waiting and not self._deaf:
-                    self._transport.write(CONTINUE)
+            elif lower == b"transfer-encoding" and value.strip().lower() != b"chunked":
+                self._refuse(501, f"Transfer-Encoding: {value.decode('latin-1')} is not known; take chunked")
         if size > MAX_HEAD:
             self._refuse(431, TOO_LONG)
+        assert self._parser is not None
+        if hosts > 1 or (hosts == 0 and self._parser.get_http_version() == "1.1"):
+            self._refuse(400, f"the request has {hosts} headers Host")
+        if expects and self.http is None and not self._waiting and not self._deaf:
+            self._transport.write(CONTINUE)
 
     def on_body(self, data: bytes) -> None:
         """A part of its body."""
@@ -225,12 +259,16 @@ class ClientConnection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         """It is whole."""
         self._head = 0
-        if self._deaf or self._parser.should_upgrade():
+        parser, body, target = self._parser, self._body, self._target
+        if self._deaf or parser is None or parser.should_upgrade():
             return
-        parser, body = self._parser, self._body
-        target = self._target
+        self._partial = False
+        self._body = []  # or it would be kept until the next request comes
         if not target.startswith((b"/", b"*")):  # as a proxy is asked
             target = b"/" + target.partition(b"://")[2].partition(b"/")[2]
+        if b"#" in target:
+            self._refuse(400, "the path has a fragment")
+            return
         request = HTTPRequest(
             parser.get_method(),
             target,
@@ -240,9 +278,17 @@ class ClientConnection(asyncio.Protocol):
             parser.get_http_version() != "1.0",
         )
         self._waiting.append(request)
-        if len(self._waiting) > MAX_WAITING and not self._paused:
+        if self._must_wait() and not self._paused:
             self._paused = True
             self._transport.pause_reading()
+
+    def _must_wait(self) -> bool:
+        """Whether so much waits that no more is to be read."""
+        waiting = self._waiting
+        return len(waiting) > MAX_WAITING or (
+            len(waiting) > 1
+            and sum(len(one.body) for one in waiting if isinstance(one, HTTPRequest)) > MAX_WAITING_BYTES
+        )
 
     def _refuse_body(self) -> None:
         self._refuse(413, f"the body exceeds gateway.max_body_mib={self._owner.max_body // 2**20}")
@@ -255,13 +301,15 @@ class ClientConnection(asyncio.Protocol):
     # ------------------------------------------------------------------------------------------------------- answering
 
     def _answer_next(self) -> None:
-        """Have what waits answered, until one takes longer."""
+        """Have what waits answered, until one takes longer, or others are to have a turn, or the client is to read."""
         if self._loop_runs:
             return
         self._loop_runs = True
-        while self._waiting and self.http is None:
+        for _ in range(AT_ONCE):
+            if not self._waiting or self.http is not None or self._full:
+                break
             one = self._waiting.popleft()
-            if self._paused and len(self._waiting) <= MAX_WAITING:
+            if self._paused and not self._must_wait():
                 self._paused = False
                 self._transport.resume_reading()
             if isinstance(one, _Refusal):
@@ -271,7 +319,27 @@ class ClientConnection(asyncio.Protocol):
             else:
                 self.http = one
                 self._owner.serve(self, one)
+        else:
+            asyncio.get_running_loop().call_soon(self._answer_next)
         self._loop_runs = False
+
+    @property
+    def full(self) -> bool:
+        """Whether more was written than the client has read."""
+        return self._full
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is coming or being answered, or an answer being sent."""
+        waits = self.http is not None or self._partial or bool(self._head or self._waiting)
+        return not self.gone and (waits or self._transport.get_write_buffer_size() > 0)
+
+    def stalls(self, since: float) -> bool:
+        """Whether nothing has come or been sent since then, while nobody is at work for it."""
+        left = self._transport.get_write_buffer_size()
+        if left != self.unsent:
+            self.unsent, self.heard = left, asyncio.get_running_loop().time()
+        return self.heard < since and (left > 0 or self.http is None)
 
     @property
     def gone(self) -> bool:
@@ -281,10 +349,11 @@ class ClientConnection(asyncio.Protocol):
     def reply(self, status: int, headers: Sequence[Header], body: bytes, length: int | None = None) -> None:
         """The whole answer. length: what is said of the body's length where none is sent (HEAD, 304)."""
         if not self.gone:
-            bare = status == 204 or (status == 304 and length is None)
-            says = b"" if bare else b"Content-Length: %d\r\n" % (len(body) if length is None else length)
             assert self.http is not None
-            sent = b"" if self.http.method == b"HEAD" else body
+            head = self.http.method == b"HEAD"
+            bare = status == 204 or ((status == 304 or (head and not body)) and length is None)
+            says = b"" if bare else b"Content-Length: %d\r\n" % (len(body) if length is None else length)
+            sent = b"" if head else body
             self._transport.write(
                 b"%s%s%s%s\r\n%s" % (status_line(status), header_lines(headers), says, self._stays(), sent)
             )
@@ -335,8 +404,7 @@ class ClientConnection(asyncio.Protocol):
         self.begun = False
         if keeps and not self._owner.draining and (self._waiting or not self._deaf):
             self.heard = asyncio.get_running_loop().time()
-            if self._waiting:
-                self._answer_next()
+            self._answer_next()
             return
         self._waiting.clear()
         self._deaf = True

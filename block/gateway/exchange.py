@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from block.core.clock import Clock
 from block.core.types import Request, RequestRecord
@@ -32,7 +32,15 @@ from block.gateway.metrics import (
     Metrics,
 )
 from block.gateway.openai import JSON, PromptUsage, completion_tokens, error_event, error_json, prompt_usage
-from block.gateway.server_connections import NotHTTP, OutOfResources, Sending, ServerSilent, TransportError
+from block.gateway.server_connections import (
+    ConnectionReset,
+    NotHTTP,
+    OutOfResources,
+    Sending,
+    ServerHangs,
+    ServerSilent,
+    TransportError,
+)
 from block.gateway.sse import Events
 from block.gateway.upstreams import Upstream
 from block.gateway.watch import Watch
@@ -41,9 +49,6 @@ log = logging.getLogger(__name__)
 
 EXPLAIN = b"x-block-explain"
 """A request with this header is told in its answer's where it went."""
-
-_STREAMS = re.compile(rb'"stream"\s*:\s*true')
-
 MISSES = "its forecast misses its objective"
 TURNED_AWAY = (502, 503)
 """Statuses by which a server says that another one may serve the request."""
@@ -64,11 +69,24 @@ class Surroundings:
     """What goes on for no request in particular; an event loop keeps no hold of its tasks."""
 
 
+class _Reply(NamedTuple):
+    """A whole answer; length: of a body that is not sent, as of HEAD."""
+
+    status: int
+    headers: Sequence[Header]
+    body: bytes
+    length: int | None = None
+
+    @staticmethod
+    def error(status: int, message: str, *headers: Header) -> _Reply:
+        return _Reply(status, [*JSON, *headers], error_json(status, message))
+
+
 class Exchange:
     """The request `http` of `client`. `place` sends it on its way; all else follows from what its server and its client
     do.
 
-    generates: whether its answer is a response of a model's, which has tokens.
+    generates: whether its answer is a response of a model's, which has tokens. streams: whether as events.
     """
 
     __slots__ = (
@@ -78,6 +96,7 @@ class Exchange:
         "_client",
         "_counted",
         "_events",
+        "_explains",
         "_generates",
         "_head",
         "_held",
@@ -94,29 +113,52 @@ class Exchange:
     )
 
     def __init__(
-        self, around: Surroundings, client: ClientConnection, http: HTTPRequest, *, generates: bool = True
+        self,
+        around: Surroundings,
+        client: ClientConnection,
+        http: HTTPRequest,
+        *,
+        generates: bool = True,
+        streams: bool = False,
     ) -> None:
         self._around = around
         self._client: ClientConnection | None = client
         self._http = http
         self._generates = generates
+        self._explains = any(name.lower() == EXPLAIN for name, _ in http.headers)
         self._body = http.body
+        self._objectives: Objectives | None = None
+        self._on_usage: Callable[[PromptUsage], None] | None = None
         self._record: RequestRecord | None = None
-        self._sending: Sending | None = None
         self._preparing: asyncio.Task[None] | None = None
         self._checking: asyncio.Task[None] | None = None
-        self._kept: tuple[int, Sequence[Header], bytes, int | None] | None = None  # the answer, if none is better
-        self._on_usage: Callable[[PromptUsage], None] | None = None
-        self.streams = generates and _STREAMS.search(http.body) is not None
-        self.passing = False
+        self._kept: _Reply | None = None  # the answer, if none is better
         self._over = False  # the dispatcher and the metrics have been told how it ended
+        self.streams = streams
+        """As of `Asking`, like the next."""
+        self._begin_anew()
         client.serving = self
+
+    def _begin_anew(self) -> None:
+        self._sending: Sending | None = None
+        self._head: AnswerHead | None = None
+        self._held: list[bytes] = []
+        self._events: Events | None = None
+        self._counted = False  # a server has counted the response's tokens
+        self.passing = False
 
     # ------------------------------------------------------------------------------------------------- on its way there
 
-    def prepare(self, task: asyncio.Task[None]) -> None:
-        """It is not `place`d before this is done."""
-        self._preparing = task
+    def prepare(self, prepared: Awaitable[None]) -> None:
+        """It is not `place`d before this is done, which does it."""
+
+        async def guarded() -> None:
+            try:
+                await prepared
+            except Exception as error:
+                self._crashed(error)
+
+        self._preparing = asyncio.get_running_loop().create_task(guarded())
 
     def place(
         self,
@@ -160,44 +202,47 @@ class Exchange:
                 waited_s = 0.0 if waits_since is None else around.clock.now() - waits_since
                 if slo.missed == QUEUE and waited_s < slo.queue_s:
                     return False
-                self._turn_away(late_s)
+                around.metrics.judged(OUTCOME_REFUSED)
+                wait = (b"Retry-After", b"%d" % max(math.ceil(late_s), 1))
+                self._kept = _Reply.error(429, f"{MISSES} by {late_s:.1f} s", wait)
+                self._end(REFUSED)
+                self._reply()
                 return True
             self._record = record
-            self._attempt(record)
+            self._attempt()
         except Exception as error:
             self._crashed(error)
         return True
 
-    def _turn_away(self, late_s: float) -> None:
-        """It would be too late."""
-        self._over = True
-        self._around.metrics.refused_unplaced(429)
-        self._around.metrics.judged(OUTCOME_REFUSED)
-        client, self._client = self._client, None
-        if client is not None:
-            wait = (b"Retry-After", b"%d" % max(math.ceil(late_s), 1))
-            client.reply(429, [*JSON, wait], error_json(429, f"{MISSES} by {late_s:.1f} s"))
-
-    def _attempt(self, record: RequestRecord) -> None:
-        around = self._around
-        if record.status != "pending":
-            self._give_up(503, record.error or "")
+    def _attempt(self) -> None:
+        around, record = self._around, self._record
+        assert record is not None
+        if record.status != "pending":  # no server is left to try
+            if self._kept is None:
+                self._kept = _Reply.error(503, record.error or "")
+            self._end(FAILED)
+            self._reply()
             return
-        around.metrics.attempted()
+        around.metrics.attempted(record)
         around.dispatcher.delivered(record, around.clock.now())
-        self._held: list[bytes] = []
-        self._counted = False
-        self.passing = False
-        self._events: Events | None = None
-        pool = around.upstreams[record.instance_id].pool
-        self._sending = pool.send(self, self._http, self._body)
+        self._begin_anew()
+        self._sending = around.upstreams[record.instance_id].pool.send(self, self._http, self._body)
+        if self._client is not None and self._client.full:
+            self._sending.pause()
+
+    @property
+    def replaceable(self) -> bool:
+        """Whether it could begin anew elsewhere: as of `Asking`."""
+        record = self._record
+        return not self.passing and record is not None and self._around.dispatcher.has_another(record)
 
     # ------------------------------------------------------------------------------------------------- on its way back
 
     def answer_begins(self, head: AnswerHead) -> None:
         """The status and headers of its answer: as of `Asking`, like the next three."""
         self._head = head
-        if head.status == 200 and head.kind.startswith(b"text/event-stream") and not head.packed:
+        is_events = head.status == 200 and head.kind.startswith(b"text/event-stream")
+        if is_events and not head.packed and self._http.method != b"HEAD":
             self._events = Events()
 
     def answer_goes_on(self, data: bytes) -> None:
@@ -211,7 +256,8 @@ class Exchange:
         """It is whole."""
         self._sending = None
         try:
-            self._ends()
+            if self._checking is None:  # else that goes on when it is done
+                self._ends()
         except Exception as error:
             self._crashed(error)
 
@@ -226,94 +272,55 @@ class Exchange:
         except Exception as bug:
             self._crashed(bug)
 
-    @property
-    def _whole(self) -> bool:
-        """Whether the answer is passed on once it is whole: errors, and JSON."""
-        head = self._head
-        return head.status >= 400 or head.kind.startswith(b"application/json")
-
     def _pass_on(self, data: bytes) -> None:
-        events = self._events
+        head, events = self._head, self._events
+        assert head is not None
         if not self.passing:
             if events is not None:
                 first = events.first(data)
                 if first is None:
                     return
-                if events.failed:
-                    self._check(f"{self._url}: began with an error", gone_only=True, data=first)
-                    return
                 data = first
-            elif self._whole:
+                if events.failed:
+                    if self._sending is not None:
+                        self._sending.pause()
+                    self._check(self._after_bad_beginning(data))
+                    return
+            elif head.status >= 400 or head.kind.startswith(b"application/json"):
                 self._held.append(data)
                 return
             self._begin_passing()
         if events is not None:
-            events.note(data)
-            record = self._record
-            if record is not None and not self._counted:
-                record.output_tokens = events.count  # about, as long as nobody has counted them
-            self._note(data)
-        client = self._client
-        if client is not None:
-            client.write(data)
-        if events is not None and events.done and not self._over:
+            self._read_events(events, data)
+        if self._client is not None:
+            self._client.write(data)
+        if events is not None and events.done:
             self._finish()
 
     def _begin_passing(self) -> None:
-        record = self._record
+        """From here on it cannot begin anew."""
+        record, head = self._record, self._head
         assert record is not None
+        assert head is not None
         self.passing = True
+        self._body = b""
+        self._http = self._http._replace(body=b"")
+        if self._sending is not None:
+            self._sending.request = b""
         now = self._around.clock.now()
         self._around.dispatcher.first_token(record, now)
         if self._events is not None:
             self._around.watch.began(record.instance_id, now - record.dispatched)
         if self._client is not None:
-            self._client.begin(self._head.status, [*self._head.headers, *self._explained()])
+            self._client.begin(head.status, [*head.headers, *self._explained()])
 
-    def _ends(self) -> None:
-        events = self._events
-        if not self.passing and events is not None and self._checking is None:
-            if events.held:
-                self._begin_passing()
-                if self._client is not None:
-                    self._client.write(events.held)
-            elif self._head.length is None or self._head.length > 0:
-                self._begin_passing()
-        if self._checking is not None:  # which goes on when it is done
-            return
-        if self.passing:
-            client, self._client = self._client, None
-            if not self._over:
-                self._finish()
-            if client is not None:
-                client.end()
-            return
-        head = self._head
-        body = b"".join(self._held)
-        unsent = head.length if self._http.method == b"HEAD" or head.status == 304 else None
-        self._kept = head.status, [*head.headers, *self._explained()], body, unsent
-        if head.status >= 500:
-            self._check(f"{self._url}: answered {head.status}", gone_only=head.status not in TURNED_AWAY)
-        else:
-            self._answered()
+    def _read_events(self, events: Events, data: bytes) -> None:
+        events.note(data)
+        if self._record is not None and not self._counted:
+            self._record.output_tokens = max(events.count - events.done, 0)  # about: nobody has counted them
+        self._note_usage(data)
 
-    def _answered(self) -> None:
-        """Pass on the answer that is kept, as what the server says."""
-        assert self._kept is not None
-        status, _, body, _ = self._kept
-        if status >= 400:
-            self._refuse(f"{self._url}: answered {status}")
-        else:
-            self._note(body)
-            self._finish()
-        self._reply()
-
-    def _reply(self) -> None:
-        client, self._client = self._client, None
-        if client is not None and self._kept is not None:
-            client.reply(*self._kept)
-
-    def _note(self, answer: bytes) -> None:
+    def _note_usage(self, answer: bytes) -> None:
         """Note what an answer says of its tokens; in the record, what was cached, in tokens as the gateway counts."""
         record = self._record
         if record is None or not self._generates or b"_tokens" not in answer:
@@ -329,40 +336,77 @@ class Exchange:
                 self._on_usage(said)
                 self._on_usage = None
 
+    def _ends(self) -> None:
+        head, events = self._head, self._events
+        assert head is not None
+        if events is not None and not self.passing and (events.held or head.length != 0):
+            self._begin_passing()
+            if self._client is not None and events.held:
+                self._client.write(events.held)
+        if self.passing:
+            self._finish()
+            client, self._client = self._client, None
+            if client is not None:
+                client.end()
+            return
+        bare = self._http.method == b"HEAD" or head.status == 304
+        body = b"".join(self._held)
+        self._kept = _Reply(head.status, [*head.headers, *self._explained()], body, head.length if bare else None)
+        if head.status >= 500:
+            self._check(self._after_error(head.status))
+        else:
+            self._answered()
+
+    def _answered(self) -> None:
+        """Pass on the answer that is kept, as what the server says."""
+        assert self._kept is not None
+        if self._kept.status >= 400:
+            self._fail(f"{self._url}: answered {self._kept.status}")
+        else:
+            self._note_usage(self._kept.body)
+            self._finish()
+        self._reply()
+
+    def _reply(self) -> None:
+        client, self._client = self._client, None
+        if client is not None and self._kept is not None:
+            client.reply(*self._kept)
+
     # -------------------------------------------------------------------------------------------------- what goes wrong
 
     def _loses(self, error: TransportError) -> None:
-        record = self._record
-        assert record is not None
         text = f"{self._url}: {error}"
         if self._over:  # the answer was whole, but for its last bytes
-            if (client := self._client) is not None:
-                self._client = None
+            client, self._client = self._client, None
+            if client is not None:
                 client.end()
         elif self.passing:
             self._break_off(text)
         elif isinstance(error, ServerSilent):  # the next one would be as slow
-            self._kept = 504, JSON, error_json(504, text), None
-            self._refuse(text)
+            self._kept = _Reply.error(504, text)
+            self._fail(text)
             self._reply()
         elif isinstance(error, OutOfResources):
             text = f"the gateway cannot open a connection: {error}"
-            self._kept = 503, [*JSON, (b"Retry-After", b"1")], error_json(503, text), None
-            self._refuse(text)
+            self._kept = _Reply.error(503, text, (b"Retry-After", b"1"))
+            self._fail(text)
             self._reply()
+        elif isinstance(error, ConnectionReset):  # by this request, perhaps
+            self._check(self._after_reset(text))
         else:  # what is no HTTP tells nothing of the next request
+            if isinstance(error, ServerHangs):
+                self.streams = False  # it has been evidence once
             self._again(text, gone=not isinstance(error, NotHTTP))
 
     def _again(self, why: str, *, gone: bool) -> None:
         """Begin anew elsewhere, if there is another."""
-        record = self._record
-        assert record is not None
-        self._around.dispatcher.failed(record, why, self._around.clock.now(), gone=gone)
-        self._attempt(record)
+        assert self._record is not None
+        self._around.dispatcher.failed(self._record, why, self._around.clock.now(), gone=gone)
+        self._attempt()
 
     def _break_off(self, why: str) -> None:
         """End what cannot go on, with an event that says so where one can be written. The server may be gone."""
-        self._refuse(why)
+        self._fail(why)
         client, self._client = self._client, None
         if client is not None and self._events is not None:
             client.write(error_event(502, why))
@@ -379,42 +423,58 @@ class Exchange:
         if not await self._around.upstreams[instance_id].healthy():
             self._around.dispatcher.instance_down(instance_id, why, self._around.clock.now())
 
-    def _check(self, said: str, *, gone_only: bool, data: bytes | None = None) -> None:
-        """A server answered with an error: find out whether it is well. If not, or if the error is that it takes no
-        more, another may serve the request; else the answer counts.
-
-        A vLLM server whose engine has died says 500, as it does when the request is at fault. data: of a stream that
-        begins with an error, what has come.
-        """
-        if data is not None and self._sending is not None:
-            self._sending.pause()
-        self._checking = asyncio.get_running_loop().create_task(self._go_on(said, gone_only, data))
-
-    async def _go_on(self, said: str, gone_only: bool, data: bytes | None) -> None:
+    def _check(self, then: Callable[[bool], None]) -> None:
+        """Ask a server that has failed this request whether it is well, and go on by what it says."""
         record = self._record
         assert record is not None
-        well = await self._around.upstreams[record.instance_id].healthy()
-        self._checking = None
-        try:
-            if not well or not gone_only:
+
+        async def ask() -> None:
+            try:
+                well = await self._around.upstreams[record.instance_id].healthy()
+                self._checking = None
+                then(well)
+            except Exception as error:
+                self._crashed(error)
+
+        self._checking = asyncio.get_running_loop().create_task(ask())
+
+    def _after_reset(self, said: str) -> Callable[[bool], None]:
+        return lambda well: self._again(said, gone=not well)
+
+    def _after_error(self, status: int) -> Callable[[bool], None]:
+        """A vLLM server whose engine has died says 500, as it does when the request is at fault."""
+        said = f"{self._url}: answered {status}"
+
+        def go_on(well: bool) -> None:
+            if not well:
+                self._again(f"{said}, and is not healthy", gone=True)
+            elif status in TURNED_AWAY:
+                self._again(said, gone=False)
+            else:
+                self._answered()
+
+        return go_on
+
+    def _after_bad_beginning(self, data: bytes) -> Callable[[bool], None]:
+        """Of a stream whose first event is an error; data: what has come of it."""
+
+        def go_on(well: bool) -> None:
+            assert self._events is not None
+            if not well:
                 if self._sending is not None:
                     self._sending.cancel()
-                    self._sending = None
-                self._again(said if well else f"{said}, and is not healthy", gone=not well)
-            elif data is None:
-                self._answered()
-            else:
-                self._begin_passing()
-                if self._client is not None:
-                    self._client.write(data)
-                assert self._events is not None
-                self._events.note(data)
-                if self._sending is not None:
-                    self._sending.resume()
-                else:
-                    self._ends()
-        except Exception as error:
-            self._crashed(error)
+                self._again(f"{self._url}: began with an error, and is not healthy", gone=True)
+                return
+            self._begin_passing()
+            self._read_events(self._events, data)
+            if self._client is not None:
+                self._client.write(data)
+            if self._sending is None:
+                self._ends()
+            elif self._client is None or not self._client.full:
+                self._sending.resume()
+
+        return go_on
 
     def _crashed(self, error: Exception) -> None:
         """A mistake of the policy's, or of the gateway's: one request fails, and no other."""
@@ -425,56 +485,49 @@ class Exchange:
         if self._sending is not None:
             self._sending.cancel()
             self._sending = None
-        record, around = self._record, self._around
-        if record is not None and not self._over:
-            self._over = True
-            if record.status == "pending":
-                around.dispatcher.cancelled(record, around.clock.now())
-            around.metrics.ended(record, FAILED, self._generates)
+        self._kept = _Reply.error(500, "the gateway failed; its log says why")
+        self._fail("the gateway failed")
         client, self._client = self._client, None
         if client is not None:
             if client.begun:
                 client.cut()
             else:
-                client.reply(500, JSON, error_json(500, "the gateway failed; its log says why"))
+                client.reply(*self._kept)
 
     # ------------------------------------------------------------------------------------------------- how it ended
 
     def _finish(self) -> None:
-        """The response is whole."""
-        record, around = self._record, self._around
-        assert record is not None
-        events = self._events
-        if events is not None and not self._counted:
-            record.output_tokens = max(events.count - events.done, 0)  # without usage, a guess
-        if events is not None and events.failed:
-            self._refuse(f"{self._url}: the stream tells of an error")
+        """The response is whole, unless an event of it has told of an error."""
+        if self._events is not None and self._events.failed:
+            self._fail(f"{self._url}: the stream tells of an error")
+        else:
+            self._end(OK)
+
+    def _fail(self, why: str) -> None:
+        """It was not served: by a fault of its own, if the client is told so."""
+        kept = self._kept
+        self._end(REFUSED if kept is not None and 400 <= kept.status < 500 else FAILED, why)
+
+    def _end(self, outcome: str, why: str = "") -> None:
+        """Tell the dispatcher and the metrics how it ended, the first time that it does."""
+        if self._over:
             return
         self._over = True
-        around.dispatcher.finished(record, around.clock.now())
-        around.metrics.ended(record, OK, self._generates)
-        if self._objectives is not None and (met := self._objectives.met(record)) is not None:
-            around.metrics.judged(OUTCOME_MET if met else OUTCOME_MISSED)
-
-    def _refuse(self, why: str) -> None:
-        """It cannot be served."""
-        record, around = self._record, self._around
-        assert record is not None
-        around.dispatcher.refused(record, why, around.clock.now())
-        self._count_failure()
-
-    def _give_up(self, status: int, why: str) -> None:
-        """No server is left to try; the last answer that was to be passed on is, or else an error."""
-        if self._kept is None:
-            self._kept = status, JSON, error_json(status, why), None
-        self._count_failure()
-        self._reply()
-
-    def _count_failure(self) -> None:
-        self._over = True
-        assert self._record is not None
-        refused = self._kept is not None and 400 <= self._kept[0] < 500
-        self._around.metrics.ended(self._record, REFUSED if refused else FAILED, self._generates)
+        around, record = self._around, self._record
+        if record is None:
+            around.metrics.unplaced(outcome)
+            return
+        now = around.clock.now()
+        if outcome == OK:
+            around.dispatcher.finished(record, now)
+            if self._objectives is not None and (met := self._objectives.met(record)) is not None:
+                around.metrics.judged(OUTCOME_MET if met else OUTCOME_MISSED)
+        elif record.status == "pending":
+            if outcome == CANCELLED:
+                around.dispatcher.cancelled(record, now)
+            else:
+                around.dispatcher.refused(record, why, now)
+        around.metrics.ended(record, outcome, self._generates)
 
     # --------------------------------------------------------------------------------------------- what the client does
 
@@ -491,10 +544,7 @@ class Exchange:
         if self._sending is not None:
             self._sending.cancel()
             self._sending = None
-        self._over = True
-        if self._record is not None:
-            self._around.dispatcher.cancelled(self._record, self._around.clock.now())
-            self._around.metrics.ended(self._record, CANCELLED, self._generates)
+        self._end(CANCELLED)
 
     def pause(self) -> None:
         """The client does not read: no more is read for it."""
@@ -509,7 +559,7 @@ class Exchange:
     def _explained(self) -> Sequence[Header]:
         """Where it went and what was forecast, for a client that asks for it."""
         record = self._record
-        if record is None or not any(name.lower() == EXPLAIN for name, _ in self._http.headers):
+        if record is None or not self._explains:
             return ()
         found = [(b"x-block-instance", self._url.encode())]
         if record.forecast is not None:

@@ -110,13 +110,18 @@ def unpacked(body: bytes, encoding: bytes, most: int) -> bytes:
         if name not in (b"gzip", b"x-gzip", b"deflate"):
             raise ValueError(f"Content-Encoding: {name.decode('latin-1')} is not known; take gzip, deflate or none")
         raw = name == b"deflate" and body[:1] and (body[0] & 15 != 8 or int.from_bytes(body[:2], "big") % 31)
-        unpack = zlib.decompressobj(-zlib.MAX_WBITS if raw else zlib.MAX_WBITS | 32)
-        try:
-            body = unpack.decompress(body, most + 1)
-        except zlib.error as error:
-            raise ValueError(f"the body is not {name.decode()}: {error}") from error
-        if len(body) > most:
-            raise TooLong
-        if not unpack.eof:
-            raise ValueError(f"the body is not {name.decode()}: it ends too soon")
+        parts: list[bytes] = []
+        left = body  # gzip may have several, one after the other
+        while left or not parts:
+            unpack = zlib.decompressobj(-zlib.MAX_WBITS if raw else zlib.MAX_WBITS | 32)
+            try:
+                parts.append(unpack.decompress(left, most + 1))
+            except zlib.error as error:
+                raise ValueError(f"the body is not {name.decode()}: {error}") from error
+            if sum(map(len, parts)) > most:
+                raise TooLong
+            if not unpack.eof:
+                raise ValueError(f"the body is not {name.decode()}: it ends too soon")
+            left = unpack.unused_data
+        body = b"".join(parts)
     return body

@@ -51,7 +51,6 @@ class Metrics:
     ) -> None:
         self._registry = registry = CollectorRegistry()
         self._dispatcher = dispatcher
-        self._forecasts = needs is Needs.FORECAST
         self._urls = [upstream.url for upstream in upstreams]
 
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
@@ -103,13 +102,13 @@ class Metrics:
             self._predicted[what] = histogram(f"block_predicted_{what}_seconds", f"Predicted t{text}", _SECONDS)
             self._ratio[what] = histogram(f"block_predicted_{what}_ratio", f"Predicted over actual t{text}", _RATIOS)
 
-    def attempted(self) -> None:
-        """The dispatcher has just decided."""
+    def attempted(self, record: RequestRecord) -> None:
+        """The dispatcher has just decided about a request."""
         dispatcher = self._dispatcher
         fallback = dispatcher.history.decisions[-1][1].fallback
         if fallback is not None:
             self._fallbacks.labels(fallback).inc()
-        if self._forecasts:
+        if record.forecast is not None:
             self._forecast_s.observe(dispatcher.history.forecast_s[-1])
 
     def judged(self, outcome: str) -> None:
@@ -153,9 +152,9 @@ class Metrics:
                 self._predicted[what].observe(predicted)
                 self._ratio[what].observe(predicted / max(actual, 1e-3))
 
-    def refused_unplaced(self, status: int) -> None:
-        """A request was refused before any instance was chosen."""
-        self._requests[-1, REFUSED if status < 500 else FAILED].inc()
+    def unplaced(self, outcome: str) -> None:
+        """A request ended before any instance was chosen."""
+        self._requests[-1, outcome].inc()
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""

@@ -78,9 +78,9 @@ class ModelledInstance(SeenInstance):
 
     # ---------------------------------------------------------------------------------------------------- what is told
 
-    async def healthy(self) -> bool:
+    async def _is_well(self) -> bool:
         """Whether /health says so; then it is asked what it is, for it may be another process than before."""
-        if not await super().healthy():
+        if not await super()._is_well():
             return False
         try:
             self.settings = await self._ask()

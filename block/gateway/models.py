@@ -42,7 +42,8 @@ class Models:
     @property
     def differ(self) -> bool:
         """Whether there is a model that not all may serve."""
-        return any(there is not None for there in self._places.values())
+        some_tell = len(self._silent) < len(self._told)
+        return some_tell and (bool(self._silent) or any(there is not None for there in self._places.values()))
 
     @property
     def names(self) -> list[str]:

@@ -158,7 +158,7 @@ def _spelt_out(messages: list[Any], tools: Any) -> str | None:
     for message in messages:
         try:
             flat = _flat(message)
-        except (TypeError, ValueError, LookupError, AttributeError):  # no message
+        except (TypeError, ValueError, LookupError, AttributeError, RecursionError):  # no message
             return None
         if flat is None:
             return None

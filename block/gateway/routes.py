@@ -13,6 +13,7 @@ CHANGES = frozenset(
         b"/collective_rpc",
         b"/fault_tolerance/apply",
         b"/finish_weight_update",
+        b"/inference/v1/abort_requests",
         b"/init_weight_transfer_engine",
         b"/pause",
         b"/release_kv_cache_memory",
@@ -32,12 +33,14 @@ CHANGES = frozenset(
         b"/v1/load_lora_adapter",
         b"/v1/unload_lora_adapter",
         b"/wake_up",
+        b"/weight_checker",
     }
 )
 """Change a server, by vLLM 0.32's routes: for `gateway.admin=true` only, and then for every server."""
 
 
 def changes_servers(path: bytes) -> bool:
-    """Whether a path is one of these, however it is written: servers may see past slashes and escapes."""
+    """Whether a path is one of these, however it is written: servers may see past slashes, escapes and line ends."""
     plain = unquote_to_bytes(path).lower()
-    return b"/" + plain.strip(b"/") in CHANGES or b"//" in plain or b"/." in plain
+    odd = b"//" in plain or b"/." in plain or any(byte < 0x21 or byte == 0x7F for byte in plain)
+    return odd or b"/" + plain.strip(b"/") in CHANGES

@@ -44,6 +44,10 @@ class ConnectionLost(TransportError):
     """There is no connection to it, or no longer."""
 
 
+class ConnectionReset(ConnectionLost):
+    """The server, or what lies between, has ended a connection over which a request was sent."""
+
+
 class ServerSilent(TransportError):
     """It has said nothing for as long as was to be waited. It may be busy."""
 
@@ -66,7 +70,12 @@ class Asking(Protocol):
     streams: bool
     """Whether the answer is asked for as a stream."""
     passing: bool
-    """Whether the answer has begun to be passed on, so that the request cannot begin anew elsewhere."""
+    """Whether the answer has begun to be passed on."""
+
+    @property
+    def replaceable(self) -> bool:
+        """Whether the request could begin anew elsewhere."""
+        ...
 
     def answer_begins(self, head: AnswerHead) -> None:
         """Its status and headers are there."""
@@ -154,7 +163,7 @@ class ServerConnection(asyncio.Protocol):
 
     def __init__(self, pool: ServerPool) -> None:
         self._pool = pool
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         self._uses = 0
         self._headers: list[Header] = []
         self.sending: Sending | None = None
@@ -186,6 +195,7 @@ class ServerConnection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """It is closed, by whomever."""
         sending = self.sending
+        self._parser = None  # which has this connection, too: none of both would go by itself
         if sending is None:
             self._pool.forget(self)
         elif self._head_done and self._until_close and error is None:
@@ -198,7 +208,7 @@ class ServerConnection(asyncio.Protocol):
             if self._uses > 1 and not begun and loop.time() - sending.heard < STALE_S:
                 self._pool.begin(sending)  # it may have been closed before the request came
             else:
-                sending.asking.lost(ConnectionLost(said))
+                sending.asking.lost(ConnectionReset(said))
 
     def data_received(self, data: bytes) -> None:
         """Tell who asked what is in it."""
@@ -208,6 +218,7 @@ class ServerConnection(asyncio.Protocol):
             return
         sending.heard = self._pool.heard = asyncio.get_running_loop().time()
         told = self._head_done
+        assert self._parser is not None, "it is open"
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -264,6 +275,7 @@ class ServerConnection(asyncio.Protocol):
         """The head is whole."""
         if self._ended:
             return
+        assert self._parser is not None, "it is reading"
         status = self._parser.get_status_code()
         self._interim = 100 <= status < 200
         if self._interim:
@@ -411,8 +423,8 @@ class ServerPool:
         return asyncio.get_running_loop().time() - min(waiting) if waiting else 0.0
 
     def give_up(self, error: TransportError) -> None:
-        """Lose all whose answers have not begun to be passed on."""
-        for sending in [one for one in self.under_way if not one.asking.passing]:
+        """Lose all that can begin anew elsewhere."""
+        for sending in [one for one in self.under_way if one.asking.replaceable]:
             sending.cancel()
             sending.asking.lost(error)
 

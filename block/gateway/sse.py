@@ -7,7 +7,6 @@ import re
 
 MOST = 2**20
 """Bytes of a stream that are looked at for its first event."""
-DONE = b"[DONE]"
 
 _DONE = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\]")
 _ERROR = re.compile(rb'(?:^|[\r\n])data: ?\{\s*"error"\s*:\s*[^n\s]')
@@ -50,12 +49,18 @@ class Events:
 
     def note(self, data: bytes) -> None:
         """What these bytes, which follow those before, tell."""
-        self.count += data.count(b"\n\n")
-        if DONE in data or b'"error"' in data or self._tail:
-            seen = self._tail + data
+        seen = self._tail + data
+        self.count += seen.count(b"\n\n") + seen.count(b"\r\n\r\n")
+        if b"[DONE]" in seen or b'"error"' in seen:
             self.done = self.done or _DONE.search(seen) is not None
             self.failed = self.failed or _ERROR.search(seen) is not None
-        self._tail = b"" if data.endswith(b"\n\n") else data[-_TAIL:]
+        self._tail = b"" if seen.endswith((b"\n\n", b"\r\n\r\n")) else _after_last_event(seen)[-_TAIL:]
+
+
+def _after_last_event(seen: bytes) -> bytes:
+    """What has come of the event that is not whole."""
+    ends = [seen.rfind(end) + len(end) for end in (b"\n\n", b"\r\n\r\n") if end in seen]
+    return seen[max(ends, default=0) :]
 
 
 def _first_data(stream: bytes) -> bytes | None:

@@ -59,17 +59,24 @@ class HTTPInstance:
         self.url = pool.url
         self.pool = pool
         self._session = session
+        self._check: asyncio.Task[bool] | None = None
 
     def snapshot(self) -> Snapshot:
         """NotImplementedError: only the plugin shows them."""
         raise NotImplementedError(f"{self.url} shows no snapshots")
 
     async def healthy(self) -> bool:
+        """Whether it says so. Who asks while it is being asked gets the same answer."""
+        if self._check is None or self._check.done():
+            self._check = asyncio.get_running_loop().create_task(self._is_well())
+        return await asyncio.shield(self._check)
+
+    async def _is_well(self) -> bool:
         """Whether /health says so."""
         try:
             async with self._session.get(f"{self.url}/health") as answer:
                 return answer.status == 200
-        except (aiohttp.ClientError, TimeoutError, OSError):
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
             return False
 
     async def hangs(self, patience_s: float) -> bool:
@@ -96,7 +103,7 @@ class HTTPInstance:
                 return found if found and all(isinstance(card["id"], str) for card in found) else None
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ConnectionError(f"{self.url}: {error}") from error
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             return None
 
 
@@ -143,7 +150,6 @@ class PluginInstance(SeenInstance):
         self._stuck = math.nan  # when the step began that was the last to be overrun
         self._clock = clock
         self._view: VLLMInstance | None = None
-        self._attaching = asyncio.Lock()
         self._complaint = ""
 
     def snapshot(self) -> Snapshot:
@@ -151,25 +157,23 @@ class PluginInstance(SeenInstance):
         assert self._view is not None, "only servers that are attached to are active"
         return self._view.snapshot()
 
-    async def healthy(self) -> bool:
-        """Whether /health says so, and the plugin answers too: a server that comes back publishes elsewhere."""
-        async with self._attaching:
-            if not await super().healthy():
-                return False
-            if self._view is not None and await self._view.is_same():
-                return self.snapshot().step_started != self._stuck
-            return await self._attach()
+    async def _is_well(self) -> bool:
+        """Whether the plugin answers too: a server that comes back publishes elsewhere; and whether its steps move."""
+        if not await super()._is_well():
+            return False
+        if self._view is not None and await self._view.is_same():
+            return self.snapshot().step_started != self._stuck
+        return await self._attach()
 
     def overrun(self, floor_s: float, factor: float) -> str | None:
-        """By the step's forecast; without a latency model, by the longest of its latest steps."""
+        """By the step's forecast, of servers on this host: what is fetched from others may be late."""
+        if self._packed is None or self._view is None or not self._view.is_local:
+            return None
         seen = self.snapshot()
         took = seen.taken_at - seen.step_started
         if not took > floor_s:  # or it is idle: NaN
             return None
-        if self._packed is None:
-            expected = self._view.longest_step_s if self._view is not None else 0.0
-        else:
-            expected = step_time(seen.seqs, 0, seen.running + seen.stale, NUM_SCHEDULED_TOKENS, self._packed)
+        expected = step_time(seen.seqs, 0, seen.running + seen.stale, NUM_SCHEDULED_TOKENS, self._packed)
         if took <= floor_s + factor * expected:
             return None
         self._stuck = seen.step_started
@@ -217,8 +221,9 @@ class PluginInstance(SeenInstance):
 
 
 def open_session(connect_timeout_s: float) -> aiohttp.ClientSession:
-    """For questions that any server answers at once."""
+    """For questions that any server answers at once; as many at a time as there are, or one would wait for others."""
     return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=HEALTH_S, sock_connect=connect_timeout_s),
         cookie_jar=aiohttp.DummyCookieJar(),
     )

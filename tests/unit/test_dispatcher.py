@@ -148,7 +148,7 @@ def test_a_request_that_an_instance_lost_goes_to_another_and_the_instance_gets_n
 
 def test_a_request_fails_when_no_instance_is_left() -> None:
     lost, late = play(dispatcher_for(2, RoundRobin()), arrivals(0.0, 30.0), [1.0, 1.0], fails=[0, 1])
-    assert (lost.status, lost.retries, lost.error) == ("failed", 2, "instance 1 went away")
+    assert (lost.status, lost.retries, lost.error) == ("failed", 1, "instance 1 went away")
     assert (late.status, late.retries, late.error) == ("failed", 0, "no instance is left")
     assert math.isnan(lost.finished)
 
@@ -189,7 +189,7 @@ def test_a_request_fails_when_all_turn_it_away() -> None:
     record = dispatcher.arrived(request(0, 1, 1), 0.0)
     assert dispatcher.failed(record, "full", 0.0, gone=False)
     assert not dispatcher.failed(record, "full", 0.0, gone=False)
-    assert (record.status, record.retries) == ("failed", 2)
+    assert (record.status, record.retries) == ("failed", 1)
     assert list(dispatcher.active) == [0, 1]
 
 
@@ -528,3 +528,55 @@ def test_the_blocks_that_two_requests_share_are_counted() -> None:
         (Request(1, 0.0, 5, 5, 5), 9, 0),
     ):
         assert shared_blocks(one, other, most) == shared_blocks(other, one, most) == expected
+
+
+def test_turns_are_taken_among_those_that_may_serve_and_by_each_policy_for_itself() -> None:
+    dispatcher = dispatcher_for(4, RoundRobin())
+    least = LeastRequests()
+    where: dict[str, list[int]] = {"all": [], "few": [], "other": []}
+    for n in range(12):
+        kind = ("all", "few", "other")[n % 3]
+        record = dispatcher.arrived(
+            request(n, 1, 1), 0.0, by=least if kind == "other" else None, among={1, 3} if kind == "few" else None
+        )
+        where[kind].append(record.instance_id)
+        dispatcher.delivered(record, 0.0)
+        dispatcher.finished(record, 1.0)
+    assert where["all"] == [0, 1, 2, 3]
+    assert where["few"] == [1, 3, 1, 3]
+    assert set(where["other"]) <= {0, 1, 2, 3}
+
+
+def test_a_request_that_only_some_may_serve_begins_anew_among_them_and_fails_there() -> None:
+    dispatcher = dispatcher_for(3, RoundRobin())
+    record = dispatcher.arrived(request(0, 1, 1), 0.0, among={0, 2})
+    assert record.instance_id == 0
+    assert dispatcher.has_another(record)
+    assert dispatcher.failed(record, "lost", 1.0)
+    assert record.instance_id == 2
+    assert not dispatcher.has_another(record)
+    assert not dispatcher.failed(record, "lost", 2.0, gone=False)
+    assert (record.status, record.retries) == ("failed", 1)
+    assert dispatcher.arrived(request(1, 1, 1), 3.0, among={0}).error == "no instance is left"
+
+
+def test_a_policy_that_raises_leaves_nothing_behind() -> None:
+    class Once(RoundRobin):
+        broken = False
+
+        def choose(self, request: Request, views: Any, rng: random.Random) -> Decision:
+            if self.broken:
+                raise ZeroDivisionError
+            return super().choose(request, views, rng)
+
+    policy = Once()
+    dispatcher = dispatcher_for(2, policy)
+    record = dispatcher.arrived(request(0, 1, 1), 0.0)
+    Once.broken = True
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        dispatcher.failed(record, "full", 1.0, gone=False)
+    assert record.status == "failed"
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        dispatcher.arrived(request(1, 1, 1), 2.0)
+    assert [dispatcher.outstanding(i) for i in (0, 1)] == [0, 0]
+    assert [one.status for one in dispatcher.history.records] == ["failed", "failed"]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
+from pathlib import Path
 
 import pytest
 from mock_servers import ANSWER, Mock, run, running_gateway, says
 from yarl import URL
+
+from block.gateway.routes import CHANGES as CHANGES_SERVERS
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b'"text"', b"[1]", b"\xff{}", b"[" * 100_000, b'{"a": 1} x'])
@@ -25,6 +30,7 @@ def test_a_body_that_is_no_json_object_reaches_no_server(body: bytes) -> None:
 
 
 CHANGES = ["/sleep", "/sleep?level=1", "//sleep", "/sleep/", "/%73leep", "/v1/load_lora_adapter", "/x/../sleep"]
+CHANGES += ["/sleep%0A", "/sleep%0D", "/sleep%00", "/sleep%20", "/weight_checker", "/inference/v1/abort_requests"]
 
 
 @pytest.mark.parametrize("path", CHANGES)
@@ -54,3 +60,33 @@ def test_an_administrator_changes_all_servers_and_is_told_of_one_that_refuses() 
             assert (status, json.loads(body)["error"]["code"]) == (502, 502)
 
     run(main())
+
+
+def test_every_route_of_vllm_is_known_to_change_a_server_or_not_to() -> None:
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is None or not vllm.submodule_search_locations:
+        pytest.skip("vLLM is not installed")
+    entrypoints = Path(vllm.submodule_search_locations[0]) / "entrypoints"
+    text = "\n".join(path.read_text() for path in entrypoints.rglob("api_router.py"))
+    posts = set(re.findall(r'router\.(?:post|put|delete)\(\s*"(/[^"]*)"', text))
+    assert "/sleep" in posts
+    assert {one.encode() for one in posts} - CHANGES_SERVERS <= HARMLESS
+
+
+HARMLESS = {
+    *(b"/classify", b"/cohere/v2/chat", b"/cohere/v2/chat/render", b"/detokenize", b"/generative_scoring"),
+    *(
+        b"/inference/v1/generate",
+        b"/invocations",
+        b"/is_scaling_elastic_ep",
+        b"/ping",
+        b"/pooling",
+        b"/rerank",
+        b"/score",
+    ),
+    *(b"/tokenize", b"/v1/audio/transcriptions", b"/v1/audio/translations", b"/v1/chat/completions"),
+    *(b"/v1/chat/completions/batch", b"/v1/chat/completions/derender", b"/v1/chat/completions/render"),
+    *(b"/v1/completions", b"/v1/completions/derender", b"/v1/completions/render", b"/v1/embeddings", b"/v1/messages"),
+    *(b"/v1/messages/count_tokens", b"/v1/messages/render", b"/v1/rerank", b"/v1/responses", b"/v1/responses/render"),
+    *(b"/v1/responses/{response_id}/cancel", b"/v1/score", b"/v1/systemone", b"/v2/embed", b"/v2/rerank"),
+}

@@ -69,7 +69,13 @@ LAST = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
         (HEAD + b"Content-Length: +2\r\n\r\n{}", 400),
         (HEAD + b"Content-Length: -1\r\n\r\n", 400),
         (HEAD + b"Content-Length: 99999999999999999999999\r\n\r\n", 400),
-        (HEAD + b"Transfer-Encoding: xchunked\r\n\r\n{}", 400),
+        (HEAD + b"Transfer-Encoding: xchunked\r\n\r\n{}", 501),
+        (HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 501),
+        (b"CONNECT h:443 HTTP/1.1\r\nHost: h:443\r\n\r\n", 501),
+        (b"POST /v1/completions HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", 400),
+        (HEAD + b"Host: y\r\nContent-Length: 2\r\n\r\n{}", 400),
+        (b"POST /sleep#x HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}", 400),
+        (b"POST http://a/sleep#x HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}", 400),
         (HEAD + b"Transfer-Encoding: chunked, identity\r\n\r\n{}", 400),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n", 400),
         (HEAD + b"X : 1\r\n\r\n", 400),
@@ -234,7 +240,7 @@ def test_a_client_that_would_like_another_protocol_is_answered_in_this_one(other
     run(main())
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "deflate", "raw deflate", "identity"])
+@pytest.mark.parametrize("encoding", ["gzip", "two gzip", "deflate", "raw deflate", "identity"])
 def test_a_packed_request_is_unpacked(encoding: str) -> None:
     raw = zlib.compressobj(wbits=-15)
     packed = {
@@ -242,6 +248,7 @@ def test_a_packed_request_is_unpacked(encoding: str) -> None:
         "deflate": zlib.compress(ASKED),
         "raw deflate": raw.compress(ASKED) + raw.flush(),
         "identity": ASKED,
+        "two gzip": gzip.compress(ASKED[:9]) + gzip.compress(ASKED[9:]),
     }[encoding]
     assert unpacked(packed, encoding.split()[-1].encode(), len(ASKED)) == ASKED
     if encoding != "identity":
