@@ -6,8 +6,10 @@ reads prompts), `dispatch`, `seed` and, for policies that forecast, what the lat
 """
 
 import asyncio
+import errno
 import logging
 import random
+import socket
 import sys
 
 import hydra
@@ -73,7 +75,9 @@ def run_gateway(settings: DictConfig, policy: str) -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(app.listen(gateway, wanted.host, wanted.port, listening))
     except OSError as error:
-        raise ConfigError(f"gateway.port={wanted.port}: cannot listen on {wanted.host}: {error}") from error
+        unknown = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        key = f"gateway.host={wanted.host}" if unknown else f"gateway.port={wanted.port}"
+        raise ConfigError(f"{key}: cannot listen on {wanted.host}: {error}") from error
 
 
 def command() -> int:

@@ -213,7 +213,8 @@ class Gateway:
             server.close()
             self.draining = True
             deadline = self._clock.now() + self._config.grace_s
-            await asyncio.sleep(min(LAST_REQUESTS_S, self._config.grace_s))
+            if self.clients:
+                await asyncio.sleep(min(LAST_REQUESTS_S, self._config.grace_s))
             while self._clock.now() < deadline and any(one.busy for one in self.clients):
                 for client in [one for one in self.clients if not one.busy]:
                     client.close()

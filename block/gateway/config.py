@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -64,6 +65,8 @@ class GatewayConfig:
                 raise ValueError(f"gateway.urls={url}: must be of the form http://host:port or https://host:port")
             if urls.count(url) > 1:
                 raise ValueError(f"gateway.urls={url}: given twice")
+        if not _is_host(self.host):
+            raise ValueError(f"gateway.host={self.host}: must be a name or an address, such as 0.0.0.0")
         if not 0 <= self.port < 65536:
             raise ValueError(f"gateway.port={self.port}: must be between 1 and 65535, or 0 for any that is free")
         for key in ("expected_output_tokens", "max_body_mib", "max_num_seqs", "max_num_batched_tokens"):
@@ -98,5 +101,19 @@ def _is_server(url: str) -> bool:
         port = parts.port
     except ValueError:
         return False
-    plain = not (parts.query or parts.fragment or parts.username) and port != 0
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and plain
+    plain = not (parts.username or "?" in url or "#" in url) and port != 0
+    sound = _is_host(parts.hostname or "") and _PATH.fullmatch(parts.path) is not None
+    return parts.scheme in ("http", "https") and plain and sound
+
+
+def _is_host(name: str) -> bool:
+    """Whether it can be looked up, or is an address."""
+    try:
+        name.encode("idna")
+    except UnicodeError:
+        return False
+    return _HOST.fullmatch(name) is not None
+
+
+_HOST = re.compile(r"[\w.:%-]+")
+_PATH = re.compile(r"[!$-;=@-\[\]_a-z~]*")  # what may stand in the first line of a request

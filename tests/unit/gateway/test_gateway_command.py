@@ -32,6 +32,12 @@ ROOT = Path(__file__).resolve().parents[3]
         ({"urls": ["http://h:port"]}, "gateway.urls=http://h:port: must be of the form"),
         ({"urls": ["http://me:key@h:1"]}, "gateway.urls=http://me:key@h:1: must be of the form"),
         ({"urls": ["http://h:1", "http://h:1/"]}, "gateway.urls=http://h:1: given twice"),
+        ({"urls": ["http://a..b:80"]}, "gateway.urls=http://a..b:80: must be of the form"),
+        ({"urls": ["http://exa mple:80"]}, "gateway.urls=http://exa mple:80: must be of the form"),
+        ({"urls": ["http://host:80/a b"]}, "gateway.urls=http://host:80/a b: must be of the form"),
+        ({"urls": ["http://x:80/a?"]}, "gateway.urls=http://x:80/a?: must be of the form"),
+        ({"urls": ["http://a\\x00:80"]}, "gateway.urls=http://a\\x00:80: must be of the form"),
+        ({"host": "a..b"}, "gateway.host=a..b: must be a name or an address"),
         ({"port": 70000}, "gateway.port=70000: must be between 1 and 65535"),
         ({"expected_output_tokens": 0}, "gateway.expected_output_tokens=0: must be at least 1"),
         ({"max_body_mib": 0}, "gateway.max_body_mib=0: must be at least 1"),
@@ -152,6 +158,19 @@ def test_a_stream_that_outlasts_the_grace_period_is_cut_and_its_request_cancelle
             with pytest.raises(aiohttp.ClientError):
                 await asked
             await eventually(lambda: mock.cancelled == 1)
+
+    run(main())
+
+
+def test_a_host_that_is_not_there_is_told_and_servers_may_be_of_ipv6() -> None:
+    async def main() -> None:
+        gateway = await command("scheduler=random", "gateway.urls=[http://127.0.0.1:9]", "gateway.host=192.0.2.1")
+        _, errors = await gateway.communicate()
+        assert (
+            errors.decode().splitlines()[-1].startswith("error: gateway.host=192.0.2.1: cannot listen on 192.0.2.1: ")
+        )
+        assert gateway.returncode == 2
+        assert GatewayConfig(urls=("http://[::1]:8000", "http://h_1.x-y/a/b%20c")).urls
 
     run(main())
 

@@ -164,12 +164,12 @@ def test_a_request_goes_where_events_say_that_its_blocks_are(tmp_path: Path) -> 
                 publisher.bind(endpoint)
                 mock.sources = {"0": {"publisher": "zmq", "endpoint": endpoint, "replay_endpoint": None, "topic": "kv"}}
             async with running_gateway(mocks, policies.BlockCache(), plugin=False, tokenizer=Letters()) as gateway:
-                for publisher, prompt in ((first, OTHER), (second, LONG)):
-                    batch = msgspec.msgpack.encode(stored(prompt))
-                    publisher.send_multipart([b"kv", (0).to_bytes(8, "big"), batch])
-                async with asyncio.timeout(5):
-                    while await sources(gateway) != ["events", "events"]:
-                        await asyncio.sleep(0.01)
+                async with asyncio.timeout(10):
+                    while await sources(gateway) != ["events", "events"]:  # until both are connected
+                        for publisher, prompt in ((first, OTHER), (second, LONG)):
+                            batch = msgspec.msgpack.encode(stored(prompt))
+                            publisher.send_multipart([b"kv", (0).to_bytes(8, "big"), batch])
+                        await asyncio.sleep(0.02)
                 asked = [asking(LONG), asking(OTHER), asking(LONG)]
                 assert await served_by(gateway, *asked) == [1, 0, 1]
 
