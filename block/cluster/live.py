@@ -1,4 +1,4 @@
-"""The driver on the wall clock: asyncio over real servers, for runs and for the gateway.
+"""The driver on the wall clock: asyncio over real servers, for runs. The gateway is a driver of its own.
 
 arrival → dispatcher.arrived → deliver (HTTP, as long as it takes) → dispatcher.finished, or another attempt
 """

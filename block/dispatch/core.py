@@ -5,8 +5,9 @@
     dispatcher.first_token(record, now)
     dispatcher.finished(record, now)               # or failed, refused, cancelled
 
-Who sends requests and keeps time is a *driver*: `block.cluster.simulation` (a heap of events) and `block.cluster.live`
-(asyncio). Whatever watches or steers (counterfactuals, provisioning, migration) is an `Observer` of the same events.
+Who sends requests and keeps time is a *driver*: `block.cluster.simulation` (a heap of events), `block.cluster.live`
+(asyncio) and `block.gateway.exchange` (bare protocols). Whatever watches or steers (counterfactuals, provisioning,
+migration) is an `Observer` of the same events.
 
 Between the choice of an instance and the first snapshot that shows the request there, every other decision would be
 blind to it, and requests would herd to the instance that looks emptiest. The *ledger* closes that gap: it lists what is
