@@ -2,6 +2,7 @@
 server costs.
 
     python benchmarks/gateway.py [peers=FOLDER] [rounds=5] [kill] [hang] [realtime]
+    python benchmarks/gateway.py boards [rounds=5] [realtime]
 
 FOLDER holds the commands `vllm-router` and `sglang-router` (both are packages of Python's registry, best in an
 environment of their own); those that are there are measured, too. Four mock servers answer at once, or after as many ms
@@ -9,11 +10,15 @@ as a request asks tokens, so that a router's own time is what is seen. The route
 at a time has work; the load and the mocks, which are bare protocols, share another one. Rounds through each router and
 directly take turns, so that what else the machine does meets all. `realtime` runs all of it before what else there is
 (SCHED_RR, which root may): P99 on a machine that is shared is that of its scheduler.
+
+`boards`: what the policy `block` costs beside `round_robin`, over 12 servers with the plugin, each of which shows 48
+sequences that run and 100 that wait.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
 import re
@@ -30,6 +35,10 @@ import numpy as np
 import uvloop
 
 from block.backends.launch import free_ports
+from block.core import snapshot
+from block.engine.config import EngineConfig
+from block.vllm_plugin import state_buffer
+from block.vllm_plugin.state_buffer import StateBuffer
 
 RATE = 1000  # requests/s
 SETTINGS = {key: value for key, _, value in (one.partition("=") for one in sys.argv[1:])}
@@ -37,6 +46,8 @@ ROUNDS = int(SETTINGS.get("rounds", 5))
 ROUND_S = 3.0
 CLIENTS = 64
 MOCKS = 4
+BOARDS, RUN, WAIT = 12, 48, 100
+SETTINGS_OF_A_BOARD = EngineConfig("v1", max_num_seqs=RUN).settings(5000)
 EVENTS = 8  # of a streamed answer
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -92,6 +103,39 @@ class Mock(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         if not self.transport.is_closing():
             self.transport.write(data)
+
+
+class Board(Mock):
+    """A server with the plugin, whose state is always the same."""
+
+    def __init__(self) -> None:
+        self.buffer, self.path = StateBuffer.create()
+        header, seqs = self.buffer.header, self.buffer.seqs
+        header[state_buffer.SETTINGS : state_buffer.SETTINGS + len(SETTINGS_OF_A_BOARD)] = SETTINGS_OF_A_BOARD
+        header[[state_buffer.COLUMNS, state_buffer.RUNNING]] = RUN + WAIT, RUN
+        seqs[snapshot.ID, : RUN + WAIT] = -np.arange(1, RUN + WAIT + 1)
+        seqs[snapshot.NUM_PROMPT_TOKENS, : RUN + WAIT] = 250
+        seqs[[snapshot.TARGET, snapshot.MAX_TOKENS, snapshot.EXPECTED], : RUN + WAIT] = 300
+        seqs[snapshot.NUM_OUTPUT_TOKENS, :RUN] = np.arange(1, RUN + 1) * 5
+        seqs[snapshot.NUM_COMPUTED_TOKENS, :RUN] = 249 + seqs[snapshot.NUM_OUTPUT_TOKENS, :RUN]
+        seqs[snapshot.NUM_BLOCKS, :RUN] = -(-seqs[snapshot.NUM_COMPUTED_TOKENS, :RUN] // 16)
+        header[state_buffer.FREE] = SETTINGS_OF_A_BOARD.total_blocks - seqs[snapshot.NUM_BLOCKS, :RUN].sum()
+
+    def __call__(self) -> Board:
+        """A connection of its: asyncio wants a new object for each."""
+        return copy.copy(self)
+
+    def data_received(self, data: bytes) -> None:
+        told = {"vllm": "0", "buffer": self.path, "nonce": int(self.buffer.header[state_buffer.NONCE])}
+        for path, said in ((b"GET /block/info", told), (b"GET /v1/models", {"data": [{"id": "mock"}]})):
+            if data.startswith(path):
+                body = json.dumps(said).encode()
+                self.write(
+                    b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+                )
+                self.write(body)
+                return
+        super().data_received(data)
 
 
 class Client(asyncio.Protocol):
@@ -198,35 +242,42 @@ class Bench:
     """The mocks and the routers, as processes."""
 
     def __init__(self, mock_core: set[int], router_core: set[int]) -> None:
+        boards = "boards" in SETTINGS
         port, *theirs = free_ports(5)
-        self.ports = free_ports(MOCKS)
+        self.ports = free_ports(BOARDS if boards else MOCKS)
         self.mock_core = mock_core
-        self.mocks = [self.start_mock(port) for port in self.ports]
+        self.mocks = [self.start_mock(*self.ports)] if boards else [self.start_mock(port) for port in self.ports]
         time.sleep(3.0)
         urls = [f"http://127.0.0.1:{port}" for port in self.ports]
-        ours = ["scheduler=round_robin", f"gateway.urls=[{','.join(urls)}]", f"gateway.port={port}"]
-        commands = {"block": (port, [sys.executable, "-m", "block.gateway", "gateway.host=127.0.0.1", *ours])}
+        gateway = [sys.executable, "-m", "block.gateway", "gateway.host=127.0.0.1", f"gateway.urls=[{','.join(urls)}]"]
+        commands = {"block": (port, [*gateway, "scheduler=round_robin", f"gateway.port={port}"])}
+        if boards:
+            block = ["scheduler=block", "model=llama2-7b", "cluster.gpu=a30", f"gateway.port={theirs[0]}"]
+            commands = {"round_robin": commands["block"], "block": (theirs[0], [*gateway, *block])}
         alike = ["--host", "127.0.0.1", "--policy", "round_robin", "--worker-urls", *urls]
         peers = Path(SETTINGS.get("peers", "/nowhere"))
         for name, its_port, metrics, launch in (
-            ("vllm-router", theirs[0], theirs[1], []),
+            ("vllm-router", theirs[0], theirs[1], list[str]()),
             ("sglang-router", theirs[2], theirs[3], ["launch"]),
         ):
-            if (command := peers / name).exists():
+            if (peer := peers / name).exists():
                 ports = ["--port", str(its_port), "--prometheus-port", str(metrics)]
-                commands[name] = its_port, [str(command), *launch, *ports, *alike]
-        self.routers = {}
+                commands[name] = its_port, [str(peer), *launch, *ports, *alike]
+        self.routers: dict[str, tuple[int, subprocess.Popen[bytes]]] = {}
         for name, (its_port, command) in commands.items():
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             process = subprocess.Popen(
-                command, cwd=ROOT, preexec_fn=lambda: os.sched_setaffinity(0, router_core), **quiet
+                command,
+                cwd=ROOT,
+                preexec_fn=lambda: os.sched_setaffinity(0, router_core),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
             )
             self.routers[name] = its_port, process
             wait_for(its_port)
-        print(f"round robin over {MOCKS} mocks: {', '.join(self.routers)}")
+        print(f"{', '.join(self.routers)} over {len(self.ports)} servers")
 
-    def start_mock(self, port: int) -> subprocess.Popen[bytes]:
-        mock = subprocess.Popen([sys.executable, __file__, "mock", str(port)])
+    def start_mock(self, *ports: int) -> subprocess.Popen[bytes]:
+        mock = subprocess.Popen([sys.executable, __file__, "mock", *map(str, ports)])
         os.sched_setaffinity(mock.pid, self.mock_core)
         return mock
 
@@ -313,6 +364,8 @@ class Bench:
         for stream, what in ((False, "Answers"), (True, f"Streams of {EVENTS} events, one a ms")):
             print(f"{what}, {RATE} requests/s open loop")
             await self.added(stream=stream)
+            if "boards" in SETTINGS:
+                continue
             print(f"{what}, {CLIENTS} clients that ask without pause")
             await self.most(stream=stream)
             if "kill" in SETTINGS:
@@ -336,14 +389,16 @@ def wait_for(port: int) -> None:
     raise SystemExit(f"nobody answers on port {port}")
 
 
-async def serve_mock(port: int) -> None:
-    server = await asyncio.get_running_loop().create_server(Mock, "127.0.0.1", port)
-    await server.serve_forever()
+async def serve_mocks(ports: Sequence[int]) -> None:
+    loop = asyncio.get_running_loop()
+    for port in ports:
+        await loop.create_server(Mock if len(ports) == 1 else Board(), "127.0.0.1", port)
+    await asyncio.Event().wait()
 
 
 def main() -> None:
     if sys.argv[1:2] == ["mock"]:
-        uvloop.run(serve_mock(int(sys.argv[2])))
+        uvloop.run(serve_mocks([int(port) for port in sys.argv[2:]]))
     if "realtime" in SETTINGS:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     cores = sorted(os.sched_getaffinity(0))
