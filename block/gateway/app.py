@@ -53,7 +53,7 @@ from block.gateway.openai import (
 )
 from block.gateway.prefixes import UpstreamPrefixes
 from block.gateway.prompts import UNKNOWN, Prompt, Prompts, TextPieces, TokenizedPrompts
-from block.gateway.routes import GENERATES, changes_servers
+from block.gateway.routes import GENERATES, OWN_VIEWS, changes_servers
 from block.gateway.server_connections import ServerPool
 from block.gateway.upstreams import SeenInstance, Upstream, open_session
 from block.gateway.watch import Watch
@@ -255,6 +255,8 @@ class Gateway:
             client.reply(200, [(b"Content-Type", CONTENT_TYPE_LATEST.encode())], self._metrics.text())
         elif path == b"/v1/models" and http.method in (b"GET", b"HEAD") and (cards := self.models.cards()):
             client.reply(200, JSON, json.dumps({"object": "list", "data": cards}).encode())
+        elif path.startswith(OWN_VIEWS):
+            self._refuse(client, 404, f"{path.decode('latin-1')} is of a server, and not of a gateway")
         elif http.method not in (b"GET", b"HEAD", b"OPTIONS") and changes_servers(path):
             self._change_servers(client, http)
         else:

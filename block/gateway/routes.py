@@ -7,6 +7,9 @@ from urllib.parse import unquote_to_bytes
 GENERATES = frozenset({b"/v1/completions", b"/v1/chat/completions", b"/v1/responses", b"/v1/messages"})
 """Placed by the policy. All that is not named here goes by outstanding work, unchanged."""
 
+OWN_VIEWS = b"/block/"
+"""What the plugin shows of one server: who asked a gateway would take it for that server."""
+
 CHANGES = frozenset(
     {
         b"/abort_requests",

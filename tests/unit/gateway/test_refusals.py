@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from mock_servers import ANSWER, Mock, run, running_gateway, says
+from mock_servers import ANSWER, Mock, PluginMock, run, running_gateway, says
 from yarl import URL
 
 from block.gateway.routes import CHANGES as CHANGES_SERVERS
@@ -44,6 +44,17 @@ def test_what_changes_a_server_reaches_none(path: str) -> None:
             assert "gateway.admin=true" in error["message"]
             assert gateway.mocks[0].seen == []
             assert (await gateway.metrics())['block_requests_total{server="none",status="refused"}'] == 1
+
+    run(main())
+
+
+def test_what_a_server_shows_of_itself_is_not_the_gateway_s() -> None:
+    async def main() -> None:
+        async with (
+            running_gateway([PluginMock()]) as gateway,
+            gateway.client.get(gateway.url + "/block/info") as answer,
+        ):
+            assert (answer.status, (await answer.json())["error"]["type"]) == (404, "NotFoundError")
 
     run(main())
 

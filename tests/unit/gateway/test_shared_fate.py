@@ -73,7 +73,7 @@ def test_requests_sent_ahead_do_not_keep_others_waiting_and_unread_answers_do_no
             await asyncio.sleep(0.01)
             began = time.monotonic()
             assert (await gateway.ask())[0] == 200
-            assert time.monotonic() - began < 0.5
+            assert time.monotonic() - began < 2.0  # and not the 5 s that all of them take
             await asyncio.sleep(0.3)
             (client,) = [one for one in gateway.gateway.clients if one.full]
             assert client._transport.get_write_buffer_size() < 2**20
@@ -200,15 +200,19 @@ def test_a_request_that_cannot_be_read_or_is_given_up_while_it_is_read_is_answer
         async with running_gateway([Mock()], routers.CacheAware()) as gateway:
             assert (await gateway.ask(deep.encode(), "/v1/chat/completions"))[0] == 200
 
+            begun = asyncio.Event()
+
             async def never(*_: Any) -> Any:
+                begun.set()
                 await asyncio.sleep(60)
 
             gateway.gateway._read_prompt = never  # type: ignore[method-assign]
             asked = asyncio.create_task(gateway.ask())
-            await asyncio.sleep(0.05)
+            await begun.wait()
             asked.cancel()
-            await asyncio.sleep(0.05)
-            assert (await gateway.metrics())['block_requests_total{server="none",status="cancelled"}'] == 1
+            async with asyncio.timeout(5):
+                while (await gateway.metrics()).get('block_requests_total{server="none",status="cancelled"}') != 1:
+                    await asyncio.sleep(0.01)
 
             async def broken(*_: Any) -> Any:
                 raise ZeroDivisionError
