@@ -113,16 +113,24 @@ async def attached_fleet(
                     unlike = _unlike(other, known[0])
                     raise LaunchFailed(f"{instance.url}: other settings than {instances[0].url}: {unlike}")
             prefixes = _prefixes(instances, running, known[0], testbed)
-            asked = testbed.engine.settings(known[0].total_blocks)
-            if known[0] != asked._replace(
-                watermark_blocks=known[0].watermark_blocks, enable_prefix_caching=known[0].enable_prefix_caching
-            ):
+            if known[0] != _asked(testbed, known[0]):
                 log.warning("the servers run with %s", known[0])
             predictor = Predictor(known[0], latency)
             yield Fleet(instances, predictor, _said(instances[0], known[0]), prefixes=prefixes)
         finally:
             for instance in instances:
                 await instance.detach()
+
+
+def _asked(testbed: Testbed, known: EngineSettings) -> EngineSettings | None:
+    """What the config would have servers of so many KV blocks be like; None if they are too few for its longest
+    sequence. Some settings are the servers' own affair.
+    """
+    try:
+        asked = testbed.engine.settings(known.total_blocks)
+    except ValueError:
+        return None
+    return asked._replace(watermark_blocks=known.watermark_blocks, enable_prefix_caching=known.enable_prefix_caching)
 
 
 class ServerPrefixes(ToldPrefixes):

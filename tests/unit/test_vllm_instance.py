@@ -16,10 +16,12 @@ import aiohttp
 import numpy as np
 import pytest
 from aiohttp import web
+from commands import built
+from testbed import constant_latency
 
 from block.backends import instance as module
 from block.backends.instance import VLLMInstance
-from block.backends.servers import _prefixes
+from block.backends.servers import _prefixes, attached_fleet
 from block.cluster.instance import InstanceFailed, RequestFailed
 from block.core.clock import Clock
 from block.core.hashing import hash_tokens
@@ -373,3 +375,17 @@ def test_a_fault_of_our_own_is_not_taken_for_the_server_s() -> None:
 
     with pytest.raises(ValueError, match="ours"):
         asyncio.run(main())
+
+
+def test_servers_of_too_little_memory_for_the_config_are_taken_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        server = Server()
+        settings = EngineConfig(version="v1", max_model_len=512).settings(40)
+        server.buffer.header[b.SETTINGS : b.SETTINGS + len(settings)] = settings
+        testbed = built("model=tiny", "backend=vllm_cpu").testbed
+        assert testbed.engine.max_model_len > 40 * 16
+        async with server.instance() as one, attached_fleet([one.url], constant_latency(), testbed, Clock()) as fleet:
+            assert fleet.engines["total_blocks"] == 40
+
+    asyncio.run(main())
+    assert "the servers run with EngineSettings" in caplog.text
