@@ -74,6 +74,7 @@ def test_requests_sent_ahead_do_not_keep_others_waiting_and_unread_answers_do_no
             began = time.monotonic()
             assert (await gateway.ask())[0] == 200
             assert time.monotonic() - began < 2.0  # and not the 5 s that all of them take
+            await eventually(lambda: any(one.full for one in gateway.gateway.clients))
             await asyncio.sleep(0.3)
             (client,) = [one for one in gateway.gateway.clients if one.full]
             assert client._transport.get_write_buffer_size() < 2**20
