@@ -194,6 +194,10 @@ class RunningGateway:
         async with self.client.post(self.url + path, data=io.BytesIO(body), **options) as answer:
             return answer.status, await answer.read(), answer.headers
 
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A bare connection."""
+        return await asyncio.open_connection(*self.url[7:].split(":"))
+
     async def metrics(self) -> dict[str, float]:
         """Those that are not 0; the mocks' addresses are their numbers."""
         async with self.client.get(self.url + "/metrics") as answer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -23,6 +23,8 @@ from block.engine.prefix_table import PrefixTable, new_table, note
 
 log = logging.getLogger(__name__)
 
+REPLAY_S = 3.0
+"""That what is replayed is waited for at the beginning."""
 SILENCE_S = 1.0
 """How long who replays events may be silent before they count as lost."""
 _END = (-1).to_bytes(8, "big", signed=True)  # of what is replayed, as vLLM's ZmqEventPublisher has it
@@ -82,6 +84,11 @@ class CacheEvents:
     def __len__(self) -> int:
         """How many different blocks are cached."""
         return len(self._blocks)
+
+    @property
+    def told(self) -> PrefixTable | None:
+        """What the cache has; None as long as that is not known for certain."""
+        return self.table if self.readable and self.complete else None
 
     def begun_anew(self, number: int, time: float) -> bool:
         """Whether a batch is of another process than those before: it has an old number, but is newer."""
@@ -184,6 +191,21 @@ def _extra_keys(keys: Sequence[Any], adapter: str | None, first: bool) -> list[s
     named = [f"adapter {adapter}"] if adapter and first else []
     named += [f"salt {key}" for key in others if isinstance(key, str)]
     return named + [f"item {key[0]} at {key[1]}" for key in others if isinstance(key, list)]
+
+
+async def begin_to_follow(source: EventSource, block_size: int) -> tuple[CacheEvents, asyncio.Task[None]]:
+    """`follow` a server, until the task that is returned is cancelled; waits until what is replayed was heard, or for
+    REPLAY_S.
+    """
+    events, begun = CacheEvents(block_size), asyncio.Event()
+    task = asyncio.create_task(follow(source, events, begun))
+    try:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(begun.wait(), REPLAY_S)
+    except asyncio.CancelledError:
+        task.cancel()
+        raise
+    return events, task
 
 
 async def follow(source: EventSource, events: CacheEvents, begun: asyncio.Event) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from block.backends.cache_events import CacheEvents, EventSource, follow
+from block.backends.cache_events import CacheEvents, EventSource, begin_to_follow
 from block.cluster.instance import FirstToken, InstanceFailed, RequestFailed
 from block.core.arrays import Floats, Ints
 from block.core.clock import Clock
@@ -32,7 +32,6 @@ from block.vllm_plugin.tags import TAG_EXPECTED, TAG_ID, TAG_RESPONSE
 from block.workload.content import token_ids
 
 POLL_S = 0.01  # wall-clock seconds between two fetches of a remote snapshot
-REPLAY_S = 3.0  # that the replay of cache events is waited for
 
 
 # What comes of reading an answer that is not as vLLM gives: no JSON, not these keys, not these types.
@@ -103,16 +102,10 @@ class VLLMInstance:
             raise InstanceFailed(f"{self.url}: {message(error)}") from error
         settings = self._read().settings
         if published is not None and self._prefix_table is None:
-            await self._follow(EventSource(**published).seen_from(self.url), settings.block_size)
+            source = EventSource(**published).seen_from(self.url)
+            self._events, following = await begin_to_follow(source, settings.block_size)
+            self._background.append(following)
         return settings
-
-    async def _follow(self, source: EventSource, block_size: int) -> None:
-        """Hear what the server publishes of its prefix cache; returns when what it replays was heard, or soon."""
-        self._events = CacheEvents(block_size)
-        begun = asyncio.Event()
-        self._background.append(asyncio.create_task(follow(source, self._events, begun)))
-        with suppress(TimeoutError):
-            await asyncio.wait_for(begun.wait(), REPLAY_S)
 
     async def is_same(self) -> bool:
         """Whether the process that was attached to still answers, and publishes what can be read."""
@@ -132,7 +125,7 @@ class VLLMInstance:
     @property
     def _prefix_table(self) -> PrefixTable | None:
         if self._events is not None:
-            return self._events.table if self._events.readable and self._events.complete else None
+            return self._events.told
         return None if self._buffer is None else self._buffer.prefix_table
 
     @property

@@ -175,9 +175,7 @@ class Gateway:
             observers=observers,
             history=History(HISTORY),
         )
-        self._metrics = metrics = Metrics(
-            self.upstreams, self.dispatcher, self._policy.needs, self._prefixes, self._bytes_per_token
-        )
+        self._metrics = metrics = Metrics(self.upstreams, self.dispatcher, self._prefixes, self._bytes_per_token)
         watch = Watch(self.upstreams, self.dispatcher, self._clock, config, self.models)
         queue = Queue()
         self._around = Surroundings(self.upstreams, self.dispatcher, self._clock, metrics, watch, config.slo, queue)

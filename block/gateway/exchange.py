@@ -96,7 +96,6 @@ class Exchange:
         "_client",
         "_counted",
         "_events",
-        "_explains",
         "_generates",
         "_head",
         "_held",
@@ -125,7 +124,6 @@ class Exchange:
         self._client: ClientConnection | None = client
         self._http = http
         self._generates = generates
-        self._explains = any(name.lower() == EXPLAIN for name, _ in http.headers)
         self._body = http.body
         self._objectives: Objectives | None = None
         self._on_usage: Callable[[PromptUsage], None] | None = None
@@ -559,7 +557,7 @@ class Exchange:
     def _explained(self) -> Sequence[Header]:
         """Where it went and what was forecast, for a client that asks for it."""
         record = self._record
-        if record is None or not self._explains:
+        if record is None or not any(name.lower() == EXPLAIN for name, _ in self._http.headers):
             return ()
         found = [(b"x-block-instance", self._url.encode())]
         if record.forecast is not None:

@@ -39,10 +39,9 @@ def make_upstreams(
 ) -> Upstreams:
     """Instances for the servers of `pools` that can show what a policy needs. Nothing is asked of them yet.
 
-    assumed: what servers without the plugin are like; None: they have it.
-
     session: for all but what is proxied. clock: what snapshots are dated by.
     needs: of the policy. latency: the servers' step times, for forecasts. outrun_share: as of `Predictor`.
+    assumed: what servers without the plugin are like; None: they have it.
     """
     if needs is Needs.COUNTS:
         return Upstreams([HTTPInstance(i, pool, session) for i, pool in enumerate(pools)], None)

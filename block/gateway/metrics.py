@@ -18,7 +18,6 @@ from prometheus_client.registry import Collector
 
 from block.core.types import RequestRecord
 from block.dispatch.core import Dispatcher
-from block.dispatch.policies import Needs
 from block.gateway import prompts
 from block.gateway.estimates import FAILED as FAILED_TO
 from block.gateway.estimates import NO_TEXT, TIMEOUT
@@ -45,7 +44,6 @@ class Metrics:
         self,
         upstreams: Sequence[Upstream],
         dispatcher: Dispatcher,
-        needs: Needs,
         prefixes: UpstreamPrefixes | None = None,
         bytes_per_token: Iterable[tuple[str, float]] = (),
     ) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from block.backends.cache_events import CacheEvents, EventSource, follow
+from block.backends.cache_events import CacheEvents, EventSource, begin_to_follow
 from block.core.arrays import Ints
 from block.core.clock import Clock
 from block.core.snapshot import (
@@ -46,8 +46,6 @@ log = logging.getLogger(__name__)
 
 UNTOLD_BLOCKS = 10_000
 """KV blocks of a server that does not tell how many it has."""
-REPLAY_S = 3.0
-"""That the replay of cache events is waited for."""
 
 _CACHE = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
@@ -85,8 +83,9 @@ class ModelledInstance(SeenInstance):
         try:
             self.settings = await self._ask()
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            log.warning("%s: its settings are assumed: %s", self.url, error)
-            self.settings = self._assumed.settings(UNTOLD_BLOCKS)
+            if self.settings is None:  # else what it said before is nearer to the truth
+                log.warning("%s: its settings are assumed: %s", self.url, error)
+                self.settings = self._assumed.settings(UNTOLD_BLOCKS)
         if self._following is None and self.settings.enable_prefix_caching:
             await self._follow()
         return True
@@ -123,11 +122,8 @@ class ModelledInstance(SeenInstance):
             source = EventSource(one["endpoint"], one.get("replay_endpoint"), one.get("topic") or "")
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, LookupError, TypeError, AttributeError):
             return  # none, or of several engines, of which nobody knows which takes a request
-        self._events = CacheEvents(self.settings.block_size)
-        begun = asyncio.Event()
-        self._following = asyncio.create_task(follow(source.seen_from(self.url), self._events, begun))
-        with suppress(TimeoutError):
-            await asyncio.wait_for(begun.wait(), REPLAY_S)
+        size = self.settings.block_size
+        self._events, self._following = await begin_to_follow(source.seen_from(self.url), size)
 
     async def detach(self) -> None:
         """Stop listening."""
@@ -146,12 +142,12 @@ class ModelledInstance(SeenInstance):
     @property
     def tells_prefixes(self) -> str | None:
         """By "events", or not."""
-        events = self._events
-        return "events" if events is not None and events.readable and events.complete else None
+        return None if self._events is None or self._events.told is None else "events"
 
     def look_up(self, hashes: Ints, most: int) -> tuple[int, int] | None:
         """By the events."""
-        return None if self.tells_prefixes is None or self._events is None else held(self._events.table, hashes, most)
+        table = None if self._events is None else self._events.told
+        return None if table is None else held(table, hashes, most)
 
     def snapshot(self) -> Snapshot:
         """What it should be doing now: between two steps, since nobody knows when the one in flight began."""

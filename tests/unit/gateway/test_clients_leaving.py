@@ -40,7 +40,7 @@ def test_a_client_that_goes_away_while_it_is_written_to_is_not_its_server_s_faul
 
         async with running_gateway([Mock(endless)]) as gateway:
             for _ in range(20):
-                reader, writer = await asyncio.open_connection(*gateway.url[7:].split(":"))
+                reader, writer = await gateway.connect()
                 writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
                 await reader.read(10_000)
                 writer.transport.abort()
@@ -54,7 +54,7 @@ def test_a_client_that_goes_away_while_it_is_written_to_is_not_its_server_s_faul
 def test_a_client_that_goes_away_in_the_midst_of_its_request_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with running_gateway([Mock()]) as gateway:
-            _, writer = await asyncio.open_connection(*gateway.url[7:].split(":"))
+            _, writer = await gateway.connect()
             writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n\r\n{")
             await asyncio.sleep(0.05)
             writer.transport.abort()

@@ -77,7 +77,7 @@ def test_whatever_clients_send(caplog: pytest.LogCaptureFixture) -> None:
 
             async def client() -> None:
                 while time.monotonic() < end:
-                    reader, writer = await asyncio.open_connection(*gateway.url[7:].split(":"))
+                    reader, writer = await gateway.connect()
                     data = scrambled(rng, SOUND)
                     cut = rng.randrange(len(data) + 1)
                     writer.write(data[:cut])

@@ -52,7 +52,7 @@ def test_a_client_too_many_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
         async with running_gateway([Mock()]) as gateway:
             assert (await gateway.ask())[0] == 200  # and keeps its connection
             gateway.gateway.most_clients = 1
-            reader, writer = await asyncio.open_connection(*gateway.url[7:].split(":"))
+            reader, writer = await gateway.connect()
             head, _, body = (await reader.read()).partition(b"\r\n\r\n")
             writer.close()
             assert head.startswith(b"HTTP/1.1 503 ")

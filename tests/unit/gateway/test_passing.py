@@ -52,7 +52,7 @@ def test_a_server_may_lie_below_a_path() -> None:
 def test_headers_of_one_connection_do_not_pass_and_none_is_made_up() -> None:
     async def main() -> None:
         async with running_gateway([Mock(says(200, b"{}", **{"Keep-Alive": "timeout=9", "X-Much": "1"}))]) as gateway:
-            reader, writer = await asyncio.open_connection(*gateway.url[7:].split(":"))
+            reader, writer = await gateway.connect()
             lines = [
                 b"POST /v1/completions HTTP/1.1",
                 b"Host: x",

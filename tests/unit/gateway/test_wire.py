@@ -41,7 +41,7 @@ def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def talk(gateway: RunningGateway, *parts: bytes, pause_s: float = 0.0) -> bytes:
     """What comes back for these bytes until the gateway closes the connection."""
-    reader, writer = await asyncio.open_connection(*gateway.url[7:].split(":"))
+    reader, writer = await gateway.connect()
     for part in parts:
         writer.write(part)
         if pause_s:
@@ -141,7 +141,7 @@ def test_requests_that_are_sent_before_their_answers_are_answered_in_their_order
 def test_byte_by_byte_is_the_same_request() -> None:
     async def main() -> None:
         async with running_gateway([Mock()]) as gateway:
-            reader, writer = await asyncio.open_connection(*gateway.url[7:].split(":"))
+            reader, writer = await gateway.connect()
             for byte in POST.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1):
                 writer.write(bytes([byte]))
                 await asyncio.sleep(0)
@@ -171,7 +171,7 @@ def test_a_chunked_request_passes_and_its_trailers_do_not() -> None:
 def test_a_client_that_expects_to_be_told_to_go_on_is_told() -> None:
     async def main() -> None:
         async with running_gateway([Mock()]) as gateway:
-            reader, writer = await asyncio.open_connection(*gateway.url[7:].split(":"))
+            reader, writer = await gateway.connect()
             writer.write(HEAD + b"Expect: 100-Continue\r\nContent-Length: %d\r\n\r\n" % len(ASKED))
             assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
             writer.write(ASKED)
@@ -309,7 +309,7 @@ def test_an_answer_is_whole_at_done_and_who_leaves_there_has_cancelled_nothing()
     async def main() -> None:
         async with running_gateway([Mock(answer)]) as gateway:
             gateway.mocks[0].go.clear()
-            reader, writer = await asyncio.open_connection(*gateway.url[7:].split(":"))
+            reader, writer = await gateway.connect()
             writer.write(HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(STREAMED), STREAMED))
             await reader.readuntil(b"NE]\n\n")
             writer.close()
