@@ -94,6 +94,7 @@ class Mock:
     seen: list[tuple[str, CIMultiDictProxy[str], bytes]] = field(default_factory=list)
     cancelled: int = 0
     port: int = 0
+    host: str = "127.0.0.1"
     prefix: str = ""
     models: Sequence[str] = ("tiny", "m")  # all but the first are adapters
 
@@ -103,7 +104,7 @@ class Mock:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}{self.prefix}"
+        return f"http://{self.host}:{self.port}{self.prefix}"
 
     async def _complete(self, http: web.Request) -> web.StreamResponse:
         self.seen.append((http.path_qs, http.headers, await http.read()))
@@ -132,7 +133,7 @@ class Mock:
         self.routes(app)
         self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.01, access_log=None)
         await self.runner.setup()
-        await web.TCPSite(self.runner, "127.0.0.1", self.port).start()
+        await web.TCPSite(self.runner, self.host, self.port).start()
         self.port = self.runner.addresses[0][1]
 
     async def kill(self) -> None:
@@ -208,7 +209,11 @@ class RunningGateway:
         return {name: float(value) for name, _, value in lines if float(value)}
 
     def in_flight(self) -> int:
-        return sum(self.dispatcher.outstanding(i) for i in range(len(self.mocks)))
+        return sum(self.dispatcher.outstanding(i) for i in self.gateway.servers)
+
+    def urls(self) -> list[str]:
+        """Of the servers that requests may go to."""
+        return [self.gateway.servers[i].url for i in self.dispatcher.active]
 
 
 async def eventually(true: Callable[[], bool]) -> None:
@@ -238,7 +243,7 @@ async def running_gateway(
     if tokenizer is not None:
         keys["tokenizer"] = "of the test"
     keys = {"probe_interval_s": 0.05, "models_interval_s": 0.05, "grace_s": 2.0, **keys}
-    config = GatewayConfig(urls=tuple(mock.url for mock in mocks), **keys)
+    config = GatewayConfig(**{"urls": tuple(mock.url for mock in mocks), **keys})
     gateway = Gateway(
         config,
         policy or policies.RoundRobin(),

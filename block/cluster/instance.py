@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from block.core.snapshot import Snapshot
@@ -42,7 +42,7 @@ class Instance(Protocol):
         ...
 
 
-def one_by_one(instances: Sequence[Instance]) -> SnapshotMany:
+def one_by_one(instances: Sequence[Instance] | Mapping[int, Instance]) -> SnapshotMany:
     """What takes the snapshots of some of these instances, by their ids, each in turn."""
     return lambda ids, now: [instances[i].snapshot() for i in ids]
 

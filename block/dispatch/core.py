@@ -118,13 +118,24 @@ class _Instances:
     """
 
     def __init__(self, count: int) -> None:
-        self.in_transit: list[list[Request]] = [[] for _ in range(count)]
-        self.delivered: list[set[int]] = [set() for _ in range(count)]
-        self.outstanding = [0] * count
-        self.recent = [0] * count
-        self.ejected = [0] * count
-        self.snapshots: list[Snapshot | None] = [None] * count
+        self.in_transit: list[list[Request]] = []
+        self.delivered: list[set[int]] = []
+        self.outstanding: list[int] = []
+        self.recent: list[int] = []
+        self.ejected: list[int] = []
+        self.snapshots: list[Snapshot | None] = []
         self._placed: deque[tuple[float, int]] = deque()  # when and where, of those that are recent
+        for _ in range(count):
+            self.add()
+
+    def add(self) -> None:
+        """One more."""
+        self.in_transit.append([])
+        self.delivered.append(set())
+        self.outstanding.append(0)
+        self.recent.append(0)
+        self.ejected.append(0)
+        self.snapshots.append(None)
 
     def place(self, request: Request, instance_id: int, now: float, *, in_ledger: bool) -> None:
         """A request goes to an instance."""
@@ -325,6 +336,12 @@ class Dispatcher:
         """Nobody waits for it any more. Its record stays as it is."""
         self._release(record, now)
         self._forget(record)
+
+    def add_instance(self) -> int:
+        """There is one more instance, with the id that is returned; it takes requests once it is up."""
+        self._state.add()
+        self._count += 1
+        return self._count - 1
 
     def instance_up(self, instance_id: int, now: float) -> None:
         """An instance takes requests, again or for the first time."""

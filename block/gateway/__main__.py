@@ -40,7 +40,7 @@ def run_gateway(settings: DictConfig, policy: str) -> None:
     wanted = config.node(settings.gateway)
     effects.refuse(settings, "gateway", run)
     rehearsed = policy_checks.with_checks(config.node(settings.scheduler))  # not the one that will serve
-    policy_checks.try_once(rehearsed, len(wanted.urls))  # and so compiled before a request comes
+    policy_checks.try_once(rehearsed, max(len(wanted.urls), 1))  # and so compiled before a request comes
     for key, off in (("forecast_noise", 0), ("dispatchers", 1)):
         if (value := getattr(run.dispatch, key)) != off:
             raise ConfigError(f"dispatch.{key}={value}: for experiments only; a gateway has {off}")
@@ -65,11 +65,16 @@ def run_gateway(settings: DictConfig, policy: str) -> None:
         tokenizer = load_tokenizer(wanted.tokenizer, "gateway.tokenizer") if wanted.tokenizer is not None else None
     except ValueError as error:
         raise ConfigError(explain(error)) from error
-    gateway = app.Gateway(wanted, run.policy, run.dispatch, random.Random(run.seed), latency, run.lengths, tokenizer)
+    rng = random.Random(run.seed)
+    try:
+        gateway = app.Gateway(wanted, run.policy, run.dispatch, rng, latency, run.lengths, tokenizer)
+    except ValueError as error:
+        raise ConfigError(explain(error)) from error
 
     def listening(address: str) -> None:
-        servers = f"{len(wanted.urls)} server{'s' * (len(wanted.urls) != 1)}"
-        print(f"{address}: {policy} over {servers}: {', '.join(wanted.urls)}", flush=True)
+        urls = [one.url for one in gateway.servers.values()]
+        servers = f"{len(urls)} server{'s' * (len(urls) != 1)}"
+        print(f"{address}: {policy} over {servers}{': ' * bool(urls)}{', '.join(urls)}", flush=True)
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

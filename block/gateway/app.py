@@ -1,4 +1,4 @@
-"""The gateway itself: its routes, the probes that readmit servers, start and stop."""
+"""The gateway itself: its routes, who may take them, start and stop."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ import signal
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import unquote_to_bytes
 
-import aiohttp
 import numpy as np
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -26,17 +25,21 @@ from block.core.clock import Clock
 from block.core.hashing import hash_tokens
 from block.core.types import Request
 from block.dispatch.config import DispatchConfig
-from block.dispatch.core import Dispatcher, History, Observer
+from block.dispatch.core import Dispatcher, Forecaster, History, Observer
 from block.dispatch.correction import CorrectedForecaster
 from block.dispatch.policies import LeastRequests, Needs, Policy
 from block.engine.latency import LatencyModel
+from block.gateway.admin import Errand, change_list, tell_everyone
 from block.gateway.admission import Objectives, Queue
 from block.gateway.client_connections import ClientConnection
 from block.gateway.config import GatewayConfig
+from block.gateway.discovery import Discovery, check_file, warn_of_many
 from block.gateway.estimates import Estimator
 from block.gateway.exchange import Exchange, Surroundings
-from block.gateway.fleet import make_upstreams
-from block.gateway.http1 import HTTPRequest, TooLong, passed_on, unpacked
+from block.gateway.fleet import Fleet
+from block.gateway.forecasts import FleetForecaster
+from block.gateway.http1 import HTTPRequest, TooLong, unpacked
+from block.gateway.keys import SHOWN_IN, Keys
 from block.gateway.metrics import FAILED, REFUSED, Metrics
 from block.gateway.modelled import Going, ModelledInstance
 from block.gateway.models import Models
@@ -53,9 +56,9 @@ from block.gateway.openai import (
 )
 from block.gateway.prefixes import UpstreamPrefixes
 from block.gateway.prompts import UNKNOWN, Prompt, Prompts, TextPieces, TokenizedPrompts
-from block.gateway.routes import GENERATES, OWN_VIEWS, changes_servers
-from block.gateway.server_connections import ServerPool
-from block.gateway.upstreams import SeenInstance, Upstream, open_session
+from block.gateway.routes import GENERATES, OPEN, OWN_VIEWS, READS, SERVERS, changes_servers
+from block.gateway.server_connections import ServerPool, secure_context
+from block.gateway.upstreams import HTTPInstance, PluginInstance, SeenInstance, Upstream, open_session
 from block.gateway.watch import Watch
 from block.lengths import Lengths, Oracle, Reader
 
@@ -75,19 +78,21 @@ OTHER_FILES = 64
 """Open files that are not for requests: code, logs, probes."""
 IDLE_S = 75.0
 """A client's connection may be without a request, or in the midst of one, so long."""
+DISCOVERY_S = 5.0
+"""From one look for servers to the next, if `gateway.discovery_interval_s` does not say."""
 TOKENIZE_S = 0.2
 """That a request waits for its tokens, if `gateway.tokenize_timeout_s` does not say."""
 
 
 class Gateway:
-    """A gateway to `config.urls`, by `policy`: `start` it, and `stop` it at the end.
+    """A gateway to the servers of `config`, by `policy`: `start` it, and `stop` it at the end. ValueError if a file
+    that `config` names is of no use.
 
     latency: the servers' step times; policies that need forecasts need it. lengths: estimates responses, if it reads
     prompts and the policy looks at more than counts; else each is expected to have `config.expected_output_tokens`.
     tokenizer: the model's, as `block.workload.prompts.load_tokenizer` has it; None: prompts are known by their text.
     """
 
-    upstreams: Sequence[Upstream]
     dispatcher: Dispatcher
 
     def __init__(
@@ -116,14 +121,26 @@ class Gateway:
         self._tokenizer = tokenizer
         self._prompts: Prompts | None = None
         self._prefixes: UpstreamPrefixes | None = None
-        self.models = Models(len(config.urls))
-        """What the servers serve."""
+        self.servers: dict[int, Upstream] = {}
+        """Those that there are, by id."""
+        self.models = Models()
+        """What they serve."""
+        if config.urls_file is not None:
+            check_file(config.urls_file)
+        self._discovery = Discovery(config.urls, config.urls_file)
+        self._client_keys, self._admin_keys, server_keys = (
+            None if (file := getattr(config, key)) is None else Keys(file, f"gateway.{key}")
+            for key in ("api_key_file", "admin_key_file", "server_key_file")
+        )
+        self._server_key = None if server_keys is None else server_keys.first
+        self._secure = secure_context(config.ca_file)
         self._bytes_per_token = BytesPerToken()
         self._least = LeastRequests()  # for what asks for no response
         self._clock = Clock()
         # Requests of several gateways, or of one that was started again, must not share a number on a server.
         self._numbers = itertools.count(secrets.randbits(52))
         self._open = AsyncExitStack()
+        self._has_keys = bool(self._client_keys or self._admin_keys or self._server_key)
         self._server: asyncio.Server | None = None
         self.max_body = config.max_body_mib * 2**20
         """As of `block.gateway.client_connections.Owner`, like the next three."""
@@ -147,38 +164,30 @@ class Gateway:
     async def _prepare(self) -> None:
         """What lives as long as the gateway does."""
         config = self._config
-        self._session = await self._open.enter_async_context(open_session(config.connect_timeout_s))
-        pools = [ServerPool(url, config.connect_timeout_s, config.read_timeout_s) for url in config.urls]
-        self.upstreams, forecaster = make_upstreams(
-            pools, self._session, self._clock, self._policy.needs, self._latency, self._outrun_share, self._assumed
-        )
-        if forecaster is not None and self._latency is not None and self._dispatch.correction_steps > 0:
-            forecaster = CorrectedForecaster(forecaster, self._latency, self._dispatch.correction_steps)
+        session = open_session(config.connect_timeout_s, self._secure, self._server_key)
+        self._session = await self._open.enter_async_context(session)
         observers: list[Observer] = []
-        seen = [one for one in self.upstreams if isinstance(one, SeenInstance)]
-        if seen:
+        if self._tags:
             exact = self._tokenizer is not None and self._dispatch.prefixes == "told"
-            self._prefixes = UpstreamPrefixes(seen, exact=exact)
+            self._prefixes = UpstreamPrefixes(cast(dict[int, SeenInstance], self.servers), exact=exact)
             observers.append(self._prefixes)
-        for one in seen:
-            self._open.push_async_callback(one.detach)
-        if modelled := [one for one in seen if isinstance(one, ModelledInstance)]:
-            observers.append(Going(modelled))
+            if self._assumed is not None:
+                observers.append(Going(cast(dict[int, ModelledInstance], self.servers)))
         self.dispatcher = Dispatcher(
-            len(self.upstreams),
+            0,
             self._policy,
-            forecaster,
+            self._forecaster(),
             self._dispatch,
             self._rng,
-            snapshot_many=one_by_one(self.upstreams),
+            snapshot_many=one_by_one(self.servers),
             prefixes=self._prefixes,
             observers=observers,
             history=History(HISTORY),
         )
-        self._metrics = metrics = Metrics(self.upstreams, self.dispatcher, self._prefixes, self._bytes_per_token)
-        watch = Watch(self.upstreams, self.dispatcher, self._clock, config, self.models)
+        self._metrics = metrics = Metrics(self.servers, self.dispatcher, self._prefixes, self._bytes_per_token)
+        self._watch = watch = Watch(self.dispatcher, self._clock, config, self.models)
         queue = Queue()
-        self._around = Surroundings(self.upstreams, self.dispatcher, self._clock, metrics, watch, config.slo, queue)
+        self._around = Surroundings(self.servers, self.dispatcher, self._clock, metrics, watch, config.slo, queue)
         if self._tokenizer is not None:
             self._prompts = TokenizedPrompts(
                 self._tokenizer, config.tokenize_timeout_s or TOKENIZE_S, metrics.not_tokenized
@@ -193,16 +202,31 @@ class Gateway:
                 self._reader, config.estimate_timeout_s, metrics.not_estimated, metrics.estimated
             )
             self._open.callback(self._estimator.close)
-        for upstream, well in zip(
-            self.upstreams, await asyncio.gather(*(one.healthy() for one in self.upstreams)), strict=True
-        ):
-            if not well:
-                reason = f"{upstream.url} does not answer yet"
-                self.dispatcher.instance_down(upstream.instance_id, reason, self._clock.now())
-        await asyncio.gather(*(watch.ask_models(self.upstreams[i]) for i in self.dispatcher.active))
-        self._open.push_async_callback(
-            _cancel, [asyncio.create_task(one) for one in (watch.run(), queue.watch(), self._sweep())]
-        )
+        self._fleet = Fleet(self.servers, self._make, self.dispatcher, watch, metrics, self.models, self._clock)
+        self._open.push_async_callback(self._fleet.close)
+        await self._fleet.follow(self._discovery)
+        running = [asyncio.create_task(one) for one in (queue.watch(), self._sweep(), self._look_around())]
+        self._open.push_async_callback(_cancel, running)
+
+    def _make(self, instance_id: int, url: str) -> Upstream:
+        """The instance for a server, of a kind that shows what the policy needs."""
+        config, session = self._config, self._session
+        pool = ServerPool(url, config.connect_timeout_s, config.read_timeout_s, self._secure, self._server_key)
+        if not self._tags:
+            return HTTPInstance(instance_id, pool, session)
+        if self._assumed is None:
+            return PluginInstance(instance_id, pool, session, self._clock, self._latency)
+        return ModelledInstance(instance_id, pool, session, self._clock, self._assumed)
+
+    def _forecaster(self) -> Forecaster | None:
+        """What makes forecasts, if the policy needs any."""
+        if not self._forecasts:
+            return None
+        assert self._latency is not None, "who asks for forecasts has a latency model"
+        servers = cast(dict[int, SeenInstance], self.servers)
+        forecaster = FleetForecaster(servers, self._latency, self._outrun_share)
+        steps = self._dispatch.correction_steps
+        return forecaster if steps == 0 else CorrectedForecaster(forecaster, self._latency, steps)
 
     async def stop(self) -> None:
         """Take no new connections, let requests finish for `grace_s`, and close what is left."""
@@ -222,8 +246,6 @@ class Gateway:
             deadline = self._clock.now() + LAST_BYTES_S
             while self._clock.now() < deadline and self.clients:
                 await asyncio.sleep(DRAIN_POLL_S)
-            for upstream in self.upstreams:
-                upstream.pool.close_idle(0.0)
             await _cancel(list(self._around.tasks))
         await self._open.aclose()
 
@@ -232,22 +254,44 @@ class Gateway:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(SWEEP_S)
-            for upstream in self.upstreams:
-                upstream.pool.close_idle()
+            for server in self.servers.values():
+                server.pool.close_idle()
+            await self._fleet.let_go()
             long_ago = loop.time() - IDLE_S
             for client in [one for one in self.clients if one.stalls(long_ago)]:
                 client.abort()
+
+    async def _look_around(self) -> None:
+        """Follow servers and keys as they change."""
+        for url in self._config.urls:
+            await warn_of_many(url)
+        while True:
+            await asyncio.sleep(self._config.discovery_interval_s or DISCOVERY_S)
+            try:
+                if self._discovery.changes:
+                    await self._fleet.follow(self._discovery)
+                for keys in (self._client_keys, self._admin_keys):
+                    if keys is not None:
+                        keys.refresh()
+            except Exception:  # the next look may fare better
+                log.exception("servers and keys stay as they are")
 
     # ------------------------------------------------------------------------------------------------------- routes
 
     def serve(self, client: ClientConnection, http: HTTPRequest) -> None:
         """Have a request answered."""
         path = unquote_to_bytes(http.path) if b"%" in http.path else http.path
+        if self._has_keys:
+            if not self._lets_in(path, http):
+                self._metrics.unplaced(REFUSED)
+                client.reply(401, [*JSON, (b"WWW-Authenticate", b"Bearer")], error_json(401, "no key, or a wrong one"))
+                return
+            http = self._without_keys(path, http)
         if path in GENERATES and http.method == b"POST":
             self._generate(client, http)
         elif path == b"/health" and http.method in (b"GET", b"HEAD"):
             active = len(self.dispatcher.active)
-            told = json.dumps({"active": active, "instances": len(self.upstreams)}).encode()
+            told = json.dumps({"active": active, "instances": len(self.servers)}).encode()
             client.reply(200 if active else 503, JSON, told)
         elif path == b"/metrics" and http.method in (b"GET", b"HEAD"):
             client.reply(200, [(b"Content-Type", CONTENT_TYPE_LATEST.encode())], self._metrics.text())
@@ -255,10 +299,27 @@ class Gateway:
             client.reply(200, JSON, json.dumps({"object": "list", "data": cards}).encode())
         elif path.startswith(OWN_VIEWS):
             self._refuse(client, 404, f"{path.decode('latin-1')} is of a server, and not of a gateway")
-        elif http.method not in (b"GET", b"HEAD", b"OPTIONS") and changes_servers(path):
+        elif path == SERVERS:
+            self._list_servers(client, http)
+        elif http.method not in READS and changes_servers(path):
             self._change_servers(client, http)
         else:
             self._pass(client, http)
+
+    def _lets_in(self, path: bytes, http: HTTPRequest) -> bool:
+        """Whether a request shows the key that it needs, if it needs any."""
+        admin, client = self._admin_keys, self._client_keys
+        if path == SERVERS or (http.method not in READS and changes_servers(path)):
+            return admin is None or admin.shown(http.headers)
+        if client is None or http.method == b"OPTIONS" or path in OPEN:
+            return True
+        return client.shown(http.headers) or (admin is not None and admin.shown(http.headers))
+
+    def _without_keys(self, path: bytes, http: HTTPRequest) -> HTTPRequest:
+        """The request without a key that is the gateway's own, or of which servers get another."""
+        if self._client_keys is None and self._server_key is None and not changes_servers(path):
+            return http
+        return http._replace(headers=[one for one in http.headers if one[0].lower() not in SHOWN_IN])
 
     def refused(self, status: int) -> None:
         """What came from a client was no request, or one too many."""
@@ -360,7 +421,7 @@ class Gateway:
     @property
     def _served(self) -> set[str]:
         """What servers call their models, of those that tell."""
-        return {name for one in self.upstreams if isinstance(one, SeenInstance) for name in one.models}
+        return {name for one in self.servers.values() if isinstance(one, SeenInstance) for name in one.models}
 
     def _change_servers(self, client: ClientConnection, http: HTTPRequest) -> None:
         """What changes a server goes to every server, if it may."""
@@ -368,8 +429,15 @@ class Gateway:
             path = http.path.decode("latin-1")
             self._refuse(client, 403, f"{path} may change a server, and is passed on with gateway.admin=true only")
             return
-        client.serving = everywhere = _Everywhere(client, self._session, self.upstreams, self._around.watch, http)
-        everywhere.task = asyncio.get_running_loop().create_task(everywhere.ask())
+        servers = list(self.servers.values())
+        Errand(client, tell_everyone(self._session, servers, http, self._watch.ask_models))
+
+    def _list_servers(self, client: ClientConnection, http: HTTPRequest) -> None:
+        """Which servers there are, and that it be others."""
+        if self._admin_keys is None:
+            self._refuse(client, 403, "/servers is for who has a key of gateway.admin_key_file, and there is none")
+            return
+        Errand(client, change_list(http, lambda: list(self.servers.values()), self._discovery, self._fleet))
 
 
 class _Asked(NamedTuple):
@@ -383,60 +451,6 @@ class _Asked(NamedTuple):
     body: bytes
     among: Collection[int] | None
     objectives: Objectives | None
-
-
-class _Everywhere:
-    """A request to all servers, whose client gets the answer of the first that refuses, or else of the first."""
-
-    task: asyncio.Task[None]
-
-    def __init__(
-        self,
-        client: ClientConnection,
-        session: aiohttp.ClientSession,
-        upstreams: Sequence[Upstream],
-        watch: Watch,
-        http: HTTPRequest,
-    ) -> None:
-        self._client = client
-        self._session = session
-        self._upstreams = upstreams
-        self._watch = watch
-        self._http = http
-
-    async def ask(self) -> None:
-        """Send it, and answer, once it is known what has changed."""
-        answers = await asyncio.gather(*(self._ask_one(one.url) for one in self._upstreams))
-        await asyncio.gather(*map(self._watch.ask_models, self._upstreams))
-        status, headers, body = next((one for one in answers if one[0] >= 300), answers[0])
-        self._client.reply(status, headers, body)
-
-    async def _ask_one(self, url: str) -> tuple[int, Sequence[tuple[bytes, bytes]], bytes]:
-        http = self._http
-        asked = self._session.request(
-            http.method.decode(),
-            f"{url}{http.target.decode('latin-1')}",
-            data=http.body or None,
-            headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in http.headers],
-            allow_redirects=False,
-            timeout=aiohttp.ClientTimeout(),
-        )
-        try:
-            async with asked as answer:
-                body = await answer.read()
-                kept = [one for one in passed_on(answer.raw_headers) if one[0].lower() != b"content-encoding"]
-                return answer.status, kept, body
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            return 502, JSON, error_json(502, f"{url}: {error}")
-
-    def client_left(self) -> None:
-        """What servers are told is told to all of them nevertheless."""
-
-    def pause(self) -> None:
-        """Answers are short."""
-
-    def resume(self) -> None:
-        """Answers are short."""
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:

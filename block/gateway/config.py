@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
 from block.engine.config import EngineConfig
 from block.gateway.admission import Slo
+from block.gateway.urls import check_url, every_address, is_host
 
 
 @dataclass(frozen=True)
 class GatewayConfig:
     """The gateway, `python -m block.gateway` (one Hydra node).
 
-    urls: the model servers. host, port: where to listen.
+    urls: the model servers. Each address of the name in dns+http://name:port is one. urls_file: a file with more of
+        them, one a line. discovery_interval_s: how often names and files, those of keys too, are looked at; null: 5.
+    host, port: where to listen.
+    api_key_file, admin_key_file: files with keys, one a line, of which clients, and who changes servers or their list,
+        have to show one; null: clients need none, and the list cannot be changed. server_key_file: with the key that
+        servers want. ca_file: with certificates of the authorities that https servers are to be trusted by; null: the
+        system's.
     expected_output_tokens: response length that policies assume where none is estimated. A request's own limit caps
         both. estimate_timeout_s: how long a request waits for its estimate before it goes by that.
     tokenizer: name or folder of the model's, so that prompts are counted, and looked up in prefix caches, by their
@@ -35,7 +40,9 @@ class GatewayConfig:
     """
 
     urls: tuple[str, ...] = ()
-    host: str = "0.0.0.0"
+    urls_file: str | None = None
+    discovery_interval_s: float | None = None
+    host: str = "127.0.0.1"
     port: int = 8080
     expected_output_tokens: int = 256
     estimate_timeout_s: float = 0.05
@@ -52,20 +59,30 @@ class GatewayConfig:
     plugin: bool = True
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    api_key_file: str | None = None
+    admin_key_file: str | None = None
+    server_key_file: str | None = None
+    ca_file: str | None = None
     admin: bool = False
     slo: Slo = field(default_factory=Slo)
 
     def __post_init__(self) -> None:
         urls = tuple(url.rstrip("/") for url in self.urls)  # Hydra passes a list
         object.__setattr__(self, "urls", urls)
-        if not urls:
+        if not (urls or self.urls_file or self.admin_key_file):
             raise ValueError("gateway.urls=[]: give at least one, such as [http://host:8000]")
         for url in urls:
-            if not _is_server(url):
-                raise ValueError(f"gateway.urls={url}: must be of the form http://host:port or https://host:port")
+            check_url(url, "gateway.urls")
             if urls.count(url) > 1:
                 raise ValueError(f"gateway.urls={url}: given twice")
-        if not _is_host(self.host):
+        files = self.urls_file, self.api_key_file, self.admin_key_file
+        if self.discovery_interval_s is not None and not any(files) and not any(map(every_address, urls)):
+            given = f"gateway.discovery_interval_s={self.discovery_interval_s}"
+            raise ValueError(f"{given}: has no effect without gateway.urls_file, a key file or dns+http://name:port")
+        https = self.urls_file or self.admin_key_file or any(url.startswith("https:") for url in urls)
+        if self.ca_file is not None and not https:
+            raise ValueError(f"gateway.ca_file={self.ca_file}: has no effect, for no server is of https")
+        if not is_host(self.host):
             raise ValueError(f"gateway.host={self.host}: must be a name or an address, such as 0.0.0.0")
         if not 0 <= self.port < 65536:
             raise ValueError(f"gateway.port={self.port}: must be between 1 and 65535, or 0 for any that is free")
@@ -93,27 +110,3 @@ class GatewayConfig:
             max_num_batched_tokens=self.max_num_batched_tokens or 2048,
             enable_prefix_caching=True,
         )
-
-
-def _is_server(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        return False
-    plain = not (parts.username or "?" in url or "#" in url) and port != 0
-    sound = _is_host(parts.hostname or "") and _PATH.fullmatch(parts.path) is not None
-    return parts.scheme in ("http", "https") and plain and sound
-
-
-def _is_host(name: str) -> bool:
-    """Whether it can be looked up, or is an address."""
-    try:
-        name.encode("idna")
-    except UnicodeError:
-        return False
-    return _HOST.fullmatch(name) is not None
-
-
-_HOST = re.compile(r"[\w.:%-]+")
-_PATH = re.compile(r"[!$-;=@-\[\]_a-z~]*")  # what may stand in the first line of a request

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -58,7 +58,7 @@ TURNED_AWAY = (502, 503)
 class Surroundings:
     """What all exchanges of a gateway have in common."""
 
-    upstreams: Sequence[Upstream]
+    servers: Mapping[int, Upstream]
     dispatcher: Dispatcher
     clock: Clock
     metrics: Metrics
@@ -107,6 +107,7 @@ class Exchange:
         "_preparing",
         "_record",
         "_sending",
+        "_server",
         "passing",
         "streams",
     )
@@ -217,14 +218,17 @@ class Exchange:
         assert record is not None
         if record.status != "pending":  # no server is left to try
             if self._kept is None:
-                self._kept = _Reply.error(503, record.error or "")
+                troubles = {one.url: one.trouble for one in around.servers.values() if one.trouble}
+                told = "; ".join([record.error or "", *(f"{url}: {why}" for url, why in troubles.items())])
+                self._kept = _Reply.error(503, told)
             self._end(FAILED)
             self._reply()
             return
         around.metrics.attempted(record)
         around.dispatcher.delivered(record, around.clock.now())
         self._begin_anew()
-        self._sending = around.upstreams[record.instance_id].pool.send(self, self._http, self._body)
+        self._server = around.servers[record.instance_id]
+        self._sending = self._server.pool.send(self, self._http, self._body)
         if self._client is not None and self._client.full:
             self._sending.pause()
 
@@ -411,24 +415,22 @@ class Exchange:
             client.end()
         elif client is not None:
             client.cut()
-        assert self._record is not None
-        watched = asyncio.get_running_loop().create_task(self._look_after(self._record.instance_id, why))
+        watched = asyncio.get_running_loop().create_task(self._look_after(self._server, why))
         self._around.tasks.add(watched)
         watched.add_done_callback(self._around.tasks.discard)
 
-    async def _look_after(self, instance_id: int, why: str) -> None:
+    async def _look_after(self, server: Upstream, why: str) -> None:
         """A server that broke off may have died, and even be back already: then what was known of it is of nobody."""
-        if not await self._around.upstreams[instance_id].healthy():
-            self._around.dispatcher.instance_down(instance_id, why, self._around.clock.now())
+        if not await server.healthy():
+            self._around.dispatcher.instance_down(server.instance_id, why, self._around.clock.now())
 
     def _check(self, then: Callable[[bool], None]) -> None:
         """Ask a server that has failed this request whether it is well, and go on by what it says."""
-        record = self._record
-        assert record is not None
+        server = self._server
 
         async def ask() -> None:
             try:
-                well = await self._around.upstreams[record.instance_id].healthy()
+                well = await server.healthy()
                 self._checking = None
                 then(well)
             except Exception as error:
@@ -566,5 +568,4 @@ class Exchange:
 
     @property
     def _url(self) -> str:
-        assert self._record is not None
-        return self._around.upstreams[self._record.instance_id].url
+        return self._server.url

@@ -1,92 +1,109 @@
-"""The servers as a policy needs them: which kind of instance each is, and forecasts for all of them."""
+"""The servers that there are: some join, others leave once their requests have ended."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import NamedTuple
-
-import aiohttp
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from block.core.clock import Clock
-from block.core.snapshot import Snapshot
-from block.core.types import Forecasts, Request
-from block.dispatch.core import Forecaster
-from block.dispatch.policies import Needs
-from block.engine.config import EngineConfig, EngineSettings
-from block.engine.latency import LatencyModel
-from block.engine.predictor import Predictor, forecast_each
-from block.gateway.modelled import ModelledInstance
-from block.gateway.server_connections import ServerPool
-from block.gateway.upstreams import HTTPInstance, PluginInstance, SeenInstance, Upstream
+from block.dispatch.core import Dispatcher
+from block.gateway.discovery import Discovery
+from block.gateway.metrics import Metrics
+from block.gateway.models import Models
+from block.gateway.upstreams import Upstream
+from block.gateway.watch import Watch
+
+log = logging.getLogger(__name__)
+
+Make = Callable[[int, str], Upstream]
+"""Makes the instance with this id for the server at this URL. Nothing is asked of it yet."""
 
 
-class Upstreams(NamedTuple):
-    """The instances, and what makes forecasts for them if the policy needs any."""
+class Fleet:
+    """Keeps `servers`, by id, as they join and leave; who else looks at them sees them change. No id is used twice."""
 
-    instances: Sequence[Upstream]
-    forecaster: Forecaster | None
+    def __init__(
+        self,
+        servers: dict[int, Upstream],
+        make: Make,
+        dispatcher: Dispatcher,
+        watch: Watch,
+        metrics: Metrics,
+        models: Models,
+        clock: Clock,
+    ) -> None:
+        self._servers = servers
+        self._make = make
+        self._dispatcher = dispatcher
+        self._watch = watch
+        self._metrics = metrics
+        self._models = models
+        self._clock = clock
+        self._leaving = watch.leaving
+        self._following = asyncio.Lock()
 
+    async def follow(self, discovery: Discovery) -> None:
+        """Have the servers that it finds, and no others. Those that are new and well get requests when this returns."""
+        async with self._following:
+            await self._have(await discovery.look())
 
-def make_upstreams(
-    pools: Sequence[ServerPool],
-    session: aiohttp.ClientSession,
-    clock: Clock,
-    needs: Needs,
-    latency: LatencyModel | None,
-    outrun_share: float,
-    assumed: EngineConfig | None,
-) -> Upstreams:
-    """Instances for the servers of `pools` that can show what a policy needs. Nothing is asked of them yet.
+    async def _have(self, urls: Iterable[str]) -> None:
+        wanted = dict.fromkeys(urls)
+        there = {one.url: i for i, one in self._servers.items()}
+        for url, i in there.items():
+            if url not in wanted and i not in self._leaving:
+                self._leave(i)
+        for url in wanted:
+            if there.get(url) in self._leaving:
+                self._leaving.discard(there[url])
+                log.warning("%s does not leave", url)
+        await asyncio.gather(*(self._join(url) for url in wanted if url not in there))
 
-    session: for all but what is proxied. clock: what snapshots are dated by.
-    needs: of the policy. latency: the servers' step times, for forecasts. outrun_share: as of `Predictor`.
-    assumed: what servers without the plugin are like; None: they have it.
-    """
-    if needs is Needs.COUNTS:
-        return Upstreams([HTTPInstance(i, pool, session) for i, pool in enumerate(pools)], None)
-    instances: Sequence[SeenInstance]
-    if assumed is None:
-        instances = [PluginInstance(i, pool, session, clock, latency) for i, pool in enumerate(pools)]
-    else:
-        instances = [ModelledInstance(i, pool, session, clock, assumed) for i, pool in enumerate(pools)]
-    if needs is Needs.SNAPSHOT:
-        return Upstreams(instances, None)
-    assert latency is not None, "who asks for forecasts has a latency model"
-    return Upstreams(instances, FleetForecaster(instances, latency, outrun_share))
+    async def _join(self, url: str) -> None:
+        server = self._make(self._dispatcher.add_instance(), url)
+        self._servers[server.instance_id] = server
+        self._metrics.begin(server)
+        await self._watch.begin(server)
 
+    def _leave(self, instance_id: int) -> None:
+        self._leaving.add(instance_id)
+        self._dispatcher.retire(instance_id)
+        left = self._dispatcher.outstanding(instance_id)
+        log.warning("%s leaves, with %d requests to finish", self._servers[instance_id].url, left)
 
-class FleetForecaster:
-    """Forecasts for servers that may differ in their settings, as they report them, but not in their step times."""
+    async def let_go(self) -> None:
+        """Forget those that leave and have finished their requests."""
+        for i in [one for one in self._leaving if self._dispatcher.outstanding(one) == 0]:
+            self._leaving.discard(i)
+            await self._forget(i)
 
-    def __init__(self, instances: Sequence[SeenInstance], latency: LatencyModel, outrun_share: float) -> None:
-        self._outrun_share = outrun_share
-        self._instances = instances
-        self._latency = latency
-        self._predictors: dict[EngineSettings, Predictor] = {}
-        Predictor(EngineConfig().settings(1000), latency).warm_up()
+    async def _forget(self, instance_id: int) -> None:
+        server = self._servers.pop(instance_id)
+        await self._watch.end(instance_id)
+        self._dispatcher.instance_down(instance_id, "it has left", self._clock.now())
+        self._metrics.end(server)
+        server.pool.close_idle(0.0)
+        await server.detach()
 
-    def forecasts(
-        self, snapshots: Sequence[Snapshot], in_transit: Sequence[Sequence[Request]], request: Request, now: float
-    ) -> Forecasts:
-        """One forecast for each snapshot, in a compiled call for each kind of server."""
-        kinds = [self._settings(snapshot.instance_id) for snapshot in snapshots]
-        theirs = [[_fitting(one, settings) for one in some] for some, settings in zip(in_transit, kinds, strict=True)]
-        requests = [_fitting(request, settings) for settings in kinds]
-        return forecast_each([self._predictor(settings) for settings in kinds], snapshots, theirs, requests, now)
+    async def close(self) -> None:
+        """Look at none any more."""
+        for i, server in self._servers.items():
+            await self._watch.end(i)
+            server.pool.close_idle(0.0)
+            await server.detach()
 
-    def _settings(self, instance_id: int) -> EngineSettings:
-        settings = self._instances[instance_id].settings
-        assert settings is not None, "only servers that are attached to show snapshots"
-        return settings
-
-    def _predictor(self, settings: EngineSettings) -> Predictor:
-        if settings not in self._predictors:
-            self._predictors[settings] = Predictor(settings, self._latency, outrun_share=self._outrun_share)
-        return self._predictors[settings]
-
-
-def _fitting(request: Request, settings: EngineSettings) -> Request:
-    """The request, no longer than a server takes: what is estimated too long would bring the twin to a halt."""
-    longest = settings.max_model_len - 1
-    return request if request.prompt_tokens <= longest else replace(request, prompt_tokens=longest)
+    def told(self, server: Upstream) -> dict[str, Any]:
+        """What is known of a server: its url, state ("active", "down" or "leaving"), why it is down, its requests and
+        models.
+        """
+        i = server.instance_id
+        active = i in self._dispatcher.active
+        return {
+            "url": server.url,
+            "state": "leaving" if i in self._leaving else "active" if active else "down",
+            "reason": server.trouble,
+            "requests": self._dispatcher.outstanding(i),
+            "models": self._models.of(i),
+        }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -42,27 +42,24 @@ class Metrics:
 
     def __init__(
         self,
-        upstreams: Sequence[Upstream],
+        upstreams: Mapping[int, Upstream],
         dispatcher: Dispatcher,
         prefixes: UpstreamPrefixes | None = None,
         bytes_per_token: Iterable[tuple[str, float]] = (),
     ) -> None:
         self._registry = registry = CollectorRegistry()
         self._dispatcher = dispatcher
-        self._urls = [upstream.url for upstream in upstreams]
+        self._upstreams = upstreams
 
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(name, text, buckets=buckets, registry=registry)
 
         registry.register(_Counts(upstreams, dispatcher, prefixes, bytes_per_token))
-        requests = Counter(
+        self._requests_by = Counter(
             "block_requests", "Requests by their last instance and outcome", ["server", "status"], registry=registry
         )
-        self._requests = {
-            (i, status): requests.labels(url, status)  # so that each is there from the beginning
-            for i, url in [(-1, NONE), *((upstream.instance_id, upstream.url) for upstream in upstreams)]
-            for status in (OK, REFUSED, FAILED, CANCELLED)
-        }
+        self._requests: dict[tuple[int, str], Counter] = {}
+        self._count_requests_of(-1, NONE)
         self._retries = Counter("block_retries", "Attempts that were repeated on another instance", registry=registry)
         judged = Counter(
             "block_slo", "Requests with objectives, by what became of them", ["outcome"], registry=registry
@@ -99,6 +96,22 @@ class Metrics:
             self._actual[what] = histogram(f"block_{what}_seconds", f"T{text}", _SECONDS)
             self._predicted[what] = histogram(f"block_predicted_{what}_seconds", f"Predicted t{text}", _SECONDS)
             self._ratio[what] = histogram(f"block_predicted_{what}_ratio", f"Predicted over actual t{text}", _RATIOS)
+
+    def _count_requests_of(self, instance_id: int, url: str) -> None:
+        for status in (OK, REFUSED, FAILED, CANCELLED):  # so that each is there from the beginning
+            self._requests[instance_id, status] = self._requests_by.labels(url, status)
+
+    def begin(self, upstream: Upstream) -> None:
+        """There is a server."""
+        self._count_requests_of(upstream.instance_id, upstream.url)
+
+    def end(self, upstream: Upstream) -> None:
+        """There is a server no more: what it did is told no more."""
+        for status in (OK, REFUSED, FAILED, CANCELLED):
+            del self._requests[upstream.instance_id, status]
+            self._requests_by.remove(upstream.url, status)
+        for counter in (self._prompt_tokens, self._cached_tokens):
+            counter.remove(upstream.url)
 
     def attempted(self, record: RequestRecord) -> None:
         """The dispatcher has just decided about a request."""
@@ -137,8 +150,9 @@ class Metrics:
         if status != OK or not generates:
             return
         if record.cached_tokens >= 0:
-            self._prompt_tokens.labels(self._urls[record.instance_id]).inc(record.request.prompt_tokens)
-            self._cached_tokens.labels(self._urls[record.instance_id]).inc(record.cached_tokens)
+            url = self._upstreams[record.instance_id].url
+            self._prompt_tokens.labels(url).inc(record.request.prompt_tokens)
+            self._cached_tokens.labels(url).inc(record.cached_tokens)
         arrival, forecast = record.request.arrival, record.forecast
         for what, at in (("ttft", record.first_token), ("e2e", record.finished)):
             actual = at - arrival
@@ -164,7 +178,7 @@ class _Counts(Collector):
 
     def __init__(
         self,
-        upstreams: Sequence[Upstream],
+        upstreams: Mapping[int, Upstream],
         dispatcher: Dispatcher,
         prefixes: UpstreamPrefixes | None,
         bytes_per_token: Iterable[tuple[str, float]],
@@ -183,7 +197,7 @@ class _Counts(Collector):
         sources = GaugeMetricFamily(
             "block_prefix_source", "How it is known what its prefix cache has", labels=["server", "source"]
         )
-        for upstream in self._upstreams:
+        for upstream in self._upstreams.values():
             i, url = upstream.instance_id, upstream.url
             in_flight.add_metric([url], dispatcher.outstanding(i))
             active.add_metric([url], i in dispatcher.active)

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -180,7 +180,7 @@ class ModelledInstance(SeenInstance):
 class Going(Observer):
     """Tells `instances` what is sent to them."""
 
-    def __init__(self, instances: Sequence[ModelledInstance]) -> None:
+    def __init__(self, instances: Mapping[int, ModelledInstance]) -> None:
         self._instances = instances
 
     def delivered(self, dispatcher: Dispatcher, record: RequestRecord, now: float) -> None:

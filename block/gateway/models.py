@@ -10,23 +10,30 @@ Card = Mapping[str, Any]
 
 
 class Models:
-    """What each of `count` servers has told last. A server that does not tell, as without its key, may serve any."""
+    """What each server has told last. A server that does not tell, as without its key, may serve any."""
 
-    def __init__(self, count: int) -> None:
-        self._told: list[Sequence[Card] | None] = [None] * count
+    def __init__(self) -> None:
+        self._told: dict[int, Sequence[Card] | None] = {}
         self._places: dict[str, Collection[int] | None] = {}  # by name, as of `places`
-        self._silent: set[int] = set(range(count))
+        self._silent: set[int] = set()
 
     def tell(self, instance_id: int, cards: Sequence[Card] | None) -> None:
         """A server serves these; None: it does not say."""
-        if cards == self._told[instance_id]:
-            return
-        self._told[instance_id] = cards
-        self._silent = {i for i, one in enumerate(self._told) if one is None}
-        names = {str(card["id"]) for one in self._told for card in one or ()}
+        if instance_id not in self._told or cards != self._told[instance_id]:
+            self._told[instance_id] = cards
+            self._sort()
+
+    def forget(self, instance_id: int) -> None:
+        """There is no such server any more."""
+        if self._told.pop(instance_id, None) is not None or instance_id in self._silent:
+            self._sort()
+
+    def _sort(self) -> None:
+        self._silent = {i for i, one in self._told.items() if one is None}
+        names = {str(card["id"]) for one in self._told.values() for card in one or ()}
         self._places = {}
         for name in names:
-            there = {i for i, one in enumerate(self._told) if one is None or any(card["id"] == name for card in one)}
+            there = {i for i, one in self._told.items() if one is None or any(card["id"] == name for card in one)}
             self._places[name] = None if len(there) == len(self._told) else there
 
     def places(self, name: object) -> Collection[int] | None:
@@ -35,7 +42,7 @@ class Models:
             return None  # the server takes its own, or says what is wrong
         if name in self._places:
             return self._places[name]
-        if not self._silent:
+        if self._told and not self._silent:
             raise KeyError(name)
         return None if len(self._silent) == len(self._told) else self._silent
 
@@ -45,6 +52,10 @@ class Models:
         some_tell = len(self._silent) < len(self._told)
         return some_tell and (bool(self._silent) or any(there is not None for there in self._places.values()))
 
+    def of(self, instance_id: int) -> list[str]:
+        """What a server serves, as far as it tells."""
+        return [str(card["id"]) for card in self._told.get(instance_id) or ()]
+
     @property
     def names(self) -> list[str]:
         """All that are served, as far as servers tell."""
@@ -53,7 +64,7 @@ class Models:
     def cards(self) -> list[Card]:
         """Each model once, as the first server that has it tells of it."""
         found: dict[str, Card] = {}
-        for cards in self._told:
+        for cards in self._told.values():
             for card in cards or ():
                 found.setdefault(str(card["id"]), card)
         return list(found.values())

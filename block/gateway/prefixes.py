@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -26,7 +26,7 @@ class UpstreamPrefixes(Observer):
     to each counts.
     """
 
-    def __init__(self, servers: Sequence[SeenInstance], *, exact: bool) -> None:
+    def __init__(self, servers: Mapping[int, SeenInstance], *, exact: bool) -> None:
         self._servers = servers
         self._exact = exact
         self._settings: EngineSettings | None = None
@@ -36,8 +36,8 @@ class UpstreamPrefixes(Observer):
 
     def known(self) -> bool:
         """Whether any server that caches prefixes has come yet."""
-        if not any(map(self._alike, self._servers)):
-            said = [one.settings for one in self._servers if one.settings is not None]
+        if not any(map(self._alike, self._servers.values())):
+            said = [one.settings for one in self._servers.values() if one.settings is not None]
             caching = [settings for settings in said if settings.enable_prefix_caching]
             if caching:
                 self._settings, size = caching[0], caching[0].block_size

@@ -7,6 +7,15 @@ from urllib.parse import unquote_to_bytes
 GENERATES = frozenset({b"/v1/completions", b"/v1/chat/completions", b"/v1/responses", b"/v1/messages"})
 """Placed by the policy. All that is not named here goes by outstanding work, unchanged."""
 
+SERVERS = b"/servers"
+"""Lists the servers and changes the list, for admins."""
+
+OPEN = frozenset({b"/health", b"/metrics", b"/ping"})
+"""Need no key."""
+
+READS = (b"GET", b"HEAD", b"OPTIONS")
+"""Methods that change nothing."""
+
 OWN_VIEWS = b"/block/"
 """What the plugin shows of one server: who asked a gateway would take it for that server."""
 

@@ -7,6 +7,7 @@ import errno
 import math
 import socket
 import ssl
+from functools import cache
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
@@ -315,21 +316,40 @@ class ServerConnection(asyncio.Protocol):
             self._ended = True
 
 
+@cache
+def secure_context(ca_file: str | None) -> ssl.SSLContext:
+    """For https to servers whose authority the system knows, or else is in this file. ValueError if there is none."""
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:  # also ssl.SSLError
+        raise ValueError(f"gateway.ca_file={ca_file}: has no certificate to trust: {message(error)}") from error
+
+
 class ServerPool:
     """Connections to the server at `url`, http or https, with a path before all others if it has one.
 
     connect_timeout_s: for it to accept a connection. read_timeout_s: longest silence before a request is lost.
+    secure: for https. key: that the server wants with each request; None: none.
     """
 
-    def __init__(self, url: str, connect_timeout_s: float, read_timeout_s: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        connect_timeout_s: float,
+        read_timeout_s: float,
+        secure: ssl.SSLContext | None = None,
+        key: str | None = None,
+    ) -> None:
         self.url = url
         parts = urlsplit(url)
         assert parts.hostname is not None
         self._host = parts.hostname
-        self._secure = ssl.create_default_context() if parts.scheme == "https" else None
+        self._secure = secure if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._secure else 80)
         self._prefix = parts.path.rstrip("/").encode()
-        self._names = parts.netloc.encode()
+        self._always = b"Host: %s\r\n" % parts.netloc.encode()
+        if key is not None:
+            self._always += b"Authorization: Bearer %s\r\n" % key.encode()
         self._connect_timeout_s = connect_timeout_s
         self._read_timeout_s = read_timeout_s
         self._watch_s = min(1.0, read_timeout_s / 8)
@@ -346,8 +366,8 @@ class ServerPool:
         sending = Sending(
             self,
             asking,
-            b"%s %s%s HTTP/1.1\r\nHost: %s\r\n%s%s\r\n%s"
-            % (http.method, self._prefix, http.target, self._names, header_lines(http.headers), length, body),
+            b"%s %s%s HTTP/1.1\r\n%s%s%s\r\n%s"
+            % (http.method, self._prefix, http.target, self._always, header_lines(http.headers), length, body),
         )
         self.begin(sending)
         return sending

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import math
+import ssl
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -15,14 +15,13 @@ from block.backends.instance import VLLMInstance
 from block.cluster.instance import Instance
 from block.core.arrays import Ints
 from block.core.clock import Clock
+from block.core.errors import message
 from block.core.snapshot import NUM_SCHEDULED_TOKENS, Snapshot
 from block.engine.config import EngineSettings
 from block.engine.latency import LatencyModel
 from block.engine.scheduler import step_time
 from block.gateway.models import Card
 from block.gateway.server_connections import ServerPool
-
-log = logging.getLogger(__name__)
 
 HEALTH_S = 5.0
 """How long an answer to /health may take."""
@@ -33,6 +32,8 @@ class Upstream(Instance, Protocol):
 
     url: str
     pool: ServerPool
+    trouble: str
+    """Why it was not well when it was asked last; empty if it was."""
 
     async def healthy(self) -> bool:
         """Whether it would serve a request now."""
@@ -50,6 +51,10 @@ class Upstream(Instance, Protocol):
         """Why its step in flight shows that it hangs; None if it does not, or shows none."""
         ...
 
+    async def detach(self) -> None:
+        """Stop looking at it."""
+        ...
+
 
 class HTTPInstance:
     """A server of which nothing is known but that it answers. It is proxied to."""
@@ -58,6 +63,7 @@ class HTTPInstance:
         self.instance_id = instance_id
         self.url = pool.url
         self.pool = pool
+        self.trouble = ""
         self._session = session
         self._check: asyncio.Task[bool] | None = None
 
@@ -75,9 +81,12 @@ class HTTPInstance:
         """Whether /health says so."""
         try:
             async with self._session.get(f"{self.url}/health") as answer:
-                return answer.status == 200
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
-            return False
+                self.trouble = "" if answer.status == 200 else f"/health answers {answer.status}"
+        except TimeoutError:
+            self.trouble = f"/health is silent for {HEALTH_S:g} s"
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            self.trouble = message(getattr(error, "os_error", error))
+        return not self.trouble
 
     async def hangs(self, patience_s: float) -> bool:
         """Whether /health is silent for so long."""
@@ -106,6 +115,9 @@ class HTTPInstance:
         except (ValueError, LookupError, TypeError, RecursionError):
             return None
 
+    async def detach(self) -> None:
+        """Nothing was looked at."""
+
 
 class SeenInstance(HTTPInstance):
     """A server whose state can be looked at."""
@@ -129,10 +141,6 @@ class SeenInstance(HTTPInstance):
         """
         raise NotImplementedError
 
-    async def detach(self) -> None:
-        """Stop looking."""
-        raise NotImplementedError
-
 
 class PluginInstance(SeenInstance):
     """A server with this package's plugin. It can be looked at once `healthy`, which attaches to it, was true."""
@@ -150,7 +158,6 @@ class PluginInstance(SeenInstance):
         self._stuck = math.nan  # when the step began that was the last to be overrun
         self._clock = clock
         self._view: VLLMInstance | None = None
-        self._complaint = ""
 
     def snapshot(self) -> Snapshot:
         """What the scheduler published last."""
@@ -162,7 +169,9 @@ class PluginInstance(SeenInstance):
         if not await super()._is_well():
             return False
         if self._view is not None and await self._view.is_same():
-            return self.snapshot().step_started != self._stuck
+            moves = self.snapshot().step_started != self._stuck
+            self.trouble = "" if moves else "its step does not end"
+            return moves
         return await self._attach()
 
     def overrun(self, floor_s: float, factor: float) -> str | None:
@@ -188,7 +197,7 @@ class PluginInstance(SeenInstance):
             view, self._view, self.settings = self._view, view, settings  # type: ignore[assignment]
             return True
         except Exception as error:  # whatever answers there, it is not what can be looked at
-            self._complain(f"{self.url}: {error}")
+            self.trouble = message(error).removeprefix(f"{self.url}: ")
             return False
         finally:  # the one before, or one that is of no use
             if view is not None:
@@ -213,17 +222,15 @@ class PluginInstance(SeenInstance):
         if self._view is not None:
             await self._view.detach()
 
-    def _complain(self, complaint: str) -> None:
-        """Log what has not been said already."""
-        if complaint != self._complaint:
-            log.warning("%s", complaint)
-        self._complaint = complaint
 
+def open_session(connect_timeout_s: float, secure: ssl.SSLContext, key: str | None) -> aiohttp.ClientSession:
+    """For questions that any server answers at once; as many at a time as there are, or one would wait for others.
 
-def open_session(connect_timeout_s: float) -> aiohttp.ClientSession:
-    """For questions that any server answers at once; as many at a time as there are, or one would wait for others."""
+    secure: for https. key: that servers want; None: they want none.
+    """
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, ssl=secure),
+        headers=None if key is None else {"Authorization": f"Bearer {key}"},
         timeout=aiohttp.ClientTimeout(total=HEALTH_S, sock_connect=connect_timeout_s),
         cookie_jar=aiohttp.DummyCookieJar(),
     )

@@ -1,4 +1,4 @@
-"""Watching the servers: which hang, which are well again, and which models they serve.
+"""Watching the servers: which are well, which hang, and which models they serve.
 
 A server that has requests and has said nothing for `hang_floor_s` is asked for /health; silent there too, it hangs. It
 also hangs if the step in flight, as its plugin shows it, has overrun its forecast by a factor and that floor; or if the
@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from block.core.clock import Clock
@@ -37,31 +38,47 @@ LATER_S = 60.0
 
 
 class Watch:
-    """Watches `upstreams`; `run` does it, until it is cancelled."""
+    """Watches servers, from `begin` to `end`."""
 
-    def __init__(
-        self,
-        upstreams: Sequence[Upstream],
-        dispatcher: Dispatcher,
-        clock: Clock,
-        config: GatewayConfig,
-        models: Models,
-    ) -> None:
-        self._upstreams = upstreams
+    def __init__(self, dispatcher: Dispatcher, clock: Clock, config: GatewayConfig, models: Models) -> None:
         self._dispatcher = dispatcher
         self._clock = clock
         self._config = config
         self._models = models
-        self._took = [deque[tuple[float, float]](maxlen=RECENT) for _ in upstreams]  # when, and how long
-        self._asked = [clock.now()] * len(upstreams)  # when for its models
+        self._tasks: dict[int, list[asyncio.Task[None]]] = {}
+        self._took: dict[int, deque[tuple[float, float]]] = {}  # when, and how long
+        self._asked: dict[int, float] = {}  # when for its models
         self._left_alone: dict[int, tuple[float, float]] = {}  # until when, and how long
+        self._troubles: dict[int, str] = {}  # that were told last
+        self.leaving: set[int] = set()
+        """Servers that get no more requests, well or not."""
 
-    async def run(self) -> None:
-        """Watch all of them."""
-        async with asyncio.TaskGroup() as group:
-            for upstream in self._upstreams:
-                group.create_task(self._again_and_again(self._readmit, upstream, self._config.probe_interval_s))
-                group.create_task(self._again_and_again(self._set_aside, upstream, self._config.hang_floor_s / 4))
+    async def begin(self, upstream: Upstream) -> None:
+        """Watch a server, from now on; if it is well, it gets requests when this returns."""
+        i, config = upstream.instance_id, self._config
+        self._took[i] = deque(maxlen=RECENT)
+        self._models.tell(i, None)  # it may serve any, until it says
+        if await upstream.healthy():
+            await self.ask_models(upstream)
+            self._dispatcher.instance_up(i, self._clock.now())
+        else:
+            self._tell_trouble(upstream)
+        self._tasks[i] = [
+            asyncio.create_task(self._again_and_again(self._readmit, upstream, config.probe_interval_s)),
+            asyncio.create_task(self._again_and_again(self._set_aside, upstream, config.hang_floor_s / 4)),
+        ]
+
+    async def end(self, instance_id: int) -> None:
+        """Watch it no more; nothing is known of it."""
+        tasks = self._tasks.pop(instance_id, [])
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._took.pop(instance_id, None)
+        self._asked.pop(instance_id, None)
+        self._left_alone.pop(instance_id, None)
+        self._troubles.pop(instance_id, None)
+        self._models.forget(instance_id)
 
     async def _again_and_again(
         self, look: Callable[[Upstream], Awaitable[None]], upstream: Upstream, interval_s: float
@@ -89,12 +106,25 @@ class Watch:
         """Readmit a server that was ejected if it is well, and ask one that is well for its models."""
         i, now = upstream.instance_id, self._clock.now()
         if i in self._dispatcher.active:
-            if now - self._asked[i] >= self._config.models_interval_s:
+            if now - self._asked.get(i, -math.inf) >= self._config.models_interval_s:
                 await self.ask_models(upstream)
-        elif now >= self._left_alone.get(i, (now, 0.0))[0] and await upstream.healthy():
+        elif i in self.leaving or now < self._left_alone.get(i, (now, 0.0))[0]:
+            return
+        elif not await upstream.healthy():
+            self._tell_trouble(upstream)
+        else:
             await self.ask_models(upstream)
-            self._dispatcher.instance_up(i, self._clock.now())
-            log.warning("instance %d gets requests: %s is well", i, upstream.url)
+            self._troubles.pop(i, None)
+            if i not in self.leaving:  # by now
+                self._dispatcher.instance_up(i, self._clock.now())
+                log.warning("instance %d gets requests: %s is well", i, upstream.url)
+
+    def _tell_trouble(self, upstream: Upstream) -> None:
+        """Log why a server is not well, once."""
+        i, trouble = upstream.instance_id, upstream.trouble
+        if trouble != self._troubles.get(i):
+            log.warning("%s is not well: %s", upstream.url, trouble)
+        self._troubles[i] = trouble
 
     async def _set_aside(self, upstream: Upstream) -> None:
         """Set a server aside if it hangs, and is not the last."""
@@ -119,9 +149,7 @@ class Watch:
     def _overdue(self, upstream: Upstream) -> str | None:
         """Why a server counts as hanging by streams that have not begun; None if it does not."""
         config, i, now = self._config, upstream.instance_id, self._clock.now()
-        of_late = [
-            seconds for j, took in enumerate(self._took) if j != i for at, seconds in took if now - at < OF_LATE_S
-        ]
+        of_late = [seconds for j, took in self._took.items() if j != i for at, seconds in took if now - at < OF_LATE_S]
         waited = upstream.pool.longest_wait_s()
         if (
             not of_late

@@ -94,7 +94,9 @@ def test_servers_that_do_not_tell_may_serve_any_model() -> None:
 
 
 def test_what_no_server_has_is_a_key_error_and_what_names_no_model_may_go_anywhere() -> None:
-    models = Models(2)
+    models = Models()
+    models.tell(0, None)
+    models.tell(1, None)
     assert models.places("x") is None
     models.tell(0, [{"id": "a"}])
     assert (models.places("a"), models.places("x")) == (None, {1})

@@ -65,7 +65,7 @@ def test_a_request_goes_where_less_was_sent(policy: policies.Policy) -> None:
             for mock in gateway.mocks:
                 mock.go.set()
             await asyncio.gather(*asked)
-            upstreams = gateway.gateway.upstreams
+            upstreams = gateway.gateway.servers.values()
             assert [upstream.snapshot().seqs.shape[1] for upstream in upstreams] == [0, 0]
 
     run(main())
@@ -87,7 +87,7 @@ def test_what_a_server_shows_is_what_was_sent_there_as_far_as_it_has_come() -> N
             (mock,) = gateway.mocks
             mock.go.clear()
             asked = [asyncio.create_task(gateway.ask(STREAMED))]
-            (server,) = gateway.gateway.upstreams
+            (server,) = gateway.gateway.servers.values()
             await eventually(lambda: server.snapshot().running == 1)
             asked += [asyncio.create_task(gateway.ask(b'{"prompt": "%s"}' % (b"x" * n))) for n in (400, 800)]
             await eventually(lambda: server.snapshot().seqs.shape[1] == 3)
@@ -137,7 +137,7 @@ def test_settings_that_are_not_told_are_assumed() -> None:
         async with running_gateway([silent, odd], policies.Block(), plugin=False, **keys) as gateway:
             assumed = GatewayConfig(urls=("http://h:1",), plugin=False, **keys).assumed()  # type: ignore[arg-type]
             assert (assumed.max_num_seqs, assumed.max_num_batched_tokens) == (7, 512)
-            for server in gateway.gateway.upstreams:
+            for server in gateway.gateway.servers.values():
                 assert isinstance(server, ModelledInstance)
                 assert server.settings == assumed.settings(10_000)._replace(
                     max_model_len=4096 if server.instance_id == 0 else assumed.max_model_len
