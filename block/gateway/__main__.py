@@ -5,17 +5,23 @@ reads prompts), `dispatch`, `seed` and, for policies that forecast, what the lat
 `cluster`, `backend`) have an effect.
 """
 
+from __future__ import annotations
+
 import asyncio
 import errno
 import logging
 import random
 import socket
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from block.cluster.instance import LaunchFailed
 from block.core.paths import shipped
 from block.dispatch import policy_checks
 from block.dispatch.policies import Needs
@@ -24,6 +30,10 @@ from block.lengths import Reader
 from block.run import cli, config, effects, hydra_schema
 from block.run.config_errors import ConfigError, explain
 from block.workload.prompts import load_tokenizer
+
+if TYPE_CHECKING:  # what is wrong in a command is told before these are loaded
+    from block.gateway.app import Gateway
+    from block.gateway.workers import Seat
 
 hydra_schema.register()
 
@@ -50,11 +60,38 @@ def run_gateway(settings: DictConfig, policy: str) -> None:
         raise ConfigError(
             f"gateway.slo: has no effect, for scheduler={policy} makes no forecasts; take scheduler=block"
         )
-    import uvloop
+    gateway = make_gateway(settings)  # what is wrong with its files is told now
+    from block.gateway import workers
 
-    from block.gateway import app
+    def listening(address: str) -> None:
+        over = [*wanted.urls, *([wanted.urls_file] if wanted.urls_file is not None else [])]
+        by = f"{policy}, {wanted.workers} workers" if wanted.workers > 1 else policy
+        print(f"{address}: {by} over {', '.join(over) or 'no server yet'}", flush=True)
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    try:
+        if wanted.workers == 1:
+            serve(gateway, wanted.host, wanted.port, listening)
+        else:
+            from block.gateway import __main__ as named  # as which the worker's process can import it
+
+            workers.supervise(
+                wanted.workers, partial(named.work, OmegaConf.to_yaml(settings)), wanted.host, wanted.port, listening
+            )
+    except workers.WorkerFailed as error:
+        raise LaunchFailed(str(error)) from error
+    except OSError as error:
+        unknown = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        key = f"gateway.host={wanted.host}" if unknown else f"gateway.port={wanted.port}"
+        raise ConfigError(f"{key}: cannot listen on {wanted.host}: {error}") from error
+
+
+def make_gateway(settings: DictConfig, seat: Seat | None = None) -> Gateway:
+    """What `settings` describe; seat: among other workers. ConfigError if a file or a model is of no use."""
+    from block.gateway.app import Gateway
+
+    run = config.build(settings)
+    wanted = config.node(settings.gateway)
     latency = run.backend.latency(run.testbed) if run.policy.needs is Needs.FORECAST else None
     if run.policy.needs is not Needs.COUNTS and isinstance(run.lengths, Reader):
         try:
@@ -63,26 +100,30 @@ def run_gateway(settings: DictConfig, policy: str) -> None:
             raise ConfigError(explain(error)) from error
     try:
         tokenizer = load_tokenizer(wanted.tokenizer, "gateway.tokenizer") if wanted.tokenizer is not None else None
-    except ValueError as error:
-        raise ConfigError(explain(error)) from error
-    rng = random.Random(run.seed)
-    try:
-        gateway = app.Gateway(wanted, run.policy, run.dispatch, rng, latency, run.lengths, tokenizer)
+        rng = random.Random(run.seed)
+        return Gateway(wanted, run.policy, run.dispatch, rng, latency, run.lengths, tokenizer, seat)
     except ValueError as error:
         raise ConfigError(explain(error)) from error
 
-    def listening(address: str) -> None:
-        urls = [one.url for one in gateway.servers.values()]
-        servers = f"{len(urls)} server{'s' * (len(urls) != 1)}"
-        print(f"{address}: {policy} over {servers}{': ' * bool(urls)}{', '.join(urls)}", flush=True)
 
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(app.listen(gateway, wanted.host, wanted.port, listening))
-    except OSError as error:
-        unknown = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
-        key = f"gateway.host={wanted.host}" if unknown else f"gateway.port={wanted.port}"
-        raise ConfigError(f"{key}: cannot listen on {wanted.host}: {error}") from error
+def serve(gateway: Gateway, host: str, port: int, listening: Callable[[str], None]) -> None:
+    """Have it serve, in this process, until SIGTERM or SIGINT. OSError if it cannot listen.
+
+    listening: told the address once requests may come.
+    """
+    import uvloop
+
+    from block.gateway.app import listen
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(listen(gateway, host, port, listening))
+
+
+def work(described: str, seat: Seat, port: int, listening: Callable[[str], None]) -> None:
+    """Be the worker in this seat. described: the settings as YAML, since Hydra's classes have no name elsewhere."""
+    settings = DictConfig(OmegaConf.create(described))
+    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s worker {seat.index}: %(message)s")
+    serve(make_gateway(settings, seat), settings.gateway.host, port, listening)
 
 
 def command() -> int:

@@ -13,7 +13,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any, NamedTuple, cast
 from urllib.parse import unquote_to_bytes
 
@@ -29,7 +29,7 @@ from block.dispatch.core import Dispatcher, Forecaster, History, Observer
 from block.dispatch.correction import CorrectedForecaster
 from block.dispatch.policies import LeastRequests, Needs, Policy
 from block.engine.latency import LatencyModel
-from block.gateway.admin import Errand, change_list, tell_everyone
+from block.gateway.admin import Answer, Errand, change_list, tell_everyone
 from block.gateway.admission import Objectives, Queue
 from block.gateway.client_connections import ClientConnection
 from block.gateway.config import GatewayConfig
@@ -60,6 +60,7 @@ from block.gateway.routes import GENERATES, OPEN, OWN_VIEWS, READS, SERVERS, cha
 from block.gateway.server_connections import ServerPool, secure_context
 from block.gateway.upstreams import HTTPInstance, PluginInstance, SeenInstance, Upstream, open_session
 from block.gateway.watch import Watch
+from block.gateway.workers import Seat
 from block.lengths import Lengths, Oracle, Reader
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ SWEEP_S = 1.0
 """From one search for idle connections to the next."""
 OTHER_FILES = 64
 """Open files that are not for requests: code, logs, probes."""
+METRICS = [(b"Content-Type", CONTENT_TYPE_LATEST.encode())]
 IDLE_S = 75.0
 """A client's connection may be without a request, or in the midst of one, so long."""
 DISCOVERY_S = 5.0
@@ -91,6 +93,7 @@ class Gateway:
     latency: the servers' step times; policies that need forecasts need it. lengths: estimates responses, if it reads
     prompts and the policy looks at more than counts; else each is expected to have `config.expected_output_tokens`.
     tokenizer: the model's, as `block.workload.prompts.load_tokenizer` has it; None: prompts are known by their text.
+    seat: among other workers at the same port; None: there are none.
     """
 
     dispatcher: Dispatcher
@@ -104,7 +107,9 @@ class Gateway:
         latency: LatencyModel | None = None,
         lengths: Lengths = Oracle(),  # noqa: B008 — frozen
         tokenizer: Any = None,
+        seat: Seat | None = None,
     ) -> None:
+        self._seat = seat
         self._config = config
         self._policy = policy
         self._dispatch = dispatch
@@ -127,7 +132,8 @@ class Gateway:
         """What they serve."""
         if config.urls_file is not None:
             check_file(config.urls_file)
-        self._discovery = Discovery(config.urls, config.urls_file)
+        shared = None if seat is None else seat.admin_file
+        self._discovery = Discovery(config.urls, config.urls_file, shared)
         self._client_keys, self._admin_keys, server_keys = (
             None if (file := getattr(config, key)) is None else Keys(file, f"gateway.{key}")
             for key in ("api_key_file", "admin_key_file", "server_key_file")
@@ -157,7 +163,9 @@ class Gateway:
         gc.freeze()  # what is there now stays, and need not be searched for garbage while requests wait
         gc.set_threshold(50_000, 20, 100)  # nor what a request leaves: it goes by itself
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: ClientConnection(self), host, port, backlog=BACKLOG)
+        self._server = await loop.create_server(
+            lambda: ClientConnection(self), host, port, backlog=BACKLOG, reuse_port=self._seat is not None
+        )
         at = self._server.sockets[0].getsockname()
         return str(at[0]), int(at[1])
 
@@ -257,6 +265,9 @@ class Gateway:
             for server in self.servers.values():
                 server.pool.close_idle()
             await self._fleet.let_go()
+            if self._seat is not None:
+                with suppress(OSError):  # a full disk: the others know what was told before
+                    self._seat.tell_metrics(self._metrics.text())
             long_ago = loop.time() - IDLE_S
             for client in [one for one in self.clients if one.stalls(long_ago)]:
                 client.abort()
@@ -266,7 +277,8 @@ class Gateway:
         for url in self._config.urls:
             await warn_of_many(url)
         while True:
-            await asyncio.sleep(self._config.discovery_interval_s or DISCOVERY_S)
+            often = SWEEP_S if self._seat is not None else DISCOVERY_S  # what an admin tells one, all are to know
+            await asyncio.sleep(self._config.discovery_interval_s or often)
             try:
                 if self._discovery.changes:
                     await self._fleet.follow(self._discovery)
@@ -294,7 +306,10 @@ class Gateway:
             told = json.dumps({"active": active, "instances": len(self.servers)}).encode()
             client.reply(200 if active else 503, JSON, told)
         elif path == b"/metrics" and http.method in (b"GET", b"HEAD"):
-            client.reply(200, [(b"Content-Type", CONTENT_TYPE_LATEST.encode())], self._metrics.text())
+            if self._seat is None:
+                client.reply(200, METRICS, self._metrics.text())
+            else:
+                Errand(client, self._all_metrics(self._seat))
         elif path == b"/v1/models" and http.method in (b"GET", b"HEAD") and (cards := self.models.cards()):
             client.reply(200, JSON, json.dumps({"object": "list", "data": cards}).encode())
         elif path.startswith(OWN_VIEWS):
@@ -305,6 +320,9 @@ class Gateway:
             self._change_servers(client, http)
         else:
             self._pass(client, http)
+
+    async def _all_metrics(self, seat: Seat) -> Answer:
+        return Answer(200, METRICS, await asyncio.to_thread(seat.all_metrics, self._metrics.text()))
 
     def _lets_in(self, path: bytes, http: HTTPRequest) -> bool:
         """Whether a request shows the key that it needs, if it needs any."""

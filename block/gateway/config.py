@@ -21,6 +21,7 @@ class GatewayConfig:
         have to show one; null: clients need none, and the list cannot be changed. server_key_file: with the key that
         servers want. ca_file: with certificates of the authorities that https servers are to be trusted by; null: the
         system's.
+    workers: processes that serve there, each with a part of the connections; each is a dispatcher of its own.
     expected_output_tokens: response length that policies assume where none is estimated. A request's own limit caps
         both. estimate_timeout_s: how long a request waits for its estimate before it goes by that.
     tokenizer: name or folder of the model's, so that prompts are counted, and looked up in prefix caches, by their
@@ -44,6 +45,7 @@ class GatewayConfig:
     discovery_interval_s: float | None = None
     host: str = "127.0.0.1"
     port: int = 8080
+    workers: int = 1
     expected_output_tokens: int = 256
     estimate_timeout_s: float = 0.05
     tokenizer: str | None = None
@@ -86,12 +88,15 @@ class GatewayConfig:
             raise ValueError(f"gateway.host={self.host}: must be a name or an address, such as 0.0.0.0")
         if not 0 <= self.port < 65536:
             raise ValueError(f"gateway.port={self.port}: must be between 1 and 65535, or 0 for any that is free")
-        for key in ("expected_output_tokens", "max_body_mib", "max_num_seqs", "max_num_batched_tokens"):
+        for key in ("workers", "expected_output_tokens", "max_body_mib", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"gateway.{key}={getattr(self, key)}: must be at least 1")
         for key in ("max_num_seqs", "max_num_batched_tokens"):
             if self.plugin and getattr(self, key) is not None:
                 raise ValueError(f"gateway.{key}={getattr(self, key)}: servers tell it; it is for gateway.plugin=false")
+        if self.workers > 1 and not self.plugin:
+            known = "what servers without the plugin do is known to one that sends all requests"
+            raise ValueError(f"gateway.workers={self.workers}: {known}; take 1")
         if self.tokenizer is None and self.tokenize_timeout_s is not None:
             given = f"gateway.tokenize_timeout_s={self.tokenize_timeout_s}"
             raise ValueError(f"{given}: has no effect without gateway.tokenizer")

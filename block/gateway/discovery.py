@@ -6,6 +6,8 @@ What cannot be read or resolved now is as it was: a name server that fails takes
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import json
 import logging
 import socket
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from block.core.errors import message
+from block.core.files import write_json
 from block.gateway.urls import check_url, every_address
 
 log = logging.getLogger(__name__)
@@ -24,33 +27,47 @@ RESOLVE_S = 5.0
 
 class Discovery:
     """Finds the servers. given: their URLs; that of a name whose every address is one begins with dns+. file: with more
-    of them, one a line, and comments after #; None: there is none.
+    of them, one a line, and comments after #; None: there is none. admin_file: what admins have changed, where other
+    processes are to know of it; None: they are not.
     """
 
-    def __init__(self, given: Sequence[str], file: str | None) -> None:
+    def __init__(self, given: Sequence[str], file: str | None, admin_file: Path | None = None) -> None:
         self._given = given
         self._file = None if file is None else Path(file)
         self._in_file: list[str] = []
         self._addresses: dict[str, list[str]] = {}  # by a name's URL, those of its addresses
-        self._added: dict[str, None] = {}
-        self._removed: set[str] = set()
+        self._admin_file = admin_file
+        self._by_admin: dict[str, bool] = {}  # URLs: whether there is such a server
         self._complaints: dict[str, str] = {}
 
     @property
     def changes(self) -> bool:
         """Whether it is of use to look again and again."""
-        return self._file is not None or any(map(every_address, self._given))
+        return self._file is not None or self._admin_file is not None or any(map(every_address, self._given))
 
     def add(self, url: str) -> None:
         """An admin adds this server, or has it back. ValueError if it is no URL of a server."""
         check_url(url, "url")
-        self._removed.discard(url)
-        self._added[url] = None
+        self._change(url, there=True)
 
     def remove(self, url: str) -> None:
         """An admin takes this server away, wherever it is from."""
-        self._added.pop(url, None)
-        self._removed.add(url)
+        self._change(url, there=False)
+
+    def _change(self, url: str, *, there: bool) -> None:
+        if self._admin_file is None:
+            self._by_admin[url] = there
+            return
+        with self._admin_file.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._read_changes()
+            self._by_admin[url] = there
+            write_json(self._admin_file, self._by_admin)
+
+    def _read_changes(self) -> None:
+        if self._admin_file is not None:
+            with suppress(FileNotFoundError):
+                self._by_admin = json.loads(self._admin_file.read_text())
 
     async def look(self) -> Sequence[str]:
         """The URLs of all servers that there are now, each with one address."""
@@ -60,12 +77,13 @@ class Discovery:
                 self._complain(str(self._file), "")
             except (OSError, ValueError) as error:
                 self._complain(str(self._file), message(error))
+        self._read_changes()
         named = [*self._given, *self._in_file]
         await asyncio.gather(*(self._resolve(url) for url in dict.fromkeys(named) if every_address(url)))
         found: list[str] = []
         for url in named:
             found += self._addresses.get(url, ()) if every_address(url) else [url]
-        return [url for url in dict.fromkeys([*found, *self._added]) if url not in self._removed]
+        return [url for url in dict.fromkeys([*found, *self._by_admin]) if self._by_admin.get(url, True)]
 
     async def _resolve(self, url: str) -> None:
         plain = url.removeprefix("dns+")

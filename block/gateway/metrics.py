@@ -26,6 +26,8 @@ from block.gateway.upstreams import SeenInstance, Upstream
 
 OK, REFUSED, FAILED, CANCELLED = "ok", "refused", "failed", "cancelled"
 OUTCOME_MET, OUTCOME_MISSED, OUTCOME_REFUSED = "met", "missed", "refused"
+SUMMED_GAUGES = frozenset({"block_in_flight"})
+"""Gauges that several gateways add up; of the others, the highest holds."""
 NONE = "none"
 """In place of an instance, for requests that reached none."""
 
