@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from browser import CHROMIUM, drawn
 from hydra import compose, initialize_config_dir
 
 from block.run import hydra_schema
@@ -308,20 +307,10 @@ def test_the_report_needs_no_network_and_no_other_file(page: Path) -> None:
     assert "python scripts/reproduce.py fig9" in text
 
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
-)
-
-
 @pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium on this machine")
 def test_a_browser_sorts_and_filters_the_tables_of_the_report(page: Path, tmp_path: Path) -> None:
     def rows(fragment: str) -> list[str]:
-        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
-        quiet = ["--disable-background-networking", f"--user-data-dir={tmp_path}", "--dump-dom"]
-        done = subprocess.run(
-            [*command, *quiet, f"{page.as_uri()}#{fragment}"], capture_output=True, text=True, timeout=60, check=True
-        )
-        _, _, table = done.stdout.partition('<table id="summary-table">')
+        _, _, table = drawn(f"{page.as_uri()}#{fragment}", tmp_path).partition('<table id="summary-table">')
         body = table.partition("<tbody>")[2].partition("</tbody>")[0]
         return [row for row in body.split("<tr")[1:] if not row.startswith(' hidden=""')]
 
