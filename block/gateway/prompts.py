@@ -185,7 +185,8 @@ def _as_chat(fields: Mapping[str, Any]) -> Mapping[str, Any]:
         if not (isinstance(items, list) and all(isinstance(one, dict) and one.get("role") in _ASKS for one in items)):
             return {}
         tools = [{"function": one} for one in tools or () if one["type"] == "function"]
-        fields = {**fields, "reasoning_effort": (fields.get("reasoning") or {}).get("effort")}
+        effort = (fields.get("reasoning") or {}).get("effort")
+        fields = {**fields, "reasoning_effort": effort, "add_special_tokens": True}  # as vLLM has it, twice or not
     elif isinstance(first, list):
         texts = [one["text"] for one in first if one["type"] == "text"]
         first = "".join(text for text in texts if not text.startswith("x-anthropic-billing-header"))
