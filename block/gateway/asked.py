@@ -92,7 +92,11 @@ def read(body: bytes) -> Asked:
         min(n, MOST_SEQUENCES) if _is_number(n) else 1,
         least if _is_number(least) else 0,
         fields.get("ignore_eos") is True and not (fields.get("stop") or fields.get("stop_token_ids")),
-        not (count.unknown or _UNCOUNTED & fields.keys() or (several and _counts_each(fields.get("stream_options")))),
+        not (
+            count.unknown
+            or not _UNCOUNTED.isdisjoint(fields)
+            or (several and _counts_each(fields.get("stream_options")))
+        ),
     )
 
 
@@ -197,6 +201,8 @@ class _Count:
                 self.content(message.get("content") or message.get("summary"), thinks=True)
             return
         self.content(message.get("content"), thinks=thinks)
+        if len(message) == 2 and "role" in message and "content" in message:
+            return  # as most are
         if kind in ("function_call", "custom_tool_call"):
             self.call(message.get("name"), message.get("arguments", message.get("input")))
         elif kind in ("function_call_output", "custom_tool_call_output"):
@@ -298,5 +304,7 @@ _COUNTED: list[tuple[str, Callable[[_Count, Any], None]]] = [
     ("tools", _Count.tools),
 ]
 
-_UNCOUNTED = {"prompt_embeds", "previous_response_id", "documents", "truncate_prompt_tokens", "chat_template"}
+_UNCOUNTED = frozenset(
+    ("prompt_embeds", "previous_response_id", "documents", "truncate_prompt_tokens", "chat_template")
+)
 """By these there is more in a prompt, or less, than can be counted here."""
