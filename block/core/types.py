@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -25,6 +25,8 @@ class Request:
     content: int64[n, 2], what prompt and response consist of (`block.workload.content`), if it is known.
     block_hashes: int64[n], above 0: of its blocks of `engine.block_size` tokens, prompt and then response, the first n;
     each stands for a block and all before it, so that requests with equal ones share a prefix. None: it shares nothing.
+    sequences: that a server makes of it, as of `n` samples or a list of prompts; lengths are those of one. If it has
+    block hashes they share the prompt. Simulated engines, and servers in a run, know only requests of one.
     """
 
     id: int
@@ -37,6 +39,16 @@ class Request:
     session: int | None = None
     content: Ints | None = field(default=None, compare=False)
     block_hashes: Ints | None = field(default=None, compare=False)
+    sequences: int = 1
+
+    @property
+    def number(self) -> int:
+        """Its id, or that of the request that it is a sibling of."""
+        return max(self.id, ~self.id)
+
+    def siblings(self) -> list[Request]:
+        """Its sequences but one, as requests whose id is `~id`, which no other has."""
+        return [replace(self, id=~self.id, sequences=1)] * (self.sequences - 1)
 
 
 def shared_blocks(one: Request, other: Request, most: int) -> int:
@@ -105,10 +117,10 @@ class Forecasts(Sequence[Forecast]):
 class InstanceView(NamedTuple):
     """What a policy may know of one instance.
 
-    in_transit: requests placed there that the snapshot does not show; outstanding: requests placed there and not
-    finished; recent: requests placed there in the last 60 s. `snapshot` and `forecast` are there if the policy needs
-    them. cached_tokens: of the request's prompt that the instance has in its prefix cache; a policy that needs no
-    snapshot is not told.
+    in_transit: requests placed there that the snapshot does not show, and their siblings; outstanding: sequences of
+    requests placed there and not finished; recent: requests placed there in the last 60 s. `snapshot` and `forecast`
+    are there if the policy needs them. cached_tokens: of the request's prompt that the instance has in its prefix
+    cache; a policy that needs no snapshot is not told.
     """
 
     instance_id: int

@@ -139,11 +139,13 @@ class _Instances:
 
     def place(self, request: Request, instance_id: int, now: float, *, in_ledger: bool) -> None:
         """A request goes to an instance."""
-        self.outstanding[instance_id] += 1
+        self.outstanding[instance_id] += request.sequences
         self.recent[instance_id] += 1
         self._placed.append((now, instance_id))
         if in_ledger:
             self.in_transit[instance_id].append(request)
+            if request.sequences > 1:
+                self.in_transit[instance_id] += request.siblings()
 
     def forget(self, now: float) -> None:
         """What was placed longer than `RECENT_S` ago is not recent any more."""
@@ -152,18 +154,20 @@ class _Instances:
             self.recent[placed.popleft()[1]] -= 1
 
     def show(self, instance_id: int, shown: Sequence[int]) -> None:
-        """A snapshot shows the requests with these ids: those of them that were in transit are not any more."""
+        """A snapshot shows the requests with these ids: those of them that were in transit are not any more. Of several
+        sequences a server has all as soon as it has one, but for a step in which they happen to come.
+        """
         visible = self.delivered[instance_id].intersection(shown)
         if visible:
-            self.in_transit[instance_id] = [one for one in self.in_transit[instance_id] if one.id not in visible]
+            self.in_transit[instance_id] = [one for one in self.in_transit[instance_id] if one.number not in visible]
             self.delivered[instance_id] -= visible
 
     def release(self, request: Request, instance_id: int) -> None:
         """A request has left an instance."""
-        self.outstanding[instance_id] -= 1
+        self.outstanding[instance_id] -= request.sequences
         if self.in_transit[instance_id]:
             self.delivered[instance_id].discard(request.id)
-            self.in_transit[instance_id] = [one for one in self.in_transit[instance_id] if one is not request]
+            self.in_transit[instance_id] = [one for one in self.in_transit[instance_id] if one.number != request.id]
 
 
 def _of(values: Sequence[T], ids: Sequence[int]) -> Sequence[T]:
@@ -238,7 +242,7 @@ class Dispatcher:
         return self._active
 
     def outstanding(self, instance_id: int) -> int:
-        """Requests placed there and not finished."""
+        """Sequences of requests placed there and not finished."""
         return self._state.outstanding[instance_id]
 
     def ejected(self, instance_id: int) -> int:
@@ -369,7 +373,7 @@ class Dispatcher:
     def migrated(self, record: RequestRecord, source: int, target: int, now: float) -> None:
         """A request has moved between two instances. Its record keeps where it was sent."""
         self._state.release(record.request, source)
-        self._state.outstanding[target] += 1
+        self._state.outstanding[target] += record.request.sequences
         self._moved[record.request.id] = target
 
     # -------------------------------------------------------------------------------------------------- where it goes
@@ -410,6 +414,8 @@ class Dispatcher:
         self.history.decisions.append((now, decision, request.id))
         if views.snapshots is not None and views.snapshots.hits is not None and chosen in views.ids:
             self._held[request.id] = tuple(views.snapshots.hits.found[views.ids.index(chosen)].tolist())
+            if request.sequences > 1:
+                self._held[~request.id] = views.snapshots.hits.in_transit[~request.id]
         self._state.place(request, chosen, now, in_ledger=self._keeps_ledger and policy is self._policy)
         for observer in self._observers:
             observer.placed(self, record, views, now)
@@ -433,7 +439,10 @@ class Dispatcher:
             snapshots.hits = self._hits(self._prefixes, candidates, in_transit, request)
         if snapshots is not None and needs is Needs.FORECAST and self._forecaster is not None:
             began = time.perf_counter()
-            forecasts = self._forecaster.forecasts(snapshots, in_transit, request, now)
+            before = in_transit
+            if request.sequences > 1:  # its last one is forecast
+                before = [[*others, *request.siblings()] for others in in_transit]
+            forecasts = self._forecaster.forecasts(snapshots, before, request, now)
             self.history.forecast_s.append((time.perf_counter() - began) / len(candidates))
         state.forget(now)
         outstanding, recent = _of(state.outstanding, candidates), _of(state.recent, candidates)
@@ -457,6 +466,8 @@ class Dispatcher:
                 blocks = shared_blocks(request, other, min(most, other.prompt_tokens // size))
                 if blocks * size > found[place, 0]:
                     found[place] = blocks * size, blocks
+        if request.sequences > 1:  # all but one find the prompt
+            return Hits(found, {**self._held, ~request.id: (most * size, most)})
         return Hits(found, self._held)
 
     def _snapshots(self, candidates: Sequence[int], now: float) -> Snapshots:
@@ -483,6 +494,7 @@ class Dispatcher:
         self._state.release(record.request, chosen)
         if self._held:
             self._held.pop(record.request.id, None)
+            self._held.pop(~record.request.id, None)
         for observer in self._observers:
             observer.left(self, record, now)
 

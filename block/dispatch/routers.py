@@ -187,7 +187,7 @@ class LMetric(_AsksAll):
         seen = Views.of(views)
         scores = []
         for one, prefill, on in zip(snapshots_of(seen), _to_prefill(request, seen), seen.in_transit, strict=True):
-            scores.append(float(prefill * (one.seqs.shape[1] + len(on) + 1)))
+            scores.append(float(prefill * (one.seqs.shape[1] + len(on) + request.sequences)))
         return least(views, scores, rng)
 
 
@@ -254,7 +254,7 @@ class Preble(_GoesByWhatItSent):
 
     def _placed(self, request: Request, instance_id: int, unmatched: int) -> None:
         """Its cost counts until `window` others have come."""
-        cost = unmatched + self.decode_cost * request.predicted_output_tokens
+        cost = request.sequences * (unmatched + self.decode_cost * request.predicted_output_tokens)
         self._load[instance_id] = self._load.get(instance_id, 0.0) + cost
         self._latest.append((instance_id, cost))
         if len(self._latest) > self.window:

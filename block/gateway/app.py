@@ -31,11 +31,13 @@ from block.dispatch.policies import LeastRequests, Needs, Policy
 from block.engine.latency import LatencyModel
 from block.gateway.admin import Answer, Errand, change_list, tell_everyone
 from block.gateway.admission import Objectives, Queue
+from block.gateway.asked import Asked, prompt_text, read
 from block.gateway.client_connections import ClientConnection
 from block.gateway.config import GatewayConfig
 from block.gateway.discovery import Discovery, check_file, warn_of_many
 from block.gateway.estimates import Estimator
 from block.gateway.exchange import Exchange, Surroundings
+from block.gateway.feedback import PromptRates, ResponseLengths
 from block.gateway.fleet import Fleet
 from block.gateway.forecasts import FleetForecaster
 from block.gateway.http1 import HTTPRequest, TooLong, unpacked
@@ -43,17 +45,7 @@ from block.gateway.keys import SHOWN_IN, Keys
 from block.gateway.metrics import FAILED, REFUSED, Metrics
 from block.gateway.modelled import Going, ModelledInstance
 from block.gateway.models import Models
-from block.gateway.openai import (
-    JSON,
-    Asked,
-    BytesPerToken,
-    PromptUsage,
-    error_json,
-    model_of,
-    prompt_text,
-    read,
-    tagged,
-)
+from block.gateway.openai import JSON, PromptUsage, error_json, model_of, tagged
 from block.gateway.prefixes import UpstreamPrefixes
 from block.gateway.prompts import UNKNOWN, Prompt, Prompts, TextPieces, TokenizedPrompts
 from block.gateway.routes import GENERATES, OPEN, OWN_VIEWS, READS, SERVERS, changes_servers
@@ -140,7 +132,9 @@ class Gateway:
         )
         self._server_key = None if server_keys is None else server_keys.first
         self._secure = secure_context(config.ca_file)
-        self._bytes_per_token = BytesPerToken()
+        self._rates = PromptRates()
+        # Of responses whose length no policy looks at nothing is learned.
+        self._lengths = ResponseLengths() if self._tags or self._policy_block_size is not None else None
         self._least = LeastRequests()  # for what asks for no response
         self._clock = Clock()
         # Requests of several gateways, or of one that was started again, must not share a number on a server.
@@ -192,7 +186,7 @@ class Gateway:
             observers=observers,
             history=History(HISTORY),
         )
-        self._metrics = metrics = Metrics(self.servers, self.dispatcher, self._prefixes, self._bytes_per_token)
+        self._metrics = metrics = Metrics(self.servers, self.dispatcher, self._prefixes, self._rates, self._lengths)
         self._watch = watch = Watch(self.dispatcher, self._clock, config, self.models)
         queue = Queue()
         self._around = Surroundings(self.servers, self.dispatcher, self._clock, metrics, watch, config.slo, queue)
@@ -201,7 +195,7 @@ class Gateway:
                 self._tokenizer, config.tokenize_timeout_s or TOKENIZE_S, metrics.not_tokenized
             )
         elif self._prefixes is not None or self._policy_block_size is not None:
-            self._prompts = TextPieces()
+            self._prompts = TextPieces(self._rates.steady)
         if self._prompts is not None:
             hash_tokens(np.zeros(1, dtype=np.int64), 1)  # compiled before a request comes
             self._open.callback(self._prompts.close)
@@ -407,23 +401,41 @@ class Gateway:
 
     def _place(self, exchange: Exchange, one: _Asked, estimate: int | None = None, prompt: Prompt = UNKNOWN) -> None:
         """Send a request to where the policy says. estimate: of its response's tokens, if there is one."""
-        asked, body, rates = one.asked, one.body, self._bytes_per_token
-        if prompt.tokens is None:
-            tokens = asked.prompt_tokens(rates.of(asked.fields.get("model")))
-        else:
-            tokens = max(prompt.tokens, 1)
-        expected = asked.capped(self._config.expected_output_tokens if estimate is None else estimate)
+        asked, body, lengths, model = one.asked, one.body, self._lengths, one.asked.fields.get("model")
+        tokens = asked.each_prompt(self._rates.tokens(asked) if prompt.tokens is None else prompt.tokens)
+        longest = self.models.longest(model)
+        room = None if longest is None else max(longest - tokens, 1)
+        believed = self._config.expected_output_tokens if estimate is None else estimate
+        thought = believed
+        if lengths is not None and self._config.length_feedback:
+            thought = lengths.corrected(asked, believed, estimated=estimate is not None)
+        expected = asked.capped(thought, room)
         if self._tags:
             body = tagged(body, asked.fields, one.number, expected)
-        request = Request(one.number, one.arrived, tokens, expected, expected, block_hashes=prompt.hashes)
+        request = Request(
+            one.number, one.arrived, tokens, expected, expected, block_hashes=prompt.hashes, sequences=asked.sequences
+        )
 
         def learn(usage: PromptUsage) -> None:
             if not prompt.exact:
-                rates.learn(asked, usage.tokens)
-            elif usage.tokens != prompt.tokens:
+                self._rates.learn(asked, usage.tokens)
+            elif usage.tokens != prompt.tokens and asked.complete:
                 self._metrics.miscounted()
 
-        exchange.place(request, body, among=one.among, objectives=one.objectives, on_usage=learn)
+        def learn_length(response_tokens: int) -> None:
+            assert lengths is not None
+            most, estimated = asked.most_tokens(room), estimate is not None
+            lengths.answered(asked, believed, most, response_tokens, estimated=estimated)
+            self._metrics.answered(expected, response_tokens / asked.sequences)
+
+        exchange.place(
+            request,
+            body,
+            among=one.among,
+            objectives=one.objectives,
+            on_usage=learn,
+            on_response=learn_length if lengths is not None else None,
+        )
 
     async def _read_prompt(self, fields: Mapping[str, Any]) -> Prompt:
         """Its tokens and blocks, as far as the policy asks for them and they can be known."""

@@ -23,7 +23,8 @@ class GatewayConfig:
         system's.
     workers: processes that serve there, each with a part of the connections; each is a dispatcher of its own.
     expected_output_tokens: response length that policies assume where none is estimated. A request's own limit caps
-        both. estimate_timeout_s: how long a request waits for its estimate before it goes by that.
+        both. length_feedback: whether what is thought of responses is corrected by those that have finished.
+    estimate_timeout_s: how long a request waits for its estimate before it goes by that.
     tokenizer: name or folder of the model's, so that prompts are counted, and looked up in prefix caches, by their
         tokens; null: by the bytes of their text. tokenize_timeout_s: how long a request waits for that; null: 0.2.
     probe_interval_s: how often a server that was ejected is asked whether it is well again. models_interval_s: how
@@ -47,6 +48,7 @@ class GatewayConfig:
     port: int = 8080
     workers: int = 1
     expected_output_tokens: int = 256
+    length_feedback: bool = True
     estimate_timeout_s: float = 0.05
     tokenizer: str | None = None
     tokenize_timeout_s: float | None = None

@@ -102,6 +102,7 @@ class Exchange:
         "_http",
         "_kept",
         "_objectives",
+        "_on_response",
         "_on_usage",
         "_over",
         "_preparing",
@@ -128,6 +129,7 @@ class Exchange:
         self._body = http.body
         self._objectives: Objectives | None = None
         self._on_usage: Callable[[PromptUsage], None] | None = None
+        self._on_response: Callable[[int], None] | None = None
         self._record: RequestRecord | None = None
         self._preparing: asyncio.Task[None] | None = None
         self._checking: asyncio.Task[None] | None = None
@@ -167,16 +169,19 @@ class Exchange:
         among: Collection[int] | None = None,
         objectives: Objectives | None = None,
         on_usage: Callable[[PromptUsage], None] | None = None,
+        on_response: Callable[[int], None] | None = None,
     ) -> None:
         """Send it where the dispatcher says, as `request`, with `body`; or let it wait, or refuse it, if it would miss
         its `objectives`.
 
         by: another policy than the dispatcher's. among: the only instances that may serve it; None: all. on_usage: told
-        what its answer says of its prompt.
+        what its answer says of its prompt. on_response: told the tokens of its response once it is whole, if its server
+        has counted them.
         """
         self._preparing = None
         self._body = body
         self._on_usage = on_usage
+        self._on_response = on_response
         self._objectives = objectives
         queue, now = self._around.queue, self._around.clock.now()
         behind_others = objectives is not None and len(queue) > 0
@@ -520,6 +525,8 @@ class Exchange:
         now = around.clock.now()
         if outcome == OK:
             around.dispatcher.finished(record, now)
+            if self._counted and self._on_response is not None:
+                self._on_response(record.output_tokens)
             if self._objectives is not None and (met := self._objectives.met(record)) is not None:
                 around.metrics.judged(OUTCOME_MET if met else OUTCOME_MISSED)
         elif record.status == "pending":

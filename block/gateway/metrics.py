@@ -19,8 +19,10 @@ from prometheus_client.registry import Collector
 from block.core.types import RequestRecord
 from block.dispatch.core import Dispatcher
 from block.gateway import prompts
+from block.gateway.asked import AUDIO, IMAGE, VIDEO
 from block.gateway.estimates import FAILED as FAILED_TO
 from block.gateway.estimates import NO_TEXT, TIMEOUT
+from block.gateway.feedback import TEXT, PromptRates, ResponseLengths
 from block.gateway.prefixes import SOURCES, UpstreamPrefixes
 from block.gateway.upstreams import SeenInstance, Upstream
 
@@ -47,7 +49,8 @@ class Metrics:
         upstreams: Mapping[int, Upstream],
         dispatcher: Dispatcher,
         prefixes: UpstreamPrefixes | None = None,
-        bytes_per_token: Iterable[tuple[str, float]] = (),
+        rates: PromptRates | None = None,
+        lengths: ResponseLengths | None = None,
     ) -> None:
         self._registry = registry = CollectorRegistry()
         self._dispatcher = dispatcher
@@ -56,7 +59,7 @@ class Metrics:
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(name, text, buckets=buckets, registry=registry)
 
-        registry.register(_Counts(upstreams, dispatcher, prefixes, bytes_per_token))
+        registry.register(_Counts(upstreams, dispatcher, prefixes, rates or PromptRates(), lengths))
         self._requests_by = Counter(
             "block_requests", "Requests by their last instance and outcome", ["server", "status"], registry=registry
         )
@@ -99,6 +102,8 @@ class Metrics:
             self._predicted[what] = histogram(f"block_predicted_{what}_seconds", f"Predicted t{text}", _SECONDS)
             self._ratio[what] = histogram(f"block_predicted_{what}_ratio", f"Predicted over actual t{text}", _RATIOS)
 
+        self._length_ratio = histogram("block_predicted_length_ratio", "Believed over actual response tokens", _RATIOS)
+
     def _count_requests_of(self, instance_id: int, url: str) -> None:
         for status in (OK, REFUSED, FAILED, CANCELLED):  # so that each is there from the beginning
             self._requests[instance_id, status] = self._requests_by.labels(url, status)
@@ -139,6 +144,10 @@ class Metrics:
     def not_tokenized(self, reason: str) -> None:
         """A request goes by the bytes of its prompt, and shares nothing that is known."""
         self._not_tokenized.labels(reason).inc()
+
+    def answered(self, expected: int, tokens: float) -> None:
+        """A response, or each of several in the mean, was expected to have so many tokens, and has so many."""
+        self._length_ratio.observe(expected / max(tokens, 1))
 
     def estimated(self, seconds: float) -> None:
         """A request has waited so long for its estimate."""
@@ -183,17 +192,19 @@ class _Counts(Collector):
         upstreams: Mapping[int, Upstream],
         dispatcher: Dispatcher,
         prefixes: UpstreamPrefixes | None,
-        bytes_per_token: Iterable[tuple[str, float]],
+        rates: PromptRates,
+        lengths: ResponseLengths | None,
     ) -> None:
         self._upstreams = upstreams
         self._dispatcher = dispatcher
         self._prefixes = prefixes
-        self._bytes_per_token = bytes_per_token
+        self._rates = rates
+        self._lengths = lengths
 
     def collect(self) -> Iterable[Metric]:
         """The metrics of this moment."""
         dispatcher = self._dispatcher
-        in_flight = GaugeMetricFamily("block_in_flight", "Requests placed and not finished", labels=["server"])
+        in_flight = GaugeMetricFamily("block_in_flight", "Sequences placed and not finished", labels=["server"])
         active = GaugeMetricFamily("block_instance_active", "Whether requests may go there", labels=["server"])
         ejections = CounterMetricFamily("block_ejections", "Times an instance was ejected", labels=["server"])
         sources = GaugeMetricFamily(
@@ -210,6 +221,15 @@ class _Counts(Collector):
                     sources.add_metric([url, one], one == source)
         count = GaugeMetricFamily("block_active_instances", "Instances that requests may go to", len(dispatcher.active))
         rates = GaugeMetricFamily("block_bytes_per_token", "Of prompts, as servers count them", labels=["model"])
-        for model, rate in self._bytes_per_token:
-            rates.add_metric([model], rate)
-        return [in_flight, active, ejections, count, sources, rates]
+        for model, cost in self._rates.learned(TEXT):
+            rates.add_metric([model], 1 / cost)
+        parts = GaugeMetricFamily(
+            "block_tokens_per_part", "Of images and the like, as servers count them", labels=["model", "kind"]
+        )
+        for kind in (IMAGE, AUDIO, VIDEO):
+            for model, cost in self._rates.learned(kind):
+                parts.add_metric([model, kind], cost)
+        factors = GaugeMetricFamily("block_length_factor", "Of response lengths, as learned", labels=["model", "by"])
+        for model, by, factor in self._lengths or ():
+            factors.add_metric([model, by], factor)
+        return [in_flight, active, ejections, count, sources, rates, parts, factors]

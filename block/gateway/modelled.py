@@ -29,9 +29,11 @@ from block.core.snapshot import (
     ID,
     MAX_TOKENS,
     NUM_BLOCKS,
+    NUM_CACHED_TOKENS,
     NUM_COMPUTED_TOKENS,
     NUM_OUTPUT_TOKENS,
     NUM_PROMPT_TOKENS,
+    NUM_SHARED_BLOCKS,
     TARGET,
     Snapshot,
 )
@@ -153,23 +155,28 @@ class ModelledInstance(SeenInstance):
         """What it should be doing now: between two steps, since nobody knows when the one in flight began."""
         assert self.settings is not None, "only servers that were asked are active"
         now, size = self._clock.now(), self.settings.block_size
-        seqs = np.zeros((FIELDS, len(self.going)), dtype=np.int64)
-        free, running, waiting = self.settings.total_blocks, 0, len(self.going)
-        for record in self.going.values():
+        caches = self.settings.enable_prefix_caching
+        going = [(record, i > 0) for record in self.going.values() for i in range(record.request.sequences)]
+        seqs = np.zeros((FIELDS, len(going)), dtype=np.int64)
+        free, running, waiting = self.settings.total_blocks, 0, len(going)
+        for record, is_sibling in going:
             request = record.request
+            shares = caches and is_sibling and request.block_hashes is not None
+            shared = (request.prompt_tokens - 1) // size if shares else 0
             tokens = response_tokens(record, now)
             blocks = -(-(request.prompt_tokens + tokens - 1) // size)
-            if tokens == 0 or blocks > free or running == self.settings.max_num_seqs:
+            if tokens == 0 or blocks - shared > free or running == self.settings.max_num_seqs:
                 waiting -= 1  # from the end on: those that run come first
                 column, tokens, blocks = waiting, 0, 0
             else:
                 column, running = running, running + 1
-            free -= blocks
+            free -= blocks and blocks - shared
             seqs[ID, column] = request.id
             seqs[NUM_PROMPT_TOKENS, column] = request.prompt_tokens
             seqs[NUM_OUTPUT_TOKENS, column] = tokens
             seqs[NUM_COMPUTED_TOKENS, column] = request.prompt_tokens + tokens - 1 if tokens else 0
             seqs[NUM_BLOCKS, column] = blocks
+            seqs[NUM_CACHED_TOKENS, column], seqs[NUM_SHARED_BLOCKS, column] = shared * size, shared
             seqs[EXPECTED, column] = request.predicted_output_tokens
             most = max(self.settings.max_model_len - request.prompt_tokens, 1)
             seqs[[TARGET, MAX_TOKENS], column] = max(most, tokens + 1)
@@ -195,7 +202,7 @@ class Going(Observer):
 def response_tokens(record: RequestRecord, now: float) -> int:
     """Tokens of a response by now: those that have come, or as its forecast has it; 0 before the first."""
     if not math.isnan(record.first_token):
-        return max(record.output_tokens, 1)
+        return max(record.output_tokens // record.request.sequences, 1)
     forecast, elapsed = record.forecast, now - record.dispatched
     if forecast is None or not elapsed > forecast.ttft:
         return 0

@@ -16,6 +16,7 @@ class Models:
         self._told: dict[int, Sequence[Card] | None] = {}
         self._places: dict[str, Collection[int] | None] = {}  # by name, as of `places`
         self._silent: set[int] = set()
+        self._longest: dict[str, int] = {}  # by name, the most tokens of a prompt and its response
 
     def tell(self, instance_id: int, cards: Sequence[Card] | None) -> None:
         """A server serves these; None: it does not say."""
@@ -31,6 +32,12 @@ class Models:
     def _sort(self) -> None:
         self._silent = {i for i, one in self._told.items() if one is None}
         names = {str(card["id"]) for one in self._told.values() for card in one or ()}
+        self._longest = {
+            str(card["id"]): longest
+            for one in self._told.values()
+            for card in one or ()
+            if type(longest := card.get("max_model_len")) is int
+        }
         self._places = {}
         for name in names:
             there = {i for i, one in self._told.items() if one is None or any(card["id"] == name for card in one)}
@@ -45,6 +52,10 @@ class Models:
         if self._told and not self._silent:
             raise KeyError(name)
         return None if len(self._silent) == len(self._told) else self._silent
+
+    def longest(self, name: object) -> int | None:
+        """The most tokens that a prompt and its response may have together, of a model that tells it."""
+        return self._longest.get(name) if isinstance(name, str) else None
 
     @property
     def differ(self) -> bool:

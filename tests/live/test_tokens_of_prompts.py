@@ -42,6 +42,22 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "a chat that goes on": {"messages": TURNS[:3], "add_generation_prompt": False, "continue_final_message": True},
     "a chat whose template is told something": {"messages": TURNS, "chat_template_kwargs": {"mood": "glad"}},
     "a chat with special tokens": {"messages": TURNS, "add_special_tokens": True},
+    "token ids": {"prompt": list(range(5, 25))},
+    "a response": {"input": SAID[1], "instructions": SAID[0]},
+    "a response to items, with tools": {
+        "input": [USER, {"role": "user", "content": [{"type": "input_text", "text": SAID[2]}]}],
+        "tools": [{"type": "function", "name": "ask", "description": SAID[2], "parameters": {"type": "object"}}],
+        "tool_choice": "none",
+        "reasoning": {"effort": "low"},
+    },
+    "a message of Anthropic's": {
+        "model": "m",
+        "max_tokens": 5,
+        "system": [{"type": "text", "text": SAID[0]}, {"type": "text", "text": SAID[2]}],
+        "messages": [{"role": "user", "content": [{"type": "text", "text": SAID[1]}]}],
+        "tools": [{"name": "ask", "description": SAID[2], "input_schema": {"type": "object"}}],
+        "tool_choice": {"type": "none"},
+    },
 }
 
 
@@ -70,11 +86,19 @@ def front_end(folder: Path) -> Any:
 
 
 def of_vllm(front_end: Any, fields: dict[str, Any]) -> list[int]:
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
     if "prompt" in fields:
         (rendered,) = asyncio.run(front_end.render_completion(CompletionRequest(**fields)))
+    elif "input" in fields:
+        rendered = asyncio.run(front_end.render_responses(ResponsesRequest(**fields))).engine_input
+    elif "system" in fields:
+        as_chat = AnthropicServingMessages.to_chat_completion_request(AnthropicMessagesRequest(**fields))
+        _, (rendered,) = asyncio.run(front_end.render_chat(as_chat))
     else:
         _, (rendered,) = asyncio.run(front_end.render_chat(ChatCompletionRequest(**fields)))
     return list(rendered["prompt_token_ids"])

@@ -6,7 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from typing import Any, ClassVar
 
@@ -326,6 +326,26 @@ def test_a_request_that_has_not_got_there_is_in_transit_whatever_a_snapshot_show
     assert spy.views[1][0].in_transit == [0]
 
 
+def test_all_sequences_of_a_request_are_in_transit_and_leave_together() -> None:
+    spy, shown = Spy(), Shown(1)
+    dispatcher = dispatcher_for(1, spy, snapshot_many=shown)
+    one = replace(request(7, 1, 1), sequences=3)
+    record = dispatcher.arrived(one, 0.0)
+    dispatcher.delivered(record, 0.0)
+    dispatcher.arrived(request(1, 1, 1), 1.0)
+    assert spy.views[-1][0].in_transit == [7, ~7, ~7]
+    assert spy.views[-1][0].outstanding == 3
+    shown.requests[0] = [7, 7, 7]
+    dispatcher.arrived(request(2, 1, 1), 2.0)
+    assert spy.views[-1][0].in_transit == [1]
+    dispatcher.finished(record, 3.0)
+    assert dispatcher.outstanding(0) == 2
+    dispatcher.cancelled(dispatcher.arrived(replace(one, id=8), 4.0), 5.0)
+    dispatcher.arrived(request(3, 1, 1), 6.0)
+    assert spy.views[-1][0].in_transit == [1, 2]
+    assert (one.number, one.siblings()[0].number) == (7, 7)
+
+
 def test_without_a_ledger_nothing_is_in_transit() -> None:
     spy = Spy()
     play(dispatcher_for(1, spy, config={"ledger": False}), arrivals(0.0, 1.0, 2.0), [10.0])
@@ -516,6 +536,27 @@ def test_forecasts_are_made_with_the_hits_of_what_is_in_transit() -> None:
     dispatcher.finished(first, 0.3)
     dispatcher.arrived(sharing(2, 9), 0.4)
     assert seen[-1][1] == {1: (8, 2)}
+
+
+def test_of_several_sequences_the_last_is_forecast_and_all_but_one_find_the_prompt() -> None:
+    seen = []
+
+    class Forecasting:
+        def forecasts(self, snapshots: Snapshots, in_transit: Any, request: Request, now: float) -> Forecasts:
+            assert snapshots.hits is not None
+            ids = [[one.id for one in requests] for requests in in_transit]
+            seen.append((ids, snapshots.hits.found.tolist(), dict(snapshots.hits.in_transit)))
+            return Forecasts([1.0, 1.0], [2.0, 3.0])
+
+    dispatcher = dispatcher_for(2, Block(), forecaster=Forecasting(), prefixes=Cached(4, 0))
+    first = dispatcher.arrived(replace(sharing(5, 1, 2), sequences=3), 0.0)
+    assert seen == [([[~5, ~5]] * 2, [[4, 1], [0, 1]], {~5: (8, 2)})]
+    dispatcher.arrived(sharing(6, 9), 0.1)
+    assert seen[-1] == ([[5, ~5, ~5], []], [[4, 1], [0, 1]], {5: (4, 1), ~5: (8, 2)})
+    dispatcher.delivered(first, 0.2)
+    dispatcher.finished(first, 0.3)
+    dispatcher.arrived(sharing(7, 9), 0.4)
+    assert seen[-1][2] == {6: (4, 1)}
 
 
 def test_the_blocks_that_two_requests_share_are_counted() -> None:

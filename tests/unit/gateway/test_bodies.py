@@ -7,45 +7,7 @@ from typing import Any
 
 import pytest
 
-from block.gateway.openai import Asked, BytesPerToken, completion_tokens, error_event, read, tagged
-
-CHAT: list[dict[str, Any]] = [
-    {"role": "system", "content": "12345678"},
-    {"role": "user", "content": [{"type": "text", "text": "1234"}, {"type": "image_url", "image_url": {"url": "x"}}]},
-    {"role": "assistant", "content": None},
-]
-
-
-@pytest.mark.parametrize(
-    ("fields", "prompt", "expected"),
-    [
-        ({"prompt": [5, 6, 7]}, 3, 100),
-        ({"prompt": [[5, 6, 7], [8]]}, 4, 100),
-        ({"prompt": "12345678"}, 2, 100),
-        ({"prompt": "123456789"}, 3, 100),
-        ({"prompt": "三四"}, 2, 100),
-        ({"prompt": ["1234", "1234"]}, 2, 100),
-        ({"prompt": "\ud800"}, 1, 100),
-        ({"prompt": []}, 1, 100),
-        ({"prompt": {"a": 1}, "messages": "hm"}, 1, 100),
-        ({"messages": CHAT}, 15, 100),
-        ({"messages": [1, {}]}, 8, 100),
-        ({"prompt": "a", "max_tokens": 7}, 1, 7),
-        ({"prompt": "a", "max_tokens": 700}, 1, 100),
-        ({"prompt": "a", "max_tokens": None}, 1, 100),
-        ({"prompt": "a", "max_tokens": "7"}, 1, 100),
-        ({"prompt": "a", "max_tokens": -7}, 1, 100),
-        ({"messages": [], "max_completion_tokens": 9, "max_tokens": 7}, 1, 9),
-        ({"input": "12345678", "instructions": "1234", "max_output_tokens": 9}, 3, 9),
-        ({"input": CHAT}, 15, 100),
-        ({"system": "12345678", "messages": [{"role": "user", "content": "1234"}], "max_tokens": 9}, 7, 9),
-    ],
-)
-def test_a_body_says_how_long_its_prompt_and_its_response_are(
-    fields: dict[str, Any], prompt: int, expected: int
-) -> None:
-    asked = read(json.dumps(fields).encode())
-    assert (asked.prompt_tokens(4.0), asked.capped(100)) == (prompt, expected)
+from block.gateway.openai import completion_tokens, error_event, tagged
 
 
 @pytest.mark.parametrize(
@@ -82,21 +44,3 @@ def test_the_last_usage_of_an_answer_counts() -> None:
     assert completion_tokens(b'{"usage":null}') is None
     assert completion_tokens(b'"completion_tokens":null') is None
     assert json.loads(error_event(502, 'a "b"\n').strip().removeprefix(b"data: "))["error"]["message"] == 'a "b"\n'
-
-
-def test_the_length_of_a_token_is_learned_of_each_model_and_forgotten() -> None:
-    rates = BytesPerToken()
-    assert rates.of("a") == rates.of(None) == 4.0
-    asked = Asked(4, 9_000, None, {"model": "a"})
-    for _ in range(20):
-        rates.learn(asked, 3_004)
-    assert 3.0 < rates.of("a") < 3.01
-    assert rates.of("b") == 4.0
-    for _ in range(200):
-        rates.learn(asked, 1_504)
-    assert 5.8 < rates.of("a") < 6.0
-    assert asked.prompt_tokens(6.0) == 1_504
-    for fields in ({"tools": []}, {"messages": [{"content": [{"type": "image_url"}]}]}):
-        rates.learn(Asked(0, 9_000, None, {"model": "c", **fields}), 10)
-    rates.learn(Asked(20, 100, None, {"model": "c"}), 20)
-    assert dict(rates).keys() == {"a"}

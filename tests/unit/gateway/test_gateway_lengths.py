@@ -48,7 +48,7 @@ def test_requests_are_tagged_by_their_prompts_in_batches_and_off_the_loop() -> N
     async def main() -> None:
         reader = Slow(pause_s=0.05)
         async with running_gateway([PluginMock()], policies.Block(), lengths=reader, estimate_timeout_s=5.0) as gateway:
-            bodies = [b'{"prompt": "%s"}' % (b"x" * (10 + i)) for i in range(9)]
+            bodies = [b'{"prompt": "%s", "max_tokens": 99}' % (b"x" * (10 + i)) for i in range(9)]
             answers = await asyncio.gather(*(gateway.ask(body) for body in bodies))
             assert {status for status, _, _ in answers} == {200}
             assert sorted(expected_of(gateway.mocks[0])) == list(range(10, 19))
@@ -69,10 +69,11 @@ def test_requests_are_tagged_by_their_prompts_in_batches_and_off_the_loop() -> N
         (b'{"prompt": "hello", "max_tokens": 3}', 3),
         (b'{"prompt": ["hello", "you"]}', 9),
         (b'{"messages": [{"role": "user", "content": "hi"}, {"content": [{"type": "text", "text": "ho"}]}]}', 5),
-        (b'{"prompt": [1, 2, 3]}', 256),
+        (b'{"prompt": [1, 2, 3]}', 16),
+        (b'{"prompt": [1, 2, 3], "max_tokens": 700}', 256),
         (b'{"prompt": [1, 2, 3], "max_tokens": 7}', 7),
         (b'{"prompt": ""}', 0),
-        (b"{}", 256),
+        (b"{}", 16),
     ],
 )
 def test_an_estimate_comes_from_the_text_of_a_prompt_and_is_capped_by_a_limit(body: bytes, expected: int) -> None:
@@ -82,7 +83,7 @@ def test_an_estimate_comes_from_the_text_of_a_prompt_and_is_capped_by_a_limit(bo
         ) as gateway:
             assert (await gateway.ask(body))[0] == 200
             assert expected_of(gateway.mocks[0]) == [expected]
-            no_text = int(expected in (256, 7))
+            no_text = int(expected in (256, 16, 7))
             counted = (await gateway.metrics()).get('block_length_fallbacks_total{reason="no_text"}', 0)
             assert counted == no_text
 
@@ -97,9 +98,14 @@ def test_without_an_estimate_in_time_a_constant_stands_in_and_is_counted(
 ) -> None:
     async def main() -> None:
         async with running_gateway(
-            [PluginMock()], policies.Block(), lengths=reader, estimate_timeout_s=0.02, expected_output_tokens=77
+            [PluginMock()],
+            policies.Block(),
+            lengths=reader,
+            estimate_timeout_s=0.02,
+            expected_output_tokens=77,
+            length_feedback=False,
         ) as gateway:
-            assert [(await gateway.ask(ASKED.replace(b', "max_tokens": 5', b"")))[0] for _ in range(3)] == [200] * 3
+            assert [(await gateway.ask(ASKED.replace(b"5}", b"500}")))[0] for _ in range(3)] == [200] * 3
             assert expected_of(gateway.mocks[0]) == [77] * 3
             assert (await gateway.metrics())[f'block_length_fallbacks_total{{reason="{reason}"}}'] == 3
 

@@ -36,7 +36,7 @@ def test_policies_that_look_at_servers_send_a_request_where_there_is_room(
             assert body.endswith(b"}," + STREAMED[1:])
             assert tag_of(idle) == {
                 "block_id": gateway.dispatcher.history.records[1].request.id,
-                "block_expected": 256,
+                "block_expected": 16,
             }
             metrics = await gateway.metrics()
             for name in ("ttft_seconds", "ttft_ratio", "e2e_seconds", "e2e_ratio"):

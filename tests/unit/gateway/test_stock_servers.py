@@ -100,9 +100,9 @@ def test_what_a_server_shows_is_what_was_sent_there_as_far_as_it_has_come() -> N
             ids = [record.request.id for record in gateway.dispatcher.history.records]
             rows = shown.seqs[[ID, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS, NUM_COMPUTED_TOKENS, NUM_BLOCKS, EXPECTED]]
             assert rows.T.tolist() == [
-                [ids[0], 3, 3, 5, 1, 256],
-                [ids[1], 100, 0, 0, 0, 256],
-                [ids[2], 200, 0, 0, 0, 256],
+                [ids[0], 3, 3, 5, 1, 16],
+                [ids[1], 100, 0, 0, 0, 16],
+                [ids[2], 200, 0, 0, 0, 16],
             ]
             mock.go.set()
             await asyncio.gather(*asked)
