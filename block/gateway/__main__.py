@@ -63,9 +63,10 @@ def run_gateway(settings: DictConfig, policy: str) -> None:
             raise ConfigError(explain(error)) from error
     try:
         tokenizer = load_tokenizer(wanted.tokenizer, "gateway.tokenizer") if wanted.tokenizer is not None else None
+        chance = random.Random(run.seed)
+        gateway = app.Gateway(wanted, run.policy, run.dispatch, chance, latency, run.lengths, tokenizer)
     except ValueError as error:
         raise ConfigError(explain(error)) from error
-    gateway = app.Gateway(wanted, run.policy, run.dispatch, random.Random(run.seed), latency, run.lengths, tokenizer)
 
     def listening(address: str) -> None:
         servers = f"{len(wanted.urls)} server{'s' * (len(wanted.urls) != 1)}"

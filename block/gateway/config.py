@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -32,6 +33,8 @@ class GatewayConfig:
         null: 256 and 2048.
     slo: objectives, and what is done about requests that would miss them.
     admin: whether clients may change servers (`/sleep`, `/v1/load_lora_adapter` …), all of them at once.
+    access_log: file to which each request adds a line; "-": standard output; null: none.
+    otlp_traces_endpoint: where a collector takes traces, as vLLM's option of that name has it; null: there are none.
     """
 
     urls: tuple[str, ...] = ()
@@ -53,6 +56,8 @@ class GatewayConfig:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     admin: bool = False
+    access_log: str | None = None
+    otlp_traces_endpoint: str | None = None
     slo: Slo = field(default_factory=Slo)
 
     def __post_init__(self) -> None:
@@ -82,6 +87,11 @@ class GatewayConfig:
             given_s = getattr(self, key)
             if given_s is not None and not 0 < given_s < math.inf:
                 raise ValueError(f"gateway.{key}={getattr(self, key)}: must be greater than 0")
+        if self.access_log == "":
+            raise ValueError("gateway.access_log=: must be a file, or - for standard output")
+        if (endpoint := self.otlp_traces_endpoint) is not None and not _is_server(endpoint, ("http", "https", "grpc")):
+            forms = "http://host:4317 (gRPC), or http://host:4318/v1/traces (http/protobuf)"
+            raise ValueError(f"gateway.otlp_traces_endpoint={endpoint}: must be of the form {forms}")
         if not 0 <= self.grace_s < math.inf:
             raise ValueError(f"gateway.grace_s={self.grace_s}: must be 0 or more seconds")
 
@@ -95,7 +105,7 @@ class GatewayConfig:
         )
 
 
-def _is_server(url: str) -> bool:
+def _is_server(url: str, schemes: Sequence[str] = ("http", "https")) -> bool:
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -103,7 +113,7 @@ def _is_server(url: str) -> bool:
         return False
     plain = not (parts.username or "?" in url or "#" in url) and port != 0
     sound = _is_host(parts.hostname or "") and _PATH.fullmatch(parts.path) is not None
-    return parts.scheme in ("http", "https") and plain and sound
+    return parts.scheme in schemes and plain and sound
 
 
 def _is_host(name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -28,6 +28,14 @@ OK, REFUSED, FAILED, CANCELLED = "ok", "refused", "failed", "cancelled"
 OUTCOME_MET, OUTCOME_MISSED, OUTCOME_REFUSED = "met", "missed", "refused"
 NONE = "none"
 """In place of an instance, for requests that reached none."""
+
+
+def outcome_of(status: int) -> str:
+    """Of a request that got an answer of the gateway's own."""
+    if status < 400:
+        return OK
+    return REFUSED if status < 500 or status == 501 else FAILED
+
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a time beside each of them
 
@@ -103,7 +111,7 @@ class Metrics:
     def attempted(self, record: RequestRecord) -> None:
         """The dispatcher has just decided about a request."""
         dispatcher = self._dispatcher
-        fallback = dispatcher.history.decisions[-1][1].fallback
+        fallback = dispatcher.fallback
         if fallback is not None:
             self._fallbacks.labels(fallback).inc()
         if record.forecast is not None:
@@ -154,6 +162,10 @@ class Metrics:
         """A request ended before any instance was chosen."""
         self._requests[-1, outcome].inc()
 
+    def loses(self, name: str, text: str, lost: Callable[[], int]) -> None:
+        """One more counter, whose value is asked for."""
+        self._registry.register(_Lost(name, text, lost))
+
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
@@ -197,3 +209,14 @@ class _Counts(Collector):
         for model, rate in self._bytes_per_token:
             rates.add_metric([model], rate)
         return [in_flight, active, ejections, count, sources, rates]
+
+
+class _Lost(Collector):
+    """What was told to nobody."""
+
+    def __init__(self, name: str, text: str, lost: Callable[[], int]) -> None:
+        self._name, self._text, self._lost = name, text, lost
+
+    def collect(self) -> Iterable[Metric]:
+        """The count of this moment."""
+        return [CounterMetricFamily(self._name, self._text, self._lost())]
