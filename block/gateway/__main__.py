@@ -11,6 +11,7 @@ import asyncio
 import errno
 import logging
 import random
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -75,9 +76,9 @@ def run_gateway(settings: DictConfig, policy: str) -> None:
         else:
             from block.gateway import __main__ as named  # as which the worker's process can import it
 
-            workers.supervise(
-                wanted.workers, partial(named.work, OmegaConf.to_yaml(settings)), wanted.host, wanted.port, listening
-            )
+            described = partial(named.work, OmegaConf.to_yaml(settings))
+            reopens = [signal.SIGHUP] if wanted.access_log not in (None, "-") else []
+            workers.supervise(wanted.workers, described, wanted.host, wanted.port, listening, reopens)
     except workers.WorkerFailed as error:
         raise LaunchFailed(str(error)) from error
     except OSError as error:

@@ -29,6 +29,8 @@ from block.dispatch.core import Dispatcher, Forecaster, History, Observer
 from block.dispatch.correction import CorrectedForecaster
 from block.dispatch.policies import LeastRequests, Needs, Policy
 from block.engine.latency import LatencyModel
+from block.gateway.access_log import STDOUT, AccessLog
+from block.gateway.account import Accounts, open_tracing
 from block.gateway.admin import Answer, Errand, change_list, tell_everyone
 from block.gateway.admission import Objectives, Queue
 from block.gateway.asked import Asked, prompt_text, read
@@ -42,7 +44,7 @@ from block.gateway.fleet import Fleet
 from block.gateway.forecasts import FleetForecaster
 from block.gateway.http1 import HTTPRequest, TooLong, unpacked
 from block.gateway.keys import SHOWN_IN, Keys
-from block.gateway.metrics import FAILED, REFUSED, Metrics
+from block.gateway.metrics import REFUSED, Metrics, outcome_of
 from block.gateway.modelled import Going, ModelledInstance
 from block.gateway.models import Models
 from block.gateway.openai import JSON, PromptUsage, error_json, model_of, tagged
@@ -143,10 +145,15 @@ class Gateway:
         self._has_keys = bool(self._client_keys or self._admin_keys or self._server_key)
         self._server: asyncio.Server | None = None
         self.max_body = config.max_body_mib * 2**20
-        """As of `block.gateway.client_connections.Owner`, like the next three."""
+        """As of `block.gateway.client_connections.Owner`, like the next four."""
         self.draining = False
         self.clients: set[ClientConnection] = set()
         self.most_clients = 0
+        self._tracing = open_tracing(config.otlp_traces_endpoint) if config.otlp_traces_endpoint is not None else None
+        self.access_log = AccessLog(config.access_log) if config.access_log is not None else None
+        self.accounts: Accounts | None = None
+        if self.access_log is not None or self._tracing is not None:
+            self.accounts = Accounts(type(policy).__name__, self._numbers, self.access_log, self._tracing)
 
     # ---------------------------------------------------------------------------------------------- start and stop
 
@@ -166,6 +173,9 @@ class Gateway:
     async def _prepare(self) -> None:
         """What lives as long as the gateway does."""
         config = self._config
+        for told in (self.access_log, self._tracing):
+            if told is not None:
+                self._open.push_async_callback(told.close)
         session = open_session(config.connect_timeout_s, self._secure, self._server_key)
         self._session = await self._open.enter_async_context(session)
         observers: list[Observer] = []
@@ -186,9 +196,15 @@ class Gateway:
             observers=observers,
             history=History(HISTORY),
         )
-        self._metrics = metrics = Metrics(self.servers, self.dispatcher, self._prefixes, self._rates, self._lengths)
-        self._watch = watch = Watch(self.dispatcher, self._clock, config, self.models)
         queue = Queue()
+        self._metrics = metrics = Metrics(
+            self.servers, self.dispatcher, self._prefixes, self._rates, self._lengths, queue
+        )
+        if (lines := self.access_log) is not None:
+            metrics.loses("block_access_log_lines_lost", "Lines that were not written", lambda: lines.lost)
+        if (spans := self._tracing) is not None:
+            metrics.loses("block_spans_lost", "Spans that no collector has taken", lambda: spans.lost)
+        self._watch = watch = Watch(self.dispatcher, self._clock, config, self.models)
         self._around = Surroundings(self.servers, self.dispatcher, self._clock, metrics, watch, config.slo, queue)
         if self._tokenizer is not None:
             self._prompts = TokenizedPrompts(
@@ -335,7 +351,7 @@ class Gateway:
 
     def refused(self, status: int) -> None:
         """What came from a client was no request, or one too many."""
-        self._metrics.unplaced(FAILED if status == 503 else REFUSED)
+        self._metrics.unplaced(outcome_of(status))
 
     def _refuse(self, client: ClientConnection, status: int, message: str) -> None:
         self._metrics.unplaced(REFUSED)
@@ -344,10 +360,14 @@ class Gateway:
     def _pass(self, client: ClientConnection, http: HTTPRequest) -> None:
         """What asks for no response of a model's goes by outstanding work, unread but for its model."""
         try:
-            among = None
-            if self.models.differ:
+            among = model = None
+            if self.models.differ or client.account is not None:
                 body, _ = self._unpack(http)
-                among = self.models.places(model := model_of(http._replace(body=body)))
+                model = model_of(http._replace(body=body))
+            if client.account is not None:
+                client.account.model = model
+            if self.models.differ:
+                among = self.models.places(model)
         except KeyError:
             self._refuse_model(client, model)
             return
@@ -366,6 +386,8 @@ class Gateway:
         try:
             body, http = self._unpack(http)
             asked = read(body)
+            if client.account is not None:
+                client.account.model = asked.fields.get("model")
             objectives = self._config.slo.of(http.headers) if self._forecasts else None
         except TooLong:
             self._refuse(client, 413, f"the body exceeds gateway.max_body_mib={self._config.max_body_mib}")
@@ -508,11 +530,14 @@ async def listen(gateway: Gateway, host: str, port: int, listening: Callable[[st
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    access_log = gateway.access_log
+    if access_log is not None and access_log.path != STDOUT:
+        loop.add_signal_handler(signal.SIGHUP, access_log.reopen)
     try:
         host, port = await gateway.start(host, port)
         listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         await stop.wait()
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(number)
         await gateway.stop()

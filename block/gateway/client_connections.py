@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, cast
 
 import httptools
 
+from block.gateway.account import Account, Accounts
 from block.gateway.http1 import (
     CONTINUE,
     LAST_CHUNK,
@@ -48,6 +49,8 @@ class Owner(Protocol):
     """Those that are open."""
     most_clients: int
     """How many of them may be."""
+    accounts: Accounts | None
+    """Of requests, if anybody asks for them."""
 
     def serve(self, client: ClientConnection, http: HTTPRequest) -> None:
         """Have a request answered, at once or later; `client.serving` is to be who is told of what happens."""
@@ -75,10 +78,11 @@ class Serving(Protocol):
 
 
 class _Refusal(NamedTuple):
-    """What is answered to what is no request; no other request is read after it."""
+    """What is answered to what is no request, `http` as far as it was read; no other request is read after it."""
 
     status: int
     message: str
+    http: HTTPRequest
 
 
 class ClientConnection(asyncio.Protocol):
@@ -101,6 +105,7 @@ class ClientConnection(asyncio.Protocol):
         "_target",
         "_transport",
         "_waiting",
+        "account",
         "begun",
         "heard",
         "http",
@@ -125,6 +130,8 @@ class ClientConnection(asyncio.Protocol):
         """Who answers it, if that takes longer than this moment."""
         self.begun = False
         """Whether the answer has begun to be written."""
+        self.account: Account | None = None
+        """What is told of the request that is being answered, if anybody asks for it."""
         self.heard = asyncio.get_running_loop().time()
         """When something came, was answered or sent last, by the loop's clock."""
         self.unsent = 0
@@ -152,6 +159,7 @@ class ClientConnection(asyncio.Protocol):
         serving, self.serving = self.serving, None
         if serving is not None:
             serving.client_left()
+        self._close_account()
 
     def pause_writing(self) -> None:
         """What was written waits to be sent."""
@@ -269,6 +277,7 @@ class ClientConnection(asyncio.Protocol):
         if b"#" in target:
             self._refuse(400, "the path has a fragment")
             return
+        self._target = b""  # what is refused behind it is another request
         request = HTTPRequest(
             parser.get_method(),
             target,
@@ -296,7 +305,9 @@ class ClientConnection(asyncio.Protocol):
     def _refuse(self, status: int, message: str) -> None:
         if not self._deaf:
             self._deaf = self._lingers = True
-            self._waiting.append(_Refusal(status, message))
+            method = self._parser.get_method() if self._parser is not None and self._target else b""
+            http = HTTPRequest(method, self._target, self._headers, b"", keeps=False)
+            self._waiting.append(_Refusal(status, message, http))
 
     # ------------------------------------------------------------------------------------------------------- answering
 
@@ -312,12 +323,13 @@ class ClientConnection(asyncio.Protocol):
             if self._paused and not self._must_wait():
                 self._paused = False
                 self._transport.resume_reading()
+            self.http = http = one.http if isinstance(one, _Refusal) else one
+            if self._owner.accounts is not None:
+                self.account = self._owner.accounts.open(self._transport.get_extra_info("peername"), http)
             if isinstance(one, _Refusal):
                 self._owner.refused(one.status)
-                self.http = HTTPRequest(b"GET", b"", (), b"", keeps=False)
                 self.reply(one.status, JSON, error_json(one.status, one.message))
             else:
-                self.http = one
                 self._owner.serve(self, one)
         else:
             asyncio.get_running_loop().call_soon(self._answer_next)
@@ -348,6 +360,8 @@ class ClientConnection(asyncio.Protocol):
 
     def reply(self, status: int, headers: Sequence[Header], body: bytes, length: int | None = None) -> None:
         """The whole answer. length: what is said of the body's length where none is sent (HEAD, 304)."""
+        if self.account is not None:
+            self.account.status = status
         if not self.gone:
             assert self.http is not None
             head = self.http.method == b"HEAD"
@@ -362,6 +376,8 @@ class ClientConnection(asyncio.Protocol):
     def begin(self, status: int, headers: Sequence[Header]) -> None:
         """The head of an answer whose length is not known; its body follows by `write` and `end`."""
         self.begun = True
+        if self.account is not None:
+            self.account.status = status
         assert self.http is not None
         how = b"Transfer-Encoding: chunked\r\n" if self.http.chunks else b""
         self._transport.write(b"%s%s%s%s\r\n" % (status_line(status), header_lines(headers), how, self._stays()))
@@ -399,7 +415,14 @@ class ClientConnection(asyncio.Protocol):
             return b"Connection: close\r\n"
         return b"" if self.http.chunks else b"Connection: keep-alive\r\n"
 
+    def _close_account(self) -> None:
+        account, self.account = self.account, None
+        if account is not None:
+            account.close()
+
     def _ended(self, keeps: bool) -> None:
+        if self.account is not None:
+            self._close_account()
         self.http = self.serving = None
         self.begun = False
         if keeps and not self._owner.draining and (self._waiting or not self._deaf):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from block.engine.config import EngineConfig
 from block.gateway.admission import Slo
-from block.gateway.urls import check_url, every_address, is_host
+from block.gateway.urls import check_url, every_address, is_host, is_server
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class GatewayConfig:
         null: 256 and 2048.
     slo: objectives, and what is done about requests that would miss them.
     admin: whether clients may change servers (`/sleep`, `/v1/load_lora_adapter` …), all of them at once.
+    access_log: file to which each request adds a line; "-": standard output; null: none.
+    otlp_traces_endpoint: where a collector takes traces, as vLLM's option of that name has it; null: there are none.
     """
 
     urls: tuple[str, ...] = ()
@@ -68,6 +70,8 @@ class GatewayConfig:
     server_key_file: str | None = None
     ca_file: str | None = None
     admin: bool = False
+    access_log: str | None = None
+    otlp_traces_endpoint: str | None = None
     slo: Slo = field(default_factory=Slo)
 
     def __post_init__(self) -> None:
@@ -106,6 +110,11 @@ class GatewayConfig:
             given_s = getattr(self, key)
             if given_s is not None and not 0 < given_s < math.inf:
                 raise ValueError(f"gateway.{key}={getattr(self, key)}: must be greater than 0")
+        if self.access_log == "":
+            raise ValueError("gateway.access_log=: must be a file, or - for standard output")
+        if (endpoint := self.otlp_traces_endpoint) is not None and not is_server(endpoint, ("http", "https", "grpc")):
+            forms = "http://host:4317 (gRPC), or http://host:4318/v1/traces (http/protobuf)"
+            raise ValueError(f"gateway.otlp_traces_endpoint={endpoint}: must be of the form {forms}")
         if not 0 <= self.grace_s < math.inf:
             raise ValueError(f"gateway.grace_s={self.grace_s}: must be 0 or more seconds")
 

@@ -90,6 +90,7 @@ class Exchange:
     """
 
     __slots__ = (
+        "_account",
         "_around",
         "_body",
         "_checking",
@@ -124,6 +125,7 @@ class Exchange:
     ) -> None:
         self._around = around
         self._client: ClientConnection | None = client
+        self._account = client.account
         self._http = http
         self._generates = generates
         self._body = http.body
@@ -183,6 +185,8 @@ class Exchange:
         self._on_usage = on_usage
         self._on_response = on_response
         self._objectives = objectives
+        if self._account is not None and by is not None:
+            self._account.policy = type(by).__name__
         queue, now = self._around.queue, self._around.clock.now()
         behind_others = objectives is not None and len(queue) > 0
         if behind_others or not self._try(request, by, among, None):
@@ -207,6 +211,8 @@ class Exchange:
                 if slo.missed == QUEUE and waited_s < slo.queue_s:
                     return False
                 around.metrics.judged(OUTCOME_REFUSED)
+                if self._account is not None:
+                    self._account.chosen(record, around.servers[record.instance_id].url, around.dispatcher.fallback)
                 wait = (b"Retry-After", b"%d" % max(math.ceil(late_s), 1))
                 self._kept = _Reply.error(429, f"{MISSES} by {late_s:.1f} s", wait)
                 self._end(REFUSED)
@@ -226,14 +232,17 @@ class Exchange:
                 troubles = {one.url: one.trouble for one in around.servers.values() if one.trouble}
                 told = "; ".join([record.error or "", *(f"{url}: {why}" for url, why in troubles.items())])
                 self._kept = _Reply.error(503, told)
-            self._end(FAILED)
+            self._end(FAILED, record.error or "")
             self._reply()
             return
+        self._server = around.servers[record.instance_id]
+        http = self._http
+        if self._account is not None:
+            http = self._account.sent(record, self._url, around.dispatcher.fallback, http)
         around.metrics.attempted(record)
         around.dispatcher.delivered(record, around.clock.now())
         self._begin_anew()
-        self._server = around.servers[record.instance_id]
-        self._sending = self._server.pool.send(self, self._http, self._body)
+        self._sending = self._server.pool.send(self, http, self._body)
         if self._client is not None and self._client.full:
             self._sending.pause()
 
@@ -248,6 +257,8 @@ class Exchange:
     def answer_begins(self, head: AnswerHead) -> None:
         """The status and headers of its answer: as of `Asking`, like the next three."""
         self._head = head
+        if self._account is not None:
+            self._account.answered(head.status)
         is_events = head.status == 200 and head.kind.startswith(b"text/event-stream")
         if is_events and not head.packed and self._http.method != b"HEAD":
             self._events = Events()
@@ -271,6 +282,8 @@ class Exchange:
     def lost(self, error: TransportError) -> None:
         """It will not be whole."""
         self._sending = None
+        if self._account is not None:
+            self._account.lost(error)
         if self._checking is not None:
             self._checking.cancel()
             self._checking = None
@@ -337,6 +350,8 @@ class Exchange:
             record.output_tokens = tokens
             self._counted = True
         if said is not None:
+            if self._account is not None:
+                self._account.told(said)
             if said.cached is not None:
                 record.cached_tokens = round(said.cached / said.tokens * record.request.prompt_tokens)
             if self._on_usage is not None:
@@ -408,6 +423,8 @@ class Exchange:
     def _again(self, why: str, *, gone: bool) -> None:
         """Begin anew elsewhere, if there is another."""
         assert self._record is not None
+        if self._account is not None:
+            self._account.failed(why)
         self._around.dispatcher.failed(self._record, why, self._around.clock.now(), gone=gone)
         self._attempt()
 
@@ -521,6 +538,8 @@ class Exchange:
         around, record = self._around, self._record
         if record is None:
             around.metrics.unplaced(outcome)
+            if self._account is not None:
+                self._account.ended(outcome, why)
             return
         now = around.clock.now()
         if outcome == OK:
@@ -535,6 +554,8 @@ class Exchange:
             else:
                 around.dispatcher.refused(record, why, now)
         around.metrics.ended(record, outcome, self._generates)
+        if self._account is not None:
+            self._account.ended(outcome, why, record, self._generates)
 
     # --------------------------------------------------------------------------------------------- what the client does
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 
 from prometheus_client import (
     CollectorRegistry,
@@ -28,10 +28,18 @@ from block.gateway.upstreams import SeenInstance, Upstream
 
 OK, REFUSED, FAILED, CANCELLED = "ok", "refused", "failed", "cancelled"
 OUTCOME_MET, OUTCOME_MISSED, OUTCOME_REFUSED = "met", "missed", "refused"
-SUMMED_GAUGES = frozenset({"block_in_flight"})
+SUMMED_GAUGES = frozenset({"block_in_flight", "block_queued"})
 """Gauges that several gateways add up; of the others, the highest holds."""
 NONE = "none"
 """In place of an instance, for requests that reached none."""
+
+
+def outcome_of(status: int) -> str:
+    """Of a request that got an answer of the gateway's own."""
+    if status < 400:
+        return OK
+    return REFUSED if status < 500 or status == 501 else FAILED
+
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a time beside each of them
 
@@ -51,6 +59,7 @@ class Metrics:
         prefixes: UpstreamPrefixes | None = None,
         rates: PromptRates | None = None,
         lengths: ResponseLengths | None = None,
+        queue: Sized = (),
     ) -> None:
         self._registry = registry = CollectorRegistry()
         self._dispatcher = dispatcher
@@ -59,7 +68,7 @@ class Metrics:
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(name, text, buckets=buckets, registry=registry)
 
-        registry.register(_Counts(upstreams, dispatcher, prefixes, rates or PromptRates(), lengths))
+        registry.register(_Counts(upstreams, dispatcher, prefixes, rates or PromptRates(), lengths, queue))
         self._requests_by = Counter(
             "block_requests", "Requests by their last instance and outcome", ["server", "status"], registry=registry
         )
@@ -98,10 +107,13 @@ class Metrics:
         self._forecast_s = histogram("block_forecast_seconds", "Time that one forecast takes", _FORECAST)
         self._actual, self._predicted, self._ratio = {}, {}, {}
         for what, text in (("ttft", "ime to the first token"), ("e2e", "ime to the last token")):
-            self._actual[what] = histogram(f"block_{what}_seconds", f"T{text}", _SECONDS)
+            self._actual[what] = Histogram(
+                f"block_{what}_seconds", f"T{text}", ["server"], buckets=_SECONDS, registry=registry
+            )
             self._predicted[what] = histogram(f"block_predicted_{what}_seconds", f"Predicted t{text}", _SECONDS)
             self._ratio[what] = histogram(f"block_predicted_{what}_ratio", f"Predicted over actual t{text}", _RATIOS)
 
+        self._by_server = (self._prompt_tokens, self._cached_tokens, *self._actual.values())
         self._length_ratio = histogram("block_predicted_length_ratio", "Believed over actual response tokens", _RATIOS)
 
     def _count_requests_of(self, instance_id: int, url: str) -> None:
@@ -111,19 +123,21 @@ class Metrics:
     def begin(self, upstream: Upstream) -> None:
         """There is a server."""
         self._count_requests_of(upstream.instance_id, upstream.url)
+        for metric in self._by_server:
+            metric.labels(upstream.url)
 
     def end(self, upstream: Upstream) -> None:
         """There is a server no more: what it did is told no more."""
         for status in (OK, REFUSED, FAILED, CANCELLED):
             del self._requests[upstream.instance_id, status]
             self._requests_by.remove(upstream.url, status)
-        for counter in (self._prompt_tokens, self._cached_tokens):
-            counter.remove(upstream.url)
+        for metric in self._by_server:
+            metric.remove(upstream.url)
 
     def attempted(self, record: RequestRecord) -> None:
         """The dispatcher has just decided about a request."""
         dispatcher = self._dispatcher
-        fallback = dispatcher.history.decisions[-1][1].fallback
+        fallback = dispatcher.fallback
         if fallback is not None:
             self._fallbacks.labels(fallback).inc()
         if record.forecast is not None:
@@ -169,7 +183,7 @@ class Metrics:
             actual = at - arrival
             if math.isnan(actual):
                 continue
-            self._actual[what].observe(actual)
+            self._actual[what].labels(self._upstreams[record.instance_id].url).observe(actual)
             predicted = math.nan if forecast is None else getattr(forecast, what)
             if not math.isnan(predicted):
                 self._predicted[what].observe(predicted)
@@ -178,6 +192,10 @@ class Metrics:
     def unplaced(self, outcome: str) -> None:
         """A request ended before any instance was chosen."""
         self._requests[-1, outcome].inc()
+
+    def loses(self, name: str, text: str, lost: Callable[[], int]) -> None:
+        """One more counter, whose value is asked for."""
+        self._registry.register(_Lost(name, text, lost))
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -194,12 +212,14 @@ class _Counts(Collector):
         prefixes: UpstreamPrefixes | None,
         rates: PromptRates,
         lengths: ResponseLengths | None,
+        queue: Sized,
     ) -> None:
         self._upstreams = upstreams
         self._dispatcher = dispatcher
         self._prefixes = prefixes
         self._rates = rates
         self._lengths = lengths
+        self._queue = queue
 
     def collect(self) -> Iterable[Metric]:
         """The metrics of this moment."""
@@ -232,4 +252,16 @@ class _Counts(Collector):
         factors = GaugeMetricFamily("block_length_factor", "Of response lengths, as learned", labels=["model", "by"])
         for model, by, factor in self._lengths or ():
             factors.add_metric([model, by], factor)
-        return [in_flight, active, ejections, count, sources, rates, parts, factors]
+        waiting = GaugeMetricFamily("block_queued", "Requests that wait for their objectives", len(self._queue))
+        return [in_flight, active, ejections, count, sources, rates, parts, factors, waiting]
+
+
+class _Lost(Collector):
+    """What was told to nobody."""
+
+    def __init__(self, name: str, text: str, lost: Callable[[], int]) -> None:
+        self._name, self._text, self._lost = name, text, lost
+
+    def collect(self) -> Iterable[Metric]:
+        """The count of this moment."""
+        return [CounterMetricFamily(self._name, self._text, self._lost())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 _HOST = re.compile(r"[\w.:%-]+")
@@ -13,7 +14,7 @@ def check_url(url: str, key: str) -> None:
     """ValueError, which names `key`, if it is no URL of a server, or of a name with dns+ in front."""
     if url.startswith("dns+https:"):
         raise ValueError(f"{key}={url}: certificates are of names, not of their addresses; give each server's name")
-    if not _is_server(url.removeprefix("dns+")):
+    if not is_server(url.removeprefix("dns+")):
         raise ValueError(
             f"{key}={url}: must be of the form http://host:port, https://host:port or dns+http://name:port"
         )
@@ -24,7 +25,8 @@ def every_address(url: str) -> bool:
     return url.startswith("dns+")
 
 
-def _is_server(url: str) -> bool:
+def is_server(url: str, schemes: Sequence[str] = ("http", "https")) -> bool:
+    """Whether it is one of these schemes, with a host, and perhaps a port and a path."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -32,7 +34,7 @@ def _is_server(url: str) -> bool:
         return False
     plain = not (parts.username or "?" in url or "#" in url) and port != 0
     sound = is_host(parts.hostname or "") and _PATH.fullmatch(parts.path) is not None
-    return parts.scheme in ("http", "https") and plain and sound
+    return parts.scheme in schemes and plain and sound
 
 
 def is_host(name: str) -> bool:

@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -120,15 +120,22 @@ Work = Callable[[Seat, int, Callable[[str], None]], None]
 """Serves at a port until it is told to stop; has the address told once it does."""
 
 
-def supervise(count: int, work: Work, host: str, port: int, listening: Callable[[str], None]) -> None:
+def supervise(
+    count: int,
+    work: Work,
+    host: str,
+    port: int,
+    listening: Callable[[str], None],
+    hand_on: Sequence[signal.Signals] = (),
+) -> None:
     """Have `count` workers serve at `host` and `port` until SIGTERM or SIGINT; each is handed on to them.
 
-    listening: told the address once all serve. OSError if it cannot be listened at, WorkerFailed if one does not come
-    up.
+    listening: told the address once all serve. hand_on: other signals that they know. OSError if it cannot be listened
+    at, WorkerFailed if one does not come up.
     """
     with _reserved(host, port) as held, tempfile.TemporaryDirectory(prefix="block-gateway-") as folder:
         supervisor = _Supervisor(work, Path(folder), count, int(held.getsockname()[1]), listening)
-        asyncio.run(supervisor.run())
+        asyncio.run(supervisor.run(hand_on))
 
 
 def _reserved(host: str, port: int) -> socket.socket:
@@ -154,10 +161,12 @@ class _Supervisor:
         self._up: dict[int, str] = {}  # addresses, by worker
         self._stopping = False
 
-    async def run(self) -> None:
+    async def run(self, hand_on: Sequence[signal.Signals]) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
+        for number in hand_on:
+            loop.add_signal_handler(number, self._hand_on, number)
         keepers = [asyncio.create_task(self._keep(seat)) for seat in self._seats]
         try:
             await asyncio.gather(*keepers)
@@ -167,8 +176,12 @@ class _Supervisor:
 
     def _stop(self) -> None:
         self._stopping = True
+        self._hand_on(signal.SIGTERM)
+
+    def _hand_on(self, number: signal.Signals) -> None:
         for process in self._processes.values():
-            process.terminate()
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
 
     async def _keep(self, seat: Seat) -> None:
         """Have a worker in this seat as long as there is to be one."""

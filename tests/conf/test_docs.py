@@ -100,6 +100,7 @@ def test_there_are_three_walks() -> None:
 
 def test_paths_and_modules_that_pages_name_exist() -> None:
     new = re.findall(r"^`([\w./-]+)`$", (ROOT / "docs" / "extending.md").read_text(), flags=re.MULTILINE)
+    attributes = re.findall(r'"block\.([\w.]+)"', (ROOT / "block" / "gateway" / "tracing.py").read_text())  # of spans
     lacking = []
     for page in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
         text = page.read_text()
@@ -108,7 +109,11 @@ def test_paths_and_modules_that_pages_name_exist() -> None:
                 lacking.append(f"{page.name}: {path}")
         for dotted in re.findall(r"`block\.([\w.]+)`", text):
             places = [ROOT / "block" / "/".join(dotted.split(".")[:depth]) for depth in (1, 2, 3)]
-            if not any(place.with_suffix(".py").exists() for place in places) and not places[0].is_dir():
+            if (
+                not any(place.with_suffix(".py").exists() for place in places)
+                and not places[0].is_dir()
+                and dotted not in attributes
+            ):
                 lacking.append(f"{page.name}: block.{dotted}")
     assert lacking == []
 

@@ -103,11 +103,12 @@ def test_panels_fill_the_grid_without_overlap_and_each_shows_something_else() ->
             assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
 
 
-def test_metrics_are_those_of_the_guide_and_those_that_are_shown_exist() -> None:
+def test_metrics_are_those_of_the_guide_and_those_that_are_shown_exist(tmp_path: Path) -> None:
     found: set[str] = set()
 
     async def main() -> None:
-        async with running_gateway([Mock()]) as one, one.client.get(one.url + "/metrics") as answer:
+        keys = {"access_log": str(tmp_path / "log"), "otlp_traces_endpoint": "http://127.0.0.1:9"}
+        async with running_gateway([Mock()], **keys) as one, one.client.get(one.url + "/metrics") as answer:
             for family in text_string_to_metric_families(await answer.text()):
                 found.add(family.name + "_total" * (family.type == "counter"))
 

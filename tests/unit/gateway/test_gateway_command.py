@@ -45,6 +45,12 @@ ROOT = Path(__file__).resolve().parents[3]
         ({"connect_timeout_s": math.inf}, "gateway.connect_timeout_s=inf: must be greater than 0"),
         ({"read_timeout_s": -1.0}, "gateway.read_timeout_s=-1.0: must be greater than 0"),
         ({"grace_s": -1.0}, "gateway.grace_s=-1.0: must be 0 or more seconds"),
+        ({"access_log": ""}, "gateway.access_log=: must be a file, or - for standard output"),
+        (
+            {"otlp_traces_endpoint": "ftp://h:1"},
+            "gateway.otlp_traces_endpoint=ftp://h:1: must be of the form http://host:4317 (gRPC), or "
+            "http://host:4318/v1/traces (http/protobuf)",
+        ),
     ],
 )
 def test_a_wrong_key_is_told_with_its_value(keys: dict[str, Any], says: str) -> None:

@@ -317,7 +317,7 @@ def test_an_answer_is_whole_at_done_and_who_leaves_there_has_cancelled_nothing()
             gateway.mocks[0].go.set()
             metrics = await gateway.metrics()
             assert metrics['block_requests_total{server="0",status="ok"}'] == 1
-            assert metrics["block_e2e_seconds_count"] == 1
+            assert metrics['block_e2e_seconds_count{server="0"}'] == 1
             assert not any("cancelled" in name for name in metrics)
             assert gateway.dispatcher.history.records[0].output_tokens == 5
             assert gateway.mocks[0].cancelled == 0
