@@ -226,11 +226,6 @@ class Dispatcher:
         """Ids of the instances that requests may go to, in ascending order."""
         return self._active
 
-    @property
-    def fallback(self) -> str | None:
-        """Why the latest decision was not by the policy's own rule; None if it was."""
-        return self.history.decisions[-1][1].fallback
-
     def outstanding(self, instance_id: int) -> int:
         """Requests placed there and not finished."""
         return self._state.outstanding[instance_id]

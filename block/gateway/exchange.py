@@ -206,7 +206,8 @@ class Exchange:
                     return False
                 around.metrics.judged(OUTCOME_REFUSED)
                 if self._account is not None:
-                    self._account.chosen(record, around.upstreams[record.instance_id].url, around.dispatcher.fallback)
+                    decision = around.dispatcher.history.decisions[-1][1]
+                    self._account.chosen(record, around.upstreams[record.instance_id].url, decision.fallback)
                 wait = (b"Retry-After", b"%d" % max(math.ceil(late_s), 1))
                 self._kept = _Reply.error(429, f"{MISSES} by {late_s:.1f} s", wait)
                 self._end(REFUSED)
@@ -229,7 +230,7 @@ class Exchange:
             return
         http = self._http
         if self._account is not None:
-            http = self._account.sent(record, self._url, around.dispatcher.fallback, http)
+            http = self._account.sent(record, self._url, around.dispatcher.history.decisions[-1][1].fallback, http)
         around.metrics.attempted(record)
         around.dispatcher.delivered(record, around.clock.now())
         self._begin_anew()
