@@ -22,7 +22,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Protocol, TypeVar
 
 from block.core.arrays import Ints
@@ -211,6 +211,7 @@ class Dispatcher:
         if policy.needs is not Needs.COUNTS and snapshot_many is None:
             raise ValueError(f"policy {type(policy).__name__} needs snapshots")
         self._policy = with_checks(policy)
+        self._policy_forgets: Callable[[int], None] | None = getattr(policy, "forget", None)
         self._forecaster = forecaster
         self._config = config
         self._rng = rng
@@ -225,13 +226,13 @@ class Dispatcher:
         self._active = list(range(instances))[:initial]
         self._requests = 0  # so many have arrived
         self._others: dict[
-            tuple[Policy | None, frozenset[int] | None], int
+            tuple[Policy | None, Container[int] | None], int
         ] = {}  # so many have, by who may place where
         self._index: dict[int, int] = {}  # request id → how many had arrived before it, of those that are here
         self._lost_on: dict[int, list[int]] = {}  # request id → instances that have failed it
         self._moved: dict[int, int] = {}  # request id → instance that it has migrated to
         self._by: dict[int, Policy] = {}  # request id → the policy that places it, if not the usual one
-        self._among: dict[int, Collection[int]] = {}  # request id → the only instances that may serve it
+        self._among: dict[int, Container[int]] = {}  # request id → the only instances that may serve it
         self.starting: set[int] = set()
         """Instances that requests were placed on and that do not take any yet: the driver holds these requests."""
         self.history = history or History()
@@ -240,11 +241,6 @@ class Dispatcher:
     def active(self) -> Sequence[int]:
         """Ids of the instances that requests may go to, in ascending order."""
         return self._active
-
-    @property
-    def fallback(self) -> str | None:
-        """Why the latest decision was not by the policy's own rule; None if it was."""
-        return self.history.decisions[-1][1].fallback
 
     def outstanding(self, instance_id: int) -> int:
         """Sequences of requests placed there and not finished."""
@@ -257,13 +253,14 @@ class Dispatcher:
     # ------------------------------------------------------------------------------------------------ what happens
 
     def arrived(
-        self, request: Request, now: float, by: Policy | None = None, among: Collection[int] | None = None
+        self, request: Request, now: float, by: Policy | None = None, among: Container[int] | None = None
     ) -> RequestRecord:
         """A request has come: place it. Its record says where it goes (`instance_id`), and is "failed" if no instance
         is left.
 
         by: a policy that needs counts only and places this one instead, which snapshots and the ledger do not show.
-        among: the only instances that may serve it; None: all.
+        among: the only instances that may serve it, which may change while it is here; None: all. Requests with equal
+            ones take turns.
         """
         record = RequestRecord(request)
         self.history.records.append(record)
@@ -271,7 +268,7 @@ class Dispatcher:
             self._index[request.id] = self._requests
             self._requests += 1
         else:  # which are counted by themselves: a policy that takes turns takes them among these
-            kind = by, None if among is None else frozenset(among)
+            kind = by, among
             self._index[request.id] = self._others.setdefault(kind, 0)
             self._others[kind] += 1
         if by is not None:
@@ -370,6 +367,13 @@ class Dispatcher:
         self.starting.discard(instance_id)
         for observer in self._observers:
             observer.instance_down(self, instance_id, reason, now)
+
+    def remove_instance(self, instance_id: int, now: float) -> None:
+        """An instance is gone for good, and has no request: what is known of it is forgotten."""
+        self.retire(instance_id)
+        self.instance_down(instance_id, "it is gone", now)
+        if self._policy_forgets is not None:
+            self._policy_forgets(instance_id)
 
     def retire(self, instance_id: int) -> None:
         """Send nothing more to an instance that requests may go to, and that has done nothing wrong."""

@@ -43,7 +43,9 @@ class Needs(enum.Enum):
 
 
 class Policy(Protocol):
-    """What the dispatcher asks of a policy."""
+    """What the dispatcher asks of a policy. One that remembers instances may have a method `forget`, too, which is told
+    the id of one that is gone for good.
+    """
 
     needs: ClassVar[Needs]
 

@@ -61,6 +61,10 @@ class Sent:
         while known and (used is None or next(iter(known.values())) <= used):
             known.popitem(last=False)
 
+    def drop(self, instance_id: int) -> None:
+        """There is no such instance any more."""
+        self._of.pop(instance_id, None)
+
 
 class BlockUsers:
     """How many requests use each block, by its hash."""

@@ -68,6 +68,10 @@ class _GoesByWhatItSent(_AsksAll):
         self._placed(request, chosen, request.prompt_tokens - matched[list(seen.ids).index(chosen)])
         return decision
 
+    def forget(self, instance_id: int) -> None:
+        """It is gone."""
+        self._sent.drop(instance_id)
+
     def _scores(self, request: Request, seen: Views, matched: Sequence[int]) -> list[float]:
         """One for each instance. matched: tokens of the prompt that were sent there."""
         raise NotImplementedError
@@ -123,6 +127,10 @@ class LLMD(_AsksAll):
     def __post_init__(self) -> None:
         check_at_least(self, 0, "prefix", "kv", "queue")
         self._most_free: dict[int, int] = {}  # KV blocks by instance: all of them, once it was idle
+
+    def forget(self, instance_id: int) -> None:
+        """It is gone."""
+        self._most_free.pop(instance_id, None)
 
     def choose(self, request: Request, views: Sequence[InstanceView], rng: random.Random) -> Decision:
         """Scores: minus the weighted sum."""
@@ -242,6 +250,12 @@ class Preble(_GoesByWhatItSent):
         check_at_least(self, 1, "window", "imbalance")
         self._latest: deque[tuple[int, float]] = deque()  # instance and cost of the last requests
         self._load: dict[int, float] = {}  # by instance, the sum of these costs
+
+    def forget(self, instance_id: int) -> None:
+        """It is gone."""
+        super().forget(instance_id)
+        self._load.pop(instance_id, None)
+        self._latest = deque(one for one in self._latest if one[0] != instance_id)
 
     def _scores(self, request: Request, seen: Views, matched: Sequence[int]) -> list[float]:
         """Cost, in tokens; of the one that is exploited minus infinity."""

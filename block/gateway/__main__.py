@@ -124,7 +124,10 @@ def work(described: str, seat: Seat, port: int, listening: Callable[[str], None]
     """Be the worker in this seat. described: the settings as YAML, since Hydra's classes have no name elsewhere."""
     settings = DictConfig(OmegaConf.create(described))
     logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s worker {seat.index}: %(message)s")
-    serve(make_gateway(settings, seat), settings.gateway.host, port, listening)
+    try:
+        serve(make_gateway(settings, seat), settings.gateway.host, port, listening)
+    except ConfigError as error:  # a file that was sound when the first workers came
+        sys.exit(f"worker {seat.index}: {error}")
 
 
 def command() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
@@ -17,6 +17,7 @@ from block.gateway.fleet import Fleet
 from block.gateway.http1 import Header, HTTPRequest, passed_on
 from block.gateway.openai import JSON, error_json
 from block.gateway.upstreams import Upstream
+from block.gateway.urls import every_address, server_url
 
 log = logging.getLogger(__name__)
 
@@ -69,26 +70,27 @@ async def tell_everyone(
     session: aiohttp.ClientSession,
     servers: Sequence[Upstream],
     http: HTTPRequest,
+    longest_s: float,
     then: Callable[[Upstream], Awaitable[None]],
 ) -> Answer:
     """Send a request to all servers; the answer is that of the first that refuses, or else of the first.
 
-    then: is done for each before this returns.
+    longest_s: how long a server may be silent. then: is done for each before this returns.
     """
-    answers = await asyncio.gather(*(_ask(session, one.url, http) for one in servers))
+    answers = await asyncio.gather(*(_ask(session, one.url, http, longest_s) for one in servers))
     await asyncio.gather(*map(then, servers))
     refused = [one for one in answers if one.status >= 300]
     return next(iter([*refused, *answers]), Answer.error(503, "there is no server"))
 
 
-async def _ask(session: aiohttp.ClientSession, url: str, http: HTTPRequest) -> Answer:
+async def _ask(session: aiohttp.ClientSession, url: str, http: HTTPRequest, longest_s: float) -> Answer:
     asked = session.request(
         http.method.decode(),
         f"{url}{http.target.decode('latin-1')}",
         data=http.body or None,
         headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in http.headers],
         allow_redirects=False,
-        timeout=aiohttp.ClientTimeout(),
+        timeout=aiohttp.ClientTimeout(sock_connect=longest_s, sock_read=longest_s),
     )
     try:
         async with asked as answer:
@@ -99,33 +101,39 @@ async def _ask(session: aiohttp.ClientSession, url: str, http: HTTPRequest) -> A
         return Answer.error(502, f"{url}: {error}")
 
 
-async def change_list(
-    http: HTTPRequest, servers: Callable[[], Sequence[Upstream]], discovery: Discovery, fleet: Fleet
-) -> Answer:
-    """What is asked of /servers: GET tells of all, POST adds one, DELETE has one leave once its requests are done.
-
-    servers: those that there are. follow: has the fleet follow the discovery.
-    """
+async def change_list(http: HTTPRequest, servers: Mapping[int, Upstream], discovery: Discovery, fleet: Fleet) -> Answer:
+    """What is asked of /servers: GET tells of all, POST adds one, DELETE has one leave once its requests are done."""
     if http.method in (b"GET", b"HEAD"):
-        return Answer.of(200, {"servers": [fleet.told(one) for one in servers()]})
+        return Answer.of(200, {"servers": [fleet.told(one) for one in servers.values()]})
     if http.method not in (b"POST", b"DELETE"):
-        return Answer.error(405, f"{http.method.decode()} /servers: choose from GET, POST and DELETE")
-    url = _named(http)
-    if url is None:
+        refused = Answer.error(405, f"{http.method.decode()} /servers: choose from GET, POST and DELETE")
+        return refused._replace(headers=[*refused.headers, (b"Allow", b"GET, HEAD, POST, DELETE")])
+    named = _named(http)
+    if named is None:
         return Answer.error(400, 'give the server as {"url": "http://host:port"}, or as ?url=http://host:port')
+    try:
+        url = server_url(named, "url")
+    except ValueError as error:
+        return Answer.error(400, str(error))
+    if every_address(url):
+        return Answer.error(400, f"url={url}: give each address, or the name in gateway.urls")
     if http.method == b"POST":
-        try:
-            discovery.add(url)
-        except ValueError as error:
-            return Answer.error(400, str(error))
-        await fleet.follow(discovery)
-        return Answer.of(201, next(fleet.told(one) for one in servers() if one.url == url))
-    found = next((one for one in servers() if one.url == url), None)
-    if found is None:
+        await discovery.change(url, there=True)
+        await fleet.follow(discovery.urls())
+        found = _at(url, servers)
+        return Answer.error(409, f"{url} was taken away again") if found is None else Answer.of(201, fleet.told(found))
+    if _at(url, servers) is None:  # another worker may have been told of it
+        await discovery.look()
+    if url not in discovery.urls() and _at(url, servers) is None:
         return Answer.error(404, f"there is no server {url}")
-    discovery.remove(url)
-    await fleet.follow(discovery)
-    return Answer.of(202, fleet.told(found))
+    await discovery.change(url, there=False)
+    found = _at(url, servers)
+    await fleet.follow(discovery.urls())
+    return Answer.of(202, {"url": url, "state": "leaving"} if found is None else fleet.told(found))
+
+
+def _at(url: str, servers: Mapping[int, Upstream]) -> Upstream | None:
+    return next((one for one in servers.values() if one.url == url), None)
 
 
 def _named(http: HTTPRequest) -> str | None:
@@ -138,4 +146,4 @@ def _named(http: HTTPRequest) -> str | None:
         except (ValueError, RecursionError):
             return None
         named = fields.get("url") if isinstance(fields, dict) else None
-    return named.rstrip("/") if isinstance(named, str) and named else None
+    return named if isinstance(named, str) and named else None

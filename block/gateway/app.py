@@ -12,7 +12,7 @@ import resource
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Any, NamedTuple, cast
 from urllib.parse import unquote_to_bytes
@@ -36,7 +36,7 @@ from block.gateway.admission import Objectives, Queue
 from block.gateway.asked import Asked, prompt_text, read
 from block.gateway.client_connections import ClientConnection
 from block.gateway.config import GatewayConfig
-from block.gateway.discovery import Discovery, check_file, warn_of_many
+from block.gateway.discovery import Discovery, warn_of_many
 from block.gateway.estimates import Estimator
 from block.gateway.exchange import Exchange, Surroundings
 from block.gateway.feedback import PromptRates, ResponseLengths
@@ -50,7 +50,16 @@ from block.gateway.models import Models
 from block.gateway.openai import JSON, PromptUsage, error_json, model_of, tagged
 from block.gateway.prefixes import UpstreamPrefixes
 from block.gateway.prompts import UNKNOWN, Prompt, Prompts, TextPieces, TokenizedPrompts
-from block.gateway.routes import GENERATES, OPEN, OWN_VIEWS, READS, SERVERS, changes_servers
+from block.gateway.routes import (
+    GENERATES,
+    OPEN,
+    OWN_VIEWS,
+    READS,
+    changes_servers,
+    is_odd,
+    is_preflight,
+    is_servers,
+)
 from block.gateway.server_connections import ServerPool, secure_context
 from block.gateway.upstreams import HTTPInstance, PluginInstance, SeenInstance, Upstream, open_session
 from block.gateway.watch import Watch
@@ -124,8 +133,6 @@ class Gateway:
         """Those that there are, by id."""
         self.models = Models()
         """What they serve."""
-        if config.urls_file is not None:
-            check_file(config.urls_file)
         shared = None if seat is None else seat.admin_file
         self._discovery = Discovery(config.urls, config.urls_file, shared)
         self._client_keys, self._admin_keys, server_keys = (
@@ -222,7 +229,8 @@ class Gateway:
             self._open.callback(self._estimator.close)
         self._fleet = Fleet(self.servers, self._make, self.dispatcher, watch, metrics, self.models, self._clock)
         self._open.push_async_callback(self._fleet.close)
-        await self._fleet.follow(self._discovery)
+        await self._discovery.look()
+        await self._fleet.follow(self._discovery.urls())
         running = [asyncio.create_task(one) for one in (queue.watch(), self._sweep(), self._look_around())]
         self._open.push_async_callback(_cancel, running)
 
@@ -274,7 +282,7 @@ class Gateway:
             await asyncio.sleep(SWEEP_S)
             for server in self.servers.values():
                 server.pool.close_idle()
-            await self._fleet.let_go()
+            self._fleet.let_go()
             if self._seat is not None:
                 with suppress(OSError):  # a full disk: the others know what was told before
                     self._seat.tell_metrics(self._metrics.text())
@@ -284,19 +292,19 @@ class Gateway:
 
     async def _look_around(self) -> None:
         """Follow servers and keys as they change."""
-        for url in self._config.urls:
-            await warn_of_many(url)
+        self._fleet.begin(*map(warn_of_many, self._config.urls))
         while True:
             often = SWEEP_S if self._seat is not None else DISCOVERY_S  # what an admin tells one, all are to know
             await asyncio.sleep(self._config.discovery_interval_s or often)
             try:
-                if self._discovery.changes:
-                    await self._fleet.follow(self._discovery)
                 for keys in (self._client_keys, self._admin_keys):
                     if keys is not None:
-                        keys.refresh()
-            except Exception:  # the next look may fare better
-                log.exception("servers and keys stay as they are")
+                        await asyncio.to_thread(keys.look)
+                if self._discovery.changes:
+                    await self._discovery.look()
+                    self._fleet.follow(self._discovery.urls())
+            except OSError as error:  # the next look may fare better
+                log.warning("servers stay as they are: %s", error)
 
     # ------------------------------------------------------------------------------------------------------- routes
 
@@ -308,7 +316,7 @@ class Gateway:
                 self._metrics.unplaced(REFUSED)
                 client.reply(401, [*JSON, (b"WWW-Authenticate", b"Bearer")], error_json(401, "no key, or a wrong one"))
                 return
-            http = self._without_keys(path, http)
+            http = self._without_keys(http)
         if path in GENERATES and http.method == b"POST":
             self._generate(client, http)
         elif path == b"/health" and http.method in (b"GET", b"HEAD"):
@@ -324,7 +332,7 @@ class Gateway:
             client.reply(200, JSON, json.dumps({"object": "list", "data": cards}).encode())
         elif path.startswith(OWN_VIEWS):
             self._refuse(client, 404, f"{path.decode('latin-1')} is of a server, and not of a gateway")
-        elif path == SERVERS:
+        elif is_servers(path):
             self._list_servers(client, http)
         elif http.method not in READS and changes_servers(path):
             self._change_servers(client, http)
@@ -332,21 +340,27 @@ class Gateway:
             self._pass(client, http)
 
     async def _all_metrics(self, seat: Seat) -> Answer:
-        return Answer(200, METRICS, await asyncio.to_thread(seat.all_metrics, self._metrics.text()))
+        seat.tell_metrics(self._metrics.text())
+        told = await asyncio.to_thread(seat.all_metrics)
+        return Answer(200, METRICS, told)
 
     def _lets_in(self, path: bytes, http: HTTPRequest) -> bool:
         """Whether a request shows the key that it needs, if it needs any."""
         admin, client = self._admin_keys, self._client_keys
-        if path == SERVERS or (http.method not in READS and changes_servers(path)):
-            return admin is None or admin.shown(http.headers)
-        if client is None or http.method == b"OPTIONS" or path in OPEN:
+        if admin is not None and admin.shown(http.headers):
             return True
-        return client.shown(http.headers) or (admin is not None and admin.shown(http.headers))
+        if admin is not None and (is_servers(path) or (http.method not in READS and changes_servers(path))):
+            return False
+        if client is None or (path in OPEN and http.method in (b"GET", b"HEAD")) or is_preflight(http):
+            return True
+        return client.shown(http.headers)
 
-    def _without_keys(self, path: bytes, http: HTTPRequest) -> HTTPRequest:
+    def _without_keys(self, http: HTTPRequest) -> HTTPRequest:
         """The request without a key that is the gateway's own, or of which servers get another."""
-        if self._client_keys is None and self._server_key is None and not changes_servers(path):
-            return http
+        if self._client_keys is None and self._server_key is None:
+            assert self._admin_keys is not None, "there are keys"
+            if not self._admin_keys.shown(http.headers):
+                return http
         return http._replace(headers=[one for one in http.headers if one[0].lower() not in SHOWN_IN])
 
     def refused(self, status: int) -> None:
@@ -481,15 +495,19 @@ class Gateway:
             path = http.path.decode("latin-1")
             self._refuse(client, 403, f"{path} may change a server, and is passed on with gateway.admin=true only")
             return
+        if is_odd(http.path):
+            self._refuse(client, 400, f"{http.path.decode('latin-1')} may mean another path to a server")
+            return
         servers = list(self.servers.values())
-        Errand(client, tell_everyone(self._session, servers, http, self._watch.ask_models))
+        longest_s = self._config.read_timeout_s
+        Errand(client, tell_everyone(self._session, servers, http, longest_s, self._watch.ask_models))
 
     def _list_servers(self, client: ClientConnection, http: HTTPRequest) -> None:
         """Which servers there are, and that it be others."""
         if self._admin_keys is None:
             self._refuse(client, 403, "/servers is for who has a key of gateway.admin_key_file, and there is none")
             return
-        Errand(client, change_list(http, lambda: list(self.servers.values()), self._discovery, self._fleet))
+        Errand(client, change_list(http, self.servers, self._discovery, self._fleet))
 
 
 class _Asked(NamedTuple):
@@ -501,7 +519,7 @@ class _Asked(NamedTuple):
     arrived: float
     asked: Asked
     body: bytes
-    among: Collection[int] | None
+    among: Container[int] | None
     objectives: Objectives | None
 
 

@@ -323,13 +323,15 @@ class ClientConnection(asyncio.Protocol):
             if self._paused and not self._must_wait():
                 self._paused = False
                 self._transport.resume_reading()
-            self.http = http = one.http if isinstance(one, _Refusal) else one
-            if self._owner.accounts is not None:
-                self.account = self._owner.accounts.open(self._transport.get_extra_info("peername"), http)
             if isinstance(one, _Refusal):
+                self.http = one.http
+                self._open_account(one.http)
                 self._owner.refused(one.status)
                 self.reply(one.status, JSON, error_json(one.status, one.message))
             else:
+                self.http = one
+                if self._owner.accounts is not None:
+                    self._open_account(one)
                 self._owner.serve(self, one)
         else:
             asyncio.get_running_loop().call_soon(self._answer_next)
@@ -414,6 +416,10 @@ class ClientConnection(asyncio.Protocol):
         if not self.http.keeps or self._owner.draining or (self.begun and not self.http.chunks):
             return b"Connection: close\r\n"
         return b"" if self.http.chunks else b"Connection: keep-alive\r\n"
+
+    def _open_account(self, http: HTTPRequest) -> None:
+        if self._owner.accounts is not None:
+            self.account = self._owner.accounts.open(self._transport.get_extra_info("peername"), http)
 
     def _close_account(self) -> None:
         account, self.account = self.account, None

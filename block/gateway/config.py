@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from block.engine.config import EngineConfig
 from block.gateway.admission import Slo
-from block.gateway.urls import check_url, every_address, is_host, is_server
+from block.gateway.urls import every_address, is_host, is_url, server_url
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class GatewayConfig:
     """The gateway, `python -m block.gateway` (one Hydra node).
 
     urls: the model servers. Each address of the name in dns+http://name:port is one. urls_file: a file with more of
-        them, one a line. discovery_interval_s: how often names and files, those of keys too, are looked at; null: 5.
+        them, one a line. discovery_interval_s: how often names and files, those of keys too, are looked at; null: 5, or
+        1 with several workers.
     host, port: where to listen.
     api_key_file, admin_key_file: files with keys, one a line, of which clients, and who changes servers or their list,
         have to show one; null: clients need none, and the list cannot be changed. server_key_file: with the key that
@@ -75,12 +76,11 @@ class GatewayConfig:
     slo: Slo = field(default_factory=Slo)
 
     def __post_init__(self) -> None:
-        urls = tuple(url.rstrip("/") for url in self.urls)  # Hydra passes a list
+        urls = tuple(server_url(url, "gateway.urls") for url in self.urls)  # Hydra passes a list
         object.__setattr__(self, "urls", urls)
         if not (urls or self.urls_file or self.admin_key_file):
             raise ValueError("gateway.urls=[]: give at least one, such as [http://host:8000]")
         for url in urls:
-            check_url(url, "gateway.urls")
             if urls.count(url) > 1:
                 raise ValueError(f"gateway.urls={url}: given twice")
         files = self.urls_file, self.api_key_file, self.admin_key_file
@@ -112,7 +112,7 @@ class GatewayConfig:
                 raise ValueError(f"gateway.{key}={getattr(self, key)}: must be greater than 0")
         if self.access_log == "":
             raise ValueError("gateway.access_log=: must be a file, or - for standard output")
-        if (endpoint := self.otlp_traces_endpoint) is not None and not is_server(endpoint, ("http", "https", "grpc")):
+        if (endpoint := self.otlp_traces_endpoint) is not None and not is_url(endpoint, ("http", "https", "grpc")):
             forms = "http://host:4317 (gRPC), or http://host:4318/v1/traces (http/protobuf)"
             raise ValueError(f"gateway.otlp_traces_endpoint={endpoint}: must be of the form {forms}")
         if not 0 <= self.grace_s < math.inf:

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 from block.core.errors import message
 from block.core.files import write_json
-from block.gateway.urls import check_url, every_address
+from block.gateway.urls import every_address, server_url
+from block.gateway.watched_file import WatchedLines
 
 log = logging.getLogger(__name__)
 
@@ -26,115 +27,106 @@ RESOLVE_S = 5.0
 
 
 class Discovery:
-    """Finds the servers. given: their URLs; that of a name whose every address is one begins with dns+. file: with more
-    of them, one a line, and comments after #; None: there is none. admin_file: what admins have changed, where other
-    processes are to know of it; None: they are not.
+    """Finds the servers. given: their URLs; that of a name whose every address is one begins with dns+.
+
+    file: with more of them, one a line, and comments after #; None: there is none. ValueError if it is of no use.
+    admin_file: for what admins change, where other processes are to know of it; None: there are none.
     """
 
     def __init__(self, given: Sequence[str], file: str | None, admin_file: Path | None = None) -> None:
         self._given = given
-        self._file = None if file is None else Path(file)
-        self._in_file: list[str] = []
-        self._addresses: dict[str, list[str]] = {}  # by a name's URL, those of its addresses
+        self._file = None if file is None else WatchedLines(file, "gateway.urls_file", _url_in)
+        self._addresses: dict[str, Sequence[str]] = {}  # by a name's URL, those of its addresses
+        self._unresolved: dict[str, str] = {}  # by a name's URL, why
         self._admin_file = admin_file
         self._by_admin: dict[str, bool] = {}  # URLs: whether there is such a server
-        self._complaints: dict[str, str] = {}
 
     @property
     def changes(self) -> bool:
         """Whether it is of use to look again and again."""
         return self._file is not None or self._admin_file is not None or any(map(every_address, self._given))
 
-    def add(self, url: str) -> None:
-        """An admin adds this server, or has it back. ValueError if it is no URL of a server."""
-        check_url(url, "url")
-        self._change(url, there=True)
+    def urls(self) -> Sequence[str]:
+        """Of all servers, as they were found last, each with one address."""
+        found = [*self._found(), *(url for url, there in self._by_admin.items() if there)]
+        return [url for url in dict.fromkeys(found) if self._by_admin.get(url, True)]
 
-    def remove(self, url: str) -> None:
-        """An admin takes this server away, wherever it is from."""
-        self._change(url, there=False)
+    def _found(self) -> list[str]:
+        return [one for url in self._named for one in (self._addresses.get(url, ()) if every_address(url) else [url])]
 
-    def _change(self, url: str, *, there: bool) -> None:
+    @property
+    def _named(self) -> Sequence[str]:
+        return self._given if self._file is None else list(dict.fromkeys([*self._given, *self._file.now]))
+
+    async def look(self) -> None:
+        """Look at files and names again."""
+        if self._file is not None:
+            await asyncio.to_thread(self._file.look)
+        await asyncio.to_thread(self._read_changes)
+        await asyncio.gather(*(self._resolve(url) for url in self._named if every_address(url)))
+
+    async def _resolve(self, url: str) -> None:
+        parts = urlsplit(url.removeprefix("dns+"))
+        host, why = parts.hostname or "", ""
+        try:
+            found = await addresses(host)
+        except OSError as error:
+            why = f"{host} cannot be resolved: {message(error)}"
+        else:
+            bare = [f"[{one}]" if ":" in one else one for one in found]
+            self._addresses[url] = [f"http://{one}{f':{parts.port}' if parts.port else ''}{parts.path}" for one in bare]
+        if why != self._unresolved.get(url, ""):
+            log.warning("%s: %s", url, why or "well again")
+        self._unresolved[url] = why
+
+    # ------------------------------------------------------------------------------------------------------ by an admin
+
+    async def change(self, url: str, *, there: bool) -> None:
+        """An admin adds this server, or has it back; or takes it away, wherever it is from."""
+        await asyncio.to_thread(self._change, url, there)
+
+    def _change(self, url: str, there: bool) -> None:
         if self._admin_file is None:
-            self._by_admin[url] = there
+            self._note(url, there)
             return
         with self._admin_file.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._read_changes()
-            self._by_admin[url] = there
+            self._note(url, there)
             write_json(self._admin_file, self._by_admin)
+
+    def _note(self, url: str, there: bool) -> None:
+        found = self._found()
+        kept = {one: was for one, was in self._by_admin.items() if was or one in found}
+        self._by_admin = {**kept, url: there}
 
     def _read_changes(self) -> None:
         if self._admin_file is not None:
             with suppress(FileNotFoundError):
                 self._by_admin = json.loads(self._admin_file.read_text())
 
-    async def look(self) -> Sequence[str]:
-        """The URLs of all servers that there are now, each with one address."""
-        if self._file is not None:
-            try:
-                self._in_file = await asyncio.to_thread(urls_in, self._file)
-                self._complain(str(self._file), "")
-            except (OSError, ValueError) as error:
-                self._complain(str(self._file), message(error))
-        self._read_changes()
-        named = [*self._given, *self._in_file]
-        await asyncio.gather(*(self._resolve(url) for url in dict.fromkeys(named) if every_address(url)))
-        found: list[str] = []
-        for url in named:
-            found += self._addresses.get(url, ()) if every_address(url) else [url]
-        return [url for url in dict.fromkeys([*found, *self._by_admin]) if self._by_admin.get(url, True)]
 
-    async def _resolve(self, url: str) -> None:
-        plain = url.removeprefix("dns+")
-        parts = urlsplit(plain)
-        host, port = parts.hostname or "", parts.port
-        try:
-            found = await addresses(host)
-            self._complain(url, "")
-        except OSError as error:
-            self._complain(url, f"{host} cannot be resolved: {message(error)}")
-            return
-        bare = [f"[{one}]" if ":" in one else one for one in found]
-        self._addresses[url] = [f"http://{one}{f':{port}' if port else ''}{parts.path}" for one in bare]
-
-    def _complain(self, about: str, what: str) -> None:
-        """Log what is wrong, once, and that it is right again."""
-        if what != self._complaints.get(about, ""):
-            log.warning("%s: %s", about, what or "well again")
-        self._complaints[about] = what
+def _url_in(line: str) -> str:
+    """The URL in a line; empty if it has none."""
+    url = line.partition("#")[0].strip()
+    return server_url(url, "url") if url else ""
 
 
-def urls_in(file: Path) -> list[str]:
-    """The URLs in a file. OSError if it cannot be read, ValueError for what is no URL of a server."""
-    lines = [line.partition("#")[0].strip().rstrip("/") for line in file.read_text().splitlines()]
-    urls = [line for line in lines if line]
-    for url in urls:
-        check_url(url, "a line")
-    return urls
+async def addresses(host: str) -> Sequence[str]:
+    """All that a name has, in order: those of IPv4 if there are any, or a host of both would be two.
 
-
-async def addresses(host: str) -> list[str]:
-    """All that a name has, in order. OSError if there is none, or it is not told in time."""
+    OSError if there is none, or it is not told in time.
+    """
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(RESOLVE_S):
         found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return sorted({str(address[0]) for _, _, _, _, address in found})
+    all_of_them = sorted({str(address[0]) for _, _, _, _, address in found})
+    return [one for one in all_of_them if ":" not in one] or all_of_them
 
 
 async def warn_of_many(url: str) -> None:
     """Log if this name has several addresses: it counts as one server, which they would not be."""
     with suppress(OSError, ValueError):
-        found = [one for one in await addresses(urlsplit(url).hostname or "") if ":" not in one]
-        if len(found) > 1 and not every_address(url):
+        found = [] if every_address(url) else await addresses(urlsplit(url).hostname or "")
+        if len(found) > 1:
             log.warning("%s: one server, with %d addresses; dns+%s makes each a server", url, len(found), url)
-
-
-def check_file(file: str) -> None:
-    """ValueError if the file `gateway.urls_file` is of no use."""
-    try:
-        urls_in(Path(file))
-    except OSError as error:
-        raise ValueError(f"gateway.urls_file={file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"gateway.urls_file={file}: {error}") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -168,7 +168,7 @@ class Exchange:
         request: Request,
         body: bytes,
         by: Policy | None = None,
-        among: Collection[int] | None = None,
+        among: Container[int] | None = None,
         objectives: Objectives | None = None,
         on_usage: Callable[[PromptUsage], None] | None = None,
         on_response: Callable[[int], None] | None = None,
@@ -193,7 +193,7 @@ class Exchange:
             queue.add(lambda: self._try(request, by, among, now))
 
     def _try(
-        self, request: Request, by: Policy | None, among: Collection[int] | None, waits_since: float | None
+        self, request: Request, by: Policy | None, among: Container[int] | None, waits_since: float | None
     ) -> bool:
         """Place it, unless its forecast misses; returns whether it need not be tried again.
 
@@ -212,7 +212,8 @@ class Exchange:
                     return False
                 around.metrics.judged(OUTCOME_REFUSED)
                 if self._account is not None:
-                    self._account.chosen(record, around.servers[record.instance_id].url, around.dispatcher.fallback)
+                    decision = around.dispatcher.history.decisions[-1][1]
+                    self._account.chosen(record, around.servers[record.instance_id].url, decision.fallback)
                 wait = (b"Retry-After", b"%d" % max(math.ceil(late_s), 1))
                 self._kept = _Reply.error(429, f"{MISSES} by {late_s:.1f} s", wait)
                 self._end(REFUSED)
@@ -238,7 +239,7 @@ class Exchange:
         self._server = around.servers[record.instance_id]
         http = self._http
         if self._account is not None:
-            http = self._account.sent(record, self._url, around.dispatcher.fallback, http)
+            http = self._account.sent(record, self._url, around.dispatcher.history.decisions[-1][1].fallback, http)
         around.metrics.attempted(record)
         around.dispatcher.delivered(record, around.clock.now())
         self._begin_anew()

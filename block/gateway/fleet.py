@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 from block.core.clock import Clock
 from block.dispatch.core import Dispatcher
-from block.gateway.discovery import Discovery
 from block.gateway.metrics import Metrics
 from block.gateway.models import Models
 from block.gateway.upstreams import Upstream
@@ -22,7 +21,10 @@ Make = Callable[[int, str], Upstream]
 
 
 class Fleet:
-    """Keeps `servers`, by id, as they join and leave; who else looks at them sees them change. No id is used twice."""
+    """Keeps `servers`, by id, as they join and leave; who else looks at them sees them change. No id is used twice.
+
+    Nothing is waited for between what is asked of the servers and what is noted, so that no two changes meet.
+    """
 
     def __init__(
         self,
@@ -42,30 +44,33 @@ class Fleet:
         self._models = models
         self._clock = clock
         self._leaving = watch.leaving
-        self._following = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def follow(self, discovery: Discovery) -> None:
-        """Have the servers that it finds, and no others. Those that are new and well get requests when this returns."""
-        async with self._following:
-            await self._have(await discovery.look())
-
-    async def _have(self, urls: Iterable[str]) -> None:
+    def follow(self, urls: Iterable[str]) -> Awaitable[object]:
+        """Have the servers at these URLs, and no others. What is returned need not be awaited; once it is done, those
+        that are new and well get requests.
+        """
         wanted = dict.fromkeys(urls)
         there = {one.url: i for i, one in self._servers.items()}
         for url, i in there.items():
             if url not in wanted and i not in self._leaving:
                 self._leave(i)
-        for url in wanted:
-            if there.get(url) in self._leaving:
-                self._leaving.discard(there[url])
-                log.warning("%s does not leave", url)
-        await asyncio.gather(*(self._join(url) for url in wanted if url not in there))
+        new = [self._join(url) for url in wanted if url not in there]
+        back = [self._stay(there[url]) for url in wanted if there.get(url) in self._leaving]
+        return self.begin(*new, *back)
 
-    async def _join(self, url: str) -> None:
+    def _join(self, url: str) -> Coroutine[Any, Any, None]:
         server = self._make(self._dispatcher.add_instance(), url)
         self._servers[server.instance_id] = server
         self._metrics.begin(server)
-        await self._watch.begin(server)
+        self._watch.begin(server)
+        return self._watch.readmit(server)
+
+    def _stay(self, instance_id: int) -> Coroutine[Any, Any, None]:
+        self._leaving.discard(instance_id)
+        server = self._servers[instance_id]
+        log.warning("%s does not leave", server.url)
+        return self._watch.readmit(server)
 
     def _leave(self, instance_id: int) -> None:
         self._leaving.add(instance_id)
@@ -73,26 +78,40 @@ class Fleet:
         left = self._dispatcher.outstanding(instance_id)
         log.warning("%s leaves, with %d requests to finish", self._servers[instance_id].url, left)
 
-    async def let_go(self) -> None:
+    def let_go(self) -> None:
         """Forget those that leave and have finished their requests."""
         for i in [one for one in self._leaving if self._dispatcher.outstanding(one) == 0]:
             self._leaving.discard(i)
-            await self._forget(i)
+            server = self._servers.pop(i)
+            self._watch.end(i)
+            self._models.forget(i)
+            self._metrics.end(server)
+            self._dispatcher.remove_instance(i, self._clock.now())
+            server.pool.close_idle(0.0)
+            self.begin(server.detach())
 
-    async def _forget(self, instance_id: int) -> None:
-        server = self._servers.pop(instance_id)
-        await self._watch.end(instance_id)
-        self._dispatcher.instance_down(instance_id, "it has left", self._clock.now())
-        self._metrics.end(server)
-        server.pool.close_idle(0.0)
-        await server.detach()
+    def begin(self, *works: Coroutine[Any, Any, None]) -> Awaitable[object]:
+        """Have this done, at once, until `close`; what is returned need not be awaited."""
+        tasks = [asyncio.get_running_loop().create_task(self._guarded(work)) for work in works]
+        self._tasks.update(tasks)
+        for task in tasks:
+            task.add_done_callback(self._tasks.discard)
+        return asyncio.gather(*tasks)
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception:
+            log.exception("the fleet is not followed")
 
     async def close(self) -> None:
         """Look at none any more."""
+        for task in self._tasks:
+            task.cancel()
         for i, server in self._servers.items():
-            await self._watch.end(i)
+            self._watch.end(i)
             server.pool.close_idle(0.0)
-            await server.detach()
+        await asyncio.gather(*self._tasks, *(one.detach() for one in self._servers.values()), return_exceptions=True)
 
     def told(self, server: Upstream) -> dict[str, Any]:
         """What is known of a server: its url, state ("active", "down" or "leaving"), why it is down, its requests and

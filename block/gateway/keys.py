@@ -5,44 +5,33 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable
-from pathlib import Path
 
 from block.gateway.http1 import Header
+from block.gateway.watched_file import WatchedLines
 
 SHOWN_IN = frozenset({b"authorization", b"x-api-key"})
 """Headers that a key may be in: as OpenAI's clients send it, after Bearer, or as Anthropic's do."""
 
 
 class Keys:
-    """Those of a file, one a line; `refresh` reads it again. ValueError if it cannot be read, or has none; `key` is
-    what the file is called by then.
-    """
+    """Those of a file, one a line. key: what names the file, for errors. ValueError if it is of no use."""
 
     def __init__(self, file: str, key: str) -> None:
-        self._file = Path(file)
-        self._digests: list[bytes] = []
-        try:
-            lines = read_keys(self._file)
-        except OSError as error:
-            raise ValueError(f"{key}={file}: cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise ValueError(f"{key}={file}: {error}") from error
-        if not lines:
-            raise ValueError(f"{key}={file}: has no key; write one a line")
-        self.first = lines[0]
+        self._lines = WatchedLines(file, key, _sound)
+        self._know()
+
+    def _know(self) -> None:
+        self._digests = [hashlib.sha256(line.encode()).digest() for line in self._lines.now]
+
+    @property
+    def first(self) -> str:
         """The first of them."""
-        self._know(lines)
+        return self._lines.now[0]
 
-    def _know(self, lines: Iterable[str]) -> None:
-        self._digests = [hashlib.sha256(line.encode()).digest() for line in lines]
-
-    def refresh(self) -> None:
-        """Read the file again. What cannot be read, or is empty, changes nothing: nobody is let in or locked out by it.
-
-        OSError or ValueError if it cannot be read.
-        """
-        if lines := read_keys(self._file):
-            self._know(lines)
+    def look(self) -> None:
+        """Read the file again, as of `WatchedLines.look`."""
+        if self._lines.look():
+            self._know()
 
     def shown(self, headers: Iterable[Header]) -> bool:
         """Whether a request with these headers has one; it takes as long to see for any."""
@@ -60,10 +49,8 @@ class Keys:
         return False
 
 
-def read_keys(file: Path) -> list[str]:
-    """The keys in a file. OSError if it cannot be read, ValueError for what no header can hold."""
-    lines = [line.strip() for line in file.read_text(errors="replace").splitlines()]
-    for number, line in enumerate(lines, 1):
-        if not line.isascii() or any(not "!" <= one <= "~" for one in line):
-            raise ValueError(f"line {number} is no key: it has blanks, or what is not ASCII")
-    return [line for line in lines if line]
+def _sound(line: str) -> str:
+    """A key. ValueError for what no header can hold."""
+    if any(not "!" <= one <= "~" for one in line):
+        raise ValueError("is no key: it has blanks, or what is not ASCII")
+    return line

@@ -137,7 +137,7 @@ class Metrics:
     def attempted(self, record: RequestRecord) -> None:
         """The dispatcher has just decided about a request."""
         dispatcher = self._dispatcher
-        fallback = dispatcher.fallback
+        fallback = dispatcher.history.decisions[-1][1].fallback
         if fallback is not None:
             self._fallbacks.labels(fallback).inc()
         if record.forecast is not None:

@@ -126,9 +126,12 @@ class ModelledInstance(SeenInstance):
             return  # none, or of several engines, of which nobody knows which takes a request
         size = self.settings.block_size
         self._events, self._following = await begin_to_follow(source.seen_from(self.url), size)
+        if self._left:
+            await self.detach()
 
     async def detach(self) -> None:
         """Stop listening."""
+        await super().detach()
         if self._following is not None:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)

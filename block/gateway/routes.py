@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from urllib.parse import unquote_to_bytes
 
+from block.gateway.http1 import HTTPRequest
+
 GENERATES = frozenset({b"/v1/completions", b"/v1/chat/completions", b"/v1/responses", b"/v1/messages"})
 """Placed by the policy. All that is not named here goes by outstanding work, unchanged."""
-
-SERVERS = b"/servers"
-"""Lists the servers and changes the list, for admins."""
 
 OPEN = frozenset({b"/health", b"/metrics", b"/ping"})
 """Need no key."""
@@ -51,8 +50,28 @@ CHANGES = frozenset(
 """Change a server, by vLLM 0.32's routes: for `gateway.admin=true` only, and then for every server."""
 
 
+def is_servers(path: bytes) -> bool:
+    """Whether it is /servers, which lists the servers and changes the list, for admins."""
+    return _plain(path) == b"/servers"
+
+
 def changes_servers(path: bytes) -> bool:
     """Whether a path is one of these, however it is written: servers may see past slashes, escapes and line ends."""
-    plain = unquote_to_bytes(path).lower()
-    odd = b"//" in plain or b"/." in plain or any(byte < 0x21 or byte == 0x7F for byte in plain)
-    return odd or b"/" + plain.strip(b"/") in CHANGES
+    return is_odd(path) or _plain(path) in CHANGES
+
+
+def is_odd(path: bytes) -> bool:
+    """Whether a server may take a path for another."""
+    plain = unquote_to_bytes(path)
+    return b"//" in plain or b"/." in plain or any(byte < 0x21 or byte == 0x7F for byte in plain)
+
+
+def _plain(path: bytes) -> bytes:
+    return b"/" + unquote_to_bytes(path).lower().strip(b"/")
+
+
+def is_preflight(http: HTTPRequest) -> bool:
+    """Whether a browser asks what it may send; it shows no key then."""
+    return http.method == b"OPTIONS" and any(
+        name.lower() == b"access-control-request-method" for name, _ in http.headers
+    )

@@ -66,6 +66,7 @@ class HTTPInstance:
         self.trouble = ""
         self._session = session
         self._check: asyncio.Task[bool] | None = None
+        self._left = False
 
     def snapshot(self) -> Snapshot:
         """NotImplementedError: only the plugin shows them."""
@@ -73,6 +74,8 @@ class HTTPInstance:
 
     async def healthy(self) -> bool:
         """Whether it says so. Who asks while it is being asked gets the same answer."""
+        if self._left:
+            return False
         if self._check is None or self._check.done():
             self._check = asyncio.get_running_loop().create_task(self._is_well())
         return await asyncio.shield(self._check)
@@ -116,7 +119,8 @@ class HTTPInstance:
             return None
 
     async def detach(self) -> None:
-        """Nothing was looked at."""
+        """Ask it nothing more."""
+        self._left = True  # what it is asked already will be of no use
 
 
 class SeenInstance(HTTPInstance):
@@ -194,8 +198,9 @@ class PluginInstance(SeenInstance):
             async with asyncio.timeout(HEALTH_S):
                 settings = await view.attach()
             settings.check()
-            view, self._view, self.settings = self._view, view, settings  # type: ignore[assignment]
-            return True
+            if not self._left:
+                view, self._view, self.settings = self._view, view, settings  # type: ignore[assignment]
+            return not self._left
         except Exception as error:  # whatever answers there, it is not what can be looked at
             self.trouble = message(error).removeprefix(f"{self.url}: ")
             return False
@@ -219,6 +224,7 @@ class PluginInstance(SeenInstance):
 
     async def detach(self) -> None:
         """Stop looking."""
+        await super().detach()
         if self._view is not None:
             await self._view.detach()
 

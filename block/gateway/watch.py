@@ -53,32 +53,24 @@ class Watch:
         self.leaving: set[int] = set()
         """Servers that get no more requests, well or not."""
 
-    async def begin(self, upstream: Upstream) -> None:
-        """Watch a server, from now on; if it is well, it gets requests when this returns."""
+    def begin(self, upstream: Upstream) -> None:
+        """Watch a server, from now on."""
         i, config = upstream.instance_id, self._config
         self._took[i] = deque(maxlen=RECENT)
         self._models.tell(i, None)  # it may serve any, until it says
-        if await upstream.healthy():
-            await self.ask_models(upstream)
-            self._dispatcher.instance_up(i, self._clock.now())
-        else:
-            self._tell_trouble(upstream)
         self._tasks[i] = [
-            asyncio.create_task(self._again_and_again(self._readmit, upstream, config.probe_interval_s)),
+            asyncio.create_task(self._again_and_again(self._look_after, upstream, config.probe_interval_s)),
             asyncio.create_task(self._again_and_again(self._set_aside, upstream, config.hang_floor_s / 4)),
         ]
 
-    async def end(self, instance_id: int) -> None:
+    def end(self, instance_id: int) -> None:
         """Watch it no more; nothing is known of it."""
-        tasks = self._tasks.pop(instance_id, [])
-        for task in tasks:
+        for task in self._tasks.pop(instance_id, []):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         self._took.pop(instance_id, None)
         self._asked.pop(instance_id, None)
         self._left_alone.pop(instance_id, None)
         self._troubles.pop(instance_id, None)
-        self._models.forget(instance_id)
 
     async def _again_and_again(
         self, look: Callable[[Upstream], Awaitable[None]], upstream: Upstream, interval_s: float
@@ -92,9 +84,13 @@ class Watch:
 
     async def ask_models(self, upstream: Upstream) -> None:
         """What a server serves; what it told before holds while it does not answer."""
+        i = upstream.instance_id
+        cards = self._models.told(i)
         with suppress(OSError):
-            self._models.tell(upstream.instance_id, await upstream.cards())
-        self._asked[upstream.instance_id] = self._clock.now()
+            cards = await upstream.cards()
+        if i in self._tasks:  # it has not left meanwhile
+            self._models.tell(i, cards)
+            self._asked[i] = self._clock.now()
 
     def began(self, instance_id: int, seconds: float) -> None:
         """The first event of a stream came, so long after the request was sent."""
@@ -102,22 +98,28 @@ class Watch:
         if self._left_alone:
             self._left_alone.pop(instance_id, None)
 
-    async def _readmit(self, upstream: Upstream) -> None:
+    async def _look_after(self, upstream: Upstream) -> None:
         """Readmit a server that was ejected if it is well, and ask one that is well for its models."""
         i, now = upstream.instance_id, self._clock.now()
         if i in self._dispatcher.active:
             if now - self._asked.get(i, -math.inf) >= self._config.models_interval_s:
                 await self.ask_models(upstream)
-        elif i in self.leaving or now < self._left_alone.get(i, (now, 0.0))[0]:
-            return
-        elif not await upstream.healthy():
+        elif i not in self.leaving and now >= self._left_alone.get(i, (now, 0.0))[0]:
+            await self.readmit(upstream)
+
+    async def readmit(self, upstream: Upstream) -> None:
+        """Have a server get requests, again or for the first time, if it is well."""
+        i = upstream.instance_id
+        if not await upstream.healthy():
             self._tell_trouble(upstream)
-        else:
-            await self.ask_models(upstream)
-            self._troubles.pop(i, None)
-            if i not in self.leaving:  # by now
-                self._dispatcher.instance_up(i, self._clock.now())
-                log.warning("instance %d gets requests: %s is well", i, upstream.url)
+            return
+        await self.ask_models(upstream)
+        if i not in self._tasks or i in self.leaving or i in self._dispatcher.active:  # by now
+            return
+        self._dispatcher.instance_up(i, self._clock.now())
+        if i in self._troubles or self._dispatcher.ejected(i):
+            log.warning("instance %d gets requests: %s is well", i, upstream.url)
+        self._troubles.pop(i, None)
 
     def _tell_trouble(self, upstream: Upstream) -> None:
         """Log why a server is not well, once."""

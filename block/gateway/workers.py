@@ -1,20 +1,22 @@
 """Several processes on one port: each is a gateway of its own, and one that ends is begun anew.
 
 The kernel gives each connection to one of them (SO_REUSEPORT). What they tell each other, metrics and the servers that
-an admin has added, lies in files of a folder that ends with them.
+an admin has added, lies in files of a temporary folder.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -36,7 +38,7 @@ AGAIN_S = 1.0
 
 
 class WorkerFailed(RuntimeError):
-    """A worker did not come up; it has said why."""
+    """A worker did not come up, and has said why; or what they need is not there."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,25 @@ class Seat:
         """For the others to add to theirs. OSError if it cannot be written."""
         write_whole(self._metrics_of(self.index), lambda path: path.write_bytes(text))
 
-    def all_metrics(self, own: bytes) -> bytes:
-        """One's own, and what the others have told last, in one."""
-        others = [self._metrics_of(i) for i in range(self.count) if i != self.index]
-        return summed([own, *_read([self._past, *others])])
+    def all_metrics(self) -> bytes:
+        """What all have told last, in one. Whoever is asked answers the same, or counts would seem to fall."""
+        with self._locked(fcntl.LOCK_SH):
+            there = _read(self._metrics_of(i) for i in range(self.count))
+            return summed([*there, *(_of_servers(there, past) if there else past for past in _read([self._past]))])
 
     def bury(self) -> None:
-        """This worker has ended: what it has counted goes on to count."""
-        told = _read([self._past, self._metrics_of(self.index)])
-        if told:
-            write_whole(self._past, lambda path: path.write_bytes(summed(told, gauges=False)))
-        self._metrics_of(self.index).unlink(missing_ok=True)
+        """This worker has ended: what it has counted goes on to count. OSError if that cannot be written."""
+        with self._locked(fcntl.LOCK_EX):
+            told = _read([self._past, self._metrics_of(self.index)])
+            if told:
+                write_whole(self._past, lambda path: path.write_bytes(summed(told, gauges=False)))
+            self._metrics_of(self.index).unlink(missing_ok=True)
+
+    @contextmanager
+    def _locked(self, how: int) -> Iterator[None]:
+        with (self.folder / "metrics.lock").open("w") as lock:
+            fcntl.flock(lock, how)
+            yield
 
     @property
     def _past(self) -> Path:
@@ -82,6 +92,16 @@ def _read(files: Iterable[Path]) -> list[bytes]:
         with suppress(FileNotFoundError):
             found.append(file.read_bytes())
     return found
+
+
+_SERVER = re.compile(rb'server="([^"]*)"')
+
+
+def _of_servers(there: Iterable[bytes], past: bytes) -> bytes:
+    """What is told of servers that are there."""
+    known = {name for text in there for name in _SERVER.findall(text)}
+    lines = [(line, _SERVER.search(line)) for line in past.splitlines(keepends=True)]
+    return b"".join(line for line, of in lines if of is None or of[1] in known)
 
 
 def summed(texts: Iterable[bytes], *, gauges: bool = True) -> bytes:
@@ -133,9 +153,16 @@ def supervise(
     listening: told the address once all serve. hand_on: other signals that they know. OSError if it cannot be listened
     at, WorkerFailed if one does not come up.
     """
-    with _reserved(host, port) as held, tempfile.TemporaryDirectory(prefix="block-gateway-") as folder:
+    with _reserved(host, port) as held, _folder() as folder:
         supervisor = _Supervisor(work, Path(folder), count, int(held.getsockname()[1]), listening)
         asyncio.run(supervisor.run(hand_on))
+
+
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="block-gateway-")
+    except OSError as error:
+        raise WorkerFailed(f"there is no folder for what workers share: {error}") from error
 
 
 def _reserved(host: str, port: int) -> socket.socket:
@@ -202,7 +229,10 @@ class _Supervisor:
                 if self._stopping:
                     return
                 raise WorkerFailed(f"worker {seat.index} did not come up")
-            seat.bury()
+            try:
+                seat.bury()
+            except OSError as error:
+                log.warning("what worker %d has counted is lost: %s", seat.index, error)
             if not self._stopping:
                 log.warning("worker %d has ended (%s); another begins", seat.index, process.exitcode)
                 await asyncio.sleep(AGAIN_S)

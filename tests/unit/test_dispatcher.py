@@ -578,7 +578,10 @@ def test_turns_are_taken_among_those_that_may_serve_and_by_each_policy_for_itsel
     for n in range(12):
         kind = ("all", "few", "other")[n % 3]
         record = dispatcher.arrived(
-            request(n, 1, 1), 0.0, by=least if kind == "other" else None, among={1, 3} if kind == "few" else None
+            request(n, 1, 1),
+            0.0,
+            by=least if kind == "other" else None,
+            among=frozenset({1, 3}) if kind == "few" else None,
         )
         where[kind].append(record.instance_id)
         dispatcher.delivered(record, 0.0)
@@ -590,7 +593,7 @@ def test_turns_are_taken_among_those_that_may_serve_and_by_each_policy_for_itsel
 
 def test_a_request_that_only_some_may_serve_begins_anew_among_them_and_fails_there() -> None:
     dispatcher = dispatcher_for(3, RoundRobin())
-    record = dispatcher.arrived(request(0, 1, 1), 0.0, among={0, 2})
+    record = dispatcher.arrived(request(0, 1, 1), 0.0, among=frozenset({0, 2}))
     assert record.instance_id == 0
     assert dispatcher.has_another(record)
     assert dispatcher.failed(record, "lost", 1.0)
@@ -598,7 +601,7 @@ def test_a_request_that_only_some_may_serve_begins_anew_among_them_and_fails_the
     assert not dispatcher.has_another(record)
     assert not dispatcher.failed(record, "lost", 2.0, gone=False)
     assert (record.status, record.retries) == ("failed", 1)
-    assert dispatcher.arrived(request(1, 1, 1), 3.0, among={0}).error == "no instance is left"
+    assert dispatcher.arrived(request(1, 1, 1), 3.0, among=frozenset({0})).error == "no instance is left"
 
 
 def test_a_policy_that_raises_leaves_nothing_behind() -> None:

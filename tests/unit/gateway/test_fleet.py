@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,15 @@ from mock_servers import (
     run,
     running_gateway,
     stream,
+    whole,
 )
 
 from block.backends.launch import free_ports
 from block.dispatch import policies
-from block.gateway import discovery
+from block.dispatch.routers import CacheAware, Preble
+from block.gateway import discovery, upstreams
 from block.gateway.config import GatewayConfig
+from block.gateway.urls import server_url
 
 SOON = {"discovery_interval_s": 0.02}
 
@@ -56,6 +60,8 @@ def test_a_file_is_followed_and_what_is_wrong_in_it_takes_no_server_away(
             file.write_text(f"{mocks[1].url}\n{mocks[2].url}\n")
             await eventually(lambda: gateway.urls() == [mocks[1].url, mocks[2].url])
             assert await asked(gateway, 6) == [0, 3, 3]
+            file.write_text("# nothing yet\n")
+            await eventually(lambda: "is empty" in caplog.text)
             file.write_text(f"{mocks[0].url}\nhttp//typo\n")
             await eventually(lambda: "http//typo" in caplog.text)
             file.unlink()
@@ -64,6 +70,7 @@ def test_a_file_is_followed_and_what_is_wrong_in_it_takes_no_server_away(
             file.write_text(f"{mocks[0].url}\n")
             await eventually(lambda: gateway.urls() == [mocks[0].url])
             assert "well again" in caplog.text
+            assert caplog.text.count("http//typo") == 1
 
     run(main())
 
@@ -104,11 +111,23 @@ def test_the_addresses_of_a_name_are_those_that_the_system_knows() -> None:
         asyncio.run(discovery.addresses("no-such-name.invalid"))
 
 
+def test_a_host_that_has_addresses_of_both_kinds_is_one_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ["::1", "10.0.0.2", "10.0.0.1", "10.0.0.2"]
+
+    async def resolved(*_: Any, **__: Any) -> list[Any]:
+        return [(None, None, None, "", (address, 0)) for address in found]
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", resolved)
+    assert asyncio.run(discovery.addresses("h")) == ["10.0.0.1", "10.0.0.2"]
+    found[:] = ["::2", "::1"]
+    assert asyncio.run(discovery.addresses("h")) == ["::1", "::2"]
+
+
 def test_a_name_of_several_addresses_that_counts_as_one_server_is_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def addresses(host: str) -> list[str]:
-        return ["10.0.0.1", "10.0.0.2"] if host == "many" else ["::1", "127.0.0.1"]
+        return ["10.0.0.1", "10.0.0.2"] if host == "many" else ["127.0.0.1"]
 
     monkeypatch.setattr(discovery, "addresses", addresses)
 
@@ -180,8 +199,8 @@ def test_who_leaves_by_mistake_stays(keys: dict[str, str]) -> None:
             await eventually(lambda: len(slow.seen) == 1)
             await servers(gateway, "DELETE", slow.url)
             assert len(gateway.urls()) == 1
-            await servers(gateway, "POST", slow.url)
-            await eventually(lambda: len(gateway.urls()) == 2)
+            status, told = await servers(gateway, "POST", slow.url)
+            assert (status, told["state"], len(gateway.urls())) == (201, "active", 2)
             slow.go.set()
             assert (await asking)[0] == 200
             assert len(gateway.gateway.servers) == 2
@@ -231,14 +250,90 @@ def test_what_is_asked_of_the_list_wrongly_is_refused(keys: dict[str, str]) -> N
             assert (await servers(gateway, key="guess"))[0] == 401
             assert (await servers(gateway, "PUT", "http://h:1"))[0] == 405
             assert (await servers(gateway, "POST"))[0] == 400
-            status, told = await servers(gateway, "POST", "h1:8000")
-            assert (status, told["error"]["message"][:9]) == (400, "url=h1:80")
+            for wrong in ("h1:8000", " http://h1:8000", "http://h1\n:8000", "dns+http://h1:8000"):
+                status, told = await servers(gateway, "POST", wrong)
+                assert (status, told["error"]["message"][:4]) == (400, "url=")
             assert (await servers(gateway, "DELETE", "http://h:1"))[0] == 404
             assert gateway.urls() == [gateway.mocks[0].url]
         async with running_gateway([Mock()]) as gateway:
             status, told = await servers(gateway)
             assert (status, "gateway.admin_key_file" in told["error"]["message"]) == (403, True)
             assert gateway.mocks[0].seen == []
+
+    run(main())
+
+
+def test_a_server_that_does_not_answer_holds_up_no_other_change(
+    keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstreams, "HEALTH_S", 1.0)
+
+    async def main() -> None:
+        async with running_gateway([Mock(), Mock()], **keys) as gateway:
+            with socket.socket() as hole:  # which accepts, and says nothing
+                hole.bind(("127.0.0.1", 0))
+                hole.listen()
+                url = f"http://127.0.0.1:{hole.getsockname()[1]}"
+                joining = asyncio.create_task(servers(gateway, "POST", url))
+                await eventually(lambda: len(gateway.gateway.servers) == 3)
+                assert (await servers(gateway, "DELETE", gateway.mocks[0].url))[0] == 202
+                assert gateway.urls() == [gateway.mocks[1].url]
+                assert not joining.done()
+                assert (await servers(gateway, "DELETE", url))[0] == 202
+                await eventually(lambda: len(gateway.gateway.servers) == 1)
+            assert (await joining)[0] == 409
+
+    run(main())
+
+
+def test_one_server_is_one_however_its_url_is_written(keys: dict[str, str]) -> None:
+    async def main() -> None:
+        async with running_gateway([Mock()], **keys) as gateway:
+            (mock,) = gateway.mocks
+            for written in (mock.url.upper(), mock.url + "/"):
+                assert (await servers(gateway, "POST", written))[1]["url"] == mock.url
+            assert len(gateway.gateway.servers) == 1
+
+    run(main())
+    assert server_url("HTTP://H:80/", "url") == "http://h"
+    assert server_url("https://h:443/a/", "url") == "https://h/a"
+    assert server_url("dns+http://[::1]:8000", "url") == "dns+http://[::1]:8000"
+
+
+def test_a_retry_goes_by_what_servers_serve_by_then(keys: dict[str, str]) -> None:
+    async def main() -> None:
+        async def waits(mock: Mock, http: Any) -> Any:
+            await mock.go.wait()
+            return await whole(mock, http)
+
+        mocks = [Mock(waits, models=["m"]), Mock(models=["z"]), Mock(models=["m"])]
+        for mock in mocks:
+            await mock.start()
+        async with running_gateway(mocks, started=[], urls=(mocks[0].url,), **keys) as gateway:
+            mocks[0].go.clear()
+            asking = [asyncio.create_task(gateway.ask()) for _ in range(4)]
+            await eventually(lambda: len(mocks[0].seen) == 4)
+            for mock in mocks[1:]:
+                assert (await servers(gateway, "POST", mock.url))[0] == 201
+            await mocks[0].kill()
+            assert [(await task)[0] for task in asking] == [200] * 4
+            assert [len(mock.seen) for mock in mocks] == [4, 0, 4]
+
+    run(main())
+
+
+@pytest.mark.parametrize("policy", [CacheAware(), Preble()])
+def test_policies_forget_servers_that_are_gone(policy: Any, keys: dict[str, str]) -> None:
+    async def main() -> None:
+        async with running_gateway([Mock(), Mock()], policy, **keys) as gateway:
+            for _ in range(3):
+                for mock in gateway.mocks:
+                    body = json.dumps({"model": "m", "prompt": f"{mock.port} " * 100}).encode()
+                    assert (await gateway.ask(body))[0] == 200
+                    await servers(gateway, "DELETE", mock.url)
+                    await eventually(lambda: len(gateway.gateway.servers) == 1)
+                    await servers(gateway, "POST", mock.url)
+            assert set(policy._sent._of) <= set(gateway.gateway.servers)
 
     run(main())
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[3]
     [
         ({}, "gateway.urls=[]: give at least one, such as [http://host:8000]"),
         ({"urls": ["h1:8000"]}, "gateway.urls=h1:8000: must be of the form http://host:port"),
-        ({"urls": ["http://"]}, "gateway.urls=http:: must be of the form"),
+        ({"urls": ["http://"]}, "gateway.urls=http://: must be of the form"),
         ({"urls": ["http://h:port"]}, "gateway.urls=http://h:port: must be of the form"),
         ({"urls": ["http://me:key@h:1"]}, "gateway.urls=http://me:key@h:1: must be of the form"),
         ({"urls": ["http://h:1", "http://h:1/"]}, "gateway.urls=http://h:1: given twice"),

@@ -95,15 +95,31 @@ def test_servers_that_do_not_tell_may_serve_any_model() -> None:
 
 def test_what_no_server_has_is_a_key_error_and_what_names_no_model_may_go_anywhere() -> None:
     models = Models()
+
+    def places(name: object) -> set[int] | None:
+        found = models.places(name)
+        return None if found is None else {i for i in range(3) if i in found}
+
+    assert places("x") == set()
     models.tell(0, None)
     models.tell(1, None)
-    assert models.places("x") is None
+    assert places("x") == {0, 1}
     models.tell(0, [{"id": "a"}])
-    assert (models.places("a"), models.places("x")) == (None, {1})
+    waits = models.places("x")
+    assert (places("a"), places("x"), models.differ) == ({0, 1}, {1}, True)
     models.tell(1, [{"id": "b"}])
-    assert (models.places("a"), models.places("b"), models.places(None), models.places("")) == ({0}, {1}, None, None)
+    assert (places("a"), places("b"), places(None), places("")) == ({0}, {1}, None, None)
     with pytest.raises(KeyError):
         models.places("x")
+    assert waits is not None
+    assert 1 not in waits
+    begun = models.places("a")
+    models.tell(2, [{"id": "a"}, {"id": "b"}])
+    assert begun is not None
+    assert 2 in begun
+    models.forget(0)
+    models.forget(1)
+    assert (places("a"), models.differ) == ({2}, False)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from mock_servers import ASKED, Mock, PluginMock, eventually, run, running_gateway, whole
+from yarl import URL
 
 from block.dispatch import policies
 from block.gateway.keys import Keys
@@ -54,8 +56,12 @@ def test_clients_show_a_key_which_no_server_sees(headers: dict[str, str], status
             for path in ("/health", "/metrics"):
                 async with gateway.client.get(gateway.url + path) as answer:
                     assert answer.status == 200
-            async with gateway.client.options(gateway.url + "/v1/completions") as answer:
-                assert answer.status == 200
+            preflight = {"Access-Control-Request-Method": "POST"}
+            for asks, answers in ((preflight, 200), ({}, 401)):
+                async with gateway.client.options(gateway.url + "/v1/completions", headers=asks) as answer:
+                    assert answer.status == answers
+            async with gateway.client.post(gateway.url + "/health") as answer:
+                assert answer.status == 401
 
     run(main())
 
@@ -99,11 +105,80 @@ def test_keys_change_while_the_gateway_runs(tmp_path: Path) -> None:
             file(tmp_path, "clients", "old", "new")
             while not await may("new"):
                 pass
-            file(tmp_path, "clients", "")  # half written: nobody is locked out by it, nor let in
             file(tmp_path, "clients", "new")
             while await may("old"):
                 pass
-            assert await may("new")
+            file(tmp_path, "clients", "")
+            await asyncio.sleep(0.1)
+            assert (await may("old"), await may("new")) == (False, True)
+
+    run(main())
+
+
+def test_a_key_file_that_is_half_written_lets_nobody_in_nor_locks_anybody_out(tmp_path: Path) -> None:
+    path = file(tmp_path, "clients", "one", "two")
+    keys = Keys(path, "gateway.api_key_file")
+
+    def may(key: bytes) -> bool:
+        return keys.shown([(b"x-api-key", key)])
+
+    Path(path).write_text("one\ntw")
+    keys.look()
+    assert (may(b"two"), may(b"tw")) == (True, False)
+    Path(path).write_text("one\ntwo\nthree\n")
+    keys.look()
+    assert not may(b"three")
+    keys.look()
+    assert (may(b"two"), may(b"three")) == (True, True)
+
+
+def test_keys_that_cannot_be_read_change_no_others_and_that_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        clients, admins = file(tmp_path, "clients", "c"), file(tmp_path, "admins", "a")
+        keys = {"api_key_file": clients, "admin_key_file": admins, "discovery_interval_s": 0.02}
+        async with running_gateway([Mock()], **keys) as gateway:
+            Path(clients).unlink()
+            file(tmp_path, "admins", "b")
+            async with asyncio.timeout(10):
+                while (await gateway.ask(headers={"x-api-key": "b"}))[0] != 200:
+                    await asyncio.sleep(0.01)
+            assert (await gateway.ask(headers={"x-api-key": "a"}))[0] == 401
+            assert (await gateway.ask(headers={"x-api-key": "c"}))[0] == 200
+        assert [record.message for record in caplog.records] == [
+            f"gateway.api_key_file={clients}: cannot be read: No such file or directory"
+        ]
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "path", ["/servers", "/servers/", "/Servers", "/%73ervers", "/sleep", "/sleep/", "/v1/completions"]
+)
+def test_an_admin_s_key_gets_to_no_server(path: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        keys = {"admin_key_file": file(tmp_path, "admins", "admin"), "admin": True}
+        async with running_gateway([Mock()], **keys) as gateway:
+            for method in ("GET", "POST", "DELETE"):
+                url, shows = URL(gateway.url + path, encoded=True), {"Authorization": "Bearer admin"}
+                async with gateway.client.request(method, url, headers=shows, data=ASKED) as answer:
+                    await answer.read()
+            assert not any("Authorization" in headers for _, headers, _ in gateway.mocks[0].seen)
+            assert not any(b"servers" in asked.lower().encode() for asked, _, _ in gateway.mocks[0].seen)
+
+    run(main())
+
+
+@pytest.mark.parametrize("path", ["/sleep", "/reset_prefix_cache", "//v1/completions", "/v1/../sleep"])
+def test_without_an_admin_s_key_a_client_s_is_needed_to_change_servers(path: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        keys = {"api_key_file": file(tmp_path, "clients", "c"), "admin": True}
+        async with running_gateway([Mock(), Mock()], **keys) as gateway:
+            for shows, status in (({}, 401), ({"x-api-key": "c"}, 400 if "/." in path or "//" in path else 200)):
+                async with gateway.client.post(URL(gateway.url + path, encoded=True), headers=shows) as answer:
+                    assert answer.status == status
+            assert [len(mock.seen) for mock in gateway.mocks] == [int(status == 200)] * 2
 
     run(main())
 
@@ -142,9 +217,9 @@ def test_servers_see_the_key_that_they_want(kind: type[Mock], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        ([""], "gateway.api_key_file={}: has no key; write one a line"),
-        (["two words"], "gateway.api_key_file={}: line 1 is no key: it has blanks, or what is not ASCII"),
-        (["fine", "nö"], "gateway.api_key_file={}: line 2 is no key: it has blanks, or what is not ASCII"),
+        ([""], "gateway.api_key_file={}: is empty"),
+        (["two words"], "gateway.api_key_file={}: line 1: is no key: it has blanks, or what is not ASCII"),
+        (["fine", "nö"], "gateway.api_key_file={}: line 2: is no key: it has blanks, or what is not ASCII"),
     ],
 )
 def test_a_file_without_sound_keys_is_told(lines: list[str], says: str, tmp_path: Path) -> None:

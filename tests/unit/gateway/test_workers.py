@@ -53,11 +53,16 @@ def test_what_a_worker_has_counted_outlives_it(tmp_path: Path) -> None:
     for _ in range(2):
         second.tell_metrics(ONE)
         second.bury()
-    assert second.all_metrics(b"").decode().count('status="ok"} 4.0') == 1
-    assert b"block_in_flight" not in second.all_metrics(b"")
+    assert second.all_metrics().decode().count('status="ok"} 4.0') == 1
+    assert b"block_in_flight" not in second.all_metrics()
     second.tell_metrics(ONE)
-    assert b'status="ok"} 8.0' in first.all_metrics(ONE)
-    assert b'block_in_flight{server="a"} 2.0' in first.all_metrics(ONE)
+    first.tell_metrics(ONE)
+    for seat in (first, second):
+        assert b'status="ok"} 8.0' in seat.all_metrics()
+        assert b'block_in_flight{server="a"} 2.0' in seat.all_metrics()
+    for seat in (first, second):
+        seat.tell_metrics(ONE.replace(b'"a"', b'"b"'))
+    assert b'"a"' not in first.all_metrics()  # all have forgotten that server
 
 
 def children(pid: int) -> list[int]:
