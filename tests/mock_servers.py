@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from block.dispatch.core import Dispatcher
 from block.engine.config import EngineSettings
 from block.gateway.app import Gateway
 from block.gateway.config import GatewayConfig
+from block.gateway.groups import Plan
 from block.lengths import Lengths, Oracle
 from block.vllm_plugin import state_buffer as b
 from block.vllm_plugin.state_buffer import StateBuffer
@@ -187,7 +188,7 @@ class RunningGateway:
 
     @property
     def dispatcher(self) -> Dispatcher:
-        return self.gateway.dispatcher
+        return self.gateway.groups.all[0].dispatcher
 
     async def ask(
         self, body: bytes = ASKED, path: str = "/v1/completions", **options: Any
@@ -209,7 +210,7 @@ class RunningGateway:
         return {name: float(value) for name, _, value in lines if float(value)}
 
     def in_flight(self) -> int:
-        return sum(self.dispatcher.outstanding(i) for i in self.gateway.servers)
+        return sum(self.gateway.groups.outstanding(i) for i in self.gateway.servers)
 
     def urls(self) -> list[str]:
         """Of the servers that requests may go to."""
@@ -232,6 +233,7 @@ async def running_gateway(
     lengths: Lengths | None = None,
     tokenizer: Any = None,
     prefixes: str = "told",
+    plans: Mapping[str, Plan] | None = None,
     **keys: Any,
 ) -> AsyncIterator[RunningGateway]:
     """Whatever happens in it, no request stays with the dispatcher and no connection is leaked."""
@@ -244,8 +246,7 @@ async def running_gateway(
         keys["tokenizer"] = "of the test"
     keys = {"probe_interval_s": 0.05, "models_interval_s": 0.05, "grace_s": 2.0, **keys}
     config = GatewayConfig(**{"urls": tuple(mock.url for mock in mocks), **keys})
-    gateway = Gateway(
-        config,
+    plan = Plan(
         policy or policies.RoundRobin(),
         DispatchConfig(prefixes=prefixes),
         random.Random(0),
@@ -253,6 +254,7 @@ async def running_gateway(
         lengths if lengths is not None else Oracle(),
         tokenizer,
     )
+    gateway = Gateway(config, plan, plans)
     _, port = await gateway.start("127.0.0.1", 0)
     try:
         async with aiohttp.ClientSession(auto_decompress=False) as client:

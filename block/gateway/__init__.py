@@ -6,6 +6,7 @@ exchange            one request: placed, sent, its answer passed on, or begun an
 server_connections  requests written to a server, and answers read from it
 http1, sse, openai  what is on these wires: HTTP/1.1, events, bodies
 routes, models      which paths are what; which server has which model
+groups              models with a policy of their own: prompts read, requests placed
 upstreams           the servers as instances, of the kind that the policy needs
 forecasts           forecasts for servers that may differ
 modelled            those without the plugin, by what was sent to them

@@ -11,15 +11,18 @@ import asyncio
 import errno
 import logging
 import random
+import shlex
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 import hydra
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from block.cluster.instance import LaunchFailed
@@ -34,7 +37,11 @@ from block.workload.prompts import load_tokenizer
 
 if TYPE_CHECKING:  # what is wrong in a command is told before these are loaded
     from block.gateway.app import Gateway
+    from block.gateway.groups import Plan
     from block.gateway.workers import Seat
+
+PLANS = ("scheduler", "model", "cluster", "backend", "dispatch", "lengths", "engine", "seed", "gateway.tokenizer")
+"""Keys that say how requests for a model are placed."""
 
 hydra_schema.register()
 
@@ -50,18 +57,19 @@ def run_gateway(settings: DictConfig, policy: str) -> None:
     run = config.build(settings)
     wanted = config.node(settings.gateway)
     effects.refuse(settings, "gateway", run)
-    rehearsed = policy_checks.with_checks(config.node(settings.scheduler))  # not the one that will serve
-    policy_checks.try_once(rehearsed, max(len(wanted.urls), 1))  # and so compiled before a request comes
-    for key, off in (("forecast_noise", 0), ("dispatchers", 1)):
-        if (value := getattr(run.dispatch, key)) != off:
-            raise ConfigError(f"dispatch.{key}={value}: for experiments only; a gateway has {off}")
-    if not wanted.plugin and run.policy.needs is Needs.COUNTS:
+    composed = {one.name: compose_for(one.name, one.keys) for one in wanted.models}
+    for one in (settings, *composed.values()):
+        rehearsed = policy_checks.with_checks(config.node(one.scheduler))  # not the one that will serve
+        policy_checks.try_once(rehearsed, max(len(wanted.urls), 1))  # and so compiled before a request comes
+    check_dispatch(run)
+    needs = [run.policy.needs, *(config.build(one).policy.needs for one in composed.values())]
+    if not wanted.plugin and set(needs) == {Needs.COUNTS}:
         raise ConfigError(f"gateway.plugin=False: has no effect, for scheduler={policy} looks at no server's state")
-    if wanted.slo != Slo() and run.policy.needs is not Needs.FORECAST:
+    if wanted.slo != Slo() and Needs.FORECAST not in needs:
         raise ConfigError(
             f"gateway.slo: has no effect, for scheduler={policy} makes no forecasts; take scheduler=block"
         )
-    gateway = make_gateway(settings)  # what is wrong with its files is told now
+    gateway = make_gateway(settings, composed)  # what is wrong with its files is told now
     from block.gateway import workers
 
     def listening(address: str) -> None:
@@ -76,9 +84,10 @@ def run_gateway(settings: DictConfig, policy: str) -> None:
         else:
             from block.gateway import __main__ as named  # as which the worker's process can import it
 
-            described = partial(named.work, OmegaConf.to_yaml(settings))
+            for_models = {name: OmegaConf.to_yaml(one) for name, one in composed.items()}
+            job = partial(named.work, OmegaConf.to_yaml(settings), for_models)
             reopens = [signal.SIGHUP] if wanted.access_log not in (None, "-") else []
-            workers.supervise(wanted.workers, described, wanted.host, wanted.port, listening, reopens)
+            workers.supervise(wanted.workers, job, wanted.host, wanted.port, listening, reopens)
     except workers.WorkerFailed as error:
         raise LaunchFailed(str(error)) from error
     except OSError as error:
@@ -87,24 +96,61 @@ def run_gateway(settings: DictConfig, policy: str) -> None:
         raise ConfigError(f"{key}: cannot listen on {wanted.host}: {error}") from error
 
 
-def make_gateway(settings: DictConfig, seat: Seat | None = None) -> Gateway:
-    """What `settings` describe; seat: among other workers. ConfigError if a file or a model is of no use."""
+def compose_for(name: str, keys: str) -> DictConfig:
+    """The settings with these keys for a model in place of what the command says. ConfigError if they cannot be."""
+    own = shlex.split(keys)
+    where = f"gateway.models: {name}"
+    for key in own:
+        if not key.startswith(PLANS):
+            raise ConfigError(f"{where}: {key}: a model has only {', '.join(PLANS)} of its own")
+    replaced = {"gateway.tokenizer", *(key.partition("=")[0] for key in own)}
+    usual = [one for one in HydraConfig.get().overrides.task if one.partition("=")[0] not in replaced]
+    try:
+        settings = compose("config", overrides=[*usual, *own])
+        run = config.build(settings)
+    except (HydraException, ConfigError) as error:
+        raise ConfigError(f"{where}: {explain(error)}") from error
+    for line in effects.without_effect(settings, own, "gateway", run).values():
+        raise ConfigError(f"{where}: {line}")
+    check_dispatch(run)
+    return settings
+
+
+def check_dispatch(run: config.RunConfig) -> None:
+    """ConfigError for what is for experiments only."""
+    for key, off in (("forecast_noise", 0), ("dispatchers", 1)):
+        if (value := getattr(run.dispatch, key)) != off:
+            raise ConfigError(f"dispatch.{key}={value}: for experiments only; a gateway has {off}")
+
+
+def make_gateway(settings: DictConfig, composed: Mapping[str, DictConfig], seat: Seat | None = None) -> Gateway:
+    """What `settings` describe, with others for some models; seat: among other workers.
+
+    ConfigError if a file or a model is of no use.
+    """
     from block.gateway.app import Gateway
 
+    try:
+        plans = {name: make_plan(one) for name, one in composed.items()}
+        return Gateway(config.node(settings.gateway), make_plan(settings), plans, seat)
+    except ValueError as error:
+        raise ConfigError(explain(error)) from error
+
+
+def make_plan(settings: DictConfig) -> Plan:
+    """How requests are placed. ValueError if what it takes is of no use."""
+    from block.gateway.groups import Plan
+
     run = config.build(settings)
-    wanted = config.node(settings.gateway)
     latency = run.backend.latency(run.testbed) if run.policy.needs is Needs.FORECAST else None
     if run.policy.needs is not Needs.COUNTS and isinstance(run.lengths, Reader):
         try:
             run.lengths.predict([""])  # what is wrong with the estimator is told now; and it is loaded
-        except (OSError, ValueError) as error:
-            raise ConfigError(explain(error)) from error
-    try:
-        tokenizer = load_tokenizer(wanted.tokenizer, "gateway.tokenizer") if wanted.tokenizer is not None else None
-        rng = random.Random(run.seed)
-        return Gateway(wanted, run.policy, run.dispatch, rng, latency, run.lengths, tokenizer, seat)
-    except ValueError as error:
-        raise ConfigError(explain(error)) from error
+        except OSError as error:
+            raise ValueError(explain(error)) from error
+    wanted = settings.gateway.tokenizer
+    tokenizer = None if wanted is None else load_tokenizer(wanted, "gateway.tokenizer")
+    return Plan(run.policy, run.dispatch, random.Random(run.seed), latency, run.lengths, tokenizer)
 
 
 def serve(gateway: Gateway, host: str, port: int, listening: Callable[[str], None]) -> None:
@@ -120,14 +166,22 @@ def serve(gateway: Gateway, host: str, port: int, listening: Callable[[str], Non
         runner.run(listen(gateway, host, port, listening))
 
 
-def work(described: str, seat: Seat, port: int, listening: Callable[[str], None]) -> None:
-    """Be the worker in this seat. described: the settings as YAML, since Hydra's classes have no name elsewhere."""
-    settings = DictConfig(OmegaConf.create(described))
+def work(
+    described: str, for_models: Mapping[str, str], seat: Seat, port: int, listening: Callable[[str], None]
+) -> None:
+    """Be the worker in this seat. described, for_models: the settings, and those for some models, as YAML, for Hydra's
+    classes have no name in this process.
+    """
+    settings, composed = _read(described), {name: _read(text) for name, text in for_models.items()}
     logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s worker {seat.index}: %(message)s")
     try:
-        serve(make_gateway(settings, seat), settings.gateway.host, port, listening)
+        serve(make_gateway(settings, composed, seat), settings.gateway.host, port, listening)
     except ConfigError as error:  # a file that was sound when the first workers came
         sys.exit(f"worker {seat.index}: {error}")
+
+
+def _read(text: str) -> DictConfig:
+    return DictConfig(OmegaConf.create(text))
 
 
 def command() -> int:

@@ -7,49 +7,37 @@ import gc
 import itertools
 import json
 import logging
-import random
 import resource
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from typing import Any, NamedTuple, cast
 from urllib.parse import unquote_to_bytes
 
-import numpy as np
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from block.cluster.instance import one_by_one
 from block.core.clock import Clock
-from block.core.hashing import hash_tokens
 from block.core.types import Request
-from block.dispatch.config import DispatchConfig
-from block.dispatch.core import Dispatcher, Forecaster, History, Observer
-from block.dispatch.correction import CorrectedForecaster
-from block.dispatch.policies import LeastRequests, Needs, Policy
-from block.engine.latency import LatencyModel
+from block.dispatch.policies import LeastRequests
 from block.gateway.access_log import STDOUT, AccessLog
 from block.gateway.account import Accounts, open_tracing
 from block.gateway.admin import Answer, Errand, change_list, tell_everyone
-from block.gateway.admission import Objectives, Queue
-from block.gateway.asked import Asked, prompt_text, read
+from block.gateway.admission import Queue
+from block.gateway.asked import read
 from block.gateway.client_connections import ClientConnection
 from block.gateway.config import GatewayConfig
 from block.gateway.discovery import Discovery, warn_of_many
-from block.gateway.estimates import Estimator
 from block.gateway.exchange import Exchange, Surroundings
 from block.gateway.feedback import PromptRates, ResponseLengths
 from block.gateway.fleet import Fleet
-from block.gateway.forecasts import FleetForecaster
+from block.gateway.groups import Arrived, Groups, ModelGroup, Plan
 from block.gateway.http1 import HTTPRequest, TooLong, unpacked
 from block.gateway.keys import SHOWN_IN, Keys
 from block.gateway.metrics import REFUSED, Metrics, outcome_of
-from block.gateway.modelled import Going, ModelledInstance
+from block.gateway.modelled import ModelledInstance
 from block.gateway.models import Models
-from block.gateway.openai import JSON, PromptUsage, error_json, model_of, tagged
-from block.gateway.prefixes import UpstreamPrefixes
-from block.gateway.prompts import UNKNOWN, Prompt, Prompts, TextPieces, TokenizedPrompts
+from block.gateway.openai import JSON, error_json, model_of
 from block.gateway.routes import (
     GENERATES,
     OPEN,
@@ -61,15 +49,12 @@ from block.gateway.routes import (
     is_servers,
 )
 from block.gateway.server_connections import ServerPool, secure_context
-from block.gateway.upstreams import HTTPInstance, PluginInstance, SeenInstance, Upstream, open_session
+from block.gateway.upstreams import HTTPInstance, PluginInstance, Upstream, open_session
 from block.gateway.watch import Watch
 from block.gateway.workers import Seat
-from block.lengths import Lengths, Oracle, Reader
 
 log = logging.getLogger(__name__)
 
-HISTORY = 1000
-"""Requests that the dispatcher remembers; nothing here needs more than the latest."""
 DRAIN_POLL_S = 0.02
 LAST_REQUESTS_S = 0.1
 """For requests to come that were sent before their clients could know."""
@@ -85,54 +70,35 @@ IDLE_S = 75.0
 """A client's connection may be without a request, or in the midst of one, so long."""
 DISCOVERY_S = 5.0
 """From one look for servers to the next, if `gateway.discovery_interval_s` does not say."""
-TOKENIZE_S = 0.2
-"""That a request waits for its tokens, if `gateway.tokenize_timeout_s` does not say."""
 
 
 class Gateway:
-    """A gateway to the servers of `config`, by `policy`: `start` it, and `stop` it at the end. ValueError if a file
-    that `config` names is of no use.
+    """A gateway to the servers of `config`: `start` it, and `stop` it at the end.
 
-    latency: the servers' step times; policies that need forecasts need it. lengths: estimates responses, if it reads
-    prompts and the policy looks at more than counts; else each is expected to have `config.expected_output_tokens`.
-    tokenizer: the model's, as `block.workload.prompts.load_tokenizer` has it; None: prompts are known by their text.
+    ValueError if a file that `config` names is of no use.
+    plan: how requests are placed. plans: how those for some models are, by their names.
     seat: among other workers at the same port; None: there are none.
     """
 
-    dispatcher: Dispatcher
-
     def __init__(
-        self,
-        config: GatewayConfig,
-        policy: Policy,
-        dispatch: DispatchConfig,
-        rng: random.Random,
-        latency: LatencyModel | None = None,
-        lengths: Lengths = Oracle(),  # noqa: B008 — frozen
-        tokenizer: Any = None,
-        seat: Seat | None = None,
+        self, config: GatewayConfig, plan: Plan, plans: Mapping[str, Plan] | None = None, seat: Seat | None = None
     ) -> None:
         self._seat = seat
         self._config = config
-        self._policy = policy
-        self._dispatch = dispatch
-        self._rng = rng
-        self._latency = latency
-        self._tags = policy.needs is not Needs.COUNTS
-        self._forecasts = policy.needs is Needs.FORECAST
-        # A policy that only counts, and has blocks, goes by what of prompts it sent itself.
-        self._policy_block_size: int | None = getattr(policy, "block_size", None) if not self._tags else None
-        self._reader = lengths if self._tags and isinstance(lengths, Reader) else None
-        self._outrun_share = float(lengths.outrun_share) if self._reader is not None else 0.0
         self._assumed = None if config.plugin else config.assumed()
-        self._estimator: Estimator | None = None
-        self._tokenizer = tokenizer
-        self._prompts: Prompts | None = None
-        self._prefixes: UpstreamPrefixes | None = None
         self.servers: dict[int, Upstream] = {}
         """Those that there are, by id."""
         self.models = Models()
         """What they serve."""
+        self._clock = Clock()
+        self._rates = PromptRates()
+        all_plans = [plan, *(plans or {}).values()]
+        # Of responses whose length no policy looks at nothing is learned.
+        self._lengths = ResponseLengths() if any(one.learns_lengths for one in all_plans) else None
+        self._tags = any(one.tags for one in all_plans)
+        default, *others = (ModelGroup(one, config, self._clock, self.models, self._rates) for one in all_plans)
+        self.groups = Groups(default, dict(zip(plans or (), others, strict=True)), self.models)
+        """What places requests."""
         shared = None if seat is None else seat.admin_file
         self._discovery = Discovery(config.urls, config.urls_file, shared)
         self._client_keys, self._admin_keys, server_keys = (
@@ -141,11 +107,7 @@ class Gateway:
         )
         self._server_key = None if server_keys is None else server_keys.first
         self._secure = secure_context(config.ca_file)
-        self._rates = PromptRates()
-        # Of responses whose length no policy looks at nothing is learned.
-        self._lengths = ResponseLengths() if self._tags or self._policy_block_size is not None else None
         self._least = LeastRequests()  # for what asks for no response
-        self._clock = Clock()
         # Requests of several gateways, or of one that was started again, must not share a number on a server.
         self._numbers = itertools.count(secrets.randbits(52))
         self._open = AsyncExitStack()
@@ -160,7 +122,7 @@ class Gateway:
         self.access_log = AccessLog(config.access_log) if config.access_log is not None else None
         self.accounts: Accounts | None = None
         if self.access_log is not None or self._tracing is not None:
-            self.accounts = Accounts(type(policy).__name__, self._numbers, self.access_log, self._tracing)
+            self.accounts = Accounts(type(plan.policy).__name__, self._numbers, self.access_log, self._tracing)
 
     # ---------------------------------------------------------------------------------------------- start and stop
 
@@ -185,49 +147,18 @@ class Gateway:
                 self._open.push_async_callback(told.close)
         session = open_session(config.connect_timeout_s, self._secure, self._server_key)
         self._session = await self._open.enter_async_context(session)
-        observers: list[Observer] = []
-        if self._tags:
-            exact = self._tokenizer is not None and self._dispatch.prefixes == "told"
-            self._prefixes = UpstreamPrefixes(cast(dict[int, SeenInstance], self.servers), exact=exact)
-            observers.append(self._prefixes)
-            if self._assumed is not None:
-                observers.append(Going(cast(dict[int, ModelledInstance], self.servers)))
-        self.dispatcher = Dispatcher(
-            0,
-            self._policy,
-            self._forecaster(),
-            self._dispatch,
-            self._rng,
-            snapshot_many=one_by_one(self.servers),
-            prefixes=self._prefixes,
-            observers=observers,
-            history=History(HISTORY),
-        )
         queue = Queue()
-        self._metrics = metrics = Metrics(
-            self.servers, self.dispatcher, self._prefixes, self._rates, self._lengths, queue
-        )
+        self._metrics = metrics = Metrics(self.servers, self.groups, self._rates, self._lengths, queue)
         if (lines := self.access_log) is not None:
             metrics.loses("block_access_log_lines_lost", "Lines that were not written", lambda: lines.lost)
         if (spans := self._tracing) is not None:
             metrics.loses("block_spans_lost", "Spans that no collector has taken", lambda: spans.lost)
-        self._watch = watch = Watch(self.dispatcher, self._clock, config, self.models)
-        self._around = Surroundings(self.servers, self.dispatcher, self._clock, metrics, watch, config.slo, queue)
-        if self._tokenizer is not None:
-            self._prompts = TokenizedPrompts(
-                self._tokenizer, config.tokenize_timeout_s or TOKENIZE_S, metrics.not_tokenized
-            )
-        elif self._prefixes is not None or self._policy_block_size is not None:
-            self._prompts = TextPieces(self._rates.steady)
-        if self._prompts is not None:
-            hash_tokens(np.zeros(1, dtype=np.int64), 1)  # compiled before a request comes
-            self._open.callback(self._prompts.close)
-        if self._reader is not None:
-            self._estimator = Estimator(
-                self._reader, config.estimate_timeout_s, metrics.not_estimated, metrics.estimated
-            )
-            self._open.callback(self._estimator.close)
-        self._fleet = Fleet(self.servers, self._make, self.dispatcher, watch, metrics, self.models, self._clock)
+        self._watch = watch = Watch(self.groups, self._clock, config, self.models)
+        self._around = Surroundings(self.servers, self._clock, metrics, watch, config.slo, queue)
+        for group in self.groups.all:
+            group.begin(metrics, self._lengths)
+            self._open.callback(group.close)
+        self._fleet = Fleet(self.servers, self._make, self.groups, watch, metrics, self.models, self._clock)
         self._open.push_async_callback(self._fleet.close)
         await self._discovery.look()
         await self._fleet.follow(self._discovery.urls())
@@ -241,18 +172,8 @@ class Gateway:
         if not self._tags:
             return HTTPInstance(instance_id, pool, session)
         if self._assumed is None:
-            return PluginInstance(instance_id, pool, session, self._clock, self._latency)
+            return PluginInstance(instance_id, pool, session, self._clock, lambda: self.groups.of(instance_id).packed)
         return ModelledInstance(instance_id, pool, session, self._clock, self._assumed)
-
-    def _forecaster(self) -> Forecaster | None:
-        """What makes forecasts, if the policy needs any."""
-        if not self._forecasts:
-            return None
-        assert self._latency is not None, "who asks for forecasts has a latency model"
-        servers = cast(dict[int, SeenInstance], self.servers)
-        forecaster = FleetForecaster(servers, self._latency, self._outrun_share)
-        steps = self._dispatch.correction_steps
-        return forecaster if steps == 0 else CorrectedForecaster(forecaster, self._latency, steps)
 
     async def stop(self) -> None:
         """Take no new connections, let requests finish for `grace_s`, and close what is left."""
@@ -320,7 +241,7 @@ class Gateway:
         if path in GENERATES and http.method == b"POST":
             self._generate(client, http)
         elif path == b"/health" and http.method in (b"GET", b"HEAD"):
-            active = len(self.dispatcher.active)
+            active = self.groups.active
             told = json.dumps({"active": active, "instances": len(self.servers)}).encode()
             client.reply(200 if active else 503, JSON, told)
         elif path == b"/metrics" and http.method in (b"GET", b"HEAD"):
@@ -375,7 +296,7 @@ class Gateway:
         """What asks for no response of a model's goes by outstanding work, unread but for its model."""
         try:
             among = model = None
-            if self.models.differ or client.account is not None:
+            if self.models.differ or len(self.groups.all) > 1 or client.account is not None:
                 body, _ = self._unpack(http)
                 model = model_of(http._replace(body=body))
             if client.account is not None:
@@ -388,7 +309,8 @@ class Gateway:
         except ValueError:  # it is packed in a way that the server may know
             among = None
         request = Request(next(self._numbers), self._clock.now(), 1, 1, 1)
-        exchange = Exchange(self._around, client, http, generates=False)
+        group = self.groups.of_model(model)
+        exchange = Exchange(self._around, group.dispatcher, client, http, generates=False)
         exchange.place(request, http.body, by=self._least, among=among)
 
     def _refuse_model(self, client: ClientConnection, model: object) -> None:
@@ -402,7 +324,8 @@ class Gateway:
             asked = read(body)
             if client.account is not None:
                 client.account.model = asked.fields.get("model")
-            objectives = self._config.slo.of(http.headers) if self._forecasts else None
+            group = self.groups.of_model(asked.fields.get("model"))
+            objectives = self._config.slo.of(http.headers) if group.plan.forecasts else None
         except TooLong:
             self._refuse(client, 413, f"the body exceeds gateway.max_body_mib={self._config.max_body_mib}")
             return
@@ -414,13 +337,11 @@ class Gateway:
         except KeyError:
             self._refuse_model(client, model)
             return
-        one = _Asked(next(self._numbers), self._clock.now(), asked, body, among, objectives)
+        if client.account is not None:
+            client.account.policy = type(group.plan.policy).__name__
+        one = Arrived(next(self._numbers), self._clock.now(), asked, body, among, objectives)
         streams = asked.fields.get("stream") is True
-        exchange = Exchange(self._around, client, http, streams=streams)
-        if self._estimator is None and self._prompts is None:
-            self._place(exchange, one)
-        else:
-            exchange.prepare(self._read_and_place(exchange, one))
+        group.send(Exchange(self._around, group.dispatcher, client, http, streams=streams), one)
 
     def _unpack(self, http: HTTPRequest) -> tuple[bytes, HTTPRequest]:
         """The body without its Content-Encoding, and the request without the header that says so."""
@@ -429,65 +350,6 @@ class Gateway:
                 headers = [one for one in http.headers if one[0].lower() != b"content-encoding"]
                 return unpacked(http.body, value, self.max_body), http._replace(headers=headers)
         return http.body, http
-
-    async def _read_and_place(self, exchange: Exchange, one: _Asked) -> None:
-        fields = one.asked.fields
-        estimate = await self._estimator.tokens(prompt_text(fields)) if self._estimator is not None else None
-        self._place(exchange, one, estimate, await self._read_prompt(fields))
-
-    def _place(self, exchange: Exchange, one: _Asked, estimate: int | None = None, prompt: Prompt = UNKNOWN) -> None:
-        """Send a request to where the policy says. estimate: of its response's tokens, if there is one."""
-        asked, body, lengths, model = one.asked, one.body, self._lengths, one.asked.fields.get("model")
-        tokens = asked.each_prompt(self._rates.tokens(asked) if prompt.tokens is None else prompt.tokens)
-        longest = self.models.longest(model)
-        room = None if longest is None else max(longest - tokens, 1)
-        believed = self._config.expected_output_tokens if estimate is None else estimate
-        thought = believed
-        if lengths is not None and self._config.length_feedback:
-            thought = lengths.corrected(asked, believed, estimated=estimate is not None)
-        expected = asked.capped(thought, room)
-        if self._tags:
-            body = tagged(body, asked.fields, one.number, expected)
-        request = Request(
-            one.number, one.arrived, tokens, expected, expected, block_hashes=prompt.hashes, sequences=asked.sequences
-        )
-
-        def learn(usage: PromptUsage) -> None:
-            if not prompt.exact:
-                self._rates.learn(asked, usage.tokens)
-            elif usage.tokens != prompt.tokens and asked.complete:
-                self._metrics.miscounted()
-
-        def learn_length(response_tokens: int) -> None:
-            assert lengths is not None
-            most, estimated = asked.most_tokens(room), estimate is not None
-            lengths.answered(asked, believed, most, response_tokens, estimated=estimated)
-            self._metrics.answered(expected, response_tokens / asked.sequences)
-
-        exchange.place(
-            request,
-            body,
-            among=one.among,
-            objectives=one.objectives,
-            on_usage=learn,
-            on_response=learn_length if lengths is not None else None,
-        )
-
-    async def _read_prompt(self, fields: Mapping[str, Any]) -> Prompt:
-        """Its tokens and blocks, as far as the policy asks for them and they can be known."""
-        size = self._policy_block_size
-        if self._prefixes is not None and self._prefixes.known():
-            size = self._prefixes.block_size
-        if self._prompts is None or size is None:
-            return UNKNOWN
-        model, known = fields.get("model"), self._served
-        adapter = model if isinstance(model, str) and known and model not in known else None
-        return await self._prompts.read(fields, size, adapter)
-
-    @property
-    def _served(self) -> set[str]:
-        """What servers call their models, of those that tell."""
-        return {name for one in self.servers.values() if isinstance(one, SeenInstance) for name in one.models}
 
     def _change_servers(self, client: ClientConnection, http: HTTPRequest) -> None:
         """What changes a server goes to every server, if it may."""
@@ -508,19 +370,6 @@ class Gateway:
             self._refuse(client, 403, "/servers is for who has a key of gateway.admin_key_file, and there is none")
             return
         Errand(client, change_list(http, self.servers, self._discovery, self._fleet))
-
-
-class _Asked(NamedTuple):
-    """A request for a response: its number, when it came, what its `body` asks for, the only servers that may serve it
-    (None: all), and its objectives.
-    """
-
-    number: int
-    arrived: float
-    asked: Asked
-    body: bytes
-    among: Container[int] | None
-    objectives: Objectives | None
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:

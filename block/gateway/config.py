@@ -11,6 +11,16 @@ from block.gateway.urls import every_address, is_host, is_url, server_url
 
 
 @dataclass(frozen=True)
+class ModelKeys:
+    """How requests for a model are placed: its `name`, as servers call it, and the `keys` of its policy and latency
+    model (`scheduler`, `model`, `cluster` …), as on the command line.
+    """
+
+    name: str
+    keys: str
+
+
+@dataclass(frozen=True)
 class GatewayConfig:
     """The gateway, `python -m block.gateway` (one Hydra node).
 
@@ -38,6 +48,7 @@ class GatewayConfig:
     plugin: whether servers have this package's plugin, if the policy looks at them; false: what they do is modelled by
         what this gateway sends to them. max_num_seqs, max_num_batched_tokens: of servers without it, as vLLM has them;
         null: 256 and 2048.
+    models: for some models, keys in place of those of the command.
     slo: objectives, and what is done about requests that would miss them.
     admin: whether clients may change servers (`/sleep`, `/v1/load_lora_adapter` …), all of them at once.
     access_log: file to which each request adds a line; "-": standard output; null: none.
@@ -73,6 +84,7 @@ class GatewayConfig:
     admin: bool = False
     access_log: str | None = None
     otlp_traces_endpoint: str | None = None
+    models: tuple[ModelKeys, ...] = ()
     slo: Slo = field(default_factory=Slo)
 
     def __post_init__(self) -> None:
@@ -110,6 +122,10 @@ class GatewayConfig:
             given_s = getattr(self, key)
             if given_s is not None and not 0 < given_s < math.inf:
                 raise ValueError(f"gateway.{key}={getattr(self, key)}: must be greater than 0")
+        names = [one.name for one in self.models]
+        for name in names:
+            if not name or names.count(name) > 1:
+                raise ValueError(f"gateway.models.name={name}: must be a name of a model, given once")
         if self.access_log == "":
             raise ValueError("gateway.access_log=: must be a file, or - for standard output")
         if (endpoint := self.otlp_traces_endpoint) is not None and not is_url(endpoint, ("http", "https", "grpc")):

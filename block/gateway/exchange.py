@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from block.core.clock import Clock
 from block.core.types import Request, RequestRecord
@@ -43,7 +43,6 @@ from block.gateway.server_connections import (
 )
 from block.gateway.sse import Events
 from block.gateway.upstreams import Upstream
-from block.gateway.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +53,26 @@ TURNED_AWAY = (502, 503)
 """Statuses by which a server says that another one may serve the request."""
 
 
+class Watching(Protocol):
+    """Who watches the servers."""
+
+    def began(self, instance_id: int, seconds: float) -> None:
+        """The first event of a stream came, so long after the request was sent."""
+        ...
+
+    def lost(self, instance_id: int, reason: str) -> None:
+        """A server is."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """What all exchanges of a gateway have in common."""
 
     servers: Mapping[int, Upstream]
-    dispatcher: Dispatcher
     clock: Clock
     metrics: Metrics
-    watch: Watch
+    watch: Watching
     slo: Slo
     queue: Queue
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -83,8 +93,8 @@ class _Reply(NamedTuple):
 
 
 class Exchange:
-    """The request `http` of `client`. `place` sends it on its way; all else follows from what its server and its client
-    do.
+    """The request `http` of `client`. `place` sends it where `dispatcher` says; all else follows from what its server
+    and its client do.
 
     generates: whether its answer is a response of a model's, which has tokens. streams: whether as events.
     """
@@ -96,6 +106,7 @@ class Exchange:
         "_checking",
         "_client",
         "_counted",
+        "_dispatcher",
         "_events",
         "_generates",
         "_head",
@@ -117,6 +128,7 @@ class Exchange:
     def __init__(
         self,
         around: Surroundings,
+        dispatcher: Dispatcher,
         client: ClientConnection,
         http: HTTPRequest,
         *,
@@ -124,6 +136,7 @@ class Exchange:
         streams: bool = False,
     ) -> None:
         self._around = around
+        self._dispatcher = dispatcher
         self._client: ClientConnection | None = client
         self._account = client.account
         self._http = http
@@ -203,16 +216,16 @@ class Exchange:
         if self._over:  # the client has gone
             return True
         try:
-            record = around.dispatcher.arrived(request, around.clock.now(), by, among)
+            record = self._dispatcher.arrived(request, around.clock.now(), by, among)
             late_s = 0.0 if self._objectives is None else self._objectives.missed_by_s(record.forecast)
             if late_s > 0 and record.status == "pending" and slo.missed != SERVE:
-                around.dispatcher.refused(record, MISSES, around.clock.now())
+                self._dispatcher.refused(record, MISSES, around.clock.now())
                 waited_s = 0.0 if waits_since is None else around.clock.now() - waits_since
                 if slo.missed == QUEUE and waited_s < slo.queue_s:
                     return False
                 around.metrics.judged(OUTCOME_REFUSED)
                 if self._account is not None:
-                    decision = around.dispatcher.history.decisions[-1][1]
+                    decision = self._dispatcher.history.decisions[-1][1]
                     self._account.chosen(record, around.servers[record.instance_id].url, decision.fallback)
                 wait = (b"Retry-After", b"%d" % max(math.ceil(late_s), 1))
                 self._kept = _Reply.error(429, f"{MISSES} by {late_s:.1f} s", wait)
@@ -239,9 +252,9 @@ class Exchange:
         self._server = around.servers[record.instance_id]
         http = self._http
         if self._account is not None:
-            http = self._account.sent(record, self._url, around.dispatcher.history.decisions[-1][1].fallback, http)
-        around.metrics.attempted(record)
-        around.dispatcher.delivered(record, around.clock.now())
+            http = self._account.sent(record, self._url, self._dispatcher.history.decisions[-1][1].fallback, http)
+        around.metrics.attempted(record, self._dispatcher)
+        self._dispatcher.delivered(record, around.clock.now())
         self._begin_anew()
         self._sending = self._server.pool.send(self, http, self._body)
         if self._client is not None and self._client.full:
@@ -251,7 +264,7 @@ class Exchange:
     def replaceable(self) -> bool:
         """Whether it could begin anew elsewhere: as of `Asking`."""
         record = self._record
-        return not self.passing and record is not None and self._around.dispatcher.has_another(record)
+        return not self.passing and record is not None and self._dispatcher.has_another(record)
 
     # ------------------------------------------------------------------------------------------------- on its way back
 
@@ -329,7 +342,7 @@ class Exchange:
         if self._sending is not None:
             self._sending.request = b""
         now = self._around.clock.now()
-        self._around.dispatcher.first_token(record, now)
+        self._dispatcher.first_token(record, now)
         if self._events is not None:
             self._around.watch.began(record.instance_id, now - record.dispatched)
         if self._client is not None:
@@ -426,7 +439,7 @@ class Exchange:
         assert self._record is not None
         if self._account is not None:
             self._account.failed(why)
-        self._around.dispatcher.failed(self._record, why, self._around.clock.now(), gone=gone)
+        self._dispatcher.failed(self._record, why, self._around.clock.now(), gone=gone)
         self._attempt()
 
     def _break_off(self, why: str) -> None:
@@ -445,7 +458,7 @@ class Exchange:
     async def _look_after(self, server: Upstream, why: str) -> None:
         """A server that broke off may have died, and even be back already: then what was known of it is of nobody."""
         if not await server.healthy():
-            self._around.dispatcher.instance_down(server.instance_id, why, self._around.clock.now())
+            self._around.watch.lost(server.instance_id, why)
 
     def _check(self, then: Callable[[bool], None]) -> None:
         """Ask a server that has failed this request whether it is well, and go on by what it says."""
@@ -544,16 +557,16 @@ class Exchange:
             return
         now = around.clock.now()
         if outcome == OK:
-            around.dispatcher.finished(record, now)
+            self._dispatcher.finished(record, now)
             if self._counted and self._on_response is not None:
                 self._on_response(record.output_tokens)
             if self._objectives is not None and (met := self._objectives.met(record)) is not None:
                 around.metrics.judged(OUTCOME_MET if met else OUTCOME_MISSED)
         elif record.status == "pending":
             if outcome == CANCELLED:
-                around.dispatcher.cancelled(record, now)
+                self._dispatcher.cancelled(record, now)
             else:
-                around.dispatcher.refused(record, why, now)
+                self._dispatcher.refused(record, why, now)
         around.metrics.ended(record, outcome, self._generates)
         if self._account is not None:
             self._account.ended(outcome, why, record, self._generates)

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 from block.core.clock import Clock
-from block.dispatch.core import Dispatcher
+from block.gateway.groups import Groups
 from block.gateway.metrics import Metrics
 from block.gateway.models import Models
 from block.gateway.upstreams import Upstream
@@ -30,7 +30,7 @@ class Fleet:
         self,
         servers: dict[int, Upstream],
         make: Make,
-        dispatcher: Dispatcher,
+        groups: Groups,
         watch: Watch,
         metrics: Metrics,
         models: Models,
@@ -38,7 +38,7 @@ class Fleet:
     ) -> None:
         self._servers = servers
         self._make = make
-        self._dispatcher = dispatcher
+        self._groups = groups
         self._watch = watch
         self._metrics = metrics
         self._models = models
@@ -60,8 +60,9 @@ class Fleet:
         return self.begin(*new, *back)
 
     def _join(self, url: str) -> Coroutine[Any, Any, None]:
-        server = self._make(self._dispatcher.add_instance(), url)
+        server = self._make(self._groups.add_instance(), url)
         self._servers[server.instance_id] = server
+        self._groups.join(server)
         self._metrics.begin(server)
         self._watch.begin(server)
         return self._watch.readmit(server)
@@ -74,19 +75,19 @@ class Fleet:
 
     def _leave(self, instance_id: int) -> None:
         self._leaving.add(instance_id)
-        self._dispatcher.retire(instance_id)
-        left = self._dispatcher.outstanding(instance_id)
+        self._groups.retire(instance_id)
+        left = self._groups.outstanding(instance_id)
         log.warning("%s leaves, with %d requests to finish", self._servers[instance_id].url, left)
 
     def let_go(self) -> None:
         """Forget those that leave and have finished their requests."""
-        for i in [one for one in self._leaving if self._dispatcher.outstanding(one) == 0]:
+        for i in [one for one in self._leaving if self._groups.outstanding(one) == 0]:
             self._leaving.discard(i)
             server = self._servers.pop(i)
             self._watch.end(i)
             self._models.forget(i)
             self._metrics.end(server)
-            self._dispatcher.remove_instance(i, self._clock.now())
+            self._groups.remove_instance(i, self._clock.now())
             server.pool.close_idle(0.0)
             self.begin(server.detach())
 
@@ -118,11 +119,11 @@ class Fleet:
         models.
         """
         i = server.instance_id
-        active = i in self._dispatcher.active
+        active = self._groups.is_active(i)
         return {
             "url": server.url,
             "state": "leaving" if i in self._leaving else "active" if active else "down",
             "reason": server.trouble,
-            "requests": self._dispatcher.outstanding(i),
+            "requests": self._groups.outstanding(i),
             "models": self._models.of(i),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from typing import Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -49,26 +50,56 @@ _ESTIMATE = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.
 _FORECAST = (1e-6, 2.5e-6, 5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 1e-2)
 
 
+class Group(Protocol):
+    """What a server is in."""
+
+    prefixes: UpstreamPrefixes | None
+    """What is known of prefix caches there."""
+
+
+class Placing(Protocol):
+    """What places requests, and counts where."""
+
+    @property
+    def active(self) -> int:
+        """How many servers requests may go to."""
+        ...
+
+    def of(self, instance_id: int) -> Group:
+        """What a server is in."""
+        ...
+
+    def is_active(self, instance_id: int) -> bool:
+        """Whether requests may go there."""
+        ...
+
+    def outstanding(self, instance_id: int) -> int:
+        """Sequences of requests placed there and not finished."""
+        ...
+
+    def ejected(self, instance_id: int) -> int:
+        """Times that it was ejected."""
+        ...
+
+
 class Metrics:
     """Of one gateway. `attempted` after each decision, `ended` once for each request."""
 
     def __init__(
         self,
         upstreams: Mapping[int, Upstream],
-        dispatcher: Dispatcher,
-        prefixes: UpstreamPrefixes | None = None,
+        placing: Placing,
         rates: PromptRates | None = None,
         lengths: ResponseLengths | None = None,
         queue: Sized = (),
     ) -> None:
         self._registry = registry = CollectorRegistry()
-        self._dispatcher = dispatcher
         self._upstreams = upstreams
 
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(name, text, buckets=buckets, registry=registry)
 
-        registry.register(_Counts(upstreams, dispatcher, prefixes, rates or PromptRates(), lengths, queue))
+        registry.register(_Counts(upstreams, placing, rates or PromptRates(), lengths, queue))
         self._requests_by = Counter(
             "block_requests", "Requests by their last instance and outcome", ["server", "status"], registry=registry
         )
@@ -134,9 +165,8 @@ class Metrics:
         for metric in self._by_server:
             metric.remove(upstream.url)
 
-    def attempted(self, record: RequestRecord) -> None:
-        """The dispatcher has just decided about a request."""
-        dispatcher = self._dispatcher
+    def attempted(self, record: RequestRecord, dispatcher: Dispatcher) -> None:
+        """It has just decided about a request."""
         fallback = dispatcher.history.decisions[-1][1].fallback
         if fallback is not None:
             self._fallbacks.labels(fallback).inc()
@@ -208,22 +238,20 @@ class _Counts(Collector):
     def __init__(
         self,
         upstreams: Mapping[int, Upstream],
-        dispatcher: Dispatcher,
-        prefixes: UpstreamPrefixes | None,
+        placing: Placing,
         rates: PromptRates,
         lengths: ResponseLengths | None,
         queue: Sized,
     ) -> None:
         self._upstreams = upstreams
-        self._dispatcher = dispatcher
-        self._prefixes = prefixes
+        self._placing = placing
         self._rates = rates
         self._lengths = lengths
         self._queue = queue
 
     def collect(self) -> Iterable[Metric]:
         """The metrics of this moment."""
-        dispatcher = self._dispatcher
+        placing = self._placing
         in_flight = GaugeMetricFamily("block_in_flight", "Sequences placed and not finished", labels=["server"])
         active = GaugeMetricFamily("block_instance_active", "Whether requests may go there", labels=["server"])
         ejections = CounterMetricFamily("block_ejections", "Times an instance was ejected", labels=["server"])
@@ -232,14 +260,15 @@ class _Counts(Collector):
         )
         for upstream in self._upstreams.values():
             i, url = upstream.instance_id, upstream.url
-            in_flight.add_metric([url], dispatcher.outstanding(i))
-            active.add_metric([url], i in dispatcher.active)
-            ejections.add_metric([url], dispatcher.ejected(i))
-            if self._prefixes is not None and isinstance(upstream, SeenInstance):
-                source = self._prefixes.source(upstream)
+            in_flight.add_metric([url], placing.outstanding(i))
+            active.add_metric([url], placing.is_active(i))
+            ejections.add_metric([url], placing.ejected(i))
+            prefixes = placing.of(i).prefixes
+            if prefixes is not None and isinstance(upstream, SeenInstance):
+                source = prefixes.source(upstream)
                 for one in SOURCES:
                     sources.add_metric([url, one], one == source)
-        count = GaugeMetricFamily("block_active_instances", "Instances that requests may go to", len(dispatcher.active))
+        count = GaugeMetricFamily("block_active_instances", "Instances that requests may go to", placing.active)
         rates = GaugeMetricFamily("block_bytes_per_token", "Of prompts, as servers count them", labels=["model"])
         for model, cost in self._rates.learned(TEXT):
             rates.add_metric([model], 1 / cost)

@@ -6,19 +6,18 @@ import asyncio
 import json
 import math
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import aiohttp
 
 from block.backends.instance import VLLMInstance
 from block.cluster.instance import Instance
-from block.core.arrays import Ints
+from block.core.arrays import Floats, Ints
 from block.core.clock import Clock
 from block.core.errors import message
 from block.core.snapshot import NUM_SCHEDULED_TOKENS, Snapshot
 from block.engine.config import EngineSettings
-from block.engine.latency import LatencyModel
 from block.engine.scheduler import step_time
 from block.gateway.models import Card
 from block.gateway.server_connections import ServerPool
@@ -147,7 +146,10 @@ class SeenInstance(HTTPInstance):
 
 
 class PluginInstance(SeenInstance):
-    """A server with this package's plugin. It can be looked at once `healthy`, which attaches to it, was true."""
+    """A server with this package's plugin. It can be looked at once `healthy`, which attaches to it, was true.
+
+    packed: its step times, as of `LatencyModel.pack`; None if they are not known.
+    """
 
     def __init__(
         self,
@@ -155,10 +157,10 @@ class PluginInstance(SeenInstance):
         pool: ServerPool,
         session: aiohttp.ClientSession,
         clock: Clock,
-        latency: LatencyModel | None,
+        packed: Callable[[], Floats | None],
     ) -> None:
         super().__init__(instance_id, pool, session)
-        self._packed = None if latency is None else latency.pack()
+        self._packed = packed
         self._stuck = math.nan  # when the step began that was the last to be overrun
         self._clock = clock
         self._view: VLLMInstance | None = None
@@ -180,13 +182,14 @@ class PluginInstance(SeenInstance):
 
     def overrun(self, floor_s: float, factor: float) -> str | None:
         """By the step's forecast, of servers on this host: what is fetched from others may be late."""
-        if self._packed is None or self._view is None or not self._view.is_local:
+        packed = self._packed()
+        if packed is None or self._view is None or not self._view.is_local:
             return None
         seen = self.snapshot()
         took = seen.taken_at - seen.step_started
         if not took > floor_s:  # or it is idle: NaN
             return None
-        expected = step_time(seen.seqs, 0, seen.running + seen.stale, NUM_SCHEDULED_TOKENS, self._packed)
+        expected = step_time(seen.seqs, 0, seen.running + seen.stale, NUM_SCHEDULED_TOKENS, packed)
         if took <= floor_s + factor * expected:
             return None
         self._stuck = seen.step_started

@@ -21,8 +21,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from block.core.clock import Clock
-from block.dispatch.core import Dispatcher
 from block.gateway.config import GatewayConfig
+from block.gateway.groups import Groups
 from block.gateway.models import Models
 from block.gateway.server_connections import ServerHangs
 from block.gateway.upstreams import Upstream
@@ -40,8 +40,8 @@ LATER_S = 60.0
 class Watch:
     """Watches servers, from `begin` to `end`."""
 
-    def __init__(self, dispatcher: Dispatcher, clock: Clock, config: GatewayConfig, models: Models) -> None:
-        self._dispatcher = dispatcher
+    def __init__(self, groups: Groups, clock: Clock, config: GatewayConfig, models: Models) -> None:
+        self._groups = groups
         self._clock = clock
         self._config = config
         self._models = models
@@ -90,6 +90,7 @@ class Watch:
             cards = await upstream.cards()
         if i in self._tasks:  # it has not left meanwhile
             self._models.tell(i, cards)
+            self._groups.settle(i, self._clock.now())
             self._asked[i] = self._clock.now()
 
     def began(self, instance_id: int, seconds: float) -> None:
@@ -98,10 +99,14 @@ class Watch:
         if self._left_alone:
             self._left_alone.pop(instance_id, None)
 
+    def lost(self, instance_id: int, reason: str) -> None:
+        """A server is."""
+        self._groups.instance_down(instance_id, reason, self._clock.now())
+
     async def _look_after(self, upstream: Upstream) -> None:
         """Readmit a server that was ejected if it is well, and ask one that is well for its models."""
         i, now = upstream.instance_id, self._clock.now()
-        if i in self._dispatcher.active:
+        if self._groups.is_active(i):
             if now - self._asked.get(i, -math.inf) >= self._config.models_interval_s:
                 await self.ask_models(upstream)
         elif i not in self.leaving and now >= self._left_alone.get(i, (now, 0.0))[0]:
@@ -114,10 +119,10 @@ class Watch:
             self._tell_trouble(upstream)
             return
         await self.ask_models(upstream)
-        if i not in self._tasks or i in self.leaving or i in self._dispatcher.active:  # by now
+        if i not in self._tasks or i in self.leaving or self._groups.is_active(i):  # by now
             return
-        self._dispatcher.instance_up(i, self._clock.now())
-        if i in self._troubles or self._dispatcher.ejected(i):
+        self._groups.instance_up(i, self._clock.now())
+        if i in self._troubles or self._groups.ejected(i):
             log.warning("instance %d gets requests: %s is well", i, upstream.url)
         self._troubles.pop(i, None)
 
@@ -142,11 +147,11 @@ class Watch:
             if silent and not late and pool.quiet_s() > floor_s:
                 why = f"silent for {pool.quiet_s():.1f} s, and so is /health"
         if why is not None and self._is_one_of_several(i):
-            self._dispatcher.instance_down(i, f"{upstream.url} hangs: {why}", self._clock.now())
+            self._groups.instance_down(i, f"{upstream.url} hangs: {why}", self._clock.now())
             pool.give_up(ServerHangs(f"hangs: {why}"))
 
     def _is_one_of_several(self, instance_id: int) -> bool:
-        return instance_id in self._dispatcher.active and len(self._dispatcher.active) > 1
+        return self._groups.is_active(instance_id) and not self._groups.is_last(instance_id)
 
     def _overdue(self, upstream: Upstream) -> str | None:
         """Why a server counts as hanging by streams that have not begun; None if it does not."""

@@ -242,7 +242,7 @@ def test_a_tokenizer_counts_all_prompts_of_a_list() -> None:
     async def main() -> None:
         body = {"model": "m", "prompt": ["ab", "abc"], "n": 3}
         async with running_gateway([PluginMock(answer)], policies.Block(), tokenizer=Letters()) as gateway:
-            gateway.gateway._policy_block_size = 16  # as with servers that cache
+            gateway.gateway.groups.all[0]._block_size = 16  # as with servers that cache
             assert (await gateway.ask(json.dumps(body).encode()))[0] == 200
             request = gateway.dispatcher.history.records[-1].request
             assert (request.prompt_tokens, request.sequences, request.block_hashes) == (4, 6, None)

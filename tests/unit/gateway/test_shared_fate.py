@@ -203,7 +203,7 @@ def test_a_request_that_cannot_be_read_or_is_given_up_while_it_is_read_is_answer
                 begun.set()
                 await asyncio.sleep(60)
 
-            gateway.gateway._read_prompt = never  # type: ignore[method-assign]
+            gateway.gateway.groups.all[0]._read_prompt = never  # type: ignore[method-assign]
             asked = asyncio.create_task(gateway.ask())
             await begun.wait()
             asked.cancel()
@@ -214,7 +214,7 @@ def test_a_request_that_cannot_be_read_or_is_given_up_while_it_is_read_is_answer
             async def broken(*_: Any) -> Any:
                 raise ZeroDivisionError
 
-            gateway.gateway._read_prompt = broken  # type: ignore[method-assign]
+            gateway.gateway.groups.all[0]._read_prompt = broken  # type: ignore[method-assign]
             assert (await gateway.ask())[0] == 500
 
     run(main())
