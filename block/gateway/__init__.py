@@ -9,6 +9,7 @@ routes, models      which paths are what; which server has which model
 groups              models with a policy of their own: prompts read, requests placed
 upstreams           the servers as instances, of the kind that the policy needs
 forecasts           forecasts for servers that may differ
+responses           which server keeps which response
 modelled            those without the plugin, by what was sent to them
 watch               which of them hang, and are well again
 discovery, fleet    where servers are; how they join and leave

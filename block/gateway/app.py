@@ -11,7 +11,7 @@ import resource
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from urllib.parse import unquote_to_bytes
 
@@ -38,11 +38,13 @@ from block.gateway.metrics import REFUSED, Metrics, outcome_of
 from block.gateway.modelled import ModelledInstance
 from block.gateway.models import Models
 from block.gateway.openai import JSON, error_json, model_of
+from block.gateway.responses import Responses
 from block.gateway.routes import (
     GENERATES,
     OPEN,
     OWN_VIEWS,
     READS,
+    RESPONSES,
     changes_servers,
     is_odd,
     is_preflight,
@@ -107,6 +109,7 @@ class Gateway:
         )
         self._server_key = None if server_keys is None else server_keys.first
         self._secure = secure_context(config.ca_file)
+        self._responses = Responses()
         self._least = LeastRequests()  # for what asks for no response
         # Requests of several gateways, or of one that was started again, must not share a number on a server.
         self._numbers = itertools.count(secrets.randbits(52))
@@ -295,7 +298,8 @@ class Gateway:
     def _pass(self, client: ClientConnection, http: HTTPRequest) -> None:
         """What asks for no response of a model's goes by outstanding work, unread but for its model."""
         try:
-            among = model = None
+            among: Container[int] | None = None
+            model = None
             if self.models.differ or len(self.groups.all) > 1 or client.account is not None:
                 body, _ = self._unpack(http)
                 model = model_of(http._replace(body=body))
@@ -308,6 +312,7 @@ class Gateway:
             return
         except ValueError:  # it is packed in a way that the server may know
             among = None
+        among = self._responses.place(http.path, self.servers) or among
         request = Request(next(self._numbers), self._clock.now(), 1, 1, 1)
         group = self.groups.of_model(model)
         exchange = Exchange(self._around, group.dispatcher, client, http, generates=False)
@@ -333,15 +338,18 @@ class Gateway:
             self._refuse(client, 400, str(error))
             return
         try:
-            among = self.models.places(model := asked.fields.get("model"))
+            named = self.models.places(model := asked.fields.get("model"))
         except KeyError:
             self._refuse_model(client, model)
             return
         if client.account is not None:
             client.account.policy = type(group.plan.policy).__name__
+        among = self._responses.place_before(asked, self.servers) or named
         one = Arrived(next(self._numbers), self._clock.now(), asked, body, among, objectives)
         streams = asked.fields.get("stream") is True
-        group.send(Exchange(self._around, group.dispatcher, client, http, streams=streams), one)
+        keeps = self._responses.note if http.path == RESPONSES else None
+        exchange = Exchange(self._around, group.dispatcher, client, http, streams=streams, on_first=keeps)
+        group.send(exchange, one)
 
     def _unpack(self, http: HTTPRequest) -> tuple[bytes, HTTPRequest]:
         """The body without its Content-Encoding, and the request without the header that says so."""

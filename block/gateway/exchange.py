@@ -97,6 +97,7 @@ class Exchange:
     and its client do.
 
     generates: whether its answer is a response of a model's, which has tokens. streams: whether as events.
+    on_first: told the first bytes of its answer, and whose it is.
     """
 
     __slots__ = (
@@ -114,6 +115,7 @@ class Exchange:
         "_http",
         "_kept",
         "_objectives",
+        "_on_first",
         "_on_response",
         "_on_usage",
         "_over",
@@ -134,6 +136,7 @@ class Exchange:
         *,
         generates: bool = True,
         streams: bool = False,
+        on_first: Callable[[bytes, int], None] | None = None,
     ) -> None:
         self._around = around
         self._dispatcher = dispatcher
@@ -143,6 +146,7 @@ class Exchange:
         self._generates = generates
         self._body = http.body
         self._objectives: Objectives | None = None
+        self._on_first = on_first
         self._on_usage: Callable[[PromptUsage], None] | None = None
         self._on_response: Callable[[int], None] | None = None
         self._record: RequestRecord | None = None
@@ -324,6 +328,7 @@ class Exchange:
                 self._held.append(data)
                 return
             self._begin_passing()
+            self._note_first(data)
         if events is not None:
             self._read_events(events, data)
         if self._client is not None:
@@ -353,6 +358,10 @@ class Exchange:
         if self._record is not None and not self._counted:
             self._record.output_tokens = max(events.count - events.done, 0)  # about: nobody has counted them
         self._note_usage(data)
+
+    def _note_first(self, answer: bytes) -> None:
+        if self._on_first is not None:
+            self._on_first(answer, self._server.instance_id)
 
     def _note_usage(self, answer: bytes) -> None:
         """Note what an answer says of its tokens; in the record, what was cached, in tokens as the gateway counts."""
@@ -399,6 +408,7 @@ class Exchange:
         if self._kept.status >= 400:
             self._fail(f"{self._url}: answered {self._kept.status}")
         else:
+            self._note_first(self._kept.body)
             self._note_usage(self._kept.body)
             self._finish()
         self._reply()

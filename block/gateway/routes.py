@@ -6,7 +6,10 @@ from urllib.parse import unquote_to_bytes
 
 from block.gateway.http1 import HTTPRequest
 
-GENERATES = frozenset({b"/v1/completions", b"/v1/chat/completions", b"/v1/responses", b"/v1/messages"})
+RESPONSES = b"/v1/responses"
+"""Its answers are kept by the server, for who asks for them again."""
+
+GENERATES = frozenset({b"/v1/completions", b"/v1/chat/completions", RESPONSES, b"/v1/messages"})
 """Placed by the policy. All that is not named here goes by outstanding work, unchanged."""
 
 OPEN = frozenset({b"/health", b"/metrics", b"/ping"})

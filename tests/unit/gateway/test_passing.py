@@ -166,3 +166,35 @@ def test_a_client_that_does_not_read_holds_up_its_server_and_does_not_fill_the_g
             await eventually(lambda: gateway.mocks[0].cancelled == 1)
 
     run(main())
+
+
+def test_a_response_is_asked_for_where_it_is_kept() -> None:
+    async def answer(mock: Mock, http: web.Request) -> web.StreamResponse:
+        body = json.loads(await http.read() or b"{}")
+        event = json.dumps({"type": "response.created", "response": {"id": f"resp_{mock.port}", "status": "queued"}})
+        if not body.get("stream"):
+            return web.json_response({"id": f"resp_{mock.port}", "object": "response", "output": []})
+        response = web.StreamResponse(headers=SSE)
+        await response.prepare(http)
+        await response.write(f"event: response.created\ndata: {event}\n\n".encode())
+        return response
+
+    async def main() -> None:
+        async with running_gateway([Mock(answer), Mock(answer), Mock(answer)]) as gateway:
+            for stream in (True, False):
+                body = json.dumps({"model": "m", "input": "hello", "stream": stream}).encode()
+                for _ in gateway.mocks:
+                    assert (await gateway.ask(body, "/v1/responses"))[0] == 200
+            for mock in gateway.mocks:
+                before, name = len(mock.seen), f"resp_{mock.port}"
+                for _ in range(3):
+                    async with gateway.client.get(f"{gateway.url}/v1/responses/{name}") as answered:
+                        assert answered.status == 200
+                    assert (await gateway.ask(b"", f"/v1/responses/{name}/cancel"))[0] == 200
+                    goes_on = {"model": "m", "input": "and", "previous_response_id": name}
+                    assert (await gateway.ask(json.dumps(goes_on).encode(), "/v1/responses"))[0] == 200
+                assert len(mock.seen) == before + 9
+            async with gateway.client.get(f"{gateway.url}/v1/responses/resp_nobody_s") as answered:
+                assert answered.status == 200  # a server says what it has
+
+    run(main())
