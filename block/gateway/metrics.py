@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from typing import Protocol
+from typing import Any, Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -128,23 +128,28 @@ class Metrics:
             "Prompts of which a server counted other tokens than the tokenizer",
             registry=registry,
         )
-        self._prompt_tokens = Counter(
-            "block_prompt_tokens", "Prompt tokens of answers that tell what was cached", ["server"], registry=registry
-        )
-        self._cached_tokens = Counter(
-            "block_cached_tokens", "Prompt tokens that were cached, by the answers", ["server"], registry=registry
-        )
+        self._by_server: dict[str, Any] = {
+            "prompt": Counter(
+                "block_prompt_tokens",
+                "Prompt tokens of answers that tell what was cached",
+                ["server"],
+                registry=registry,
+            ),
+            "cached": Counter(
+                "block_cached_tokens", "Prompt tokens that were cached, by the answers", ["server"], registry=registry
+            ),
+        }
         self._estimate_s = histogram("block_length_seconds", "Time that a request waits for its estimate", _ESTIMATE)
         self._forecast_s = histogram("block_forecast_seconds", "Time that one forecast takes", _FORECAST)
-        self._actual, self._predicted, self._ratio = {}, {}, {}
+        self._predicted, self._ratio = {}, {}
         for what, text in (("ttft", "ime to the first token"), ("e2e", "ime to the last token")):
-            self._actual[what] = Histogram(
+            self._by_server[what] = Histogram(
                 f"block_{what}_seconds", f"T{text}", ["server"], buckets=_SECONDS, registry=registry
             )
             self._predicted[what] = histogram(f"block_predicted_{what}_seconds", f"Predicted t{text}", _SECONDS)
             self._ratio[what] = histogram(f"block_predicted_{what}_ratio", f"Predicted over actual t{text}", _RATIOS)
 
-        self._by_server = (self._prompt_tokens, self._cached_tokens, *self._actual.values())
+        self._of: dict[int, dict[str, Any]] = {}  # those of one server, by its id
         self._length_ratio = histogram("block_predicted_length_ratio", "Believed over actual response tokens", _RATIOS)
 
     def _count_requests_of(self, instance_id: int, url: str) -> None:
@@ -154,15 +159,15 @@ class Metrics:
     def begin(self, upstream: Upstream) -> None:
         """There is a server."""
         self._count_requests_of(upstream.instance_id, upstream.url)
-        for metric in self._by_server:
-            metric.labels(upstream.url)
+        self._of[upstream.instance_id] = {what: metric.labels(upstream.url) for what, metric in self._by_server.items()}
 
     def end(self, upstream: Upstream) -> None:
         """There is a server no more: what it did is told no more."""
         for status in (OK, REFUSED, FAILED, CANCELLED):
             del self._requests[upstream.instance_id, status]
             self._requests_by.remove(upstream.url, status)
-        for metric in self._by_server:
+        del self._of[upstream.instance_id]
+        for metric in self._by_server.values():
             metric.remove(upstream.url)
 
     def attempted(self, record: RequestRecord, dispatcher: Dispatcher) -> None:
@@ -204,16 +209,16 @@ class Metrics:
             self._retries.inc(record.retries)
         if status != OK or not generates:
             return
+        here = self._of[record.instance_id]
         if record.cached_tokens >= 0:
-            url = self._upstreams[record.instance_id].url
-            self._prompt_tokens.labels(url).inc(record.request.prompt_tokens)
-            self._cached_tokens.labels(url).inc(record.cached_tokens)
+            here["prompt"].inc(record.request.prompt_tokens)
+            here["cached"].inc(record.cached_tokens)
         arrival, forecast = record.request.arrival, record.forecast
         for what, at in (("ttft", record.first_token), ("e2e", record.finished)):
             actual = at - arrival
             if math.isnan(actual):
                 continue
-            self._actual[what].labels(self._upstreams[record.instance_id].url).observe(actual)
+            here[what].observe(actual)
             predicted = math.nan if forecast is None else getattr(forecast, what)
             if not math.isnan(predicted):
                 self._predicted[what].observe(predicted)
