@@ -175,8 +175,8 @@ class PluginInstance(SeenInstance):
         return await self._attach()
 
     def overrun(self, floor_s: float, factor: float) -> str | None:
-        """By the step's forecast, of servers on this host: what is fetched from others may be late."""
-        if self._packed is None or self._view is None or not self._view.is_local:
+        """By the step's forecast, unless what a server on another host has published does not come."""
+        if self._packed is None or self._view is None or not self._view.is_current:
             return None
         seen = self.snapshot()
         took = seen.taken_at - seen.step_started
