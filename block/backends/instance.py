@@ -75,7 +75,7 @@ class VLLMInstance:
         self._untold: dict[int, RequestRecord] = {}  # whose preemptions are to be pushed
         self._ages: array[float] | None = array("d") if measured else None  # of the snapshots of busy engines
         self._received = Received(late=array("d") if measured else None)
-        self._by = ""
+        self._by: str | None = None
         self._background: list[asyncio.Task[None]] = []
         self._events: CacheEvents | None = None
         self._nonce = 0
@@ -189,7 +189,7 @@ class VLLMInstance:
         """How snapshots came, and what that cost in `seconds` of the run; None for what was not measured.
 
         age: from the publication to the look at it, of snapshots that show a step in flight. late: from the publication
-        to its arrival here.
+        to its arrival here. Both are seconds of the run.
         """
         facts = {"url": self.url, "by": self._by, **_percentiles("age", self._ages)}
         if self._by != "push":
@@ -197,7 +197,7 @@ class VLLMInstance:
         received = self._received
         return {
             **facts,
-            **_percentiles("late", received.late),
+            **_percentiles("late", received.late, self._clock.at(1.0) - self._clock.at(0.0)),
             "frames_per_s": received.frames / seconds,
             "bytes_per_s": received.bytes / seconds,
             "skipped": received.skipped,
@@ -319,6 +319,6 @@ async def _message(response: aiohttp.ClientResponse) -> str:
     return " ".join(text.split())[:300]
 
 
-def _percentiles(name: str, seconds: Sequence[float] | None) -> dict[str, float | None]:
-    median, high = np.percentile(seconds, [50, 99]).tolist() if seconds else (None, None)
+def _percentiles(name: str, values: Sequence[float] | None, unit: float = 1.0) -> dict[str, float | None]:
+    median, high = (np.percentile(values, [50, 99]) * unit).tolist() if values else (None, None)
     return {f"{name}_p50_s": median, f"{name}_p99_s": high}

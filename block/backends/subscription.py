@@ -25,6 +25,10 @@ SILENCE_S = 4 * HEARTBEAT_S
 """Without a frame for so long, the connection counts as lost."""
 AGAIN_S = 0.2
 """From the loss of a connection to the next one, and between tries."""
+LATE_S = 1.0
+"""Frames that are so late for so long are given up: a new connection begins with the newest."""
+TELL_S = 60.0
+"""Of connections that are lost one is told in so long."""
 DRIFT = 1e-4
 """Seconds that two clocks may drift apart in a second."""
 
@@ -35,8 +39,8 @@ _LOST = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
 class Received:
     """What has come over the network.
 
-    skipped: states that were published and did not come. breaks: connections that were lost. late: seconds from each
-    publication to its arrival; None: they are not kept.
+    skipped: states that were published and did not come. breaks: connections that were lost. late: wall-clock seconds
+    from each publication to its arrival; None: they are not kept.
     """
 
     frames: int = 0
@@ -52,8 +56,8 @@ class Subscription:
     gone: is told of each frame which requests have gone, by their numbers, and their preemptions. received: is kept up
     to date.
 
-    Clocks of two hosts have nothing in common. The quickest frame is taken to have come at once; what others took
-    longer they were on their way. So ages are right but for what the quickest one took.
+    Clocks of two hosts have nothing in common. The quickest frame of a connection is taken to have come at once; what
+    others took longer they were on their way. So ages are right but for what the quickest one took.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Subscription:
         self._heard = -math.inf  # when the latest frame came
         self._sent = -math.inf  # when it was sent, on this host's clock
         self._published = math.nan  # what it shows, on the other's
+        self._late_since = math.inf
         self.state: State | None = None
         """What was published last, its times on this host's CLOCK_MONOTONIC. None before `begin`."""
 
@@ -93,9 +98,8 @@ class Subscription:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _keep_listening(self, frames: AsyncGenerator[None]) -> None:
-        first = True
+        counted, told = -math.inf, -math.inf
         while True:
-            heard = self._heard
             try:
                 async with aclosing(frames):
                     async for _ in frames:
@@ -104,21 +108,24 @@ class Subscription:
                 log.warning("%s: %s", self._url, error)
                 return
             except _LOST as error:
-                if first or self._heard > heard:  # else that it is lost has been told
+                now = time.monotonic()
+                if self._heard > counted:  # else it could not even be opened again
                     self._received.breaks += 1
-                    log.warning("%s: its state does not come any more: %s", self._url, one_line(error))
-            first = False
+                    counted = self._heard
+                if now > told + TELL_S:
+                    log.warning("%s: its state is asked for anew: %s", self._url, one_line(error))
+                    told = now
             await asyncio.sleep(AGAIN_S)
             frames = self._listen()
 
     async def _listen(self) -> AsyncGenerator[None]:
         """One connection; yields whenever the state is a newer one. Ends by one of _LOST, or _Replaced."""
-        known = self.state
+        known, self._offset, self._late_since = self.state, math.inf, math.inf
         since = {} if known is None else {"nonce": int(known.header[NONCE]), "since": int(known.header[FINISHED])}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)
         async with self._session.get(f"{self._url}/block/frames", params=since, timeout=timeout) as response:
             if response.status != 200:
-                raise ValueError(f"/block/frames answers {response.status}")
+                raise ValueError(f"/block/frames answers {response.status}; is the plugin of this version?")
             reader = FrameReader()
             async for data in response.content.iter_any():
                 self._received.bytes += len(data)
@@ -127,6 +134,10 @@ class Subscription:
                     for frame in frames:
                         self._take(frame, now)
                     yield
+                    late = now - self._sent
+                    self._late_since = math.inf if late < LATE_S else min(self._late_since, now)
+                    if now - self._late_since > LATE_S:
+                        raise ConnectionError(f"it comes {late:.1f} s late")
         raise ConnectionError("it has ended")
 
     def _take(self, frame: Frame, now: float) -> None:
@@ -134,7 +145,7 @@ class Subscription:
         if known is not None and state.header[NONCE] != known.header[NONCE]:
             if state.settings != known.settings:
                 raise _Replaced(f"another server is there, with {state.settings}")
-            known, self._offset = None, math.inf
+            known = None
         self._offset = min(now - frame.sent, self._offset + DRIFT * (now - self._heard))
         self._received.frames += 1
         self._heard, self._sent = now, frame.sent + self._offset

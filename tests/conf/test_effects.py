@@ -146,6 +146,7 @@ IDLE: list[tuple[str, list[str], str]] = [
     ("gateway", ["cluster.num_gpus=2"], "gateway.urls"),
     ("gateway", ["backend.dispatch_delay_s=1"], "gateway.urls"),
     ("gateway", ["backend.step_noise=0"], "gateway.urls"),
+    ("gateway", ["scheduler=block", "backend=vllm", "backend.shared_memory=false"], "wherever it can"),
     ("train_lengths", ["scheduler=random"], "run.py"),
     ("train_lengths", ["lengths=compact", "lengths.outrun_share=0.4"], "for runs"),
     ("train_lengths", ["estimation.data_sets=[x.json]"], "evaluate_lengths"),
