@@ -60,7 +60,7 @@ fmt: .venv/.dev
 	$(BIN)/ruff format .
 
 bench: .venv/.dev
-	@set -e; for file in benchmarks/forecast.py benchmarks/prefix.py benchmarks/run.py benchmarks/scale.py benchmarks/startup.py benchmarks/gateway.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+	@set -e; for file in benchmarks/forecast.py benchmarks/prefix.py benchmarks/run.py benchmarks/scale.py benchmarks/startup.py benchmarks/push.py benchmarks/gateway.py; do echo "== $$file"; $(BIN)/python "$$file"; done
 
 clean:
 	rm -rf build dist site *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

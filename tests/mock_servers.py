@@ -26,6 +26,7 @@ from block.gateway.config import GatewayConfig
 from block.gateway.groups import Plan
 from block.lengths import Lengths, Oracle
 from block.vllm_plugin import state_buffer as b
+from block.vllm_plugin.frames import Pushing
 from block.vllm_plugin.state_buffer import StateBuffer
 
 ANSWER = b'{"id": "cmpl-1",  "choices": [{"text": "\\u00e9 \xc3\xa9"}], "usage": {"completion_tokens": 7}}\n'
@@ -81,6 +82,28 @@ def cut(*events: bytes, sse: bool = True) -> Answer:
         await asyncio.sleep(0.02)
         assert http.transport is not None
         http.transport.abort()
+        return response
+
+    return answer
+
+
+def pushed(buffer: StateBuffer) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    """The plugin's own GET /block/frames, of what is on `buffer`, behind aiohttp."""
+    pushing = Pushing(buffer)
+
+    async def answer(http: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(http)
+
+        async def send(part: dict[str, Any]) -> None:
+            await response.write(part["body"])
+
+        async def receive() -> dict[str, Any]:
+            await asyncio.Event().wait()  # who leaves has the handler cancelled
+            raise AssertionError
+
+        since = http.query.get("since") if http.query.get("nonce") == str(int(buffer.header[b.NONCE])) else None
+        await pushing.push(None if since is None else int(since), receive, send, lambda: False)
         return response
 
     return answer
@@ -149,10 +172,14 @@ class Mock:
 
 
 class PluginMock(Mock):
-    """A server with the plugin; `place` shows a running sequence on its state buffer."""
+    """A server with the plugin; `place` shows a running sequence on its state buffer.
 
-    def __init__(self, answer: Answer = whole, settings: EngineSettings = LIMITS) -> None:
+    local: whether that can be mapped, as on one host.
+    """
+
+    def __init__(self, answer: Answer = whole, settings: EngineSettings = LIMITS, local: bool = True) -> None:
         super().__init__(answer)
+        self.local = local
         self.settings = settings
         self.renew()
 
@@ -162,18 +189,25 @@ class PluginMock(Mock):
         self.buffer.header[b.FREE] = self.settings.total_blocks
 
     def place(self, number: int, prompt: int, expected: int) -> None:
+        self.buffer.begin()
         self.buffer.header[b.COLUMNS] = self.buffer.header[b.RUNNING] = 1
         self.buffer.seqs[:, 0] = 0
         self.buffer.seqs[[ID, NUM_PROMPT_TOKENS], 0] = number, prompt
         self.buffer.seqs[[TARGET, MAX_TOKENS, EXPECTED], 0] = expected
         self.buffer.header[b.FREE] = self.settings.total_blocks - prompt // 16
+        self.buffer.end()
 
     def routes(self, app: web.Application) -> None:
         super().routes(app)
         app.router.add_get("/block/info", self._info)
+        app.router.add_get("/block/frames", self._frames)
 
     async def _info(self, http: web.Request) -> web.Response:
-        return web.json_response({"vllm": "0", "buffer": self.path, "nonce": int(self.buffer.header[b.NONCE])})
+        path = self.path if self.local else "/proc/0/fd/0"
+        return web.json_response({"vllm": "0", "buffer": path, "nonce": int(self.buffer.header[b.NONCE])})
+
+    async def _frames(self, http: web.Request) -> web.StreamResponse:
+        return await pushed(self.buffer)(http)
 
 
 @dataclass

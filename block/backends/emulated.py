@@ -33,6 +33,7 @@ class Emulated:
         the run, so that few cores can carry many servers; records are in seconds of the run.
     stream_interval: tokens between two messages of a stream after its first token; 1 sends each.
     ready_timeout_s: wall-clock seconds for all servers to be up.
+    shared_memory: read the servers' state there; false: have it pushed, as from other hosts.
     """
 
     step_time_factor: float = 1.0
@@ -40,6 +41,7 @@ class Emulated:
     time_dilation: float = 1.0
     stream_interval: int = 1
     ready_timeout_s: float = 180.0
+    shared_memory: bool = True
     virtual: ClassVar[bool] = False
     dispatch_delay_s: ClassVar[float] = 0.0
 
@@ -83,5 +85,8 @@ class Emulated:
         }
         specs = [ServerSpec(arguments, logs / f"instance-{i}.log") for i in range(testbed.instances)]
         zygote = Zygote(logs / "zygote.log", environment, self.ready_timeout_s)
-        async with launched_fleet(specs, zygote, latency, testbed, clock, self.ready_timeout_s) as fleet:
+        patience = self.ready_timeout_s
+        async with launched_fleet(
+            specs, zygote, latency, testbed, clock, patience, shared_memory=self.shared_memory
+        ) as fleet:
             yield fleet

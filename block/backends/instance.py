@@ -1,15 +1,15 @@
 """A real vLLM server as an instance: tokens over HTTP, snapshots from its state buffer.
 
 The server must have been started with this package's plugin (`python -m block.vllm_plugin.serve`). On this host its
-buffer is mapped; on another one the same bytes are fetched again and again in the background, and what its prefix cache
-has is told by vLLM's own events, if it publishes them.
+buffer is mapped; on another one it pushes the same (`block.backends.subscription`), and what its prefix cache has is
+told by vLLM's own events, if it publishes them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import time
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -18,6 +18,7 @@ import aiohttp
 import numpy as np
 
 from block.backends.cache_events import CacheEvents, EventSource, begin_to_follow
+from block.backends.subscription import Received, Subscription
 from block.cluster.instance import FirstToken, InstanceFailed, RequestFailed
 from block.core.arrays import Floats, Ints
 from block.core.clock import Clock
@@ -27,12 +28,12 @@ from block.core.types import Request, RequestRecord
 from block.dispatch.prefixes import Kept
 from block.engine.config import EngineSettings
 from block.engine.prefix_table import PrefixTable, held
-from block.vllm_plugin.state_buffer import STEP, State, StateBuffer, read_dump
+from block.vllm_plugin.state_buffer import STEP, State, StateBuffer
 from block.vllm_plugin.tags import TAG_EXPECTED, TAG_ID, TAG_RESPONSE
 from block.workload.content import token_ids
 
-POLL_S = 0.01  # wall-clock seconds between two fetches of a remote snapshot
-
+TOLD_S = 1.0
+"""How long what a server has to say of requests that have ended is waited for, before nobody listens any more."""
 
 # What comes of reading an answer that is not as vLLM gives: no JSON, not these keys, not these types.
 _ODD = (ValueError, LookupError, TypeError, AttributeError)
@@ -47,6 +48,7 @@ class VLLMInstance:
 
     instance_id: its place in the fleet. url: of the server, http://host:port. session: what it is asked through.
     clock: the run's, which dates snapshots and tokens. vocabulary: prompts are made of token ids below it.
+    shared_memory: whether its state buffer is mapped where it can be. measured: whether `told` is wanted.
     """
 
     def __init__(
@@ -56,6 +58,9 @@ class VLLMInstance:
         session: aiohttp.ClientSession,
         clock: Clock,
         vocabulary: int = 32000,
+        *,
+        shared_memory: bool = True,
+        measured: bool = False,
     ) -> None:
         self.instance_id = instance_id
         self.url = url.rstrip("/")
@@ -65,6 +70,12 @@ class VLLMInstance:
         self._emulated = False  # its GPU is, and answers what it is told to
         self._buffer: StateBuffer | None = None
         self._state: State | None = None
+        self._shared_memory = shared_memory
+        self._subscription: Subscription | None = None
+        self._untold: dict[int, RequestRecord] = {}  # whose preemptions are to be pushed
+        self._ages: array[float] | None = array("d") if measured else None  # of the snapshots of busy engines
+        self._received = Received(late=array("d") if measured else None)
+        self._by: str | None = None
         self._background: list[asyncio.Task[None]] = []
         self._events: CacheEvents | None = None
         self._nonce = 0
@@ -94,10 +105,16 @@ class VLLMInstance:
                     self._emulated = bool(info.get("emulated", False))
                     published = info.get("kv_events")
             try:
-                self._buffer = StateBuffer.open(path, nonce)
+                if self._shared_memory:
+                    self._buffer = StateBuffer.open(path, nonce)
             except (OSError, ValueError):  # another host, or another container of this one
-                await self._fetch()
-                self._background.append(asyncio.create_task(self._keep_fetching()))
+                pass
+            if self._buffer is None:
+                subscription = Subscription(self.url, self._session, self._have_gone, self._received)
+                with self._as_vllm():
+                    await subscription.begin()
+                self._subscription = subscription
+            self._by = "push" if self._buffer is None else "shared memory"
         except (aiohttp.ClientError, TimeoutError) as error:
             raise InstanceFailed(f"{self.url}: {message(error)}") from error
         settings = self._read().settings
@@ -118,9 +135,9 @@ class VLLMInstance:
             return False
 
     @property
-    def is_local(self) -> bool:
-        """Whether snapshots come from shared memory, not over HTTP."""
-        return self._buffer is not None
+    def is_current(self) -> bool:
+        """Whether snapshots are known to be the latest: from shared memory, or pushed without a break."""
+        return self._buffer is not None or (self._subscription is not None and self._subscription.current)
 
     @property
     def _prefix_table(self) -> PrefixTable | None:
@@ -137,16 +154,25 @@ class VLLMInstance:
 
     async def detach(self) -> None:
         """Stop looking; `attach` may follow again, to another server."""
+        if self._subscription is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TOLD_S):
+                    while self._untold and self._subscription.current:
+                        await asyncio.sleep(0.01)
+            await self._subscription.end()
+        self._untold.clear()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         self._background.clear()
-        self._buffer = self._state = self._events = None
+        self._buffer = self._state = self._events = self._subscription = None
 
     def _read(self) -> State:
         if self._buffer is not None:
             with suppress(TimeoutError):  # what was read last; whether the server is dead, `generate` will notice
                 self._state = self._buffer.read()
+        elif self._subscription is not None:
+            self._state = self._subscription.state
         if self._state is None:
             raise WithoutPlugin(f"{self.url}: shows no snapshots")
         return self._state
@@ -154,7 +180,29 @@ class VLLMInstance:
     def snapshot(self) -> Snapshot:
         """What the scheduler published last."""
         state = self._read()
-        return state.snapshot(self.instance_id, self._clock.now(), self._clock.at(state.started))
+        now, started = self._clock.now(), self._clock.at(state.started)
+        if self._ages is not None and started == started:  # else it is idle, and what it showed is as it is
+            self._ages.append(now - self._clock.at(state.published))
+        return state.snapshot(self.instance_id, now, started)
+
+    def told(self, seconds: float) -> dict[str, Any]:
+        """How snapshots came, and what that cost in `seconds` of the run; None for what was not measured.
+
+        age: from the publication to the look at it, of snapshots that show a step in flight. late: from the publication
+        to its arrival here. Both are seconds of the run.
+        """
+        facts = {"url": self.url, "by": self._by, **_percentiles("age", self._ages)}
+        if self._by != "push":
+            return facts
+        received = self._received
+        return {
+            **facts,
+            **_percentiles("late", received.late, self._clock.at(1.0) - self._clock.at(0.0)),
+            "frames_per_s": received.frames / seconds,
+            "bytes_per_s": received.bytes / seconds,
+            "skipped": received.skipped,
+            "breaks": received.breaks,
+        }
 
     def look_up(self, hashes: Ints, most: int) -> tuple[int, int] | None:
         """Of the first `most` blocks with these hashes, how many the server's prefix cache has, and how many of these
@@ -177,31 +225,35 @@ class VLLMInstance:
             found = await response.json()
         return found["timed"], np.array(found["steps"], dtype=np.float64).reshape(-1, STEP)
 
-    async def _fetch(self) -> None:
-        async with self._session.get(f"{self.url}/block/snapshot") as response:
-            with self._as_vllm():
-                self._state = read_dump(await response.read())
-
-    async def _keep_fetching(self) -> None:
-        while True:
-            began = time.monotonic()
-            with suppress(aiohttp.ClientError, TimeoutError, InstanceFailed):
-                await self._fetch()  # `generate` will notice a server that is gone
-            await asyncio.sleep(max(POLL_S - (time.monotonic() - began), 0.0))
+    def _have_gone(self, gone: Ints) -> None:
+        """Requests have left the server; it had others than this run's, too."""
+        for number, preemptions in gone.tolist():
+            if (record := self._untold.pop(number, None)) is not None:
+                record.preemptions = preemptions
 
     async def generate(self, record: RequestRecord, first_token: FirstToken) -> None:
         """Stream the response, noting when each token came."""
-        request = record.request
+        record.preemptions = None
+        if self._subscription is not None:
+            self._untold[record.request.id] = record
         try:
-            async with self._session.post(f"{self.url}/v1/completions", json=self._body(request)) as response:
+            await self._ask(record, first_token)
+        except BaseException:
+            self._untold.pop(record.request.id, None)
+            raise
+        if self._buffer is not None:
+            record.preemptions = self._buffer.preemptions_of(record.request.id)
+
+    async def _ask(self, record: RequestRecord, first_token: FirstToken) -> None:
+        body = self._body(record.request)
+        try:
+            async with self._session.post(f"{self.url}/v1/completions", json=body) as response:
                 if response.status != 200:
                     text = f"{self.url}: {response.status}: {await _message(response)}"
                     raise (InstanceFailed if response.status >= 500 else RequestFailed)(text)
                 await self._stream(response, record, first_token)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise InstanceFailed(f"{self.url}: {message(error)}") from error
-        preemptions = self._buffer.preemptions_of(request.id) if self._buffer is not None else None
-        record.preemptions = preemptions or 0
 
     def _body(self, request: Request) -> dict[str, Any]:
         content = np.array([[request.id, request.prompt_tokens]]) if request.content is None else request.content
@@ -265,3 +317,8 @@ async def _message(response: aiohttp.ClientResponse) -> str:
     with suppress(*_ODD):
         text = str(json.loads(text)["error"]["message"])
     return " ".join(text.split())[:300]
+
+
+def _percentiles(name: str, values: Sequence[float] | None, unit: float = 1.0) -> dict[str, float | None]:
+    median, high = (np.percentile(values, [50, 99]) * unit).tolist() if values else (None, None)
+    return {f"{name}_p50_s": median, f"{name}_p99_s": high}

@@ -33,11 +33,13 @@ async def launched_fleet(
     clock: Clock,
     deadline_s: float,
     at_once: int | None = None,
+    shared_memory: bool = True,
 ) -> AsyncIterator[Fleet]:
     """A fleet of the servers that `specs` describe, of which the first `testbed.initial` run from the start.
 
     starter: how a process is started, as of `block.backends.launch.launcher_for`. latency: the servers' step times.
     deadline_s: seconds that a server may take to come up. at_once: servers that start at the same time; None: all.
+    shared_memory: as of `VLLMInstance`.
     """
     from block.backends.launch import launcher_for
 
@@ -46,7 +48,7 @@ async def launched_fleet(
             starting = [group.create_task(launcher.start(spec)) for spec in specs[: testbed.initial]]
         servers = {i: task.result() for i, task in enumerate(starting)}
         urls = [servers[i].url if i in servers else "" for i in range(len(specs))]
-        async with attached_fleet(urls, latency, testbed, clock) as fleet:
+        async with attached_fleet(urls, latency, testbed, clock, shared_memory) as fleet:
             yield fleet._replace(servers=_Servers(launcher, specs, servers, fleet))
 
 
@@ -88,7 +90,7 @@ def _said(instance: VLLMInstance, settings: EngineSettings) -> dict[str, Any]:
 
 @asynccontextmanager
 async def attached_fleet(
-    urls: Sequence[str], latency: LatencyModel, testbed: Testbed, clock: Clock
+    urls: Sequence[str], latency: LatencyModel, testbed: Testbed, clock: Clock, shared_memory: bool = True
 ) -> AsyncIterator[Fleet]:
     """Instances for running servers ("": one that does not run yet), and a predictor for the settings they report."""
     import aiohttp
@@ -99,7 +101,8 @@ async def attached_fleet(
     # A connection each: a server may close an idle one just as it is used again, and would seem to have failed.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        instances = [VLLMInstance(i, url, session, clock, testbed.model.vocab_size) for i, url in enumerate(urls)]
+        vocabulary, how = testbed.model.vocab_size, {"shared_memory": shared_memory, "measured": True}
+        instances = [VLLMInstance(i, url, session, clock, vocabulary, **how) for i, url in enumerate(urls)]
         try:
             running = [instance for instance in instances if instance.url]
             settings = [await _attach(instance) for instance in running]
@@ -116,7 +119,12 @@ async def attached_fleet(
             if known[0] != _asked(testbed, known[0]):
                 log.warning("the servers run with %s", known[0])
             predictor = Predictor(known[0], latency)
-            yield Fleet(instances, predictor, _said(instances[0], known[0]), prefixes=prefixes)
+            said = _said(instances[0], known[0])
+
+            def snapshots(seconds: float) -> list[dict[str, Any]]:
+                return [instance.told(seconds) for instance in instances]
+
+            yield Fleet(instances, predictor, said, prefixes=prefixes, snapshots=snapshots)
         finally:
             for instance in instances:
                 await instance.detach()

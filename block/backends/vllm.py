@@ -26,6 +26,7 @@ class VLLM:
     """Real servers on GPUs, or any that run already.
 
     urls: attach to these servers (started by python -m block.vllm_plugin.serve) instead of launching any.
+    shared_memory: read the state of servers on this host there; false: have it pushed, as from other hosts.
     latency_model: file of step times; by default the profile of the GPU and model, or their roofline, calibrated by
         step_time_factor and step_overhead_s. arguments: further arguments of `vllm serve`.
     """
@@ -36,6 +37,7 @@ class VLLM:
     step_overhead_s: float = 0.0
     arguments: tuple[str, ...] = ()
     ready_timeout_s: float = 1800.0
+    shared_memory: bool = True
     virtual: ClassVar[bool] = False
     dispatch_delay_s: ClassVar[float] = 0.0
     time_dilation: ClassVar[float] = 1.0
@@ -61,7 +63,7 @@ class VLLM:
         """
         latency = self.latency(testbed)
         if self.urls:
-            async with attached_fleet(self.urls, latency, testbed, clock) as fleet:
+            async with attached_fleet(self.urls, latency, testbed, clock, self.shared_memory) as fleet:
                 yield fleet
             return
         require("vllm")
@@ -80,7 +82,9 @@ class VLLM:
             ServerSpec(arguments, logs / f"instance-{i}.log", {**QUIET, "CUDA_VISIBLE_DEVICES": ",".join(mine)})
             for i, mine in enumerate(devices)
         ]
-        async with launched_fleet(specs, Subprocesses(), latency, testbed, clock, self.ready_timeout_s) as fleet:
+        async with launched_fleet(
+            *(specs, Subprocesses(), latency, testbed, clock, self.ready_timeout_s), shared_memory=self.shared_memory
+        ) as fleet:
             yield fleet
 
 

@@ -23,12 +23,14 @@ class VLLMCPU:
 
     latency_model: file of step times (scripts/profile_instance.py writes one for the machine at hand).
     arguments: further arguments of `vllm serve`. at_once: servers that start at the same time.
+    shared_memory: read the servers' state there; false: have it pushed, as from other hosts.
     """
 
     latency_model: str = "artifacts/latency/cpu-tiny.json"
     arguments: tuple[str, ...] = ()
     ready_timeout_s: float = 600.0
     at_once: int = 2
+    shared_memory: bool = True
     virtual: ClassVar[bool] = False
     dispatch_delay_s: ClassVar[float] = 0.0
     time_dilation: ClassVar[float] = 1.0
@@ -62,7 +64,8 @@ class VLLMCPU:
         environment = {**QUIET, **OFFLINE, "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         specs = [ServerSpec(arguments, logs / f"instance-{i}.log", environment) for i in range(testbed.instances)]
         latency, patience = self.latency(testbed), self.ready_timeout_s
+        at_once, shared_memory = self.at_once, self.shared_memory
         async with launched_fleet(
-            specs, Subprocesses(), latency, testbed, clock, patience, at_once=self.at_once
+            specs, Subprocesses(), latency, testbed, clock, patience, at_once, shared_memory
         ) as fleet:
             yield fleet

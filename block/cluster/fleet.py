@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -23,7 +23,7 @@ class Fleet(NamedTuple):
 
     Without a predictor, the instances show no snapshots either, and only policies that count can be used.
     servers: starts and stops single ones; None: all are there already. prefixes: what they have in their prefix caches;
-    None: that is not known.
+    None: that is not known. snapshots: tells how each instance's came, in so many seconds of the run.
     """
 
     instances: Sequence[ReplayInstance]
@@ -31,6 +31,7 @@ class Fleet(NamedTuple):
     engines: Mapping[str, Any]
     servers: ServerProcesses | None = None
     prefixes: Telling | None = None
+    snapshots: Callable[[float], Sequence[Mapping[str, Any]]] = lambda seconds: ()
 
 
 class SimulatedFleet(NamedTuple):

@@ -214,9 +214,9 @@ class Decision(NamedTuple):
 class RequestRecord:
     """What happened to one request; its status is pending, ok or failed. Times are on the run's clock, NaN before.
 
-    cached_tokens: of its prompt that its instance found in the prefix cache; -1 where that is not told. retries:
-    instances that it was lost on before; error: the last thing that went wrong. token_times: when each token
-    came, or the several that came at once, if that is known.
+    preemptions: None where they are not known. cached_tokens: of its prompt that its instance found in the prefix
+    cache; -1 where that is not told. retries: instances that it was lost on before; error: the last thing that went
+    wrong. token_times: when each token came, or the several that came at once, if that is known.
     """
 
     request: Request
@@ -226,7 +226,7 @@ class RequestRecord:
     finished: float = float("nan")
     forecast: Forecast | None = None
     status: str = "pending"
-    preemptions: int = 0
+    preemptions: int | None = None
     output_tokens: int = 0
     retries: int = 0
     cached_tokens: int = -1

@@ -181,9 +181,9 @@ class PluginInstance(SeenInstance):
         return await self._attach()
 
     def overrun(self, floor_s: float, factor: float) -> str | None:
-        """By the step's forecast, of servers on this host: what is fetched from others may be late."""
+        """By the step's forecast, unless what a server on another host has published does not come."""
         packed = self._packed()
-        if packed is None or self._view is None or not self._view.is_local:
+        if packed is None or self._view is None or not self._view.is_current:
             return None
         seen = self.snapshot()
         took = seen.taken_at - seen.step_started

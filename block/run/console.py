@@ -101,10 +101,10 @@ def report(run: Run, wandb: Path | None, console: Console) -> None:
     compile_s = summary.get("compile_s") or 0.0
     compiling = f" (+ {_cell(compile_s)} s compiling, once)" if compile_s >= 0.01 else ""
     facts = {
-        "requests": ", ".join(f"{value} {key}" for key, value in counts.items()),
+        "requests": ", ".join(f"{value} {key}" for key, value in counts.items() if value is not None),
         "throughput": f"{_cell(summary['request_throughput_rps'])} requests/s, "
         f"{_cell(summary['token_throughput_tps'])} tokens/s",
-        "preemptions": str(summary["preemptions"]),
+        "preemptions": "not known" if summary["preemptions"] is None else str(summary["preemptions"]),
         **(
             {"prefix cache": f"{summary['prefix_hit_rate']:.1%} of prompt tokens hit"}
             if summary.get("prefix_hit_rate")

@@ -239,6 +239,12 @@ RULES = (
         "a gateway starts nothing; gateway.urls are its servers",
         ("gateway",),
     ),
+    Rule(
+        ("backend.shared_memory",),
+        lambda run: True,
+        "for experiments; a gateway reads shared memory wherever it can",
+        ("gateway",),
+    ),
 )
 
 _RUN = (*GROUPS, *CHOICES, "dispatch", "seed")

@@ -161,6 +161,7 @@ def _store(writer: RunWriter, outcome: Outcome) -> None:
         compile_s=outcome.compile_s,
         peak_memory_mib=_peak_mib(),
         engines=outcome.engines,
+        snapshots=outcome.snapshots,
         ejections=history.ejections,
         counterfactuals=outcome.counterfactuals.columns() if outcome.counterfactuals else None,
         changes=() if outcome.scaler is None else outcome.scaler.changes,

@@ -57,6 +57,7 @@ class Outcome:
     compile_s: float = 0.0  # before it, too
     ended_at: float = math.nan
     engines: Mapping[str, Any] = field(default_factory=dict)
+    snapshots: Sequence[Mapping[str, Any]] = ()  # how those of real engines came
 
 
 def requests_of(run: RunConfig) -> tuple[list[Request], workload.Facts]:
@@ -232,6 +233,7 @@ async def _replay(
             raise failed.exceptions[0] from None
         finally:
             outcome.ended_at = clock.now()
+            outcome.snapshots = fleet.snapshots(outcome.ended_at)
 
 
 def _dispatchers(

@@ -70,7 +70,7 @@ KEYS = (
         "estimation",
     ),
     *("experiment", "schema_version", "id", "created", "status", "error", "choices", "config", "config_hash", "hashes"),
-    *("git", "hardware", "packages", "counts", "summary", "changes", "engines", "ejections"),
+    *("git", "hardware", "packages", "counts", "summary", "changes", "engines", "snapshots", "ejections"),
 )
 
 log = logging.getLogger(__name__)
@@ -109,8 +109,8 @@ class Run:
         return self.document["summary"]  # type: ignore[no-any-return]
 
     @property
-    def counts(self) -> dict[str, int] | None:
-        """Requests sent, ok, failed, fallback, preempted, failed over."""
+    def counts(self) -> dict[str, int | None] | None:
+        """Requests sent, ok, failed, fallback, preempted (None: not known), failed over."""
         return self.document["counts"]  # type: ignore[no-any-return]
 
     def get(self, key: str, default: Any = _ABSENT) -> Any:

@@ -90,8 +90,8 @@ def summarise(
     """The summary of a run, ready for JSON.
 
     `columns` are those of the request table, arrays of one length: arrival, first_token, finished (seconds),
-    prompt_tokens, output_tokens, preemptions, forecast_e2e (seconds, NaN: none), status, and cached_tokens, which runs
-    of before 0.3.0 lack.
+    prompt_tokens, output_tokens, preemptions (NaN: not known), forecast_e2e (seconds, NaN: none), status, and
+    cached_tokens, which runs of before 0.3.0 lack.
 
     Throughput counts ok requests from the first arrival to the last token; tokens are those of prompts and responses
     together. The keyword arguments are measured by the caller: seconds that each dispatch took beside waiting for its
@@ -116,7 +116,7 @@ def summarise(
         "request_throughput_rps": count / duration if duration > 0 else None,
         "token_throughput_tps": tokens / duration if duration > 0 else None,
         "output_throughput_tps": response_tokens / duration if duration > 0 else None,
-        "preemptions": int(ok["preemptions"].sum()),
+        "preemptions": None if np.isnan(ok["preemptions"]).any() else int(ok["preemptions"].sum()),
         "prefix_hit_rate": _hit_rate(ok),
         **_stats("e2e_error", e2e_error(ok), "", "mean", 50),
         **_stats("dispatch_overhead", dispatch_overhead_s, "s", "mean", 99),

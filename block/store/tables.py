@@ -19,6 +19,7 @@ def request_columns(records: Sequence[RequestRecord]) -> dict[str, NDArray[Any]]
     """The request table as numpy columns, a row per record. Times are seconds, NaN where they never came.
 
     `output_tokens` counts the tokens generated; forecasts are seconds from the decision, NaN where there was none.
+    `preemptions` are NaN where they are not known.
     """
 
     def column(kind: type[np.generic], name: str, of: Sequence[Any]) -> NDArray[Any]:
@@ -41,7 +42,7 @@ def request_columns(records: Sequence[RequestRecord]) -> dict[str, NDArray[Any]]
         "forecast_ttft": forecasts[:, 0],
         "forecast_e2e": forecasts[:, 1],
         "status": np.array([record.status for record in records], dtype=np.str_),
-        "preemptions": column(np.int64, "preemptions", records),
+        "preemptions": np.array([record.preemptions for record in records], dtype=np.float64),
         "retries": column(np.int64, "retries", records),
         "error": np.array([record.error or "" for record in records], dtype=np.str_),
         "cached_tokens": column(np.int64, "cached_tokens", records),
@@ -49,8 +50,9 @@ def request_columns(records: Sequence[RequestRecord]) -> dict[str, NDArray[Any]]
 
 
 def requests_table(columns: Mapping[str, NDArray[Any]]) -> pa.Table:
-    """The table of `request_columns`; a time that never came is null."""
-    return pa.table({name: _array(column) for name, column in columns.items()})
+    """The table of `request_columns`; a time that never came is null, and so are preemptions that are not known."""
+    arrays = {name: _array(column) for name, column in columns.items()}
+    return pa.table({**arrays, "preemptions": arrays["preemptions"].cast(pa.int64())})
 
 
 def decisions_table(rows: Collection[tuple[float, Decision, int]]) -> pa.Table:

@@ -121,8 +121,10 @@ class RunWriter:
         return dict(self._document["summary"])
 
     @property
-    def counts(self) -> dict[str, int] | None:
-        """Requests sent, ok, failed, fallback, preempted and failed over (at least once); None before `store`."""
+    def counts(self) -> dict[str, int | None] | None:
+        """Requests sent, ok, failed, fallback, preempted and failed over (at least once); None before `store`. Where it
+        is not known of a request that is ok whether it was preempted, `preempted` is None.
+        """
         return self._document["counts"]  # type: ignore[no-any-return]
 
     def store(
@@ -141,6 +143,7 @@ class RunWriter:
         counterfactuals: Mapping[str, ArrayLike] | None = None,
         changes: Sequence[tuple[float, int, str, str]] = (),
         instance_seconds: float | None = None,
+        snapshots: Sequence[Mapping[str, Any]] = (),
     ) -> Summary:
         """Write the tables, and return the summary that goes into run.json (see `block.store.summary.summarise`).
 
@@ -148,6 +151,7 @@ class RunWriter:
         counterfactuals: columns of a table, like `instances`.
         engines: what real engines said of themselves. ejections: (time, instance id, reason) of those lost.
         changes: (time, instance id, change, reason) of those that joined or left; instance_seconds: what all have cost.
+        snapshots: how those of each real engine came, and how old they were.
         Raises ValueError if the records contradict themselves.
         """
         columns = tables.request_columns(records)
@@ -160,14 +164,6 @@ class RunWriter:
         if counterfactuals is not None:
             self._write("counterfactuals", tables.series_table(counterfactuals))
         ok = int(np.count_nonzero(columns["status"] == "ok"))
-        self._document["counts"] = {
-            "sent": len(records),
-            "ok": ok,
-            "failed": len(records) - ok,
-            "fallback": sum(decision.fallback is not None for _, decision, _ in decisions),
-            "preempted": int(np.count_nonzero(columns["preemptions"])),
-            "failed_over": int(np.count_nonzero(columns["retries"])),
-        }
         self._document["summary"] = summarise(
             columns,
             dispatch_overhead_s=dispatch_overhead_s,
@@ -176,13 +172,23 @@ class RunWriter:
             compile_s=compile_s,
             peak_memory_mib=peak_memory_mib,
         )
+        self._document["counts"] = {
+            "sent": len(records),
+            "ok": ok,
+            "failed": len(records) - ok,
+            "fallback": sum(decision.fallback is not None for _, decision, _ in decisions),
+            "preempted": None if self.summary["preemptions"] is None else int((columns["preemptions"] > 0).sum()),
+            "failed_over": int(np.count_nonzero(columns["retries"])),
+        }
         if instance_seconds is not None:
             self._document["summary"]["instance_seconds"] = instance_seconds
         self._document["changes"] = json_value(list(changes))
         self._document["engines"] = json_value(engines or {})
+        self._document["snapshots"] = json_value(list(snapshots))
         self._document["ejections"] = json_value(list(ejections))
         self._document["status"] = "ok"
-        log.info("stored %s", ", ".join(f"{count} {name}" for name, count in self._document["counts"].items()))
+        known = (f"{count} {name}" for name, count in self._document["counts"].items() if count is not None)
+        log.info("stored %s", ", ".join(known))
         return self.summary
 
     def _write(self, name: str, table: pa.Table) -> None:

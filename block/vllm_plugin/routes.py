@@ -1,7 +1,8 @@
 """The HTTP view of the state buffer, for those who ask from another host; an ASGI middleware of vLLM's API server.
 
 GET /block/info       JSON: versions, the state buffer's path and nonce, the engine's settings, where cache events come
-GET /block/snapshot   the state buffer's bytes (`state_buffer.read_dump`)
+GET /block/frames     the state buffer, pushed at each change (`block.vllm_plugin.frames`); ?nonce=…&since=n: a listener
+                      that comes back, and knows which were the first n requests to go
 GET /block/steps?since=n    JSON: how many steps were timed, and those after the first n
 """
 
@@ -14,12 +15,11 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from block.vllm_plugin.environment import EMULATED, STATE_BUFFER
+from block.vllm_plugin.frames import Pushing, Receive, Send
 from block.vllm_plugin.requirements import vllm_version
 from block.vllm_plugin.state_buffer import NONCE, PLAIN_HITS, StateBuffer
 
 Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class SnapshotView:
@@ -29,21 +29,31 @@ class SnapshotView:
         self._app = app
         self._path = os.environ[STATE_BUFFER]
         self._buffer = StateBuffer.open(self._path)
+        self._pushing = Pushing(self._buffer)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it: one connection's request."""
         if scope["type"] != "http" or not scope["path"].startswith("/block/"):
             await self._app(scope, receive, send)
             return
+        if scope["path"] == "/block/frames":
+            await self._push(scope, receive, send)
+            return
         status, kind, body = self._answer(scope)
         headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
+    async def _push(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = parse_qs(scope.get("query_string", b"").decode())
+        same = asked.get("nonce") == [str(int(self._buffer.header[NONCE]))]
+        headers = [(b"content-type", b"application/octet-stream"), (b"cache-control", b"no-store")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        since = int(asked["since"][0]) if same and "since" in asked else None
+        await self._pushing.push(since, receive, send, _stopping(scope))
+
     def _answer(self, scope: Scope) -> tuple[int, bytes, bytes]:
         path, query = scope["path"], scope.get("query_string", b"").decode()
-        if path == "/block/snapshot":
-            return 200, b"application/octet-stream", self._buffer.dump()
         if path == "/block/info":
             state = self._buffer.read()
             info = {
@@ -60,6 +70,12 @@ class SnapshotView:
             timed, steps = self._buffer.step_times(since)
             return 200, b"application/json", json.dumps({"timed": timed, "steps": steps.tolist()}).encode()
         return 404, b"application/json", b'{"error": {"message": "no such view", "code": 404}}'
+
+
+def _stopping(scope: Scope) -> Callable[[], bool]:
+    """Tells whether vLLM's server is about to end: it waits for all responses to."""
+    server = getattr(getattr(scope.get("app"), "state", None), "server", None)
+    return lambda: getattr(server, "should_exit", False)
 
 
 def _published_events(scope: Scope) -> dict[str, str | None] | None:

@@ -3,7 +3,7 @@
     python -m block.vllm_plugin.serve --model … --port …     any arguments of `vllm serve`
 
 It is vLLM's own API server with two public options set, ``--scheduler-cls`` and ``--middleware``. The state is on the
-buffer (this host) and at ``/block/snapshot`` (other hosts); ``/block/info`` says where.
+buffer (this host) and pushed by ``/block/frames`` (other hosts); ``/block/info`` says where.
 """
 
 from __future__ import annotations

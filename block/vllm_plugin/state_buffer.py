@@ -4,9 +4,9 @@ One writer, any number of readers, no locks: the writer makes the counter odd, w
 and begins anew if the counter was odd or has changed. The memory is a *memfd* of the server process, so it has no name
 that could be left behind: others open it as ``/proc/<pid>/fd/<fd>``, and it is gone with the last of its users.
 
-Times in the state buffer are CLOCK_MONOTONIC, which all processes of a host share. The same bytes, cut to the columns
-in use, are what the HTTP view serves to other hosts (`StateBuffer.dump`, `read_dump`), without the table of what is in
-the prefix cache, which is not copied by readers either: they look up in it.
+Times in the state buffer are CLOCK_MONOTONIC, which all processes of a host share. Other hosts have the same pushed to
+them (`block.vllm_plugin.frames`), without the table of what is in the prefix cache, which is not copied by readers
+either: they look up in it.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ _FIELDS = 17
 PLACES = 18  # of the table of what is in the prefix cache; 0: that is not told
 PLAIN_HITS = 19  # 1 if a hit of the prefix cache is the longest run of blocks, and there is one scheduler; else 0
 SETTINGS = 20  # the engine's, in the order of `EngineSettings`
-_HEADER = 64
+HEADER = 64
 
 PATIENCE_S = 0.02
 RING = 1024  # timed steps that are kept
 STEP = 7  # floats of a timed step, see StepTime
 GONE = 4096  # finished requests that are kept
-_WORDS = _HEADER + FIELDS * CAPACITY + RING * STEP + GONE * 2  # before the table
+_WORDS = HEADER + FIELDS * CAPACITY + RING * STEP + GONE * 2  # before the table
 _BYTES = 8 * (_WORDS + 2 * MOST_PLACES)
 
 
@@ -86,6 +86,11 @@ class State(NamedTuple):
         """When the step in flight began; NaN when idle."""
         return float(self.header.view(np.float64)[STARTED])
 
+    @property
+    def published(self) -> float:
+        """When it was written."""
+        return float(self.header.view(np.float64)[PUBLISHED])
+
     def snapshot(self, instance_id: int, now: float, started: float) -> Snapshot:
         """As the dispatcher wants it, with `now` and `started` on the run's clock."""
         header = self.header
@@ -112,10 +117,10 @@ class StateBuffer:
     def __init__(self, fd: int) -> None:
         self._map = mmap.mmap(fd, _BYTES)
         words: Ints = np.frombuffer(self._map, dtype=np.int64)
-        self.header = words[:_HEADER]
+        self.header = words[:HEADER]
         self.times: Floats = self.header.view(np.float64)
-        self.seqs: Ints = words[_HEADER : _HEADER + FIELDS * CAPACITY].reshape(FIELDS, CAPACITY)
-        steps, gone = _HEADER + FIELDS * CAPACITY, _HEADER + FIELDS * CAPACITY + RING * STEP
+        self.seqs: Ints = words[HEADER : HEADER + FIELDS * CAPACITY].reshape(FIELDS, CAPACITY)
+        steps, gone = HEADER + FIELDS * CAPACITY, HEADER + FIELDS * CAPACITY + RING * STEP
         self.steps: Floats = words[steps:gone].view(np.float64).reshape(RING, STEP)
         self.gone: Ints = words[gone:_WORDS].reshape(GONE, 2)  # number and preemptions of each
         self._table: Ints = words[_WORDS:].reshape(2, MOST_PLACES)
@@ -143,8 +148,7 @@ class StateBuffer:
             buffer = StateBuffer(fd)
         finally:
             os.close(fd)  # the mapping stays
-        if buffer.header[_MAGIC] != MAGIC or buffer.header[_FIELDS] != FIELDS:
-            raise ValueError(f"state buffer {path}: not of this version's layout")
+        checked(buffer.header)
         if nonce is not None and buffer.header[NONCE] != nonce:
             raise ValueError(f"state buffer {path}: belongs to another server")
         return buffer
@@ -156,6 +160,11 @@ class StateBuffer:
 
         places = int(self.header[PLACES])
         return PrefixTable(*self._table[:, :places]) if places else None
+
+    @property
+    def version(self) -> int:
+        """Another number after each change; odd in the midst of one."""
+        return int(self.header[_COUNTER])
 
     def begin(self) -> None:
         """The writer's: what is on the state buffer is about to change."""
@@ -188,31 +197,24 @@ class StateBuffer:
         return timed, self.steps[np.arange(first, timed) % RING].copy()
 
     def preemptions_of(self, number: int) -> int | None:
-        """Preemptions of a request that has gone; None if it is no longer, or not yet, noted."""
+        """Preemptions of the latest request with this number that has gone; None if it is not, or no longer, noted."""
         places = np.flatnonzero(self.gone[:, 0] == number)
-        return int(self.gone[places[-1], 1]) if len(places) else None
+        if not len(places):
+            return None
+        latest = np.argmax((places - int(self.header[FINISHED])) % GONE)  # the next place to be written is the oldest
+        return int(self.gone[places[latest], 1])
 
-    def dump(self) -> bytes:
-        """A consistent copy as bytes, for `read_dump` on another host; its times become ages."""
-        state = self.read()
-        times = state.header.view(np.float64)
-        now = time.monotonic()
-        for word in (STARTED, PUBLISHED):
-            times[word] = now - times[word]
-        return state.header.tobytes() + state.seqs.tobytes()
+    def gone_since(self, since: int, finished: int) -> Ints:
+        """Number and preemptions of the requests that have gone from the first `since` on up to the first `finished`:
+        int64[n, 2], the latest of them if they are too many.
+        """
+        first = max(since, 0, finished - GONE + 1)  # the oldest place may be being overwritten
+        found: Ints = self.gone[np.arange(first, finished) % GONE]
+        return found
 
 
-def read_dump(dump: bytes) -> State:
-    """What `StateBuffer.dump` wrote elsewhere, its times put on this host's clock as if the way had taken no time.
-
-    ValueError if it is of another layout.
-    """
-    words = np.frombuffer(dump, dtype=np.int64).copy()
-    if len(words) < _HEADER or words[_MAGIC] != MAGIC or words[_FIELDS] != FIELDS:
-        raise ValueError("the snapshot is not of this version's layout")
-    header = words[:_HEADER]
-    times = header.view(np.float64)
-    now = time.monotonic()
-    for word in (STARTED, PUBLISHED):
-        times[word] = now - times[word]
-    return State(header, words[_HEADER:].reshape(FIELDS, -1))
+def checked(header: Ints) -> Ints:
+    """`header` itself. ValueError if it is of another layout."""
+    if header[_MAGIC] != MAGIC or header[_FIELDS] != FIELDS:
+        raise ValueError("not of this version's layout")
+    return header

@@ -21,6 +21,7 @@ from processes import eventually, kill_all, marked
 from block.run.replay import requests_of
 from block.store.results import Run, read_run, runs
 from block.store.writer import recover
+from block.vllm_plugin.frames import FrameReader
 from block.workload.sessions import followers
 
 # Found and not imported: to import it takes ten seconds, and each worker of the tests collects this file.
@@ -266,11 +267,15 @@ def test_a_run_goes_through_the_gateway_to_servers_that_run_already(mark: str, t
         with urllib.request.urlopen(f"http://127.0.0.1:{gateway}/metrics", timeout=5) as response:
             metrics = response.read().decode()
         assert "block_" in metrics
+        far = urllib.request.urlopen(f"http://127.0.0.1:{first}/block/frames", timeout=5)
+        (frame,) = FrameReader().feed(far.read1(10**6))  # and goes on listening, which keeps no server from ending
+        assert frame.state.settings.max_num_seqs == 8
     finally:
         for process in started:
             process.terminate()
         for process in started:
             process.wait(30)
+    far.close()
     assert nothing_left(mark), marked(mark)
 
 
@@ -343,13 +348,24 @@ def test_a_server_of_a_real_model_joins_and_leaves_and_an_interrupted_run_keeps_
 
 
 def test_a_server_that_has_not_joined_is_gone_when_the_run_ends(mark: str, tmp_path: Path) -> None:
+    """What the other one does is pushed, as from another host: also which requests it has preempted."""
+    tight = ["engine.num_gpu_blocks=5", "engine.max_model_len=64"]
+    short = ["workload.max_total_tokens=64", "workload.too_long=drop"]
     process = start(
         *(mark, tmp_path, "backend=emulated", "backend.time_dilation=1", "cluster.num_gpus=2", "engine.max_num_seqs=2"),
+        *("backend.shared_memory=false", *tight, *short),
         *("workload.num_requests=12", "workload.qps=12", "provisioner=relief", "provisioner.initial=1"),
         *("provisioner.threshold_s=0.5", "provisioner.startup_s=60"),
     )
     run, _ = finish(process, tmp_path)
     assert run.counts is not None
     assert run.counts["ok"] == 12
+    preemptions = run.requests().preemptions
+    assert preemptions.dtype == int  # all are known
+    assert preemptions.sum() == run.summary["preemptions"] > 0
+    assert run.counts["preempted"] == (preemptions > 0).sum()
+    pushed = run.document["snapshots"][0]
+    assert (pushed["by"], pushed["breaks"]) == ("push", 0)
+    assert 0 <= pushed["late_p50_s"] < pushed["age_p50_s"] + 1
     assert [change for _, _, change, _ in run.document["changes"]] == ["start"]
     assert nothing_left(mark), marked(mark)

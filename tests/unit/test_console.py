@@ -92,10 +92,11 @@ def test_compiling_is_told_apart(compile_s: float | None, told: str) -> None:
 
 
 def test_what_does_not_exist_is_a_dash_or_said_in_words() -> None:
-    nothing = dict.fromkeys(("forecast_p50_us", "forecast_p99_us", "e2e_error_p50", "tpot_mean_s"))
+    nothing = dict.fromkeys(("forecast_p50_us", "forecast_p99_us", "e2e_error_p50", "tpot_mean_s", "preemptions"))
     text = text_of(lambda console: report(run(**nothing), None, console))
     assert "forecasts    none: this policy does not use them" in text
     assert "W&B          not logged" in text
+    assert "preemptions  not known" in text
     assert "│ token latency (ms) │ –" in text
 
 

@@ -10,7 +10,6 @@ from importlib.metadata import entry_points
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from block.vllm_plugin import platform, requirements
@@ -18,7 +17,7 @@ from block.vllm_plugin import state_buffer as b
 from block.vllm_plugin.environment import EMULATED, STATE_BUFFER
 from block.vllm_plugin.requirements import Incompatible, check_version, require
 from block.vllm_plugin.routes import SnapshotView
-from block.vllm_plugin.state_buffer import StateBuffer, read_dump
+from block.vllm_plugin.state_buffer import StateBuffer
 
 
 @pytest.mark.parametrize("version", ["0.27.0", "0.32.0", "0.33.1rc2"])
@@ -94,10 +93,8 @@ def test_the_view_shows_the_buffer_and_passes_on_all_else(buffer: StateBuffer, m
     buffer.steps[1] = range(b.STEP)
     buffer.header[b.TIMED] = 2
     view = SnapshotView(behind)
-    status, headers, body = ask(view, "/block/snapshot")
-    assert (status, headers[b"content-length"]) == (200, str(len(body)).encode())
-    np.testing.assert_array_equal(read_dump(body).seqs, buffer.read().seqs)
-    status, _, body = ask(view, "/block/info")
+    status, headers, body = ask(view, "/block/info")
+    assert headers[b"content-length"] == str(len(body)).encode()
     info = json.loads(body)
     assert (status, info["vllm"], info["nonce"]) == (200, "0.32.0", buffer.header[b.NONCE])
     assert StateBuffer.open(info["buffer"], info["nonce"]).header[b.COLUMNS] == 2

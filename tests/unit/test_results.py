@@ -18,6 +18,7 @@ from enum import Enum
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from stored import CONFIG, DECISIONS, INSTANCES, RECORDS, store, warnings
@@ -48,6 +49,24 @@ def test_run_json_holds_what_the_run_was(tmp_path):
     assert document["summary"]["dispatch_overhead_p99_s"] is None
     assert document["packages"]["numpy"] == np.__version__
     assert document["hardware"]["cores"] >= 1
+
+
+def test_preemptions_that_nobody_told_are_null_and_so_is_their_sum(tmp_path):
+    """Of a request that failed it does not matter that they are not known."""
+    failed = replace(RECORDS[2], preemptions=None)
+    unknown = replace(RECORDS[0], preemptions=None)
+    for records, summed, preempted in (([*RECORDS[:2], failed], 2, 1), ([unknown, *RECORDS[1:]], None, None)):
+        with RunWriter({}, root=tmp_path) as writer:
+            writer.store(records, [], {}, snapshots=[{"by": "push", "age_p50_s": None}])
+        run = read_run(writer.path)
+        assert [None if np.isnan(one) else one for one in run.requests().preemptions] == [
+            one.preemptions for one in records
+        ]
+        assert (run.summary["preemptions"], run.counts["preempted"]) == (summed, preempted)
+        assert run.document["snapshots"] == [{"by": "push", "age_p50_s": None}]
+        table = pq.read_table(writer.path / "requests.parquet")
+        assert table.schema.field("preemptions").type == pa.int64()
+        assert table.column("preemptions").null_count == 1
 
 
 def test_tables_come_back_as_written(tmp_path):

@@ -1,4 +1,4 @@
-"""The state buffer: what is written is read, whole or not at all, on this host and on another."""
+"""The state buffer: what is written is read, whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from block.core.snapshot import FIELDS, ID, NUM_PROMPT_TOKENS
 from block.engine.config import EngineSettings
 from block.vllm_plugin import state_buffer as b
-from block.vllm_plugin.state_buffer import StateBuffer, read_dump
+from block.vllm_plugin.state_buffer import StateBuffer
 
 LIMITS = EngineSettings(
     True, 48, 512, 4096, block_size=16, total_blocks=100, watermark_blocks=3, long_prefill_token_threshold=7
@@ -87,23 +87,9 @@ def test_a_writer_that_died_in_mid_change_is_no_endless_wait(monkeypatch: pytest
         buffer.read()
 
 
-def test_a_dump_is_read_on_a_host_with_another_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    buffer, _ = StateBuffer.create()
-    write(buffer, 4, 7)
-    now = time.monotonic()
-    buffer.times[b.STARTED] = now - 0.5
-    dump = buffer.dump()
-    monkeypatch.setattr(time, "monotonic", lambda: 1e6)
-    state = read_dump(dump)
-    assert state.started == pytest.approx(1e6 - 0.5, abs=0.05)
-    assert (state.seqs == 7).all()
-    assert len(dump) == 8 * (64 + 4 * FIELDS)
-
-
-def test_an_idle_engine_has_no_step_here_or_there() -> None:
+def test_an_idle_engine_has_no_step() -> None:
     buffer, _ = StateBuffer.create()
     assert np.isnan(buffer.read().started)
-    assert np.isnan(read_dump(buffer.dump()).started)
     assert buffer.read().seqs.shape == (FIELDS, 0)
 
 
@@ -122,8 +108,6 @@ def test_what_is_no_state_buffer_is_refused(tmp_path: object) -> None:
     os.close(fd)
     with pytest.raises(OSError, match="No such file"):
         StateBuffer.open("/proc/self/fd/999999")
-    with pytest.raises(ValueError, match="layout"):
-        read_dump(bytes(8 * 70))
 
 
 def test_the_memory_has_no_name_that_could_be_left_behind() -> None:
@@ -154,6 +138,34 @@ def test_preemptions_of_requests_that_are_gone() -> None:
     assert buffer.preemptions_of(0) is None
     buffer.gone[3] = 17, 2
     assert buffer.preemptions_of(17) == 2
+
+
+def go(buffer: StateBuffer, number: int, preemptions: int) -> None:
+    finished = int(buffer.header[b.FINISHED])
+    buffer.gone[finished % b.GONE] = number, preemptions
+    buffer.header[b.FINISHED] = finished + 1
+
+
+def test_of_requests_with_one_number_the_latest_to_go_is_meant() -> None:
+    buffer, _ = StateBuffer.create()
+    for number in range(b.GONE - 1):
+        go(buffer, number, 1)
+    go(buffer, 5, 2)  # of another run on the same server, at the last place
+    go(buffer, 7, 3)  # and at the first
+    assert [buffer.preemptions_of(number) for number in (4, 5, 6, 7)] == [1, 2, 1, 3]
+    assert buffer.preemptions_of(0) is None  # another has its place
+
+
+def test_what_has_gone_since_is_told_as_far_as_it_is_kept() -> None:
+    buffer, _ = StateBuffer.create()
+    for number in range(10):
+        go(buffer, number, number % 3)
+    assert buffer.gone_since(7, 10).tolist() == [[7, 1], [8, 2], [9, 0]]
+    assert buffer.gone_since(10, 10).shape == buffer.gone_since(99, 10).shape == (0, 2)
+    for number in range(10, b.GONE + 10):
+        go(buffer, number, 0)
+    kept = buffer.gone_since(3, b.GONE + 10)[:, 0].tolist()
+    assert kept == list(range(11, b.GONE + 10))
 
 
 def test_reading_takes_little_longer_than_copying() -> None:

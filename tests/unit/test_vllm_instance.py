@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,9 +18,9 @@ import numpy as np
 import pytest
 from aiohttp import web
 from commands import built
+from mock_servers import eventually, pushed
 from testbed import constant_latency
 
-from block.backends import instance as module
 from block.backends.instance import VLLMInstance
 from block.backends.servers import _prefixes, attached_fleet
 from block.cluster.instance import InstanceFailed, RequestFailed
@@ -60,8 +61,8 @@ class Server:
         own = {"emulated": self.emulated, "kv_events": self.kv_events}
         return web.json_response({"vllm": "0.32.0", "buffer": path, "nonce": nonce, **own})
 
-    async def snapshot(self, _: web.Request) -> web.Response:
-        return web.Response(body=self.buffer.dump())
+    async def frames(self, http: web.Request) -> web.StreamResponse:
+        return await pushed(self.buffer)(http)
 
     async def health(self, _: web.Request) -> web.Response:
         return web.Response(status=200 if self.well else 503)
@@ -87,8 +88,8 @@ class Server:
         app.router.add_post("/v1/completions", self.complete)
         if plugin:
             app.router.add_get("/block/info", self.info)
-            app.router.add_get("/block/snapshot", self.snapshot)
-        runner = web.AppRunner(app)
+            app.router.add_get("/block/frames", self.frames)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.01)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
@@ -256,7 +257,7 @@ def test_who_says_what_servers_have_cached(caplog: pytest.LogCaptureFixture) -> 
 
 
 @pytest.mark.parametrize("local", [True, False])
-def test_snapshots_come_from_shared_memory_or_over_http(local: bool) -> None:
+def test_snapshots_come_from_shared_memory_or_are_pushed(local: bool) -> None:
     async def main() -> None:
         server = Server(local)
         server.buffer.seqs[ID, :2] = [8, 9]
@@ -264,16 +265,99 @@ def test_snapshots_come_from_shared_memory_or_over_http(local: bool) -> None:
         clock = Clock()
         async with server.instance(clock=clock) as instance:
             await instance.attach()
-            assert instance.is_local is local
-            await asyncio.sleep(0.1)
-            server.buffer.times[b.STARTED] = module.time.monotonic() - 0.25
-            await asyncio.sleep(0.1)
+            assert instance.told(1.0)["by"] == ("shared memory" if local else "push")
+            assert instance.is_current
+            server.buffer.begin()
+            server.buffer.times[b.STARTED] = time.monotonic() - 0.35
+            server.buffer.end()
+            await eventually(lambda: not math.isnan(instance.snapshot().step_started))
             snapshot = instance.snapshot()
             assert snapshot.instance_id == 2
             assert snapshot.seqs[ID].tolist() == [8, 9]
             assert (snapshot.running, snapshot.free_blocks) == (1, 55)
             assert clock.now() - snapshot.step_started == pytest.approx(0.35, abs=0.1)
             assert snapshot.taken_at == pytest.approx(clock.now(), abs=0.1)
+
+    asyncio.run(main())
+
+
+def go(buffer: StateBuffer, number: int, preemptions: int) -> None:
+    finished = int(buffer.header[b.FINISHED])
+    buffer.gone[finished % b.GONE] = number, preemptions
+    buffer.header[b.FINISHED] = finished + 1
+
+
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize("told", ["before the last token", "after it", "never"])
+def test_preemptions_are_those_that_the_server_tells_or_not_known(local: bool, told: str) -> None:
+    """Also after the response has ended, when nobody listens any more: its frame may be on its way."""
+    server = Server(local)
+    go(server.buffer, 5, 9)  # of another run
+
+    async def main() -> RequestRecord:
+        record = RequestRecord(ONE)
+        async with server.instance() as instance:
+            await instance.attach()
+            serving = asyncio.create_task(instance.generate(record, note))
+            await eventually(lambda: not math.isnan(record.first_token))
+            server.buffer.begin()
+            if told == "before the last token" or (local and told == "after it"):
+                go(server.buffer, 5, 2)
+            server.buffer.end()
+            await serving
+            if told == "after it":
+                assert local or record.preemptions is None
+                asyncio.get_running_loop().call_later(0.02, go, server.buffer, 5, 2)
+                asyncio.get_running_loop().call_later(0.02, server.buffer.end)
+                asyncio.get_running_loop().call_later(0.02, server.buffer.end)
+            await instance.detach()
+        return record
+
+    if told == "never" and local:
+        server.buffer.gone[:] = -1
+    assert asyncio.run(main()).preemptions == (None if told == "never" else 2)
+
+
+def test_it_is_told_how_snapshots_came_and_how_old_they_were() -> None:
+    async def main() -> None:
+        server = Server(local=False)
+        async with server.instance(clock=Clock(dilation=2.0)) as instance:
+            await instance.attach()
+            assert instance.told(2.0)["age_p50_s"] is None  # it is not measured
+
+        session = aiohttp.ClientSession()
+        async with server.instance() as running, session:
+            far = VLLMInstance(0, running.url, session, Clock(), shared_memory=False, measured=True)
+            near = VLLMInstance(1, running.url, session, Clock(), measured=True)
+            server.local = True
+            for one in (far, near):
+                await one.attach()
+                one.snapshot()  # idle: it does not get old
+                assert one.told(1.0)["age_p50_s"] is None
+            for _ in range(3):
+                published = server.buffer.times[b.PUBLISHED]
+                server.buffer.begin()
+                server.buffer.times[b.STARTED] = time.monotonic()
+                server.buffer.header[b.STEPS] += 2
+                server.buffer.end()
+                assert server.buffer.times[b.PUBLISHED] > published
+                came = far.told(1.0)["frames_per_s"]
+                await eventually(lambda: far.told(1.0)["frames_per_s"] > came)  # noqa: B023
+            await asyncio.sleep(0.05)
+            for one in (far, near):
+                one.snapshot()
+            told = far.told(2.0)
+            assert told["by"] == "push"
+            assert 0.05 < told["age_p50_s"] == told["age_p99_s"] < 5
+            assert 0 <= told["late_p50_s"] <= told["late_p99_s"] < 5
+            assert told["frames_per_s"] == 2.0
+            assert told["bytes_per_s"] == pytest.approx(4 * 560 / 2)
+            assert (told["breaks"], told["skipped"]) == (0, 3)
+            assert near.told(2.0).keys() == {"url", "by", "age_p50_s", "age_p99_s"}
+            assert 0.05 < near.told(2.0)["age_p50_s"] < 5
+            await far.detach()
+            await near.detach()
+            assert far.told(2.0) == told
 
     asyncio.run(main())
 

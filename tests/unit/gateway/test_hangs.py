@@ -110,23 +110,32 @@ def test_a_stream_that_does_not_begin_while_others_do_is_begun_anew_and_its_serv
     run(main())
 
 
-@pytest.mark.parametrize("policy", [policies.INFaaS(), policies.Block()])
-def test_a_step_that_overruns_its_forecast_is_a_hang_until_steps_move(policy: policies.Policy) -> None:
+@pytest.mark.parametrize(
+    ("policy", "local"), [(policies.INFaaS(), True), (policies.Block(), True), (policies.Block(), False)]
+)
+def test_a_step_that_overruns_its_forecast_is_a_hang_until_steps_move(policy: policies.Policy, local: bool) -> None:
     async def main() -> None:
-        async with running_gateway([PluginMock(hang), PluginMock()], policy, hang_factor=0.2, **BRIEF) as gateway:
+        mocks = PluginMock(hang, local=local), PluginMock(local=local)
+        async with running_gateway(mocks, policy, hang_factor=0.2, **BRIEF) as gateway:
             stuck, sound = gateway.mocks
             assert isinstance(stuck, PluginMock)
             assert isinstance(sound, PluginMock)
             sound.place(1, 2000, 300)
             stuck.place(2, 16, 300)
+            stuck.buffer.begin()
             stuck.buffer.seqs[NUM_SCHEDULED_TOKENS, 0] = 1
             stuck.buffer.times[b.STARTED] = time.monotonic()
+            stuck.buffer.end()
+            servers = gateway.gateway.servers
+            await eventually(lambda: all(servers[i].snapshot().seqs.size for i in (0, 1)))
             assert await took(gateway) < 1.5
             assert [len(mock.seen) for mock in gateway.mocks] == [1, 1]
             assert "hangs: a step of " in gateway.dispatcher.history.ejections[0][2]
             await asyncio.sleep(0.2)
             assert list(gateway.dispatcher.active) == [1]  # though /health says that all is well
+            stuck.buffer.begin()
             stuck.buffer.times[b.STARTED] = np.nan
+            stuck.buffer.end()
             stuck.answer = whole
             await eventually(lambda: len(gateway.dispatcher.active) == 2)
 
