@@ -9,8 +9,10 @@ MOST = 2**20
 """Bytes of a stream that are looked at for its first event."""
 
 _DONE = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\]")
-_LAST = re.compile(rb"(?:^|[\r\n])event: ?(?:message_stop|response\.(?:completed|incomplete))(?=[\r\n])")
-"""How the last event of Anthropic's messages and of OpenAI's responses begins; no ``[DONE]`` follows there."""
+_LAST = re.compile(rb"event: ?(?:message_stop|response\.(?:completed|incomplete))(?=[\r\n])")
+"""How the last event of Anthropic's messages and of OpenAI's responses begins, with no ``[DONE]`` after it. No line of
+JSON ends so: that it begins a line, which is slow to look for, need not be asked.
+"""
 _ERROR = re.compile(rb'(?:^|[\r\n])data: ?\{\s*(?:"type"\s*:\s*"error"\s*,\s*)?"error"\s*:\s*[^n\s]')
 _TAIL = 64
 """Bytes of what came last that may be the beginning of what is looked for."""
