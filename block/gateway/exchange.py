@@ -32,6 +32,7 @@ from block.gateway.metrics import (
     Metrics,
 )
 from block.gateway.openai import JSON, PromptUsage, completion_tokens, error_event, error_json, prompt_usage
+from block.gateway.routes import MESSAGES
 from block.gateway.server_connections import (
     ConnectionReset,
     NotHTTP,
@@ -457,7 +458,7 @@ class Exchange:
         self._fail(why)
         client, self._client = self._client, None
         if client is not None and self._events is not None:
-            client.write(error_event(502, why))
+            client.write(error_event(502, why, anthropic=self._http.path == MESSAGES))
             client.end()
         elif client is not None:
             client.cut()

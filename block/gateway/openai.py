@@ -102,6 +102,10 @@ def error_json(status: int, message: str) -> bytes:
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": status}}).encode()
 
 
-def error_event(status: int, message: str) -> bytes:
-    """`error_json` as the last event of a stream that breaks off; it ends whatever event was being sent."""
-    return b"\n\ndata: " + error_json(status, message) + b"\n\n"
+def error_event(status: int, message: str, *, anthropic: bool = False) -> bytes:
+    """`error_json` as the last event of a stream that breaks off; it ends whatever event was being sent.
+
+    anthropic: as an event of Anthropic's, whose client passes over what has no name.
+    """
+    event, kind = (b"event: error\n", b'"type": "error", ') if anthropic else (b"", b"")
+    return b"\n\n%sdata: {%s%s\n\n" % (event, kind, error_json(status, message)[1:])

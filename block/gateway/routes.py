@@ -9,7 +9,10 @@ from block.gateway.http1 import HTTPRequest
 RESPONSES = b"/v1/responses"
 """Its answers are kept by the server, for who asks for them again."""
 
-GENERATES = frozenset({b"/v1/completions", b"/v1/chat/completions", RESPONSES, b"/v1/messages"})
+MESSAGES = b"/v1/messages"
+"""Anthropic's."""
+
+GENERATES = frozenset({b"/v1/completions", b"/v1/chat/completions", RESPONSES, MESSAGES})
 """Placed by the policy. All that is not named here goes by outstanding work, unchanged."""
 
 OPEN = frozenset({b"/health", b"/metrics", b"/ping"})

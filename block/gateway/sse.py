@@ -9,23 +9,28 @@ MOST = 2**20
 """Bytes of a stream that are looked at for its first event."""
 
 _DONE = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\]")
-_ERROR = re.compile(rb'(?:^|[\r\n])data: ?\{\s*"error"\s*:\s*[^n\s]')
-_TAIL = 32
+_LAST = re.compile(rb"event: ?(?:message_stop|response\.(?:completed|incomplete))(?=[\r\n])")
+"""How the last event of Anthropic's messages and of OpenAI's responses begins, with no ``[DONE]`` after it. No line of
+JSON ends so: that it begins a line, which is slow to look for, need not be asked.
+"""
+_ERROR = re.compile(rb'(?:^|[\r\n])data: ?\{\s*(?:"type"\s*:\s*"error"\s*,\s*)?"error"\s*:\s*[^n\s]')
+_TAIL = 64
 """Bytes of what came last that may be the beginning of what is looked for."""
 
 
 class Events:
     """The events of one stream, as its bytes come."""
 
-    __slots__ = ("_held", "_tail", "count", "done", "failed")
+    __slots__ = ("_held", "_last", "_tail", "count", "done", "failed")
 
     def __init__(self) -> None:
         self._held: bytes | None = b""
         self._tail = b""
+        self._last = False  # whether the last event has begun
         self.count = 0
         """Ends of events that have come."""
         self.done = False
-        """Whether it has told that nothing follows, with ``[DONE]``."""
+        """Whether it has told that nothing follows, with ``[DONE]`` or its last event."""
         self.failed = False
         """Whether an event of it is an error."""
 
@@ -50,11 +55,21 @@ class Events:
     def note(self, data: bytes) -> None:
         """What these bytes, which follow those before, tell."""
         seen = self._tail + data
-        self.count += seen.count(b"\n\n") + seen.count(b"\r\n\r\n")
+        ends = _ends(seen)
+        self.count += ends
         if b"[DONE]" in seen or b'"error"' in seen:
             self.done = self.done or _DONE.search(seen) is not None
             self.failed = self.failed or _ERROR.search(seen) is not None
+        if self._last:
+            self.done = self.done or ends > 0
+        elif b"event:" in seen and (last := _LAST.search(seen)) is not None:
+            self._last = True
+            self.done = self.done or _ends(seen[last.end() :]) > 0
         self._tail = b"" if seen.endswith((b"\n\n", b"\r\n\r\n")) else _after_last_event(seen)[-_TAIL:]
+
+
+def _ends(seen: bytes) -> int:
+    return seen.count(b"\n\n") + seen.count(b"\r\n\r\n")
 
 
 def _after_last_event(seen: bytes) -> bytes:

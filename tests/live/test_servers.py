@@ -1,4 +1,4 @@
-"""Runs on real vLLM servers: emulated fleets and a tiny model on the CPU, and what is left when things are killed."""
+"""Runs on servers that they start: emulated fleets and a tiny model on the CPU, and what is left of what is killed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -21,7 +20,6 @@ from processes import eventually, kill_all, marked
 from block.run.replay import requests_of
 from block.store.results import Run, read_run, runs
 from block.store.writer import recover
-from block.vllm_plugin.frames import FrameReader
 from block.workload.sessions import followers
 
 # Found and not imported: to import it takes ten seconds, and each worker of the tests collects this file.
@@ -204,78 +202,6 @@ def test_a_server_that_cannot_start_is_told_in_one_line_with_its_log(mark: str, 
     assert "no-such-option" in said.splitlines()[-1]
     assert "instance-0.log" in said.splitlines()[-1]
     assert "Traceback" not in said
-    assert nothing_left(mark), marked(mark)
-
-
-def test_a_run_goes_through_the_gateway_to_servers_that_run_already(mark: str, tmp_path: Path) -> None:
-    """Two tiny models started by hand; a gateway that chooses by forecasts; a run that knows the gateway only."""
-    from block.backends.launch import free_ports
-    from block.backends.model_files import tiny_model
-    from block.hardware.catalogue import Model
-
-    model = tiny_model(Model("tiny", "none", 2, 64, 128, 4, 2, 32, 2048, tied_embeddings=True, dtype_bytes=4), 2048)
-    first, second, gateway = free_ports(3)
-    settings = {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-    }
-    environment = {**os.environ, mark: "1", **settings}
-
-    def begin(*command: str, log: str) -> None:
-        with (tmp_path / log).open("ab") as file:
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", *command], cwd=tmp_path, env=environment, stdout=file, stderr=file
-                )
-            )
-
-    def answers(port: int) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
-                return bool(response.status == 200)
-        except OSError:
-            return False
-
-    started: list[subprocess.Popen[bytes]] = []
-    try:
-        for port in (first, second):
-            begin(
-                *("block.vllm_plugin.serve", f"--model={model}", "--dtype=float32", "--enforce-eager"),
-                *("--distributed-executor-backend=vllm.v1.executor.uniproc_executor.UniProcExecutor",),
-                *("--num-gpu-blocks-override=256", "--block-size=32", "--max-model-len=2048", "--max-num-seqs=8"),
-                *("--no-enable-prefix-caching", f"--port={port}", "--host=127.0.0.1"),
-                log=f"{port}.log",
-            )
-        for port in (first, second):
-            assert eventually(lambda port=port: answers(port), 120), (tmp_path / f"{port}.log").read_text()
-        urls = f"[http://127.0.0.1:{first},http://127.0.0.1:{second}]"
-        latency = f"backend.latency_model={ROOT}/artifacts/latency/cpu-tiny.json"
-        begin(
-            *("block.gateway", "scheduler=block", "backend=vllm", "model=tiny", "cluster=cpu2", latency),
-            *(f"gateway.urls={urls}", f"gateway.port={gateway}", "gateway.host=127.0.0.1"),
-            log="gateway.log",
-        )
-        assert eventually(lambda: answers(gateway), 60), (tmp_path / "gateway.log").read_text()
-        through = [f"backend.urls=[http://127.0.0.1:{gateway}]", "scheduler=round_robin"]
-        small = ["backend=vllm", "model=tiny", "cluster=cpu2", "workload.num_requests=30", "workload.qps=20"]
-        run, _ = finish(start(mark, tmp_path, *small, *through), tmp_path)
-        assert run.counts is not None
-        assert (run.counts["sent"], run.counts["ok"]) == (30, 30)
-        assert sorted(run.requests().output_tokens) == sorted(10 + i % 20 for i in range(30))
-        with urllib.request.urlopen(f"http://127.0.0.1:{gateway}/metrics", timeout=5) as response:
-            metrics = response.read().decode()
-        assert "block_" in metrics
-        far = urllib.request.urlopen(f"http://127.0.0.1:{first}/block/frames", timeout=5)
-        (frame,) = FrameReader().feed(far.read1(10**6))  # and goes on listening, which keeps no server from ending
-        assert frame.state.settings.max_num_seqs == 8
-    finally:
-        for process in started:
-            process.terminate()
-        for process in started:
-            process.wait(30)
-    far.close()
     assert nothing_left(mark), marked(mark)
 
 

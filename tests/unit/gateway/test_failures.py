@@ -164,6 +164,33 @@ def test_after_the_first_byte_a_stream_ends_with_an_error_event() -> None:
     run(main())
 
 
+MESSAGE = b'event: message_start\ndata: {"type":"message_start"}\n\n'
+FAILED = b'event: error\ndata: {"type":"error","error":{"type":"internal_error","message":"dead"}}\n\n'
+
+
+def test_a_message_of_anthropic_s_that_breaks_off_ends_with_an_error_of_anthropic_s() -> None:
+    async def main() -> None:
+        async with running_gateway([Mock(cut(MESSAGE))]) as gateway:
+            _, body, _ = await gateway.ask(STREAMED, "/v1/messages")
+            name, data = body.removeprefix(MESSAGE).strip().split(b"\n")
+            told = json.loads(data.removeprefix(b"data: "))
+            assert (name, told["type"], told["error"]["code"]) == (b"event: error", "error", 502)
+
+    run(main())
+
+
+def test_an_error_in_the_midst_of_a_message_of_anthropic_s_fails_it() -> None:
+    async def main() -> None:
+        async with running_gateway([Mock(lambda mock, http: answer(MESSAGE + FAILED))]) as gateway:
+            assert (await gateway.ask(STREAMED, "/v1/messages"))[1] == MESSAGE + FAILED
+            assert (await gateway.metrics())['block_requests_total{server="0",status="failed"}'] == 1
+
+    async def answer(body: bytes) -> web.StreamResponse:
+        return web.Response(body=body, headers=SSE)
+
+    run(main())
+
+
 def test_a_silent_server_fails_its_request_and_stays_active() -> None:
     async def main() -> None:
         async def pause(mock: Mock, http: web.Request) -> web.StreamResponse:
