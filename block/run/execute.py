@@ -162,6 +162,7 @@ def _store(writer: RunWriter, outcome: Outcome) -> None:
         peak_memory_mib=_peak_mib(),
         engines=outcome.engines,
         ejections=history.ejections,
+        readmissions=history.readmissions,
         counterfactuals=outcome.counterfactuals.columns() if outcome.counterfactuals else None,
         changes=() if outcome.scaler is None else outcome.scaler.changes,
         instance_seconds=None if outcome.scaler is None else outcome.scaler.instance_seconds(outcome.ended_at),
