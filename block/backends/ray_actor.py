@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import secrets
 import socket
 import tempfile
 import time
@@ -25,12 +26,23 @@ MOST = 1 << 20
 """Bytes of the log that are told at a time."""
 
 
+class Heard(NamedTuple):
+    """How much of what a server has said is known. server: which, of those that were started one after the other."""
+
+    server: str = ""
+    length: int = 0
+
+
 class News(NamedTuple):
-    """What is new of a server: where it listens, what it has said since, and its exit status if it has ended."""
+    """What is new of a server: where it listens, what it has said since, and its exit status if it has ended.
+
+    heard: what is known with this.
+    """
 
     url: str
     said: bytes
     status: int | None
+    heard: Heard
 
 
 class ServerActor:
@@ -40,24 +52,24 @@ class ServerActor:
         host = address()
         if not _is_free(host, port):
             (port,) = free_ports(1)
-        descriptor, name = tempfile.mkstemp(prefix="block-server-")
-        self._log = os.fdopen(descriptor, "rb", buffering=0)
+        self._log, name = tempfile.mkstemp(prefix="block-server-")
         paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]  # a checkout need not be installed
         here = replace(spec, environment={"PYTHONPATH": os.pathsep.join(paths), **spec.environment}, log=Path(name))
         pid, ended = Subprocesses().start(here.on_this_host(host, port))
         here.log.unlink()  # it is read while it is open, and gone with this process
         self._server = ServerProcess(f"http://{_in_url(host)}:{port}", pid, here.log, ended)
-        self._told = False
+        self._name = secrets.token_hex(8)
 
-    def news(self, patience_s: float) -> News:
-        """What is new; waits for something so long."""
+    def news(self, heard: Heard, patience_s: float) -> News:
+        """What is new to who has heard so much; waits for something so long. An answer may be lost, so ask again."""
         deadline = time.monotonic() + patience_s
+        known = heard.length if heard.server == self._name else 0
         while True:
             status = self._server.ended()  # before it is read what it said, so that nothing is left of one that ended
-            said = self._log.read(MOST)
-            if said or status is not None or not self._told or time.monotonic() > deadline:
-                self._told = True
-                return News(self._server.url, said, status if len(said) < MOST else None)
+            said = os.pread(self._log, MOST, known)
+            if said or status is not None or heard.server != self._name or time.monotonic() > deadline:
+                ended = status if len(said) < MOST else None
+                return News(self._server.url, said, ended, Heard(self._name, known + len(said)))
             time.sleep(LOOK_S)
 
     def stop(self) -> None:

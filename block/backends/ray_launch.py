@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 import aiohttp
 
 from block.backends.launch import GRACE_S, Launcher, ServerSpec
-from block.backends.ray_actor import News, ServerActor
+from block.backends.ray_actor import Heard, News, ServerActor
 from block.cluster.instance import LaunchFailed
 from block.core.errors import message
 
@@ -114,11 +115,11 @@ class RayLauncher(Launcher[RayServer]):
 
     async def _follow(self, server: RayServer) -> None:
         """Write down what a server says, note where it is, and have it started again if it ends but is not to."""
-        errors = self._ray.exceptions
+        errors, heard, restarted = self._ray.exceptions, Heard(), ""
         with server.log.open("ab", buffering=0) as file:
             while server.status is None:
                 try:
-                    news: News = await server.actor.news.remote(NEWS_S)
+                    news: News = await server.actor.news.remote(heard, NEWS_S)
                 except errors.ActorDiedError as error:  # for good
                     server.losses += 1
                     file.write(f"{error}\n".encode())
@@ -128,14 +129,17 @@ class RayLauncher(Launcher[RayServer]):
                     log.info("%s: %s", server.url or "a server", message(error))
                     await asyncio.sleep(POLL_S)
                 else:
-                    server.url = news.url
+                    server.url, heard = news.url, news.heard
                     file.write(news.said)
-                    if news.status is not None and server.restarts:
+                    if news.status is None or not server.restarts:
+                        server.status = news.status
+                    elif restarted == heard.server:  # whose actor has not ended yet
+                        await asyncio.sleep(POLL_S)
+                    else:
                         server.losses += 1
                         log.warning("%s ended with status %d and is started again", server.url, news.status)
                         self._ray.kill(server.actor, no_restart=False)
-                    else:
-                        server.status = news.status
+                        restarted = heard.server
 
 
 @asynccontextmanager
@@ -217,6 +221,10 @@ def _lacking(ray: Any, bundles: Sequence[Mapping[str, float]], placement: str) -
     def said(amounts: Mapping[str, float]) -> str:
         return " and ".join(f"{amounts.get(kind, 0):g} {kind}" for kind in kinds)
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    has = "; ".join(said(node) for node in nodes)
-    return f"{len(bundles)} servers want {said(bundles[0])} each (backend.placement={placement}); nodes have {has}"
+    alike = Counter(said(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    nodes = ", ".join(f"{count} with {amount}" for amount, count in sorted(alike.items()))
+    free = said(ray.available_resources())
+    return (
+        f"{len(bundles)} servers want {said(bundles[0])} each (backend.placement={placement}); "
+        f"the cluster's nodes are {nodes}, of which {free} in all are free"
+    )

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from block.cluster.fleet import Fleet
@@ -109,10 +109,18 @@ class _Servers:
         await self._instances[instance_id].detach()
         await self._launcher.stop(self._running.pop(instance_id))
 
-    def lost(self, instance_id: int) -> str | None:
-        """As of `Health`: by what the launcher knows."""
-        lost = self._running[instance_id].losses > self._losses[instance_id]
-        return f"{self._instances[instance_id].url}: the server has ended" if lost else None
+    async def lost(self, instance_id: int) -> str | None:
+        """As of `Health`: if the launcher has lost it, and it is not there."""
+        losses = self._running[instance_id].losses
+        if losses == self._losses[instance_id]:
+            return None
+        instance = self._instances[instance_id]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HEALTH_S):
+                if await instance.is_same():
+                    self._losses[instance_id] = losses
+                    return None
+        return f"{instance.url}: the server has ended"
 
     async def back(self, instance_id: int) -> bool:
         """As of `Health`: where the launcher has it now."""
@@ -143,7 +151,7 @@ class _Attached:
         self._connect = connect
         self._told: set[str] = set()
 
-    def lost(self, instance_id: int) -> str | None:
+    async def lost(self, instance_id: int) -> str | None:
         """None: only their requests find out."""
         return None
 

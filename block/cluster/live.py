@@ -49,7 +49,7 @@ class ServerProcesses(Protocol):
 class Health(Protocol):
     """Whether the servers of a fleet are those that it looks at, and are well."""
 
-    def lost(self, instance_id: int) -> str | None:
+    async def lost(self, instance_id: int) -> str | None:
         """Why the server of an instance is no longer the one that it had; None if it is, as far as is known."""
         ...
 
@@ -109,14 +109,20 @@ class LiveDriver:
     async def _watch(self, dispatcher: Dispatcher, health: Health) -> None:
         while True:
             await asyncio.sleep(PROBE_S)
-            for i in dispatcher.active:
-                if (reason := health.lost(i)) is not None:
-                    dispatcher.instance_down(i, reason, self.clock.now())
-            lost = sorted(dispatcher.lost)
-            for i, back in zip(lost, await asyncio.gather(*map(health.back, lost)), strict=True):
-                if back and i in dispatcher.lost:
-                    dispatcher.instance_up(i, self.clock.now())
-                    log.warning("instance %d gets requests again", i)
+            await asyncio.gather(
+                *[self._eject(i, dispatcher, health) for i in dispatcher.active],
+                *[self._readmit(i, dispatcher, health) for i in dispatcher.lost],
+            )
+
+    async def _eject(self, instance_id: int, dispatcher: Dispatcher, health: Health) -> None:
+        reason = await health.lost(instance_id)
+        if reason is not None and instance_id in dispatcher.active:
+            dispatcher.instance_down(instance_id, reason, self.clock.now())
+
+    async def _readmit(self, instance_id: int, dispatcher: Dispatcher, health: Health) -> None:
+        if await health.back(instance_id) and instance_id in dispatcher.lost:
+            dispatcher.instance_up(instance_id, self.clock.now())
+            log.warning("instance %d gets requests again", instance_id)
 
     # ---- what a `block.cluster.scaler.Scaler` asks for
 
