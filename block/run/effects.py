@@ -181,7 +181,9 @@ RULES = (
         "no instance is drained; give provisioner.drain_after_s, too",
     ),
     Rule(("engine", "engine.*", "cluster.num_gpus"), _attached, _SERVERS),
-    Rule(("backend.arguments", "backend.ready_timeout_s", "backend.launcher"), _attached, _SERVERS),
+    Rule(
+        ("backend.arguments", "backend.ready_timeout_s", "backend.launcher", "backend.placement"), _attached, _SERVERS
+    ),
     Rule(
         ("backend.placement",),
         lambda run: getattr(run.backend, "launcher", None) != "ray",
