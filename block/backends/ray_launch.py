@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
-import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -27,6 +27,8 @@ from block.core.errors import message
 
 log = logging.getLogger(__name__)
 
+_RETRIES = "RAY_gcs_server_port_wait_time_s"
+"""Of Ray's: how often a driver tries to connect to a cluster."""
 NEWS_S = 10.0
 """How long an actor waits for news before it says that there are none."""
 POLL_S = 0.2
@@ -177,27 +179,35 @@ def _connected(bundles: Sequence[Mapping[str, float]]) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
-    before = signal.getsignal(signal.SIGTERM)  # which Ray would have do what it wants
-    named = os.environ.get("RAY_ADDRESS") or "auto"
     try:
-        try:
-            if named == "local":
-                raise ConnectionError
-            ray.init(address="auto", **quiet)
-        except ConnectionError:
-            if named not in ("auto", "local"):
-                raise
-            cpus = max(os.cpu_count() or 1, int(sum(one.get("CPU", 0) for one in bundles)))
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+        _connect(ray, cpus=math.ceil(sum(one.get("CPU", 0) for one in bundles)))
     except Exception as error:  # of many kinds, none of Ray's own
         raise LaunchFailed(f"backend.launcher=ray: no connection to Ray: {message(error)}") from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _connect(ray: Any, cpus: int) -> None:
+    """Connect to the cluster that RAY_ADDRESS names or that this host belongs to; if there is none, start one here with
+    so many CPUs, or those that there are.
+    """
+    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
+    named = os.environ.get("RAY_ADDRESS") or "auto"
+    if named != "local":
+        before = os.environ.get(_RETRIES)
+        os.environ[_RETRIES] = before or "1"  # by default, a cluster that is gone is tried for ten minutes
+        try:
+            ray.init(address="auto", **quiet)
+            return
+        except ConnectionError:
+            if named != "auto":
+                raise
+        finally:
+            if before is None:
+                del os.environ[_RETRIES]
+    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cpus), include_dashboard=False, **quiet)
 
 
 async def _room(
