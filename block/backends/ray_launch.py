@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ class RayLauncher(Launcher[RayServer]):
                     news: News = await server.actor.news.remote(heard, NEWS_S)
                 except errors.ActorDiedError as error:  # for good
                     server.losses += 1
-                    file.write(f"{error}\n".encode())
+                    _write(file, f"{error}\n".encode())
                     server.status = 1
                 except errors.RayActorError as error:
                     server.losses += 1
@@ -132,7 +133,7 @@ class RayLauncher(Launcher[RayServer]):
                     await asyncio.sleep(POLL_S)
                 else:
                     server.url, heard = news.url, news.heard
-                    file.write(news.said)
+                    _write(file, news.said)
                     if news.status is None or not server.restarts:
                         server.status = news.status
                     elif restarted == heard.server:  # whose actor has not ended yet
@@ -142,6 +143,12 @@ class RayLauncher(Launcher[RayServer]):
                         log.warning("%s ended with status %d and is started again", server.url, news.status)
                         self._ray.kill(server.actor, no_restart=False)
                         restarted = heard.server
+
+
+def _write(log: FileIO, said: bytes) -> None:
+    """Write down what a server says; a full disk is no reason to lose the server, too."""
+    with suppress(OSError):
+        log.write(said)
 
 
 @asynccontextmanager

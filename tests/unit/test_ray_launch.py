@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -236,3 +238,8 @@ def test_what_there_is_no_room_for_is_told_at_once_and_after_the_time_it_is_an_e
         asyncio.run(ray_launch._room(Ray(), group, [{"CPU": 1.0, "GPU": 4.0}] * 3, "pack", 0.05))
     assert str(caught.value) == f"no room (backend.ready_timeout_s): {wants}"
     assert caplog.text.count(f"waiting for room: {wants}") == 1
+
+
+def test_ray_is_imported_only_where_it_is_used() -> None:
+    program = "import sys, block.backends.ray_launch, block.run.command; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
