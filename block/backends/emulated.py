@@ -10,18 +10,23 @@ import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, final
 
-from block.backends.servers import launched_fleet
+from block.backends.servers import launched_fleet, launcher_of
 from block.backends.settings import OFFLINE, QUIET, check_latency, check_servers, engine_arguments, require
 from block.cluster.fleet import Fleet
 from block.cluster.spec import Testbed
 from block.core.clock import Clock
 from block.engine.config import blocks_kept
 from block.engine.latency import LatencyModel
+from block.hardware.catalogue import Model
 from block.hardware.tracked import latency_model
 from block.vllm_plugin.environment import DILATION, EMULATED, LATENCY
+
+if TYPE_CHECKING:
+    from block.backends.launch import HostFiles
 
 
 @final
@@ -32,7 +37,8 @@ class Emulated:
     step_time_factor, step_overhead_s: as in the simulated testbed. time_dilation: wall-clock seconds for one second of
         the run, so that few cores can carry many servers; records are in seconds of the run.
     stream_interval: tokens between two messages of a stream after its first token; 1 sends each.
-    ready_timeout_s: wall-clock seconds for all servers to be up.
+    ready_timeout_s: wall-clock seconds for all servers to be up. launcher, placement: as of `VLLM`; on Ray, each server
+        has a CPU.
     shared_memory: read the servers' state there; false: have it pushed, as from other hosts.
     """
 
@@ -42,6 +48,8 @@ class Emulated:
     stream_interval: int = 1
     ready_timeout_s: float = 180.0
     shared_memory: bool = True
+    launcher: str = "local"
+    placement: str = "spread"
     virtual: ClassVar[bool] = False
     dispatch_delay_s: ClassVar[float] = 0.0
 
@@ -59,17 +67,14 @@ class Emulated:
 
     @asynccontextmanager
     async def start(self, testbed: Testbed, clock: Clock, logs: Path) -> AsyncIterator[Fleet]:
-        """Fork the servers from one process that has imported vLLM."""
-        require("vllm")
+        """Start the servers: on this host, forked from one process that has imported vLLM."""
+        require(self)
         from block.backends.launch import ServerSpec, Zygote
-        from block.backends.model_files import emulated_model
 
         latency = self.latency(testbed)
         logs.mkdir(parents=True, exist_ok=True)
-        latency.save(logs / "latency.json")
         arguments = [
             *engine_arguments(testbed, testbed.total_blocks + blocks_kept(is_v1=True)),
-            f"--model={emulated_model(testbed.model, testbed.engine.max_model_len)}",
             f"--stream-interval={self.stream_interval}",
             "--distributed-executor-backend=block.vllm_plugin.executor.EmulatedExecutor",
             "--enforce-eager",
@@ -78,15 +83,22 @@ class Emulated:
             **QUIET,
             **OFFLINE,
             EMULATED: "1",
-            LATENCY: str((logs / "latency.json").resolve()),
             DILATION: str(self.time_dilation),
             "OMP_NUM_THREADS": "1",
             "VLLM_WORKER_MULTIPROC_METHOD": "fork",  # an engine core needs what its server has imported already
         }
-        specs = [ServerSpec(arguments, logs / f"instance-{i}.log") for i in range(testbed.instances)]
-        zygote = Zygote(logs / "zygote.log", environment, self.ready_timeout_s)
-        patience = self.ready_timeout_s
-        async with launched_fleet(
-            specs, zygote, latency, testbed, clock, patience, shared_memory=self.shared_memory
-        ) as fleet:
+        files = partial(_files, testbed.model, testbed.engine.max_model_len, latency)
+        zygote = Zygote(logs / "zygote.log", {**environment, **files().environment}, self.ready_timeout_s)
+        specs = [
+            ServerSpec(arguments, logs / f"instance-{i}.log", environment, files) for i in range(testbed.instances)
+        ]
+        launching = launcher_of(self, zygote, testbed, {"CPU": 1})
+        async with launched_fleet(specs, launching, latency, testbed, clock, self.shared_memory) as fleet:
             yield fleet
+
+
+def _files(model: Model, max_model_len: int, latency: LatencyModel) -> HostFiles:
+    from block.backends.launch import HostFiles
+    from block.backends.model_files import emulated_model, latency_file
+
+    return HostFiles([f"--model={emulated_model(model, max_model_len)}"], {LATENCY: str(latency_file(latency))})

@@ -16,12 +16,13 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import aiohttp
 
@@ -35,23 +36,71 @@ STOP_POLL_S = 0.02
 _ERROR = re.compile(r"\b(\w*[Ee]rror|Incompatible): ")
 
 
+class HostFiles(NamedTuple):
+    """The arguments and the environment by which a server finds files of its host."""
+
+    arguments: Sequence[str] = ()
+    environment: Mapping[str, str] = {}
+
+
 @dataclass(frozen=True)
 class ServerSpec:
-    """How to start one server: arguments of `vllm serve` without its port, environment on top of ours, its log."""
+    """How to start one server: arguments of `vllm serve` without its address, environment on top of ours, its log.
+
+    files: makes the files that it reads; called on its host. module: what Python runs.
+    """
 
     arguments: Sequence[str]
     log: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    files: Callable[[], HostFiles] = HostFiles
+    module: str = "block.vllm_plugin.serve"
+
+    def on_this_host(self, host: str, port: int) -> ServerSpec:
+        """The same with its files, which are made here, and its address."""
+        made = self.files()
+        address = [f"--host={host}", f"--port={port}"]
+        environment = {**self.environment, **made.environment}
+        arguments = [*self.arguments, *made.arguments, *address]
+        return replace(self, arguments=arguments, environment=environment, files=HostFiles)
+
+
+class Server(Protocol):
+    """A server that was started."""
+
+    @property
+    def url(self) -> str:
+        """Where it listens; empty while that is not known. One that is started again may move."""
+        ...
+
+    @property
+    def log(self) -> Path:
+        """The file that has what it says."""
+        ...
+
+    @property
+    def losses(self) -> int:
+        """How many times it was lost: it ended, or its host is not there."""
+        ...
+
+    def ended(self) -> int | None:
+        """Its exit status; None while it runs."""
+        ...
 
 
 @dataclass(frozen=True)
 class ServerProcess:
-    """A server that was started. `ended` returns its exit status, or None while it runs."""
+    """A server of this host. `ended` returns its exit status, or None while it runs."""
 
     url: str
     pid: int
     log: Path
     ended: Callable[[], int | None]
+
+    @property
+    def losses(self) -> int:
+        """1 if it has ended: nobody starts it again."""
+        return int(self.ended() is not None)
 
 
 class _Starter(Protocol):
@@ -65,7 +114,7 @@ class Subprocesses(AbstractContextManager["Subprocesses"]):
         """The process id, and what tells its exit status."""
         with spec.log.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "block.vllm_plugin.serve", *spec.arguments],
+                [sys.executable, "-m", spec.module, *spec.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -160,30 +209,27 @@ class Zygote(AbstractContextManager["Zygote"]):
         self._answers.close()
 
 
-class Launcher:
-    """Starts servers and stops them, one by one or all that are left.
+S = TypeVar("S", bound=Server)
+
+
+class Launcher(ABC, Generic[S]):
+    """Starts servers, waits until they answer, and stops them one by one.
 
     deadline_s: wall-clock seconds for a server to be up; at_once: how many may be starting at a time (None: all).
     """
 
-    def __init__(
-        self, method: _Starter, session: aiohttp.ClientSession, deadline_s: float, at_once: int | None = None
-    ) -> None:
-        self._method = method
+    def __init__(self, session: aiohttp.ClientSession, deadline_s: float, at_once: int | None = None) -> None:
         self._session = session
         self._deadline_s = deadline_s
         self._slots = asyncio.Semaphore(at_once or 1_000_000)
         self._ports: set[int] = set()
-        self._servers: list[ServerProcess] = []
+        self._servers: list[S] = []
 
-    async def start(self, spec: ServerSpec) -> ServerProcess:
+    async def start(self, spec: ServerSpec) -> S:
         """A server that answers ``/health``. LaunchFailed if it does not come up; it is stopped then."""
         deadline = time.monotonic() + self._deadline_s
         async with self._slots:
-            port = self._port()
-            address = ["--host=127.0.0.1", f"--port={port}"]
-            pid, ended = self._method.start(ServerSpec([*spec.arguments, *address], spec.log, spec.environment))
-            server = ServerProcess(f"http://127.0.0.1:{port}", pid, spec.log, ended)
+            server = self._begin(spec, self._port())
             self._servers.append(server)
             try:
                 await _healthy(self._session, server, deadline)
@@ -192,16 +238,18 @@ class Launcher:
                 raise
             return server
 
-    async def stop(self, server: ServerProcess) -> None:
+    async def stop(self, server: S) -> None:
         """Stop a server and all its processes: by SIGTERM, and by SIGKILL if that does not do."""
-        for _ in _stopping([server]):
-            await asyncio.sleep(STOP_POLL_S)
+        await self._end(server)
         self._servers.remove(server)
 
-    def stop_all(self) -> None:
-        """Stop all servers that are left, as `stop` does, without letting the event loop run meanwhile."""
-        for _ in _stopping(self._servers):
-            time.sleep(STOP_POLL_S)
+    @abstractmethod
+    def _begin(self, spec: ServerSpec, port: int) -> S:
+        """Start a server, which need not listen yet. port: one that no other server has."""
+
+    @abstractmethod
+    async def _end(self, server: S) -> None:
+        """Stop a server; none of its processes is left when this returns."""
 
     def _port(self) -> int:
         """A free port that was not given before, for who has it may not listen yet."""
@@ -211,25 +259,48 @@ class Launcher:
         return port
 
 
+class LocalLauncher(Launcher[ServerProcess]):
+    """Starts servers on this host. method: how; the others: as of `Launcher`."""
+
+    def __init__(
+        self, method: _Starter, session: aiohttp.ClientSession, deadline_s: float, at_once: int | None = None
+    ) -> None:
+        super().__init__(session, deadline_s, at_once)
+        self._method = method
+
+    def _begin(self, spec: ServerSpec, port: int) -> ServerProcess:
+        pid, ended = self._method.start(spec.on_this_host("127.0.0.1", port))
+        return ServerProcess(f"http://127.0.0.1:{port}", pid, spec.log, ended)
+
+    async def _end(self, server: ServerProcess) -> None:
+        for _ in stopping([server]):
+            await asyncio.sleep(STOP_POLL_S)
+
+    def stop_all(self) -> None:
+        """Stop all servers that are left, as `stop` does, without letting the event loop run meanwhile."""
+        for _ in stopping(self._servers):
+            time.sleep(STOP_POLL_S)
+
+
 @asynccontextmanager
 async def launcher_for(
     starter: AbstractContextManager[_Starter], *, deadline_s: float, at_once: int | None = None
-) -> AsyncIterator[Launcher]:
-    """A launcher; all its servers are stopped when the context ends, however it ends."""
+) -> AsyncIterator[LocalLauncher]:
+    """A launcher on this host; all its servers are stopped when the context ends, however it ends."""
     with ExitStack() as stack:
         method = stack.enter_context(starter)
         async with aiohttp.ClientSession() as session:
-            launcher = Launcher(method, session, deadline_s, at_once)
+            launcher = LocalLauncher(method, session, deadline_s, at_once)
             stack.callback(launcher.stop_all)
             yield launcher
 
 
-async def _healthy(session: aiohttp.ClientSession, server: ServerProcess, deadline: float) -> None:
+async def _healthy(session: aiohttp.ClientSession, server: Server, deadline: float) -> None:
     while True:
         status = server.ended()
         if status is not None:
             raise LaunchFailed(f"a server ended with status {status} as it started; {_last_words(server.log)}")
-        if await is_healthy(session, server.url):
+        if server.url and await is_healthy(session, server.url):
             return
         if time.monotonic() > deadline:
             raise LaunchFailed(f"a server was not ready in time (backend.ready_timeout_s); {_last_words(server.log)}")
@@ -261,7 +332,7 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _stopping(servers: Sequence[ServerProcess]) -> Iterator[None]:
+def stopping(servers: Sequence[ServerProcess]) -> Iterator[None]:
     """SIGTERM to the process groups, GRACE_S to end, SIGKILL to what is left of them; yields while there is to wait."""
 
     def over() -> bool:

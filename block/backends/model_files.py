@@ -1,7 +1,8 @@
-"""Model folders for vLLM made by this project: nothing is downloaded.
+"""Files that servers read, made by this project where they are read: nothing is downloaded.
 
 `tiny_model` is a whole model with random weights for a CPU; `emulated_model` is the config of a real one without its
-weights, for engines whose GPU is emulated. Both carry a small BPE tokenizer trained on this project's own text.
+weights, for engines whose GPU is emulated by what `latency_file` holds. Both carry a small BPE tokenizer trained on
+this project's own text.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 
 from block.cluster.instance import LaunchFailed
 from block.core.paths import PACKAGE, cache_folder
+from block.engine.latency import LatencyModel
 from block.hardware.catalogue import Model
 
 VOCABULARY = 2048
@@ -31,6 +33,19 @@ def tiny_model(model: Model, max_model_len: int) -> Path:
 def emulated_model(model: Model, max_model_len: int) -> Path:
     """The folder of `model` without weights; made on first use."""
     return _made(model, max_model_len, weights=False)
+
+
+def latency_file(latency: LatencyModel) -> Path:
+    """A file of the step times of an emulated GPU; made on first use."""
+    folder = cache_folder() / "latency"
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".making-", dir=folder))
+    try:
+        latency.save(made := unfinished / "latency.json")
+        key = hashlib.sha256(made.read_bytes()).hexdigest()[:12]
+        return made.replace(folder / f"{key}.json")
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _made(model: Model, max_model_len: int, *, weights: bool) -> Path:

@@ -4,69 +4,98 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from block.cluster.fleet import Fleet
 from block.cluster.instance import InstanceFailed, LaunchFailed
 from block.cluster.spec import Testbed
 from block.core.clock import Clock
+from block.core.sockets import notice_lost_peer
 from block.dispatch.prefixes import Kept, ToldPrefixes
 from block.engine.config import EngineSettings
 from block.engine.latency import LatencyModel
 from block.engine.predictor import Predictor
 
 if TYPE_CHECKING:
+    import aiohttp
+
     from block.backends.instance import VLLMInstance
-    from block.backends.launch import Launcher, ServerProcess, ServerSpec
+    from block.backends.launch import Launcher, Server, ServerSpec
 
 log = logging.getLogger(__name__)
+
+CONNECT_S = 10.0
+"""A server that takes no connection for so long is lost."""
+SILENT_S = 600.0
+"""So is one that says nothing for so long to a request, whose first token may be long in coming."""
+HEALTH_S = 5.0
+"""A server that was lost is asked for so long whether it is well."""
 
 
 @asynccontextmanager
 async def launched_fleet(
     specs: Sequence[ServerSpec],
-    starter: Any,
+    launching: AbstractAsyncContextManager[Launcher[Any]],
     latency: LatencyModel,
     testbed: Testbed,
     clock: Clock,
-    deadline_s: float,
-    at_once: int | None = None,
     shared_memory: bool = True,
 ) -> AsyncIterator[Fleet]:
     """A fleet of the servers that `specs` describe, of which the first `testbed.initial` run from the start.
 
-    starter: how a process is started, as of `block.backends.launch.launcher_for`. latency: the servers' step times.
-    deadline_s: seconds that a server may take to come up. at_once: servers that start at the same time; None: all.
+    launching: a context with what starts them, at whose end none is left. latency: the servers' step times.
     shared_memory: as of `VLLMInstance`.
     """
-    from block.backends.launch import launcher_for
-
-    async with launcher_for(starter, deadline_s=deadline_s, at_once=at_once) as launcher:
+    async with launching as launcher:
         async with asyncio.TaskGroup() as group:
             starting = [group.create_task(launcher.start(spec)) for spec in specs[: testbed.initial]]
         servers = {i: task.result() for i, task in enumerate(starting)}
         urls = [servers[i].url if i in servers else "" for i in range(len(specs))]
         async with attached_fleet(urls, latency, testbed, clock, shared_memory) as fleet:
-            yield fleet._replace(servers=_Servers(launcher, specs, servers, fleet))
+            launched = _Servers(launcher, specs, servers, fleet)
+            yield fleet._replace(servers=launched, health=launched)
+
+
+def launcher_of(
+    backend: Any, starter: Any, testbed: Testbed, bundle: Mapping[str, float], at_once: int | None = None
+) -> AbstractAsyncContextManager[Launcher[Any]]:
+    """What starts the servers of a backend as its key `launcher` says.
+
+    starter: how a process is started on this host, as of `block.backends.launch.launcher_for`. bundle: what a server
+    takes of a node of a Ray cluster. at_once: servers that start at the same time; None: all.
+    """
+    deadline_s = backend.ready_timeout_s
+    if backend.launcher == "ray":
+        from block.backends.ray_launch import ray_launcher
+
+        return ray_launcher(bundle, testbed.instances, backend.placement, deadline_s=deadline_s, at_once=at_once)
+    from block.backends.launch import launcher_for
+
+    return launcher_for(starter, deadline_s=deadline_s, at_once=at_once)
 
 
 class _Servers:
     """The servers of a fleet, by instance id."""
 
     def __init__(
-        self, launcher: Launcher, specs: Sequence[ServerSpec], running: dict[int, ServerProcess], fleet: Fleet
+        self, launcher: Launcher[Any], specs: Sequence[ServerSpec], running: dict[int, Server], fleet: Fleet
     ) -> None:
         self._launcher = launcher
         self._specs = specs
         self._running = running
         self._instances: Sequence[VLLMInstance] = fleet.instances  # type: ignore[assignment]
         self._engines = fleet.engines
+        assert isinstance(fleet.health, _Attached)
+        self._attached = fleet.health
+        self._losses = {i: server.losses for i, server in running.items()}  # when each was last attached to
 
     async def start(self, instance_id: int) -> None:
         """Start a server and attach to it. LaunchFailed if it does not come up, or not as the others are."""
         server = self._running[instance_id] = await self._launcher.start(self._specs[instance_id])
+        self._losses[instance_id] = server.losses
         instance = self._instances[instance_id]
         instance.url = server.url
         try:
@@ -82,10 +111,85 @@ class _Servers:
         await self._instances[instance_id].detach()
         await self._launcher.stop(self._running.pop(instance_id))
 
+    async def lost(self, instance_id: int) -> str | None:
+        """As of `Health`: if the launcher has lost it, and it is not there."""
+        losses = self._running[instance_id].losses
+        if losses == self._losses[instance_id]:
+            return None
+        instance = self._instances[instance_id]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HEALTH_S):
+                if await instance.is_same():
+                    self._losses[instance_id] = losses
+                    return None
+        return f"{instance.url}: the server has ended"
 
-def _said(instance: VLLMInstance, settings: EngineSettings) -> dict[str, Any]:
-    """What a server says of itself."""
-    return {"vllm": instance.vllm_version, **settings._asdict()}
+    async def back(self, instance_id: int) -> bool:
+        """As of `Health`: where the launcher has it now."""
+        server = self._running[instance_id]
+        losses = server.losses
+        if server.ended() is not None or not await self._attached.again(instance_id, server.url):
+            return False
+        self._losses[instance_id] = losses
+        return True
+
+
+class _Attached:
+    """Servers that somebody else starts again, if they end: `Health` by what they answer.
+
+    engines: what all of them must say of themselves, as of `Fleet`.
+    """
+
+    def __init__(
+        self,
+        instances: list[VLLMInstance],
+        engines: Mapping[str, Any],
+        session: aiohttp.ClientSession,
+        connect: Callable[[int, str], VLLMInstance],
+    ) -> None:
+        self._instances = instances
+        self._engines = engines
+        self._session = session
+        self._connect = connect
+        self._told: set[str] = set()
+
+    async def lost(self, instance_id: int) -> str | None:
+        """None: only their requests find out."""
+        return None
+
+    async def back(self, instance_id: int) -> bool:
+        """Whether the server of an instance is well again."""
+        return await self.again(instance_id, self._instances[instance_id].url)
+
+    async def again(self, instance_id: int, url: str) -> bool:
+        """Whether there is a server at `url` that can take the place of an instance's, and has taken it."""
+        from block.backends.launch import is_healthy
+
+        before = self._instances[instance_id]
+        fresh = self._connect(instance_id, url)
+        try:
+            async with asyncio.timeout(HEALTH_S):
+                if not await is_healthy(self._session, url):
+                    return False
+                if url == before.url and await before.is_same():
+                    return True
+                settings = await _attach(fresh)
+                if (said := _said(fresh, settings)) == self._engines:
+                    self._instances[instance_id], fresh = fresh, before
+                    return True
+        except (LaunchFailed, TimeoutError):
+            return False
+        finally:
+            await fresh.detach()
+        if url not in self._told:
+            self._told.add(url)
+            log.warning("%s: is back with other settings, and gets no requests: %s", url, said)
+        return False
+
+
+def _said(instance: VLLMInstance, settings: EngineSettings | None) -> dict[str, Any]:
+    """What a server says of itself; nothing if it has no plugin."""
+    return {} if settings is None else {"vllm": instance.vllm_version, **settings._asdict()}
 
 
 @asynccontextmanager
@@ -97,19 +201,23 @@ async def attached_fleet(
 
     from block.backends.instance import VLLMInstance
 
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENT_S)
     # A connection each: a server may close an idle one just as it is used again, and would seem to have failed.
-    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    connector = aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=_socket)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        vocabulary, how = testbed.model.vocab_size, {"shared_memory": shared_memory, "measured": True}
-        instances = [VLLMInstance(i, url, session, clock, vocabulary, **how) for i, url in enumerate(urls)]
+        vocabulary = testbed.model.vocab_size
+
+        def connect(i: int, url: str) -> VLLMInstance:
+            return VLLMInstance(i, url, session, clock, vocabulary, shared_memory=shared_memory, measured=True)
+
+        instances = [connect(i, url) for i, url in enumerate(urls)]
         try:
             running = [instance for instance in instances if instance.url]
             settings = [await _attach(instance) for instance in running]
             known = [one for one in settings if one is not None]
             if len(known) < len(running):  # or a gateway: policies that only count need no more
                 log.warning("servers without the plugin show no snapshots: %s", ", ".join(urls))
-                yield Fleet(instances, None, {})
+                yield Fleet(instances, None, {}, health=_Attached(instances, {}, session, connect))
                 return
             for instance, other in zip(running, known, strict=True):
                 if other != known[0]:
@@ -119,15 +227,24 @@ async def attached_fleet(
             if known[0] != _asked(testbed, known[0]):
                 log.warning("the servers run with %s", known[0])
             predictor = Predictor(known[0], latency)
-            said = _said(instances[0], known[0])
+            engines = _said(instances[0], known[0])
+            health = _Attached(instances, engines, session, connect)
 
             def snapshots(seconds: float) -> list[dict[str, Any]]:
                 return [instance.told(seconds) for instance in instances]
 
-            yield Fleet(instances, predictor, said, prefixes=prefixes, snapshots=snapshots)
+            yield Fleet(instances, predictor, engines, prefixes=prefixes, snapshots=snapshots, health=health)
         finally:
             for instance in instances:
                 await instance.detach()
+
+
+def _socket(address: Any) -> socket.socket:
+    """For a connection to a server, which is answered when there is something to say: that may be long."""
+    family, kind, protocol, *_ = address
+    opened = socket.socket(family, kind, protocol)
+    notice_lost_peer(opened)
+    return opened
 
 
 def _asked(testbed: Testbed, known: EngineSettings) -> EngineSettings | None:

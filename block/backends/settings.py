@@ -8,6 +8,7 @@ from typing import Any
 
 from block.cluster.instance import LaunchFailed
 from block.cluster.spec import Testbed
+from block.core.choices import did_you_mean
 from block.core.paths import find
 from block.engine.latency import LatencyModel
 
@@ -39,13 +40,17 @@ def engine_arguments(testbed: Testbed, num_gpu_blocks: int | None) -> list[str]:
     return arguments
 
 
-def require(*modules: str) -> None:
-    """LaunchFailed if one of the modules is not installed."""
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            raise LaunchFailed(
-                f"backend: {module} is not installed: pip install -e '.[gpu]', or '.[cpu]' where there is no GPU"
-            )
+LAUNCHERS = ("local", "ray")
+PLACEMENTS = ("spread", "strict_spread", "pack")
+"""Ray's strategies for a placement group, in small letters."""
+
+
+def require(backend: Any) -> None:
+    """LaunchFailed if what a backend that starts servers needs is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise LaunchFailed("backend: vllm is not installed: pip install -e '.[gpu]', or '.[cpu]' where there is no GPU")
+    if backend.launcher == "ray" and importlib.util.find_spec("ray") is None:
+        raise LaunchFailed("backend.launcher=ray: ray is not installed: pip install -e '.[ray]'")
 
 
 def latency_from(path: str) -> LatencyModel:
@@ -72,6 +77,9 @@ def check_servers(backend: Any) -> None:
         raise ValueError(f"backend.ready_timeout_s={backend.ready_timeout_s}: must be greater than 0")
     if getattr(backend, "latency_model", None) is not None:
         latency_from(backend.latency_model)  # what is wrong with it is told before anything starts
+    for key, choices in (("launcher", LAUNCHERS), ("placement", PLACEMENTS)):
+        if (value := getattr(backend, key)) not in choices:
+            raise ValueError(f"backend.{key}={value}: {did_you_mean(value, choices)}")
     for key in ("urls", "arguments"):
         if hasattr(backend, key):
             object.__setattr__(backend, key, tuple(getattr(backend, key)))  # Hydra passes a list

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, final
 
-from block.backends.servers import attached_fleet, launched_fleet
+from block.backends.servers import attached_fleet, launched_fleet, launcher_of
 from block.backends.settings import QUIET, check_latency, check_servers, engine_arguments, latency_from, require
 from block.cluster.fleet import Fleet
 from block.cluster.instance import LaunchFailed
@@ -29,6 +29,8 @@ class VLLM:
     shared_memory: read the state of servers on this host there; false: have it pushed, as from other hosts.
     latency_model: file of step times; by default the profile of the GPU and model, or their roofline, calibrated by
         step_time_factor and step_overhead_s. arguments: further arguments of `vllm serve`.
+    launcher: "local" starts them on this host, "ray" on the nodes of a Ray cluster, which `placement` spreads them over
+        as evenly as can be ("spread") or one a node ("strict_spread"), or has them share ("pack").
     """
 
     urls: tuple[str, ...] = ()
@@ -38,6 +40,8 @@ class VLLM:
     arguments: tuple[str, ...] = ()
     ready_timeout_s: float = 1800.0
     shared_memory: bool = True
+    launcher: str = "local"
+    placement: str = "spread"
     virtual: ClassVar[bool] = False
     dispatch_delay_s: ClassVar[float] = 0.0
     time_dilation: ClassVar[float] = 1.0
@@ -66,10 +70,9 @@ class VLLM:
             async with attached_fleet(self.urls, latency, testbed, clock, self.shared_memory) as fleet:
                 yield fleet
             return
-        require("vllm")
+        require(self)
         from block.backends.launch import ServerSpec, Subprocesses
 
-        devices = _devices(testbed)
         logs.mkdir(parents=True, exist_ok=True)
         arguments = [
             *engine_arguments(testbed, testbed.engine.num_gpu_blocks),
@@ -78,13 +81,15 @@ class VLLM:
             f"--gpu-memory-utilization={testbed.engine.gpu_memory_utilization}",
             *self.arguments,
         ]
-        specs = [
-            ServerSpec(arguments, logs / f"instance-{i}.log", {**QUIET, "CUDA_VISIBLE_DEVICES": ",".join(mine)})
-            for i, mine in enumerate(devices)
-        ]
-        async with launched_fleet(
-            *(specs, Subprocesses(), latency, testbed, clock, self.ready_timeout_s), shared_memory=self.shared_memory
-        ) as fleet:
+        environments: list[dict[str, str]] = (
+            [QUIET] * testbed.instances  # Ray gives each GPUs of its own
+            if self.launcher == "ray"
+            else [{**QUIET, "CUDA_VISIBLE_DEVICES": ",".join(mine)} for mine in _devices(testbed)]
+        )
+        specs = [ServerSpec(arguments, logs / f"instance-{i}.log", own) for i, own in enumerate(environments)]
+        needs = {"CPU": 1, "GPU": testbed.model.tensor_parallel}
+        launching = launcher_of(self, Subprocesses(), testbed, needs)
+        async with launched_fleet(specs, launching, latency, testbed, clock, self.shared_memory) as fleet:
             yield fleet
 
 

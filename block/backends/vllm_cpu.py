@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, final
 
-from block.backends.servers import launched_fleet
+from block.backends.servers import launched_fleet, launcher_of
 from block.backends.settings import OFFLINE, QUIET, check_servers, engine_arguments, latency_from, require
 from block.cluster.fleet import Fleet
 from block.cluster.spec import Testbed
 from block.core.clock import Clock
 from block.engine.latency import LatencyModel
+from block.hardware.catalogue import Model
+
+if TYPE_CHECKING:
+    from block.backends.launch import HostFiles
 
 
 @final
@@ -24,6 +29,7 @@ class VLLMCPU:
     latency_model: file of step times (scripts/profile_instance.py writes one for the machine at hand).
     arguments: further arguments of `vllm serve`. at_once: servers that start at the same time.
     shared_memory: read the servers' state there; false: have it pushed, as from other hosts.
+    launcher, placement: as of `VLLM`; on Ray, each has a CPU.
     """
 
     latency_model: str = "artifacts/latency/cpu-tiny.json"
@@ -31,6 +37,8 @@ class VLLMCPU:
     ready_timeout_s: float = 600.0
     at_once: int = 2
     shared_memory: bool = True
+    launcher: str = "local"
+    placement: str = "spread"
     virtual: ClassVar[bool] = False
     dispatch_delay_s: ClassVar[float] = 0.0
     time_dilation: ClassVar[float] = 1.0
@@ -47,14 +55,12 @@ class VLLMCPU:
     @asynccontextmanager
     async def start(self, testbed: Testbed, clock: Clock, logs: Path) -> AsyncIterator[Fleet]:
         """Start the servers, each a process of its own."""
-        require("vllm")
+        require(self)
         from block.backends.launch import ServerSpec, Subprocesses
-        from block.backends.model_files import tiny_model
 
         logs.mkdir(parents=True, exist_ok=True)
         arguments = [
             *engine_arguments(testbed, testbed.engine.num_gpu_blocks),
-            f"--model={tiny_model(testbed.model, testbed.engine.max_model_len)}",
             "--dtype=float32",
             "--enforce-eager",
             # vLLM's default executor polls without pause, which starves the other servers of a small machine.
@@ -62,10 +68,18 @@ class VLLMCPU:
             *self.arguments,
         ]
         environment = {**QUIET, **OFFLINE, "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-        specs = [ServerSpec(arguments, logs / f"instance-{i}.log", environment) for i in range(testbed.instances)]
-        latency, patience = self.latency(testbed), self.ready_timeout_s
-        at_once, shared_memory = self.at_once, self.shared_memory
-        async with launched_fleet(
-            specs, Subprocesses(), latency, testbed, clock, patience, at_once, shared_memory
-        ) as fleet:
+        files = partial(_files, testbed.model, testbed.engine.max_model_len)
+        specs = [
+            ServerSpec(arguments, logs / f"instance-{i}.log", environment, files) for i in range(testbed.instances)
+        ]
+        launching = launcher_of(self, Subprocesses(), testbed, {"CPU": 1}, self.at_once)
+        latency = self.latency(testbed)
+        async with launched_fleet(specs, launching, latency, testbed, clock, self.shared_memory) as fleet:
             yield fleet
+
+
+def _files(model: Model, max_model_len: int) -> HostFiles:
+    from block.backends.launch import HostFiles
+    from block.backends.model_files import tiny_model
+
+    return HostFiles([f"--model={tiny_model(model, max_model_len)}"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from block.cluster.instance import ReplayInstance
-from block.cluster.live import ServerProcesses
+from block.cluster.live import Health, ServerProcesses
 from block.cluster.migration import Migrator
 from block.cluster.simulation import Simulation
 from block.cluster.spec import Testbed
@@ -23,7 +23,8 @@ class Fleet(NamedTuple):
 
     Without a predictor, the instances show no snapshots either, and only policies that count can be used.
     servers: starts and stops single ones; None: all are there already. prefixes: what they have in their prefix caches;
-    None: that is not known. snapshots: tells how each instance's came, in so many seconds of the run.
+    None: that is not known. snapshots: tells how each instance's came, in so many seconds of the run. health: tells of
+    servers that are lost, and back; None: that is not known.
     """
 
     instances: Sequence[ReplayInstance]
@@ -32,6 +33,7 @@ class Fleet(NamedTuple):
     servers: ServerProcesses | None = None
     prefixes: Telling | None = None
     snapshots: Callable[[float], Sequence[Mapping[str, Any]]] = lambda seconds: ()
+    health: Health | None = None
 
 
 class SimulatedFleet(NamedTuple):

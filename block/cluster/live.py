@@ -18,6 +18,9 @@ from block.dispatch.core import Dispatcher
 
 log = logging.getLogger(__name__)
 
+PROBE_S = 1.0
+"""Wall-clock seconds from one look at the servers to the next."""
+
 Deliver = Callable[[RequestRecord], Awaitable[None]]
 """Has the instance `record.instance_id` serve the record's request; raises InstanceFailed or RequestFailed."""
 
@@ -40,6 +43,20 @@ class ServerProcesses(Protocol):
 
     async def stop(self, instance_id: int) -> None:
         """Stop the server of an instance; it has ended when this returns."""
+        ...
+
+
+class Health(Protocol):
+    """Whether the servers of a fleet are those that it looks at, and are well."""
+
+    async def lost(self, instance_id: int) -> str | None:
+        """Why the server of an instance is no longer the one that it had; None if it is, as far as is known."""
+        ...
+
+    async def back(self, instance_id: int) -> bool:
+        """Whether the server of an instance that was lost is well again, or another has its place; the instance is then
+        that one.
+        """
         ...
 
 
@@ -84,6 +101,28 @@ class LiveDriver:
             await asyncio.shield(starting)
             if instance_id not in dispatcher.active:
                 raise InstanceFailed(f"instance {instance_id} did not start")
+
+    def watch(self, dispatcher: Dispatcher, health: Health) -> None:
+        """From now on, eject instances whose servers are lost, and readmit those whose servers are well again."""
+        self._do(self._watch(dispatcher, health))
+
+    async def _watch(self, dispatcher: Dispatcher, health: Health) -> None:
+        while True:
+            await asyncio.sleep(PROBE_S)
+            await asyncio.gather(
+                *[self._eject(i, dispatcher, health) for i in dispatcher.active],
+                *[self._readmit(i, dispatcher, health) for i in dispatcher.lost],
+            )
+
+    async def _eject(self, instance_id: int, dispatcher: Dispatcher, health: Health) -> None:
+        reason = await health.lost(instance_id)
+        if reason is not None and instance_id in dispatcher.active:
+            dispatcher.instance_down(instance_id, reason, self.clock.now())
+
+    async def _readmit(self, instance_id: int, dispatcher: Dispatcher, health: Health) -> None:
+        if await health.back(instance_id) and instance_id in dispatcher.lost:
+            dispatcher.instance_up(instance_id, self.clock.now())
+            log.warning("instance %d gets requests again", instance_id)
 
     # ---- what a `block.cluster.scaler.Scaler` asks for
 

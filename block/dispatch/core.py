@@ -22,7 +22,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from typing import Protocol, TypeVar
 
 from block.core.arrays import Ints
@@ -99,7 +99,8 @@ class History:
     """What dispatchers did, all of it or the latest `length` of each; several dispatchers may share one.
 
     records: one per request. decisions: (time, Decision, request id). forecast_s: wall-clock seconds that each batch of
-    forecasts took, divided by its number of forecasts. ejections: (time, instance id, reason).
+    forecasts took, divided by its number of forecasts. ejections: (time, instance id, reason). readmissions: (time,
+    instance id) of those that were ejected and take requests again.
     """
 
     def __init__(self, length: int | None = None) -> None:
@@ -107,6 +108,7 @@ class History:
         self.decisions: deque[tuple[float, Decision, int]] = deque(maxlen=length)
         self.forecast_s: deque[float] = deque(maxlen=length)
         self.ejections: deque[tuple[float, int, str]] = deque(maxlen=length)
+        self.readmissions: deque[tuple[float, int]] = deque(maxlen=length)
 
 
 class _Instances:
@@ -224,6 +226,7 @@ class Dispatcher:
         self._count = instances
         self._keeps_ledger = config.ledger and policy.needs is not Needs.COUNTS
         self._active = list(range(instances))[:initial]
+        self._lost: set[int] = set()
         self._requests = 0  # so many have arrived
         self._others: dict[
             tuple[Policy | None, Container[int] | None], int
@@ -241,6 +244,11 @@ class Dispatcher:
     def active(self) -> Sequence[int]:
         """Ids of the instances that requests may go to, in ascending order."""
         return self._active
+
+    @property
+    def lost(self) -> Collection[int]:
+        """Ids of the instances that were ejected and are not up again."""
+        return self._lost
 
     def outstanding(self, instance_id: int) -> int:
         """Sequences of requests placed there and not finished."""
@@ -354,6 +362,9 @@ class Dispatcher:
         self.starting.discard(instance_id)
         if instance_id not in self._active:
             self._active = sorted([*self._active, instance_id])
+        if instance_id in self._lost:
+            self._lost.remove(instance_id)
+            self.history.readmissions.append((now, instance_id))
         for observer in self._observers:
             observer.instance_up(self, instance_id, now)
 
@@ -362,6 +373,7 @@ class Dispatcher:
         if instance_id in self._active:
             self.retire(instance_id)
             self._state.ejected[instance_id] += 1
+            self._lost.add(instance_id)
             self.history.ejections.append((now, instance_id, reason))
             log.warning("instance %d gets no more requests: %s", instance_id, reason)
         self.starting.discard(instance_id)
@@ -372,6 +384,7 @@ class Dispatcher:
         """An instance is gone for good, and has no request: what is known of it is forgotten."""
         self.retire(instance_id)
         self.instance_down(instance_id, "it is gone", now)
+        self._lost.discard(instance_id)
         if self._policy_forgets is not None:
             self._policy_forgets(instance_id)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import math
-import socket
 import ssl
 from functools import cache
 from typing import Protocol, cast
@@ -14,6 +13,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from block.core.errors import message
+from block.core.sockets import notice_lost_peer
 from block.gateway.http1 import AnswerHead, Header, HTTPRequest, header_lines, passed_on
 
 STALE_S = 1.0
@@ -24,15 +24,6 @@ loses the request.
 """
 AGAIN_S = 0.05
 """From one try to open a connection to the next, while this process has too many open."""
-PEER_DEAD_S = 20
-"""Seconds without a sign of TCP's after which a host counts as lost; a busy server's host still gives one."""
-
-_KEEPALIVE = {
-    "TCP_KEEPIDLE": PEER_DEAD_S // 4,
-    "TCP_KEEPINTVL": PEER_DEAD_S // 4,
-    "TCP_KEEPCNT": 3,
-    "TCP_USER_TIMEOUT": PEER_DEAD_S * 1000,
-}
 _OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 """What goes wrong here, and tells nothing of a server."""
 
@@ -187,11 +178,8 @@ class ServerConnection(asyncio.Protocol):
         """It is open."""
         self.transport = cast(asyncio.Transport, transport)
         opened = transport.get_extra_info("socket")
-        if opened is not None and opened.family in (socket.AF_INET, socket.AF_INET6):
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in _KEEPALIVE.items():
-                if hasattr(socket, option):  # else not Linux
-                    opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        if opened is not None:
+            notice_lost_peer(opened)
 
     def connection_lost(self, error: Exception | None) -> None:
         """It is closed, by whomever."""

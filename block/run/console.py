@@ -120,9 +120,10 @@ def report(run: Run, wandb: Path | None, console: Console) -> None:
         changes = run.document["changes"]
         counted = ", ".join(f"{sum(one[2] == kind for one in changes)} {kind}ed" for kind in ("join", "drain"))
         facts["provisioner"] = f"{counted}; {_cell(summary['instance_seconds'])} instance-seconds"
-    for at, instance, reason in run.document.get("ejections", ()):
-        lost = f"{'lost':<13}instance {instance} at {at:.1f} s: {reason}"
-        console.print(lost, highlight=False, markup=False, soft_wrap=True)
+    lost = [(at, f"{'lost':<13}instance {i} at {at:.1f} s: {why}") for at, i, why in run.document.get("ejections", ())]
+    lost += [(at, f"{'back':<13}instance {i} at {at:.1f} s") for at, i in run.document.get("readmissions", ())]
+    for _, line in sorted(lost):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     for key, value in facts.items():  # not a table, which would cut the paths to the terminal's width
         console.print(f"{key:<13}{value}", highlight=False, markup=False, soft_wrap=True)
 

@@ -181,7 +181,14 @@ RULES = (
         "no instance is drained; give provisioner.drain_after_s, too",
     ),
     Rule(("engine", "engine.*", "cluster.num_gpus"), _attached, _SERVERS),
-    Rule(("backend.arguments", "backend.ready_timeout_s"), _attached, _SERVERS),
+    Rule(
+        ("backend.arguments", "backend.ready_timeout_s", "backend.launcher", "backend.placement"), _attached, _SERVERS
+    ),
+    Rule(
+        ("backend.placement",),
+        lambda run: getattr(run.backend, "launcher", None) != "ray",
+        "all servers are on one host; take backend.launcher=ray",
+    ),
     Rule(
         ("engine.gpu_memory_utilization",),
         lambda run: run.engine.num_gpu_blocks is not None and not isinstance(run.backend, VLLM),
@@ -232,7 +239,8 @@ RULES = (
     Rule(
         (
             *("model.hf_id", "cluster.num_gpus", "backend.urls", "backend.arguments", "backend.ready_timeout_s"),
-            *("backend.time_dilation", "backend.stream_interval", "backend.at_once"),
+            *("backend.time_dilation", "backend.stream_interval", "backend.at_once", "backend.launcher"),
+            "backend.placement",
             *("backend.step_noise", "backend.slowdown", "backend.dispatch_delay_s"),
         ),
         lambda run: True,

@@ -163,6 +163,7 @@ def _store(writer: RunWriter, outcome: Outcome) -> None:
         engines=outcome.engines,
         snapshots=outcome.snapshots,
         ejections=history.ejections,
+        readmissions=history.readmissions,
         counterfactuals=outcome.counterfactuals.columns() if outcome.counterfactuals else None,
         changes=() if outcome.scaler is None else outcome.scaler.changes,
         instance_seconds=None if outcome.scaler is None else outcome.scaler.instance_seconds(outcome.ended_at),

@@ -198,6 +198,9 @@ async def _replay(
             _cache_blocks(run, fleet.engines),
             clock.now,
         )
+        if fleet.health is not None:
+            for dispatcher in dispatchers:
+                driver.watch(dispatcher, fleet.health)
         shown = bool(fleet.predictor)
         monitor = outcome.monitor = Monitor(
             snapshot_many, lambda: dispatchers[0].active if shown else (), run.sample_every_s

@@ -71,6 +71,7 @@ KEYS = (
     ),
     *("experiment", "schema_version", "id", "created", "status", "error", "choices", "config", "config_hash", "hashes"),
     *("git", "hardware", "packages", "counts", "summary", "changes", "engines", "snapshots", "ejections"),
+    "readmissions",
 )
 
 log = logging.getLogger(__name__)

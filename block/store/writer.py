@@ -140,6 +140,7 @@ class RunWriter:
         peak_memory_mib: float | None = None,
         engines: Mapping[str, Any] | None = None,
         ejections: Iterable[tuple[float, int, str]] = (),
+        readmissions: Iterable[tuple[float, int]] = (),
         counterfactuals: Mapping[str, ArrayLike] | None = None,
         changes: Sequence[tuple[float, int, str, str]] = (),
         instance_seconds: float | None = None,
@@ -149,7 +150,8 @@ class RunWriter:
 
         `decisions` are (time, decision, request id); `instances` maps a column's name to an array, all of one length.
         counterfactuals: columns of a table, like `instances`.
-        engines: what real engines said of themselves. ejections: (time, instance id, reason) of those lost.
+        engines: what real engines said of themselves. ejections: (time, instance id, reason) of those lost;
+        readmissions: (time, instance id) of those that were back.
         changes: (time, instance id, change, reason) of those that joined or left; instance_seconds: what all have cost.
         snapshots: how those of each real engine came, and how old they were.
         Raises ValueError if the records contradict themselves.
@@ -186,6 +188,7 @@ class RunWriter:
         self._document["engines"] = json_value(engines or {})
         self._document["snapshots"] = json_value(list(snapshots))
         self._document["ejections"] = json_value(list(ejections))
+        self._document["readmissions"] = json_value(list(readmissions))
         self._document["status"] = "ok"
         known = (f"{count} {name}" for name, count in self._document["counts"].items() if count is not None)
         log.info("stored %s", ", ".join(known))

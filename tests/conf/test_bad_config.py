@@ -151,6 +151,13 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["model.tensor_parallel=3"], "model.tensor_parallel=3: ", ["choose from 1, 2, 4, 8, 16, 32"]),
     (["backend.predictor_gpu=h1000"], "backend.predictor_gpu=h1000: ", ["choose from t4"]),
     (["backend.slowdown=[0]"], "backend.slowdown=[0.0]: ", ["greater than 0"]),
+    (["backend.launcher=ray"], "backend.launcher: no such key", []),
+    (["backend=emulated", "backend.launcher=rey"], "backend.launcher=rey: ", ["did you mean ray?", "local, ray"]),
+    (
+        ["backend=vllm", "backend.launcher=ray", "backend.placement=STRICT_SPREAD"],
+        "backend.placement=STRICT_SPREAD: ",
+        ["did you mean strict_spread?", "choose from spread, strict_spread, pack"],
+    ),
     (["dispatch.correction_steps=-1"], "dispatch.correction_steps=-1: ", ["0 or more"]),
     (["dispatch.dispatchers=0"], "dispatch.dispatchers=0: ", ["at least 1"]),
     (["replay_share=2"], "replay_share=2.0: ", ["between 0 and 1"]),

@@ -33,6 +33,7 @@ def shown(*starts: str) -> list[str]:
 
 COMMANDS = shown("python run.py", "python scripts/capacity.py")
 REAL = [line for line in COMMANDS if re.search(r"\bbackend=(vllm|emulated)", line)]
+REAL += [line.partition(" -- ")[2] for line in shown("srun ray")]
 SERVERS = shown("python -m block.gateway")
 
 
@@ -75,6 +76,16 @@ def test_a_command_for_servers_is_sound(line: str, tmp_path: Path, monkeypatch: 
     settings = composed(*keys)
     config.build(settings)
     assert without_effect(settings, keys, command) == {}
+
+
+@pytest.mark.parametrize("line", shown("ray start", "srun ray"))
+def test_a_command_of_ray_has_what_is_given(line: str) -> None:
+    scripts = pytest.importorskip("ray.scripts.scripts")
+    name, *given = shlex.split(line.removeprefix("srun ").partition(" -- ")[0])[1:]
+    command = scripts.cli.commands[name]
+    assert {one.partition("=")[0] for one in given if one.startswith("--")} <= {
+        option for parameter in command.params for option in parameter.opts
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ what they name

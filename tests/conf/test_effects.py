@@ -61,6 +61,9 @@ IDLE: list[tuple[str, list[str], str]] = [
     ("serve", ["backend=vllm", URLS, "cluster.num_gpus=3"], "settings of their own"),
     ("serve", ["backend=vllm", URLS, "backend.arguments=[--x]"], "settings of their own"),
     ("serve", ["backend=vllm", URLS, "backend.ready_timeout_s=9"], "settings of their own"),
+    ("serve", ["backend=vllm", URLS, "backend.launcher=ray"], "settings of their own"),
+    ("serve", ["backend=vllm", URLS, "backend.placement=pack"], "settings of their own"),
+    ("serve", ["backend=emulated", "backend.placement=pack"], "take backend.launcher=ray"),
     ("serve", ["backend=vllm", URLS, "model.hf_id=x"], "no server is started"),
     ("serve", ["backend=vllm", URLS, "scheduler=random", "cluster.gpu=h100"], "not its own"),
     (
@@ -147,6 +150,8 @@ IDLE: list[tuple[str, list[str], str]] = [
     ("gateway", ["backend.dispatch_delay_s=1"], "gateway.urls"),
     ("gateway", ["backend.step_noise=0"], "gateway.urls"),
     ("gateway", ["scheduler=block", "backend=vllm", "backend.shared_memory=false"], "wherever it can"),
+    ("gateway", ["backend=vllm", "backend.launcher=ray"], "gateway.urls"),
+    ("gateway", ["backend=vllm", "backend.placement=pack"], "gateway.urls"),
     ("train_lengths", ["scheduler=random"], "run.py"),
     ("train_lengths", ["lengths=compact", "lengths.outrun_share=0.4"], "for runs"),
     ("train_lengths", ["estimation.data_sets=[x.json]"], "evaluate_lengths"),

@@ -63,7 +63,11 @@ def test_too_few_gpus_are_told_with_the_choices(monkeypatch: pytest.MonkeyPatch)
 def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend_settings.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LaunchFailed, match="vllm is not installed: pip install"):
-        backend_settings.require("vllm")
+        backend_settings.require(VLLM())
+    monkeypatch.setattr(backend_settings.importlib.util, "find_spec", lambda name: name if name == "vllm" else None)
+    backend_settings.require(VLLM())
+    with pytest.raises(LaunchFailed, match=r"backend.launcher=ray: ray is not installed: pip install -e '\.\[ray\]'"):
+        backend_settings.require(VLLM(launcher="ray"))
 
 
 def test_a_server_reports_what_its_configuration_says() -> None:

@@ -199,9 +199,12 @@ def test_an_instance_is_used_again_once_it_is_up() -> None:
     dispatcher.instance_down(0, "still no answer", 2.0)
     assert list(dispatcher.history.ejections) == [(1.0, 0, "no answer")]
     assert dispatcher.ejected(0) == 1
+    assert list(dispatcher.lost) == [0]
     assert [dispatcher.arrived(request(i, 1, 1), 3.0).instance_id for i in range(2)] == [1, 1]
     for _ in range(2):
         dispatcher.instance_up(0, 4.0)
+    assert list(dispatcher.history.readmissions) == [(4.0, 0)]
+    assert not dispatcher.lost
     assert list(dispatcher.active) == [0, 1]
     assert sorted(dispatcher.arrived(request(i, 1, 1), 5.0).instance_id for i in range(2, 4)) == [0, 1]
 

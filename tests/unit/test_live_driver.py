@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from testbed import request
 
+from block.cluster import live
 from block.cluster.instance import InstanceFailed, LaunchFailed, RequestFailed
 from block.cluster.live import LiveDriver
 from block.core.clock import Clock
@@ -195,3 +196,39 @@ def test_what_stopping_raises_does_not_hide_what_went_wrong_before() -> None:
 
     with pytest.raises(LookupError, match="this went wrong"):
         driven(main, Broken())
+
+
+class Watched:
+    """Servers that are lost, and back, when the test says so."""
+
+    def __init__(self) -> None:
+        self.gone: set[int] = set()
+        self.well: set[int] = set()
+
+    async def lost(self, instance_id: int) -> str | None:
+        return f"{instance_id} is gone" if instance_id in self.gone else None
+
+    async def back(self, instance_id: int) -> bool:
+        return instance_id in self.well
+
+
+def test_an_instance_that_is_lost_is_ejected_and_readmitted_when_it_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "PROBE_S", 0.001)
+
+    async def until(true: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not true():
+                await asyncio.sleep(0.001)
+
+    async def main(driver: LiveDriver, dispatcher: Dispatcher) -> None:
+        health = Watched()
+        driver.watch(dispatcher, health)
+        health.well = {1}  # which was never lost
+        health.gone = {0}
+        await until(lambda: not dispatcher.active)
+        health.gone, health.well = set(), {0, 1}
+        await until(lambda: list(dispatcher.active) == [0])
+
+    dispatcher = driven(main)
+    assert [(i, why) for _, i, why in dispatcher.history.ejections] == [(0, "0 is gone")]
+    assert [i for _, i in dispatcher.history.readmissions] == [0]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import re
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -21,12 +22,15 @@ from commands import built
 from mock_servers import eventually, pushed
 from testbed import constant_latency
 
+from block.backends import servers
 from block.backends.instance import VLLMInstance
 from block.backends.servers import _prefixes, attached_fleet
+from block.cluster.fleet import Fleet
 from block.cluster.instance import InstanceFailed, RequestFailed
 from block.core.clock import Clock
 from block.core.hashing import hash_tokens
 from block.core.snapshot import ID
+from block.core.sockets import notice_lost_peer
 from block.core.types import Request, RequestRecord
 from block.engine.config import EngineConfig
 from block.engine.prefix_table import note as note_changes
@@ -50,6 +54,7 @@ class Server:
         self.status = 200
         self.well = True
         self.emulated = False
+        self.pause_s = 0.02
         self.kv_events: dict[str, str] | None = None
 
     async def models(self, _: web.Request) -> web.Response:
@@ -75,7 +80,7 @@ class Server:
         await response.prepare(request)
         for _ in range(3):
             await response.write(b'data: {"choices":[{"text":"a"}]}\n\n')
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(self.pause_s)
         for event in self.ending:
             await response.write(event)
         return response
@@ -473,3 +478,92 @@ def test_servers_of_too_little_memory_for_the_config_are_taken_as_they_are(caplo
 
     asyncio.run(main())
     assert "the servers run with EngineSettings" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------- lost, and back
+
+
+@asynccontextmanager
+async def attached(server: Server, plugin: bool = True) -> AsyncIterator[Fleet]:
+    """A fleet of one, on servers with settings."""
+    settings = EngineConfig(version="v1", max_model_len=512).settings(500)
+    server.buffer.header[b.SETTINGS : b.SETTINGS + len(settings)] = settings
+    testbed = built("model=tiny", "backend=vllm_cpu").testbed
+    async with server.instance(plugin) as one, attached_fleet([one.url], constant_latency(), testbed, Clock()) as fleet:
+        assert fleet.health is not None
+        yield fleet
+
+
+def renewed(server: Server, **settings: Any) -> None:
+    """Another process at the same address."""
+    before = server.buffer.read().settings
+    server.buffer, server.path = StateBuffer.create()
+    server.buffer.header[b.SETTINGS : b.SETTINGS + len(before)] = before._replace(**settings)
+
+
+def test_a_server_that_was_started_again_takes_the_place_of_the_one_that_was_lost() -> None:
+    async def main() -> None:
+        server = Server()
+        async with attached(server) as fleet:
+            assert fleet.health is not None
+            first = fleet.instances[0]
+            assert await fleet.health.lost(0) is None
+            server.well = False
+            assert not await fleet.health.back(0)
+            server.well = True
+            assert await fleet.health.back(0)
+            assert fleet.instances[0] is first  # which is the same
+            renewed(server)
+            server.buffer.header[b.FREE] = 77
+            assert await fleet.health.back(0)
+            assert fleet.instances[0].snapshot().free_blocks == 77
+
+    asyncio.run(main())
+
+
+def test_a_server_that_is_back_with_other_settings_is_told_of_once_and_not_used(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> None:
+        server = Server()
+        async with attached(server) as fleet:
+            assert fleet.health is not None
+            first = fleet.instances[0]
+            renewed(server, max_num_seqs=7)
+            assert [await fleet.health.back(0) for _ in range(2)] == [False, False]
+            assert fleet.instances[0] is first
+
+    asyncio.run(main())
+    assert caplog.text.count("is back with other settings") == 1
+
+
+def test_a_server_without_the_plugin_is_back_when_it_is_well() -> None:
+    async def main() -> None:
+        server = Server()
+        async with attached(server, plugin=False) as fleet:
+            assert fleet.predictor is None
+            assert fleet.health is not None
+            assert await fleet.health.back(0)
+
+    asyncio.run(main())
+
+
+def test_a_server_that_falls_silent_fails_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "SILENT_S", 0.05)
+
+    async def main() -> None:
+        server = Server()
+        server.pause_s = 60.0
+        async with attached(server) as fleet:
+            with pytest.raises(InstanceFailed, match="Timeout on reading"):
+                await fleet.instances[0].generate(RequestRecord(ONE), note)
+
+    asyncio.run(main())
+
+
+def test_a_connection_notices_that_its_host_is_lost() -> None:
+    with servers._socket((socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 1))) as opened:
+        assert opened.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
+    with socket.socket(socket.AF_UNIX) as other:
+        notice_lost_peer(other)
