@@ -42,7 +42,7 @@ from block.gateway.server_connections import (
     ServerSilent,
     TransportError,
 )
-from block.gateway.sse import Events
+from block.gateway.sse import Events, is_aborted
 from block.gateway.upstreams import Upstream
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 EXPLAIN = b"x-block-explain"
 """A request with this header is told in its answer's where it went."""
 MISSES = "its forecast misses its objective"
+GIVEN_UP = "has given the request up"
 TURNED_AWAY = (502, 503)
 """Statuses by which a server says that another one may serve the request."""
 
@@ -400,6 +401,8 @@ class Exchange:
         self._kept = _Reply(head.status, [*head.headers, *self._explained()], body, head.length if bare else None)
         if head.status >= 500:
             self._check(self._after_error(head.status))
+        elif head.status == 200 and is_aborted(body):
+            self._check(self._after_reset(f"{self._url}: {GIVEN_UP}"))
         else:
             self._answered()
 
@@ -507,10 +510,11 @@ class Exchange:
 
         def go_on(well: bool) -> None:
             assert self._events is not None
-            if not well:
+            if not well or (self._events.aborted and self.replaceable):
                 if self._sending is not None:
                     self._sending.cancel()
-                self._again(f"{self._url}: began with an error, and is not healthy", gone=True)
+                why = GIVEN_UP if self._events.aborted else "began with an error, and is not healthy"
+                self._again(f"{self._url}: {why}", gone=not well)
                 return
             self._begin_passing()
             self._read_events(self._events, data)

@@ -14,6 +14,7 @@ _LAST = re.compile(rb"event: ?(?:message_stop|response\.(?:completed|incomplete)
 JSON ends so: that it begins a line, which is slow to look for, need not be asked.
 """
 _ERROR = re.compile(rb'(?:^|[\r\n])data: ?\{\s*(?:"type"\s*:\s*"error"\s*,\s*)?"error"\s*:\s*[^n\s]')
+_ABORTED = re.compile(rb'"finish_reason": ?"abort"')
 _TAIL = 64
 """Bytes of what came last that may be the beginning of what is looked for."""
 
@@ -21,7 +22,7 @@ _TAIL = 64
 class Events:
     """The events of one stream, as its bytes come."""
 
-    __slots__ = ("_held", "_last", "_tail", "count", "done", "failed")
+    __slots__ = ("_held", "_last", "_tail", "aborted", "count", "done", "failed")
 
     def __init__(self) -> None:
         self._held: bytes | None = b""
@@ -32,18 +33,21 @@ class Events:
         self.done = False
         """Whether it has told that nothing follows, with ``[DONE]`` or its last event."""
         self.failed = False
-        """Whether an event of it is an error."""
+        """Whether an event of it is an error, or says that the response was given up."""
+        self.aborted = False
+        """Whether the first one says so."""
 
     def first(self, data: bytes) -> bytes | None:
         """More of a stream whose first event with data is not whole yet: all that came, once it is, and then `failed`
-        tells whether that event is an error.
+        tells whether that event is an error, and `aborted` whether it gives the response up.
         """
         assert self._held is not None
         self._held += data
         said = _first_data(self._held)
         if said is None and len(self._held) < MOST:
             return None
-        self.failed = said is not None and _is_error(said)
+        self.aborted = said is not None and is_aborted(said)
+        self.failed = self.aborted or (said is not None and _is_error(said))
         whole, self._held = self._held, None
         return whole
 
@@ -57,15 +61,20 @@ class Events:
         seen = self._tail + data
         ends = _ends(seen)
         self.count += ends
-        if b"[DONE]" in seen or b'"error"' in seen:
+        if b"[DONE]" in seen or b'"error"' in seen or b'"abort"' in seen:
             self.done = self.done or _DONE.search(seen) is not None
-            self.failed = self.failed or _ERROR.search(seen) is not None
+            self.failed = self.failed or _ERROR.search(seen) is not None or is_aborted(seen)
         if self._last:
             self.done = self.done or ends > 0
         elif b"event:" in seen and (last := _LAST.search(seen)) is not None:
             self._last = True
             self.done = self.done or _ends(seen[last.end() :]) > 0
         self._tail = b"" if seen.endswith((b"\n\n", b"\r\n\r\n")) else _after_last_event(seen)[-_TAIL:]
+
+
+def is_aborted(answer: bytes) -> bool:
+    """Whether a server says that it has given the response up, as vLLM does that is told to end."""
+    return b'"abort"' in answer and _ABORTED.search(answer) is not None
 
 
 def _ends(seen: bytes) -> int:

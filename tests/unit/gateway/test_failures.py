@@ -283,3 +283,48 @@ def test_a_bug_of_a_policy_is_an_error_to_the_client_and_one_line_of_the_log(cap
     (entry,) = [entry for entry in caplog.records if "raised" in entry.getMessage()]
     assert "Broken: choose raised ZeroDivisionError (tests/unit/gateway/test_failures.py:" in entry.getMessage()
     assert entry.exc_info is None
+
+
+GIVEN_UP = b'{"choices":[{"index":0,"text":"","finish_reason":"abort"}],"usage":{"completion_tokens":0}}'
+
+
+def given_up(*events: bytes) -> Answer:
+    """What vLLM answers to a request that it gives up, for it is told to end: whole, or after these events."""
+
+    async def answer(mock: Mock, http: web.Request) -> web.StreamResponse:
+        if not json.loads(await http.read()).get("stream"):
+            return web.Response(body=GIVEN_UP, content_type="application/json")
+        response = web.StreamResponse(headers=SSE)
+        await response.prepare(http)
+        for event in (*events, b"data: " + GIVEN_UP + b"\n\n", DONE):
+            await response.write(event)
+        return response
+
+    return answer
+
+
+@pytest.mark.parametrize("body", [ASKED, STREAMED])
+def test_what_a_server_gives_up_before_it_has_begun_begins_anew(body: bytes) -> None:
+    async def main() -> None:
+        async with running_gateway([Mock(given_up()), Mock(stream if body is STREAMED else whole)]) as gateway:
+            status, text, _ = await gateway.ask(body)
+            assert (status, b"abort" in text) == (200, False)
+            metrics = await gateway.metrics()
+            assert metrics['block_requests_total{server="1",status="ok"}'] == metrics["block_retries_total"] == 1
+            assert metrics["block_active_instances"] == 2
+        async with running_gateway([Mock(given_up())]) as gateway:  # and there is no other
+            status, text, _ = await gateway.ask(body)
+            assert (status, b"abort" in text) == (200, True)
+            assert (await gateway.metrics())['block_requests_total{server="0",status="failed"}'] == 1
+
+    run(main())
+
+
+def test_a_stream_that_is_given_up_in_the_middle_has_failed() -> None:
+    async def main() -> None:
+        async with running_gateway([Mock(given_up(EVENTS[0])), Mock(stream)]) as gateway:
+            status, text, _ = await gateway.ask(STREAMED)
+            assert (status, text.startswith(EVENTS[0]), b"abort" in text) == (200, True, True)
+            assert (await gateway.metrics())['block_requests_total{server="0",status="failed"}'] == 1
+
+    run(main())
