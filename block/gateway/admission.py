@@ -23,8 +23,8 @@ class Slo:
 
     ttft_s, e2e_s: seconds from a request's arrival; null: none. A request's own are its headers x-slo-ttft-ms and
         x-slo-e2e-ms.
-    missed: "serve" it anyway; "refuse" it with 429, and with how long it should wait; or "queue" it until its forecast,
-        from then on, meets them, and refuse it after `queue_s`.
+    missed: "serve" it anyway; "refuse" it with 429, and with how long it should wait; or "queue" it until its forecast
+        meets what is left of them, and refuse it once that cannot be, or after `queue_s`.
     """
 
     ttft_s: float | None = None
@@ -68,16 +68,20 @@ class Objectives(NamedTuple):
     ttft_s: float | None
     e2e_s: float | None
 
-    def missed_by_s(self, forecast: Forecast | None) -> float:
-        """How much too late it would be; 0 if it is in time, or nobody knows."""
+    def missed_by_s(self, forecast: Forecast | None, waited_s: float) -> float:
+        """How much too late it would be, having waited so long already; 0 if it is in time, or nobody knows."""
         if forecast is None:
             return 0.0
         late = [
-            predicted - wanted
+            waited_s + predicted - wanted
             for predicted, wanted in ((forecast.ttft, self.ttft_s), (forecast.e2e, self.e2e_s))
             if wanted is not None
         ]
         return max((one for one in late if one > 0), default=0.0)  # a forecast may be NaN
+
+    def lost(self, waited_s: float) -> bool:
+        """Whether it has waited so long that it cannot be in time."""
+        return any(wanted is not None and waited_s >= wanted for wanted in self)
 
     def met(self, record: RequestRecord) -> bool | None:
         """Whether an answer was in time; None without an objective that can be judged, as of a first token unseen."""

@@ -206,28 +206,23 @@ class Exchange:
         self._objectives = objectives
         if self._account is not None and by is not None:
             self._account.policy = type(by).__name__
-        queue, now = self._around.queue, self._around.clock.now()
+        queue = self._around.queue
         behind_others = objectives is not None and len(queue) > 0
-        if behind_others or not self._try(request, by, among, None):
-            queue.add(lambda: self._try(request, by, among, now))
+        if behind_others or not self._try(request, by, among):
+            queue.add(lambda: self._try(request, by, among))
 
-    def _try(
-        self, request: Request, by: Policy | None, among: Container[int] | None, waits_since: float | None
-    ) -> bool:
-        """Place it, unless its forecast misses; returns whether it need not be tried again.
-
-        waits_since: when it began to wait, if it does.
-        """
+    def _try(self, request: Request, by: Policy | None, among: Container[int] | None) -> bool:
+        """Place it, unless its forecast misses; returns whether it need not be tried again."""
         around, slo = self._around, self._around.slo
         if self._over:  # the client has gone
             return True
         try:
             record = self._dispatcher.arrived(request, around.clock.now(), by, among)
-            late_s = 0.0 if self._objectives is None else self._objectives.missed_by_s(record.forecast)
-            if late_s > 0 and record.status == "pending" and slo.missed != SERVE:
+            objectives, waited_s = self._objectives, around.clock.now() - request.arrival
+            late_s = 0.0 if objectives is None else objectives.missed_by_s(record.forecast, waited_s)
+            if objectives is not None and late_s > 0 and record.status == "pending" and slo.missed != SERVE:
                 self._dispatcher.refused(record, MISSES, around.clock.now())
-                waited_s = 0.0 if waits_since is None else around.clock.now() - waits_since
-                if slo.missed == QUEUE and waited_s < slo.queue_s:
+                if slo.missed == QUEUE and waited_s < slo.queue_s and not objectives.lost(waited_s):
                     return False
                 around.metrics.judged(OUTCOME_REFUSED)
                 if self._account is not None:

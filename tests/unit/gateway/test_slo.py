@@ -31,9 +31,12 @@ def test_objectives_are_those_of_the_gateway_or_of_the_request_itself() -> None:
 
 def test_how_late_a_forecast_is_and_whether_an_answer_was_in_time() -> None:
     both = Objectives(1.0, 10.0)
-    assert both.missed_by_s(None) == both.missed_by_s(Forecast(1.0, 10.0)) == 0.0
-    assert both.missed_by_s(Forecast(math.nan, math.nan)) == 0.0
-    assert both.missed_by_s(Forecast(1.5, 12.0)) == 2.0
+    assert both.missed_by_s(None, 0.0) == both.missed_by_s(Forecast(1.0, 10.0), 0.0) == 0.0
+    assert both.missed_by_s(Forecast(math.nan, math.nan), 0.0) == 0.0
+    assert both.missed_by_s(Forecast(1.5, 12.0), 0.0) == 2.0
+    assert both.missed_by_s(Forecast(0.5, 9.0), 0.75) == 0.25
+    assert [both.lost(waited_s) for waited_s in (0.0, 0.9, 1.0)] == [False, False, True]
+    assert not Objectives(None, 10.0).lost(9.0)
     record = RequestRecord(Request(1, 5.0, 10, 100, 100), first_token=6.0, finished=15.0)
     assert both.met(record)
     assert not Objectives(0.9, 10.0).met(record)
@@ -46,11 +49,11 @@ def test_how_late_a_forecast_is_and_whether_an_answer_was_in_time() -> None:
 def test_a_request_that_would_miss_is_refused_and_told_when_to_come_again() -> None:
     async def main() -> None:
         async with running_gateway(
-            [PluginMock(), PluginMock()], policies.Block(), slo=Slo(e2e_s=4.0, missed="refuse")
+            [PluginMock(), PluginMock()], policies.Block(), slo=Slo(e2e_s=4.5, missed="refuse")
         ) as gateway:
             status, body, headers = await gateway.ask()
             assert (status, headers["Retry-After"]) == (429, "1")
-            assert json.loads(body)["error"]["message"] == "its forecast misses its objective by 1.0 s"
+            assert json.loads(body)["error"]["message"] == "its forecast misses its objective by 0.5 s"
             assert [mock.seen for mock in gateway.mocks] == [[], []]
             assert (await gateway.ask(headers={"x-slo-e2e-ms": "6000"}))[0] == 200
             assert (await gateway.ask(headers={"x-slo-ttft-ms": "what"}))[0] == 400
@@ -74,7 +77,7 @@ def test_a_request_is_served_anyway_unless_something_else_is_asked_for() -> None
 @pytest.mark.parametrize("room", [True, False])
 def test_a_request_waits_until_its_forecast_meets_its_objective_or_for_as_long_as_it_may(room: bool) -> None:
     async def main() -> None:
-        slo = Slo(ttft_s=1.5, missed="queue", queue_s=5.0 if room else 0.2)
+        slo = Slo(ttft_s=3.0, missed="queue", queue_s=5.0 if room else 0.2)
         async with running_gateway([PluginMock()], policies.Block(), slo=slo) as gateway:
             (mock,) = gateway.mocks
             assert isinstance(mock, PluginMock)
@@ -95,6 +98,16 @@ def test_a_request_waits_until_its_forecast_meets_its_objective_or_for_as_long_a
             assert statuses == [200 if room else 429] * 3
             assert time.monotonic() - began < 3.0
             await eventually(lambda: len(mock.seen) == (3 if room else 0))
+
+    run(main())
+
+
+def test_what_can_no_longer_be_in_time_waits_no_more() -> None:
+    async def main() -> None:
+        slo = Slo(ttft_s=0.5, missed="queue", queue_s=60.0)  # a step takes 1 s
+        async with running_gateway([PluginMock()], policies.Block(), slo=slo) as gateway:
+            status, body, _ = await gateway.ask()
+            assert (status, b"misses its objective" in body, gateway.mocks[0].seen) == (429, True, [])
 
     run(main())
 
