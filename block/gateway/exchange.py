@@ -396,7 +396,7 @@ class Exchange:
         self._kept = _Reply(head.status, [*head.headers, *self._explained()], body, head.length if bare else None)
         if head.status >= 500:
             self._check(self._after_error(head.status))
-        elif head.status == 200 and is_aborted(body):
+        elif b'"abort"' in body and head.status == 200 and is_aborted(body):
             self._check(self._after_reset(f"{self._url}: {GIVEN_UP}"))
         else:
             self._answered()
