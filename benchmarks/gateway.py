@@ -33,12 +33,11 @@ from typing import cast
 
 import numpy as np
 import uvloop
+from testbed import busy_board
 
 from block.backends.launch import free_ports
-from block.core import snapshot
 from block.engine.config import EngineConfig
 from block.vllm_plugin import state_buffer
-from block.vllm_plugin.state_buffer import StateBuffer
 
 RATE = 1000  # requests/s
 SETTINGS = {key: value for key, _, value in (one.partition("=") for one in sys.argv[1:])}
@@ -109,17 +108,7 @@ class Board(Mock):
     """A server with the plugin, whose state is always the same."""
 
     def __init__(self) -> None:
-        self.buffer, self.path = StateBuffer.create()
-        header, seqs = self.buffer.header, self.buffer.seqs
-        header[state_buffer.SETTINGS : state_buffer.SETTINGS + len(SETTINGS_OF_A_BOARD)] = SETTINGS_OF_A_BOARD
-        header[[state_buffer.COLUMNS, state_buffer.RUNNING]] = RUN + WAIT, RUN
-        seqs[snapshot.ID, : RUN + WAIT] = -np.arange(1, RUN + WAIT + 1)
-        seqs[snapshot.NUM_PROMPT_TOKENS, : RUN + WAIT] = 250
-        seqs[[snapshot.TARGET, snapshot.MAX_TOKENS, snapshot.EXPECTED], : RUN + WAIT] = 300
-        seqs[snapshot.NUM_OUTPUT_TOKENS, :RUN] = np.arange(1, RUN + 1) * 5
-        seqs[snapshot.NUM_COMPUTED_TOKENS, :RUN] = 249 + seqs[snapshot.NUM_OUTPUT_TOKENS, :RUN]
-        seqs[snapshot.NUM_BLOCKS, :RUN] = -(-seqs[snapshot.NUM_COMPUTED_TOKENS, :RUN] // 16)
-        header[state_buffer.FREE] = SETTINGS_OF_A_BOARD.total_blocks - seqs[snapshot.NUM_BLOCKS, :RUN].sum()
+        self.buffer, self.path = busy_board(RUN, WAIT, SETTINGS_OF_A_BOARD)
 
     def __call__(self) -> Board:
         """A connection of its: asyncio wants a new object for each."""

@@ -19,13 +19,12 @@ from typing import cast
 
 import numpy as np
 import pyarrow.parquet as pq
-from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
+from testbed import compose_run
 
 from block.cluster.fleet import RealBackend
 from block.core.clock import Clock
-from block.run import config, hydra_schema
 from block.store.summary import only_ok, ttft
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,11 +61,8 @@ async def through_gateway(urls: list[str], missed: str, folder: Path) -> Path:
 
 
 async def main() -> None:
-    hydra_schema.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        keys = ["backend=emulated", "model=llama2-7b", f"cluster.num_gpus={GPUS}"]
-        keys += ["backend.time_dilation=1", "backend.stream_interval=8"]
-        run = config.build(compose("config", overrides=keys))
+    keys = ["backend=emulated", "model=llama2-7b", f"cluster.num_gpus={GPUS}"]
+    run = compose_run(*keys, "backend.time_dilation=1", "backend.stream_interval=8")
     backend = cast(RealBackend, run.backend)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -24,7 +24,7 @@ from contextlib import AsyncExitStack
 
 import aiohttp
 import numpy as np
-from testbed import compose_run
+from testbed import busy_board, compose_run
 
 from block.backends.instance import VLLMInstance
 from block.backends.launch import free_ports
@@ -39,7 +39,6 @@ from block.engine.predictor import Predictor
 from block.vllm_plugin import state_buffer
 from block.vllm_plugin.environment import STATE_BUFFER
 from block.vllm_plugin.frames import Frame
-from block.vllm_plugin.state_buffer import StateBuffer
 
 SETTINGS = {key: value for key, _, value in (one.partition("=") for one in sys.argv[1:])}
 SECONDS = float(SETTINGS.get("seconds", 5))
@@ -60,19 +59,9 @@ class Server:
     """One, with its scheduler."""
 
     def __init__(self, place: int) -> None:
-        self.buffer, self.path = StateBuffer.create()
+        self.buffer, self.path = busy_board(RUN, WAIT, ENGINE)
+        self.buffer.seqs[snapshot.NUM_SCHEDULED_TOKENS, :RUN] = 1
         self.place = place
-        header, seqs = self.buffer.header, self.buffer.seqs
-        header[state_buffer.SETTINGS : state_buffer.SETTINGS + len(ENGINE)] = ENGINE
-        header[[state_buffer.COLUMNS, state_buffer.RUNNING]] = RUN + WAIT, RUN
-        seqs[snapshot.ID, : RUN + WAIT] = -np.arange(1, RUN + WAIT + 1)
-        seqs[snapshot.NUM_PROMPT_TOKENS, : RUN + WAIT] = 250
-        seqs[[snapshot.TARGET, snapshot.MAX_TOKENS, snapshot.EXPECTED], : RUN + WAIT] = 300
-        seqs[snapshot.NUM_OUTPUT_TOKENS, :RUN] = np.arange(1, RUN + 1) * 5
-        seqs[snapshot.NUM_COMPUTED_TOKENS, :RUN] = 249 + seqs[snapshot.NUM_OUTPUT_TOKENS, :RUN]
-        seqs[snapshot.NUM_BLOCKS, :RUN] = -(-seqs[snapshot.NUM_COMPUTED_TOKENS, :RUN] // 16)
-        seqs[snapshot.NUM_SCHEDULED_TOKENS, :RUN] = 1
-        header[state_buffer.FREE] = ENGINE.total_blocks - seqs[snapshot.NUM_BLOCKS, :RUN].sum()
 
     async def step(self) -> None:
         await asyncio.sleep(STEP_S * random.random())

@@ -94,7 +94,6 @@ class Metrics:
         queue: Sized = (),
     ) -> None:
         self._registry = registry = CollectorRegistry()
-        self._upstreams = upstreams
 
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(name, text, buckets=buckets, registry=registry)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from processes import kill_all
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A name in the environment of all processes of a test, by which they are found; none outlives it."""
+    name = f"BLOCK_TEST_{uuid.uuid4().hex}"
+    yield name
+    kill_all(name)
 
 
 @pytest.fixture(scope="session")

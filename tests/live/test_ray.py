@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 from commands import covering
 from mock_backend import MARK
-from processes import eventually, kill_all, marked
+from processes import eventually, marked
 
 from block.store.results import runs
 from block.store.writer import recover
@@ -44,13 +43,6 @@ def cluster() -> Iterator[Any]:
             yield started
         finally:
             started.shutdown()
-
-
-@pytest.fixture
-def mark() -> Iterator[str]:
-    name = f"BLOCK_TEST_{uuid.uuid4().hex}"
-    yield name
-    kill_all(name)
 
 
 def start(

@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from commands import built, covering
-from processes import eventually, kill_all, marked
+from processes import eventually, marked
 
 from block.run.replay import requests_of
 from block.store.results import Run, read_run, runs
@@ -27,13 +26,6 @@ pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not i
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = ["workload=trace", "workload.trace_path=lengths.csv", "workload.arrivals=poisson"]
-
-
-@pytest.fixture
-def mark() -> Iterator[str]:
-    name = f"BLOCK_TEST_{uuid.uuid4().hex}"
-    yield name
-    kill_all(name)
 
 
 def start(

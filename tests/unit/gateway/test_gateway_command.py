@@ -91,6 +91,13 @@ def test_a_wrong_command_ends_in_one_line(
         "from dataclasses import dataclass\nfrom block.dispatch.policies import Random\n\n"
         "@dataclass(frozen=True)\nclass Two(Random):\n    def candidates(self, *_):\n        return [0, 1]\n"
     )
+    ends_in_one_line(arguments, says, monkeypatch, capsys)
+
+
+def ends_in_one_line(
+    arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command with these arguments says so, and nothing else, and ends with 2."""
     monkeypatch.setattr(sys, "argv", ["block.gateway", *arguments])
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import runpy
 import sys
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from mock_servers import (
     says,
     stream,
 )
+from test_gateway_command import ends_in_one_line
 
 from block.backends.launch import free_ports
 from block.dispatch import policies
@@ -466,12 +466,4 @@ def test_what_cannot_be_is_told_in_one_line(
             monkeypatch.delitem(sys.modules, "block.gateway.tracing")
             monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     arguments = ["scheduler=random", "gateway.urls=[http://h:1]", f"gateway.otlp_traces_endpoint={key}"]
-    monkeypatch.setattr(sys, "argv", ["block.gateway", *arguments])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module("block.gateway", run_name="__main__")
-    captured = capsys.readouterr()
-    (line,) = captured.err.splitlines()
-    assert line.startswith(says)
-    assert (captured.out, ended.value.code) == ("", 2)
+    ends_in_one_line(arguments, says, monkeypatch, capsys)
