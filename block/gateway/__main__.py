@@ -98,8 +98,11 @@ def run_gateway(settings: DictConfig, policy: str) -> None:
 
 def compose_for(name: str, keys: str) -> DictConfig:
     """The settings with these keys for a model in place of what the command says. ConfigError if they cannot be."""
-    own = shlex.split(keys)
     where = f"gateway.models: {name}"
+    try:
+        own = shlex.split(keys)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {keys}: {error}") from error
     for key in own:
         if not key.startswith(PLANS):
             raise ConfigError(f"{where}: {key}: a model has only {', '.join(PLANS)} of its own")

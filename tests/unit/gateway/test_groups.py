@@ -124,6 +124,7 @@ def test_what_names_no_model_goes_to_any_server() -> None:
         ("scheduler=random lengths=compact", "lengths=compact: has no effect: this policy does not look"),
         ("workload.qps=3", "workload.qps=3: a model has only scheduler"),
         ("model=llama9", "model=llama9: "),
+        ('scheduler="block', 'scheduler="block: No closing quotation'),
     ],
 )
 def test_wrong_keys_of_a_model_are_told_in_one_line(keys: str, says: str) -> None:
